@@ -1,0 +1,42 @@
+"""Options of alignment; the names are those of the paper's ablations."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fusionpl.transport import Metric, Normalize, Scaling, Solver
+
+Residual = Literal["average", "branch", "skip", "identity", "weighted_scalar", "weighted_matrix", "tie"]
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """How a parent's units are matched with the anchor's.
+
+    Attributes:
+        evidence: what describes a unit: its `activations`, or its incoming `weights`.
+        metric: ground metric between units.
+        normalize: what the cost matrix is divided by (`log`: log(1 + cost)).
+        solver: `sinkhorn` (soft), `emd` (hard, any widths), `assignment` (hard, equal widths).
+        reg: Sinkhorn's entropic regularisation, in units of the normalised cost.
+        residual: the map of a residual stream from skip s and branch b: `average` (s + b) / 2, `branch`, `skip`,
+            `identity`, `weighted_scalar` and `weighted_matrix` (by the anchor's mean absolute activations, for the
+            whole stream or unit by unit), `tie` (one map for the whole stream).
+        qk: Q and K take maps of their own (`separate`, the paper), one map from both (`shared`), or one map over the
+            units of both (`joint`).
+        heads: `flat` aligns the units of all heads together; `matched` assigns heads first, then units inside each
+            matched pair, with one map for Q and K and one for V and O.
+        scaling: `two_sided` or, as the paper's released code, `source`; they differ for unequal widths only.
+        embeddings, classifier: false takes the anchor's tensors instead of the average.
+    """
+
+    evidence: Literal["activations", "weights"] = "activations"
+    metric: Metric = "euclidean"
+    normalize: Normalize = "max"
+    solver: Solver = "sinkhorn"
+    reg: float = 0.08
+    residual: Residual = "average"
+    qk: Literal["separate", "shared", "joint"] = "separate"
+    heads: Literal["flat", "matched"] = "flat"
+    scaling: Scaling = "two_sided"
+    embeddings: bool = True
+    classifier: bool = True

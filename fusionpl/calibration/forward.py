@@ -1,0 +1,37 @@
+"""Runs a model of either library on a batch of either kind."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = Mapping[str, Any] | Tensor
+
+
+def inputs_of(batch: Batch) -> dict[str, Tensor]:
+    """The model inputs of a batch: an image tensor [B, C, H, W], or a mapping, whose labels are dropped."""
+    if isinstance(batch, Tensor):
+        return {"pixel_values": batch}
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter."""
+    return next(model.parameters()).device
+
+
+def logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Runs `model` on `batch` on the model's own device.
+
+    Args:
+        model: a timm model (takes an image tensor, returns logits) or a transformers model (takes keywords,
+            returns an output with `logits`).
+        batch: an image tensor [B, C, H, W], or a mapping of model inputs; `labels` are ignored.
+
+    Returns:
+        The logits, [B, classes] or, for masked language models, [B, T, vocabulary].
+    """
+    inputs = {key: value.to(device_of(model)) for key, value in inputs_of(batch).items()}
+    output = model(**inputs) if hasattr(model, "config_class") else model(*inputs.values())
+    return output if isinstance(output, Tensor) else output.logits

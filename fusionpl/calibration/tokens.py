@@ -1,0 +1,61 @@
+"""Which tokens of a sequence of activations count as evidence."""
+
+import math
+import re
+
+import torch
+from torch import Tensor
+
+from fusionpl.errors import FusionError
+
+
+def check_tokens(tokens: str) -> None:
+    """Raises FusionError unless `tokens` is all, class, mean or window:N."""
+    if tokens not in ("all", "class", "mean") and not re.fullmatch(r"window:[1-9]\d*", tokens):
+        raise FusionError(f"calibration.tokens '{tokens}': use all, class, mean or window:N (for example window:6)")
+
+
+def select(activations: Tensor, tokens: str, mask: Tensor | None = None) -> Tensor:
+    """The rows of evidence in a batch of activations.
+
+    Args:
+        activations: [B, T, n] from a sequence, [B, n] from a pooled vector, or [B, n, h, w] from the patch
+            convolution, whose patches are never filtered (there is no class token among them), only averaged.
+        tokens: `all`, `class`, `mean` or `window:N`.
+        mask: [B, T], 1 for real tokens, 0 for padding, which never counts; None for no padding.
+
+    Returns:
+        [rows, n].
+
+    Raises:
+        FusionError: a window over tokens that are not a square grid behind one class token, or larger than it.
+    """
+    if activations.ndim == 2:
+        return activations
+    patches = activations.ndim == 4
+    if patches:
+        activations = activations.flatten(2).transpose(1, 2)
+    if tokens == "mean":
+        if mask is None:
+            return activations.mean(1)
+        weight = mask.to(activations).unsqueeze(-1)
+        return (activations * weight).sum(1) / weight.sum(1)
+    if tokens.startswith("window:") and not patches:
+        activations = activations[:, _window(activations.shape[1], int(tokens.partition(":")[2]))]
+    elif tokens == "class" and not patches:
+        activations = activations[:, :1]
+    elif mask is not None:
+        return activations[mask.to(activations.device).bool()]
+    return activations.flatten(0, 1)
+
+
+def _window(length: int, n: int) -> Tensor:
+    side = math.isqrt(length - 1)
+    if side * side != length - 1 or n > side:
+        raise FusionError(
+            f"calibration.tokens window:{n} needs a class token and a square grid of at least {n} x {n} patches, "
+            f"not {length} tokens; use calibration.tokens all"
+        )
+    start = (side - n) // 2
+    grid = torch.arange(side * side).view(side, side)[start : start + n, start : start + n]
+    return torch.cat([torch.zeros(1, dtype=torch.long), 1 + grid.flatten()])

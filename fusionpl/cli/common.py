@@ -1,0 +1,191 @@
+"""What the three commands share: one clear line for a mistake, presets, output folders, Lightning's options."""
+
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from fusionpl.errors import FusionError, nearest
+
+CONF = Path(__file__).parents[2] / "conf"
+MISTAKE, INTERRUPT = 2, 130
+
+
+def main(run: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Runs a command and turns what went wrong into an exit code.
+
+    Args:
+        run: the command; takes its arguments.
+        argv: the arguments, by default those of the process.
+
+    Returns:
+        0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C (one line that says how to go on, if
+        the KeyboardInterrupt has a message).
+    """
+    rank = os.environ.get("LOCAL_RANK", "0")
+    where = "" if rank == "0" else f" (process {rank})"
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except FusionError as error:
+        print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt as stop:
+        if is_main_process():
+            print("interrupted" + (f"; {stop}" if str(stop) else ""), file=sys.stderr)
+        return INTERRUPT
+    return 0
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str], preset: Path) -> Namespace:
+    """Parses the command line over `preset`, or over the file that `--config` names.
+
+    Raises:
+        FusionError: an unknown option or key (with the nearest known one), or a value of the wrong type.
+    """
+    given = any(word.split("=")[0] == "--config" for word in argv)
+    words = list(argv) if given else ["--config", str(preset), *argv]
+    try:
+        return parser.parse_args(words)
+    except ArgumentError as error:
+        raise FusionError(_explain(str(error), parser)) from error
+
+
+def add_trainer_options(parser: ArgumentParser) -> None:
+    """Adds `--trainer.KEY` for the arguments of Lightning's Trainer that are a user's to choose."""
+    import lightning as L
+
+    parser.add_class_arguments(
+        L.Trainer,
+        "trainer",
+        instantiate=False,
+        skip={
+            "barebones",
+            "callbacks",
+            "default_root_dir",
+            "enable_checkpointing",
+            "logger",
+            "model_registry",
+            "plugins",
+            "reload_dataloaders_every_n_epochs",
+            "use_distributed_sampler",
+        },
+    )
+
+
+def is_main_process() -> bool:
+    """Whether this is the process the user started: under DDP, Lightning starts the others."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuses an output folder that is taken.
+
+    Raises:
+        FusionError: it exists and `overwrite` is off, or it is nothing this project wrote.
+    """
+    if not is_main_process() or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise FusionError(f"{folder} exists; replace it with --overwrite, or choose another folder with --output")
+    if not (folder / "config.yaml").is_file():
+        raise FusionError(f"{folder} is not an output of fusionpl (no config.yaml), so --overwrite leaves it alone")
+
+
+@contextmanager
+def staged(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write to, which becomes `folder` at the end; after an error `folder` is as it was.
+
+    Raises:
+        FusionError: see `check_output`.
+    """
+    check_output(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        written = Path(temporary) / "new"
+        written.mkdir()
+        yield written
+        if folder.exists():
+            folder.rename(Path(temporary) / "old")
+        written.rename(folder)
+
+
+@contextmanager
+def run_folder(folder: Path, overwrite: bool, keep: str) -> Iterator[Path]:
+    """A folder for a run that takes long: what is in it at an error stays, if the run can be resumed from it.
+
+    Args:
+        folder: the run folder.
+        overwrite: whether to replace one that is there.
+        keep: the file that makes a run resumable; without it the folder is as it was before.
+
+    Raises:
+        FusionError: see `check_output`.
+    """
+    if not is_main_process():
+        yield folder
+        return
+    check_output(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        old = Path(temporary) / "old"
+        if folder.exists():
+            folder.rename(old)
+        folder.mkdir()
+        try:
+            yield folder
+        except BaseException:
+            if not (folder / keep).exists():
+                shutil.rmtree(folder)
+                if old.exists():
+                    old.rename(folder)
+            raise
+
+
+def quiet() -> None:
+    """Silences what libraries tell their developers; errors still show."""
+    for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "huggingface_hub", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning|torch|timm|transformers|datasets")
+
+
+def new_parser(description: str) -> ArgumentParser:
+    """A parser whose mistakes `parse` turns into one line; an option is its full name, never an abbreviation."""
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="a YAML file of these options, such as a preset of conf/")
+    return parser
+
+
+def settings_of(parser: ArgumentParser, options: Namespace) -> dict[str, Any]:
+    """What decides a result, as plain values: `--config` reads it back. Leaves out where the output goes."""
+    kept = options.clone()
+    for key in ("config", "output", "overwrite", "resume"):
+        kept.pop(key, None)
+    settings: dict[str, Any] = yaml.safe_load(parser.dump(kept, skip_validation=True))
+    return settings
+
+
+def _explain(message: str, parser: ArgumentParser) -> str:
+    """jsonargparse's words in one line, with the nearest known name for an unknown one."""
+    known = list(parser.get_defaults(skip_validation=True).keys())
+    if found := re.match(r"unrecognized arguments: -*(\S+)", message):
+        name = found[1].split("=")[0]
+        return f"unknown option {message.split()[2]}{nearest(name, known)}"
+    if found := re.match(r"Group '(.+)' does not accept option '(.+)'", message):
+        name = f"{found[1]}.{found[2]}"
+        return f"unknown key {name}{nearest(name, known)}"
+    if found := re.match(r"Option '(.+)' is not accepted", message):
+        return f"unknown key {found[1]}{nearest(found[1], known)}"
+    if found := re.match(r'Parser key "(.+?)":\s*(.*)', message, flags=re.DOTALL):
+        reason = re.sub(r"<class '(?:builtins\.)?(\w+)'>", r"\1", found[2])
+        return f"{found[1]}: {reason[0].lower()}{reason[1:]}"
+    return message

@@ -1,0 +1,206 @@
+"""`python fuse.py --parents A B`: align, average, evaluate, report."""
+
+import copy
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from torch import nn
+from tqdm import tqdm
+
+from fusionpl.calibration import logits
+from fusionpl.cli.common import CONF, add_trainer_options, check_output, parse, quiet, staged
+from fusionpl.datamodules import DataConfig, ImageDataModule
+from fusionpl.errors import FusionError
+from fusionpl.evaluation import Curve, Report, Row, evaluate, evaluate_ensemble, flops, interpolation, parameters
+from fusionpl.families import permutation_error
+from fusionpl.fusion import FuseConfig, FusionResult, check_parents, mixing_weights, plan, resolve_anchor, vanilla
+from fusionpl.models import load_model
+from fusionpl.training import (
+    ClassificationModule,
+    LoggerName,
+    OptimConfig,
+    OTFusion,
+    finish_loggers,
+    log_report,
+    make_loggers,
+)
+
+PRESET = CONF / "fuse" / "default.yaml"
+CURVE_BATCHES = 4
+PROOF_TOLERANCE = 1e-3
+
+
+def run(argv: Sequence[str]) -> None:
+    """The command; see `--help`."""
+    args = _arguments(argv)
+    quiet()
+    started = time.monotonic()
+    config = FuseConfig(**{field.name: args[field.name] for field in fields(FuseConfig)})
+    parents = _parents(args.parents)
+    names, models = list(parents), list(parents.values())
+    bindings = check_parents(models, names)
+    anchor = resolve_anchor(config, len(models))
+    data = ImageDataModule(args.data)
+    if args.dry_run:
+        print(plan(bindings, anchor, config, names))
+        return
+    if args.check:
+        _check(parents, data)
+        return
+    output = Path(args.output or _default_output(args.parents))
+    check_output(output, args.overwrite)
+    family = bindings[anchor].family.name
+    print(f"parents: {', '.join(names)} ({family}, {bindings[anchor].depth} blocks); anchor: {names[anchor]}")
+    fusion = OTFusion(models, config, names=names, progress=_progress)
+    trainer = L.Trainer(callbacks=[fusion], logger=False, enable_progress_bar=False, **args.trainer)
+    module = ClassificationModule(copy.deepcopy(models[anchor]), OptimConfig(), data.num_classes)
+    trainer.test(module, datamodule=data, verbose=False)
+    if not trainer.is_global_zero:
+        return
+    assert fusion.result is not None
+    result = fusion.result
+    report = _report(parents, anchor, result, data, trainer.strategy.root_device, _settings(args))
+    with staged(output, args.overwrite) as folder:
+        result.save(folder, card=_card(report, names))
+        (folder / "config.yaml").write_text(yaml.safe_dump(_settings(args), sort_keys=False))
+        report.save(folder / "report")
+        loggers = make_loggers(args.logger, folder, name=f"fuse {output.name}", config=_settings(args))
+        log_report(loggers, report, folder, parents=args.parents)
+        finish_loggers(loggers)
+    for line in result.warnings:
+        print(f"warning: {line}")
+    print(f"\n{report.table()}\n")
+    print(f"{output}: model/, report/report.md, maps.safetensors; {time.monotonic() - started:.0f} s")
+    print(f"next: python finetune.py --model {output}")
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="fuse.py", description="Align parents with optimal transport and average them.")
+    parser.add_argument("--config", action="config", help="a preset: conf/fuse/default.yaml, conf/fuse/paper.yaml")
+    parser.add_argument("--parents", nargs="+", type=str, default=[], help="run folders, model folders or hub ids")
+    parser.add_argument("--output", type=str | None, default=None, help="where the fused model goes")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    parser.add_argument("--logger", type=LoggerName, default="wandb", help="CSV is always written")
+    parser.add_argument("--check", action="store_true", help="prove the family on the parents, fuse nothing")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="show what would be done")
+    parser.add_class_arguments(FuseConfig)
+    parser.add_class_arguments(DataConfig, "data", instantiate=False)
+    add_trainer_options(parser)
+    return parser
+
+
+def _arguments(argv: Sequence[str]) -> Namespace:
+    """Parses twice: the data set is the parents' own unless the command line names another."""
+    parser = _parser()
+    parents = parse(parser, argv, PRESET).parents
+    if len(parents) < 2:
+        raise FusionError(f"fusion needs at least two parents, not {len(parents)}: --parents RUN_A RUN_B")
+    run = next((path for path in map(Path, parents) if (path / "config.yaml").is_file()), None)
+    if run is not None:
+        data = yaml.safe_load((run / "config.yaml").read_text()).get("data", {})
+        parser.set_defaults({f"data.{key}": value for key, value in data.items()})
+    return parser.instantiate_classes(parse(parser, argv, PRESET))
+
+
+def _parents(paths: Sequence[str]) -> dict[str, nn.Module]:
+    """Loads the parents and gives each the shortest name that tells it from the others."""
+    names = [Path(path).name for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{name}#{index + 1}" for index, name in enumerate(names)]
+    return {name: load_model(path) for name, path in zip(names, paths, strict=True)}
+
+
+def _default_output(parents: Sequence[str]) -> Path:
+    folders = {Path(path).resolve().parent for path in parents if Path(path).is_dir()}
+    return (Path(parents[0]).parent if len(folders) == 1 else Path("runs")) / "fused"
+
+
+def _progress(steps: Iterable[Any], label: str) -> Iterable[Any]:
+    return tqdm(steps, desc=label, leave=False, dynamic_ncols=True, disable=None)
+
+
+def _check(parents: Mapping[str, nn.Module], data: ImageDataModule) -> None:
+    batch = next(iter(data.calibration_dataloader(16)))
+    for name, model in parents.items():
+        with torch.inference_mode():
+            size = float(logits(model, batch).abs().max())
+        error = permutation_error(model, lambda one: logits(one, batch))
+        if not error <= PROOF_TOLERANCE * size:
+            raise FusionError(
+                f"{name}: renumbering its units changes outputs by {error:.1e} (outputs are up to {size:.1f}); "
+                "its family file does not describe this model"
+            )
+        print(f"{name}: ok; renumbering all units at random changes outputs by {error:.1e} (outputs up to {size:.1f})")
+
+
+def _report(
+    parents: Mapping[str, nn.Module],
+    anchor: int,
+    result: FusionResult,
+    data: ImageDataModule,
+    device: torch.device,
+    settings: dict[str, Any],
+) -> Report:
+    models = [parent.to(device) for parent in parents.values()]
+    batches = list(data.test_dataloader())
+    sample = batches[0]
+    plain = vanilla(models, mixing_weights(result.config.weights, len(models)))
+    candidates = {f"parent {name}": model for name, model in zip(parents, models, strict=True)}
+    rows = [_row(name, evaluate(model, batches), [model], sample) for name, model in candidates.items()]
+    rows.append(_row("ensemble", evaluate_ensemble(models, batches), models, sample))
+    for name, model in (("vanilla", plain), ("fused", result.model.to(device))):
+        if model is not None:
+            rows.append(_row(name, evaluate(model, batches), [model], sample))
+    other = next(index for index in range(len(models)) if index != anchor)
+    ends = {"aligned": result.aligned_parent(other)} | ({"vanilla": models[other]} if plain is not None else {})
+    few = list(islice(data.val_dataloader(), CURVE_BATCHES))
+    barrier: dict[str, Curve] = {
+        name: interpolation(models[anchor], end.state_dict(), models[anchor].state_dict(), few)
+        for name, end in _progress(sorted(ends.items(), reverse=True), "loss barrier")
+    }
+    return Report(rows, settings, barrier, dict(_shown_maps(result)))
+
+
+def _row(name: str, metrics: Mapping[str, float], models: Sequence[nn.Module], sample: Any) -> Row:
+    return Row(
+        name=name,
+        parameters=sum(parameters(model) for model in models),
+        flops=sum(flops(model, sample) for model in models),
+        **metrics,
+    )
+
+
+def _shown_maps(result: FusionResult) -> Iterator[tuple[str, torch.Tensor]]:
+    """A few maps that tell the story: the embedding, one block in the middle, the last of the stream."""
+    names = [name for name in result.maps if name.startswith("stem.")]
+    sections = list(dict.fromkeys(name.rpartition(".")[0] for name in result.maps if not name.startswith("stem.")))
+    middle = sections[(len(sections) - 1) // 2]
+    names = [*names[-1:], *(f"{middle}.{axis}" for axis in ("q", "v", "attn", "ffn")), f"{sections[-1]}.out"]
+    for name in names:
+        if name in result.maps:
+            yield name, result.maps[name].plan
+
+
+def _settings(args: Namespace) -> dict[str, Any]:
+    """Everything that decides the result, as plain values: `--config` takes it back."""
+    parser = _parser()
+    skipped = {"config", "output", "overwrite", "check", "dry_run", "logger"}
+    values = yaml.safe_load(parser.dump(parser.strip_meta(args) if hasattr(parser, "strip_meta") else args))
+    return {key: value for key, value in values.items() if key not in skipped}
+
+
+def _card(report: Report, names: Sequence[str]) -> str:
+    return (
+        f"# Fused from {', '.join(names)}\n\n"
+        "Aligned with optimal transport and averaged by fusionpl "
+        "([Transformer Fusion with Optimal Transport](https://arxiv.org/abs/2310.05719)).\n\n"
+        + report.markdown().partition("\n")[2].lstrip()
+    )

@@ -1,0 +1,167 @@
+"""`python train.py --seed 1`: trains one parent."""
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt
+
+from fusionpl.cli.common import (
+    CONF,
+    add_trainer_options,
+    is_main_process,
+    new_parser,
+    parse,
+    quiet,
+    run_folder,
+    settings_of,
+)
+from fusionpl.datamodules import DataConfig, ImageDataModule
+from fusionpl.errors import FusionError
+from fusionpl.models import ModelConfig, build_model, save_model
+from fusionpl.training import FitResult, LoggerName, OptimConfig, finish_loggers, fit, make_loggers
+
+PRESET = CONF / "train" / "vit-digits.yaml"
+LAST = "checkpoints/last.ckpt"
+# A resumed run may change where it runs, never what it computes.
+MAY_CHANGE = ("logger", "data.num_workers", "trainer.accelerator", "trainer.enable_progress_bar")
+
+
+def build_parser() -> ArgumentParser:
+    """The options of train.py."""
+    parser = new_parser(f"Trains a parent. Without --config the preset {PRESET.name} is used.")
+    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="decides initialisation and data order")
+    parser.add_argument("--name", type=str, default="run", help="the run is kept in runs/NAME/seed-SEED")
+    parser.add_argument("--output", type=str | None, help="another folder for the run")
+    parser.add_argument("--overwrite", action="store_true", help="replace a run that is there")
+    parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
+    parser.add_argument("--logger", type=LoggerName, default="csv", help="metrics.csv is always written")
+    parser.add_class_arguments(ModelConfig, "model")
+    parser.add_class_arguments(DataConfig, "data")
+    parser.add_class_arguments(OptimConfig, "optim")
+    add_trainer_options(parser)
+    return parser
+
+
+def run(argv: Sequence[str]) -> None:
+    """Trains a parent, from `argv` to the exported model.
+
+    Raises:
+        FusionError: a user's mistake.
+        KeyboardInterrupt: the user stopped it; the message says how to continue.
+    """
+    quiet()
+    parser = build_parser()
+    options = parse(parser, argv, PRESET)
+    folder = Path(options.output or f"runs/{options.name}/seed-{options.seed}")
+    try:
+        if options.resume:
+            _check_same(folder, settings_of(parser, options))
+            _train(parser, options, folder)
+        else:
+            with run_folder(folder, options.overwrite, keep=LAST):
+                _train(parser, options, folder)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(_how_to_go_on(folder, argv)) from stop
+
+
+def _train(parser: ArgumentParser, options: Namespace, folder: Path) -> None:
+    chosen = parser.instantiate(options)
+    settings = settings_of(parser, options)
+    L.seed_everything(options.seed, workers=True, verbose=False)
+    data = ImageDataModule(chosen.data, options.seed)
+    model = build_model(chosen.model, num_classes=data.num_classes, class_names=data.class_names)
+    loggers = make_loggers(
+        options.logger, folder, name=f"{options.name}/seed-{options.seed}", config=settings, resume=options.resume
+    )
+    if is_main_process():
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        print(
+            f"training {chosen.model.architecture} ({size:.2f} M parameters) on {len(data.dataset('train')):,} images"
+            f" of {chosen.data.path}, seed {options.seed}, into {folder}"
+        )
+    result = fit(
+        model,
+        data,
+        chosen.optim,
+        options.trainer.as_dict(),
+        folder,
+        seed=options.seed,
+        loggers=loggers,
+        resume=options.resume,
+    )
+    if is_main_process():
+        _export(result, settings, folder)
+    finish_loggers(loggers)
+
+
+def _export(result: FitResult, settings: dict[str, Any], folder: Path) -> None:
+    """Writes metrics.json and model/, and prints the result."""
+    figures = {
+        "accuracy": result.accuracy,
+        "loss": result.loss,
+        "best_epoch": result.best_epoch,
+        "epochs": result.epochs,
+        "seconds": round(result.seconds, 1),
+    }
+    temporary = folder / "metrics.json.tmp"
+    temporary.write_text(json.dumps(figures, indent=2) + "\n")
+    os.replace(temporary, folder / "metrics.json")
+    save_model(result.model, folder / "model", card=_card(result, settings))
+    print(
+        f"test accuracy {100 * result.accuracy:.2f} %, loss {result.loss:.4f}"
+        f" (epoch {result.best_epoch} of {result.epochs}, the best in validation); {result.seconds:.0f} s of training"
+    )
+    print(f"model: {folder / 'model'}")
+
+
+def _card(result: FitResult, settings: dict[str, Any]) -> str:
+    return f"""# {settings["name"]}, seed {settings["seed"]}
+
+{settings["model"]["architecture"]} trained from random weights on `{settings["data"]["path"]}`. The weights are those
+of epoch {result.best_epoch} of {result.epochs}, the best by validation accuracy.
+
+| split | accuracy | loss |
+|---|---|---|
+| test | {result.accuracy:.4f} | {result.loss:.4f} |
+
+Pixels go in scaled to -1..1. The run's settings:
+
+```yaml
+{yaml.safe_dump(settings, sort_keys=False).strip()}
+```"""
+
+
+def _check_same(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuses to resume a run with other settings than it was started with."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise FusionError(f"there is no run to resume in {folder} (no config.yaml); start one without --resume")
+    before, now = _flat(yaml.safe_load(file.read_text())), _flat(settings)
+    for key in sorted(before.keys() | now.keys()):
+        if key not in MAY_CHANGE and before.get(key) != now.get(key):
+            raise FusionError(
+                f"{folder} was started with {key} {before.get(key)}, not {now.get(key)}; give --resume the options"
+                f" of the start, or its --config {file}"
+            )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _how_to_go_on(folder: Path, argv: Sequence[str]) -> str:
+    if not (folder / LAST).is_file():
+        return "no epoch was finished, so nothing is kept"
+    words = [word for word in argv if word not in ("--resume", "--overwrite")]
+    return f"continue with: python train.py {shlex.join([*words, '--resume'])}"

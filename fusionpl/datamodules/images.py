@@ -1,0 +1,245 @@
+"""Images with labels: fixed splits, batched fetch, batched augmentation."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from fusionpl.datamodules.sources import Indices, Source, digits, hub_or_folder
+from fusionpl.errors import FusionError
+
+SPLIT_SEED = 0
+BLACK = -1.0
+EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are served.
+
+    Args:
+        path: `digits` (ships with scikit-learn), a hub id, or a local folder of parquet files.
+        image_size: height and width in pixels; others are resized.
+        channels: 1 (grey) or 3 (RGB).
+        batch_size: training images a step and process.
+        train_limit: train on at most this many images; null for all. The other splits stay as they are.
+        validation: images taken from the training split for validation, if the data set has no such split.
+        calibration: images taken from the training split for calibration.
+        shift: training images are shifted by up to this many pixels both ways.
+        flip: training images are mirrored with probability 1/2.
+        num_workers: processes that fetch training batches; 0 fetches in the main one.
+    """
+
+    path: str = "digits"
+    image_size: int = 32
+    channels: int = 1
+    batch_size: int = 16
+    train_limit: int | None = None
+    validation: int = 200
+    calibration: int = 197
+    shift: int = 0
+    flip: bool = False
+    num_workers: int = 0
+
+
+class ImageSet(Dataset[dict[str, Tensor]]):
+    """Images held as one uint8 tensor; a batch is one indexing, not a loop.
+
+    Args:
+        pixels: uint8 [N, C, H, W].
+        labels: int64 [N].
+    """
+
+    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
+        self.pixels = pixels
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {key: value[0] for key, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """The batch `{"pixel_values": float32 [B, C, H, W] in -1..1, "labels": int64 [B]}`."""
+        return {"pixel_values": self.pixels[indices].float() / 127.5 - 1.0, "labels": self.labels[indices]}
+
+
+class ShareSampler(DistributedSampler[Any]):
+    """This rank's share in order. DistributedSampler repeats samples to even the shares out, which falsifies metrics."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+
+class ImageDataModule(L.LightningDataModule):
+    """Train, validation, test and calibration images; no seed changes which image is in which split.
+
+    Args:
+        config: which images, and how they are served.
+        seed: decides, with the epoch, the order of the training images. Augmentation draws from torch's global
+            RNG.
+    """
+
+    def __init__(self, config: DataConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.seed = seed
+        self._sets: dict[str, ImageSet] = {}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the labels."""
+        return self._source.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    def dataset(self, part: str) -> ImageSet:
+        """The images of a part, decoded on first use.
+
+        Args:
+            part: train, validation, calibration or test.
+        """
+        if part not in self._sets:
+            split, indices = self._parts[part]
+            labels = torch.from_numpy(self._source.labels[split][indices])
+            self._sets[part] = ImageSet(self._source.decode(split, indices), labels)
+        return self._sets[part]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches in an order that (seed, epoch) decides: Lightning sets the sampler's epoch."""
+        data = self.dataset("train")
+        sampler: DistributedSampler[Any] = DistributedSampler(data, *self._ranks, shuffle=True, seed=self.seed)
+        return self._loader(data, self.config.batch_size, sampler, self.config.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The validation images in order, shared out among the ranks."""
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The test images in order, shared out among the ranks."""
+        return self._evaluation_loader("test")
+
+    def calibration_dataloader(self, batch_size: int = 64) -> DataLoader[Any]:
+        """The calibration images, never trained, validated or tested on, in a fixed order; the same on every rank."""
+        return self._loader(self.dataset("calibration"), batch_size, None, 0)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augments training batches, as one batch and on their device."""
+        if self.trainer is None or not self.trainer.training:
+            return batch
+        return {**batch, "pixel_values": augment(batch["pixel_values"], self.config.shift, self.config.flip)}
+
+    @cached_property
+    def _source(self) -> Source:
+        config = self.config
+        if config.channels not in (1, 3):
+            raise FusionError(f"data.channels must be 1 or 3, not {config.channels}")
+        if config.path == "digits":
+            return digits(config.image_size, config.channels)
+        return hub_or_folder(config.path, config.image_size, config.channels)
+
+    @cached_property
+    def _parts(self) -> dict[str, tuple[str, Indices]]:
+        """For every part, the split it is from and its indices there."""
+        config, labels = self.config, self._source.labels
+        if "train" not in labels:
+            raise FusionError(f"the data set '{config.path}' has no train split; it has {', '.join(labels)}")
+        whole = {split: (split, np.arange(len(values))) for split, values in labels.items()}
+        parts = {split: whole[split] for split in ("validation", "test") if split in whole}
+        if "test" not in parts:
+            if "validation" not in parts:
+                raise FusionError(f"the data set '{config.path}' has no test split; it has {', '.join(labels)}")
+            parts["test"] = parts.pop("validation")
+        rest = whole["train"][1]
+        for part, size in (("calibration", config.calibration), ("validation", config.validation)):
+            if part not in parts:
+                rest, taken = _carve(rest, size, labels["train"], f"data.{part}")
+                parts[part] = ("train", taken)
+        if config.train_limit is not None and config.train_limit < len(rest):
+            _, rest = _carve(rest, config.train_limit, labels["train"], "data.train_limit")
+        return {**parts, "train": ("train", rest)}
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        """Number of processes, and the number of this one."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+
+    def _evaluation_loader(self, part: str) -> DataLoader[Any]:
+        data = self.dataset(part)
+        return self._loader(data, EVALUATION_BATCH, ShareSampler(data, *self._ranks, shuffle=False), 0)
+
+    def _loader(self, data: ImageSet, size: int, sampler: Any, workers: int) -> DataLoader[Any]:
+        return DataLoader(
+            data,
+            batch_size=size,
+            sampler=sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=_as_it_is,
+            # a generator of its own: making an iterator would draw from the global RNG, and a resumed run
+            # makes other iterators than an uninterrupted one
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+
+def augment(pixels: Tensor, shift: int, flip: bool) -> Tensor:
+    """Shifts every image by its own random offset, filling with black, and mirrors half of them.
+
+    Args:
+        pixels: [B, C, H, W] in -1..1.
+        shift: largest offset in pixels, both ways, both directions.
+        flip: whether to mirror left to right with probability 1/2.
+
+    Returns:
+        [B, C, H, W], drawn from torch's global RNG.
+    """
+    count, _, height, width = pixels.shape
+    device = pixels.device
+    if shift:
+        padded = functional.pad(pixels, (shift,) * 4, value=BLACK)
+        offsets = torch.randint(0, 2 * shift + 1, (2, count, 1), device=device)
+        rows = offsets[0] + torch.arange(height, device=device)
+        columns = offsets[1] + torch.arange(width, device=device)
+        images = torch.arange(count, device=device)[:, None, None]
+        pixels = padded[images, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if flip:
+        mirrored = torch.rand(count, 1, 1, 1, device=device) < 0.5
+        pixels = torch.where(mirrored, pixels.flip(-1), pixels)
+    return pixels.contiguous()
+
+
+def _carve(indices: Indices, size: int, labels: Indices, key: str) -> tuple[Indices, Indices]:
+    """Splits `indices` into (rest, taken), with the classes in proportion where there are enough images."""
+    from sklearn.model_selection import train_test_split
+
+    if size < 0 or size >= len(indices):
+        raise FusionError(f"{key} is {size}, but only {len(indices)} training images are left to take it from")
+    if size == 0:
+        return indices, indices[:0]
+    counts = np.bincount(labels[indices])
+    classes = int((counts > 0).sum())
+    even = counts[counts > 0].min() >= 2 and min(size, len(indices) - size) >= classes
+    rest, taken = train_test_split(
+        indices, test_size=size, random_state=SPLIT_SEED, stratify=labels[indices] if even else None
+    )
+    return rest, taken
+
+
+def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The data set has made a batch already."""
+    return batch

@@ -1,0 +1,117 @@
+"""Where labelled images come from: scikit-learn's digits, a hub id, a local folder of parquet files."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from fusionpl.errors import FusionError
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set whose images are decoded when they are asked for.
+
+    Args:
+        class_names: names of the classes, in the order of the labels.
+        labels: for every split, the labels [N].
+        decode: takes the name of a split and indices [n], gives pixels, uint8 [n, C, H, W].
+    """
+
+    class_names: tuple[str, ...]
+    labels: dict[str, Indices]
+    decode: Callable[[str, Indices], Tensor]
+
+
+def digits(size: int, channels: int) -> Source:
+    """1,797 scanned digits that ship with scikit-learn: 8x8 grey, enlarged bilinearly; 400 of them are the test split.
+
+    Args:
+        size: height and width of the images.
+        channels: 1, or 3 equal ones.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    small = torch.from_numpy(data.images).float()[:, None] * (255 / 16)
+    large = functional.interpolate(small, (size, size), mode="bilinear", align_corners=False)
+    pixels = large.round().to(torch.uint8).expand(-1, channels, -1, -1)
+    train, test = train_test_split(np.arange(len(pixels)), test_size=400, random_state=0, stratify=data.target)
+    rows = {"train": train, "test": test}
+    return Source(
+        class_names=tuple(str(name) for name in data.target_names),
+        labels={split: data.target[rows[split]].astype(np.int64) for split in rows},
+        decode=lambda split, indices: pixels[rows[split][indices]].contiguous(),
+    )
+
+
+def hub_or_folder(path: str, size: int, channels: int) -> Source:
+    """A data set of the hub, or a local folder of parquet files: `datasets.load_dataset` reads both.
+
+    The image and the label column are found from the data set's features (Image, ClassLabel). A label column of
+    plain integers has classes named "0", "1", ...
+
+    Args:
+        path: hub id or folder.
+        size: height and width the images are brought to (bilinear).
+        channels: 1 (grey) or 3 (RGB).
+
+    Raises:
+        FusionError: nothing there, or no image column, no label column: lists what there is.
+    """
+    import datasets
+
+    folder = Path(path).expanduser()
+    if not folder.is_dir() and (path[0] in "./~" or (len(folder.parts) > 1 and folder.parent.is_dir())):
+        raise FusionError(f"no data set at {folder}; --data.path takes 'digits', a folder of parquet files or a hub id")
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.load_dataset(str(folder) if folder.is_dir() else path)
+    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FusionError(f"cannot read the data set '{path}': {reason}") from error
+    splits: dict[str, datasets.Dataset] = dict(found)
+    features = next(iter(splits.values())).features
+    image, label = _image_column(path, features), _label_column(path, features)
+    labels = {split: np.asarray(rows[label], dtype=np.int64) for split, rows in splits.items()}
+    names = getattr(features[label], "names", None)
+    if names is None:
+        names = [str(index) for index in range(max(int(values.max()) for values in labels.values()) + 1)]
+    images = {split: rows.select_columns([image]).cast_column(image, datasets.Image()) for split, rows in splits.items()}
+
+    def decode(split: str, indices: Indices) -> Tensor:
+        pixels = torch.empty(len(indices), channels, size, size, dtype=torch.uint8)
+        for row, index in enumerate(indices.tolist()):
+            picture = images[split][index][image].convert("L" if channels == 1 else "RGB")
+            if picture.size != (size, size):
+                picture = picture.resize((size, size), resample=2)  # 2: bilinear
+            pixels[row] = torch.from_numpy(np.array(picture)).reshape(size, size, channels).permute(2, 0, 1)
+        return pixels
+
+    return Source(tuple(names), labels, decode)
+
+
+def _image_column(path: str, features: "datasets.Features") -> str:  # type: ignore[name-defined]  # noqa: F821
+    for name, feature in features.items():
+        encoded = isinstance(feature, dict) and "bytes" in feature  # an Image whose parquet metadata was lost
+        if type(feature).__name__ == "Image" or encoded:
+            return str(name)
+    raise FusionError(f"the data set '{path}' has no image column; its columns are {', '.join(features)}")
+
+
+def _label_column(path: str, features: "datasets.Features") -> str:  # type: ignore[name-defined]  # noqa: F821
+    for name, feature in features.items():
+        if type(feature).__name__ == "ClassLabel":
+            return str(name)
+    for name, feature in features.items():
+        if str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
+            return str(name)
+    raise FusionError(f"the data set '{path}' has no label column; its columns are {', '.join(features)}")

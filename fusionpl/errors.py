@@ -1,0 +1,14 @@
+"""What a user can mend: one line that names the thing and the next step."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FusionError(Exception):
+    """A user's mistake. The message is one line; the command line prints it and exits with code 2."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns `"; did you mean 'X'?"` for the known name most like `name`, or `""` if none is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{matches[0]}'?" if matches else ""

@@ -1,0 +1,91 @@
+"""Accuracy and loss of one model, or of several whose probabilities are averaged."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics.classification import MulticlassAccuracy
+
+from fusionpl.calibration.forward import device_of, logits
+from fusionpl.errors import FusionError
+
+IGNORED = -100  # the label of a token that is not scored, as in transformers and cross_entropy
+
+
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Puts `models` in eval mode and gives every submodule its own mode back at the end."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def evaluate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Measures a classifier or a masked language model.
+
+    Args:
+        model: a timm or transformers model, on any device, in either mode (which it keeps).
+        batches: mappings of model inputs and `labels`, [B] classes or [B, T] tokens (-100 is not scored).
+
+    Returns:
+        `accuracy` in [0, 1] and `loss` (mean cross-entropy, nats) over all scored labels; for tokens also
+        `perplexity` = exp(loss). NaN outputs give a NaN loss. Ranks are not combined: under DDP every
+        process measures the batches it was given.
+
+    Raises:
+        FusionError: there is no batch, or a batch has no labels.
+    """
+    return evaluate_ensemble([model], batches)
+
+
+@torch.inference_mode()
+def evaluate_ensemble(models: Sequence[nn.Module], batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Measures the mean of the models' predicted probabilities; see `evaluate` for the rest."""
+    device = device_of(models[0])
+    loss = torch.zeros((), device=device)
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    accuracy: MulticlassAccuracy | None = None
+    of_tokens = False
+    with eval_mode(*models):
+        for batch in batches:
+            if "labels" not in batch:
+                raise FusionError(f"cannot evaluate: a batch has no 'labels', only {sorted(batch)}")
+            labels = batch["labels"].to(device)
+            of_tokens = labels.ndim > 1
+            scores = _log_probabilities(models, batch).flatten(0, -2)
+            labels = labels.flatten()
+            if accuracy is None:
+                # Filtering ignored labels and validating both wait for the device: only where needed.
+                accuracy = MulticlassAccuracy(
+                    scores.shape[-1],
+                    average="micro",
+                    ignore_index=IGNORED if of_tokens else None,
+                    validate_args=False,
+                    sync_on_compute=False,
+                ).to(device)
+            accuracy.update(scores, labels)
+            loss += cross_entropy(scores, labels, ignore_index=IGNORED, reduction="sum")
+            count += (labels != IGNORED).sum()
+    if accuracy is None:
+        raise FusionError("cannot evaluate: there are no batches (an empty data set, or a used-up iterator)")
+    result = {"accuracy": accuracy.compute().item(), "loss": (loss / count).item()}
+    if of_tokens:
+        result["perplexity"] = math.exp(result["loss"]) if result["loss"] < 700 else math.inf
+    return result
+
+
+def _log_probabilities(models: Sequence[nn.Module], batch: Mapping[str, Any]) -> Tensor:
+    """The log of the mean probability over models, [B, classes] or [B, T, vocabulary], float32."""
+    first, *others = (logits(model, batch).float().log_softmax(-1) for model in models)
+    for other in others:
+        first = torch.logaddexp(first, other.to(first.device))
+    return first - math.log(len(models))

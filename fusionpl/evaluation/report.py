@@ -1,0 +1,183 @@
+"""The report of a fusion: rows, configuration and loss barriers as JSON, Markdown and pictures."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from fusionpl.errors import FusionError
+from fusionpl.evaluation import plots
+from fusionpl.evaluation.barrier import Curve
+from fusionpl.evaluation.rows import Row, as_table, as_text_cells, known, readable
+
+BARS, LINE, MAPS = "bars.png", "interpolation.png", "transport-maps.png"
+CAPTIONS = {
+    BARS: "All models on the same test data. Hatched bars: after finetuning.",
+    LINE: "On the straight line between parent A and anchor B: A as trained (vanilla), and A aligned to B.",
+    MAPS: "Of which parent units each anchor unit is made, and of how many (partners). "
+    "A sharp diagonal is a one-to-one matching.",
+}
+
+
+@dataclass
+class Report:
+    """Everything a fusion measured; `save` writes it, `load` reads it back to add the finetuned rows.
+
+    Attributes:
+        rows: one a model, in the order they were added.
+        config: the configuration that was run (shown as YAML).
+        barrier: interpolation curves by name, "vanilla" and "aligned".
+        maps: transport maps to draw, axis name -> [n_parent, n_anchor]; `save` draws them.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    barrier: dict[str, Curve] = field(default_factory=dict)
+    maps: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, row: Row) -> None:
+        """Adds a row; one of the same name and stage is replaced where it stands."""
+        for index, known_row in enumerate(self.rows):
+            if (known_row.name, known_row.stage) == (row.name, row.stage):
+                self.rows[index] = row
+                return
+        self.rows.append(row)
+
+    def rows_as_table(self) -> tuple[list[str], list[list[Any]]]:
+        """Column names and raw values (None where not measured), one-shot rows first; for `wandb.Table`."""
+        return as_table(self.rows)
+
+    def table(self) -> str:
+        """The rows as aligned plain text, and a line with the loss barriers."""
+        cells = as_text_cells(self.rows)
+        widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+        cells.insert(1, ["-" * width for width in widths])
+        lines = [
+            "  ".join(
+                cell.ljust(width) if column < 2 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in cells
+        ]
+        if self.barrier:
+            values = [f"{name} {readable('loss', curve.barrier)}" for name, curve in self.barrier.items()]
+            lines += ["", f"loss barrier: {', '.join(values)}"]
+        return "\n".join(lines)
+
+    def markdown(self, figures: tuple[str, ...] = ()) -> str:
+        """The report as Markdown, with the configuration as YAML.
+
+        Args:
+            figures: which of the pictures lie next to the file and are embedded.
+        """
+        header, *body = as_text_cells(self.rows)
+        parts = ["# Fusion report", _markdown_table(header, body), *_embedded(BARS, figures)]
+        if self.barrier:
+            barriers = [
+                [name, readable("loss", curve.barrier), readable("accuracy", curve.accuracy_barrier)]
+                for name, curve in self.barrier.items()
+            ]
+            parts += ["## Loss barrier", _markdown_table(["", "loss barrier", "accuracy drop"], barriers)]
+            parts += _embedded(LINE, figures)
+        if MAPS in figures:
+            parts += ["## Transport maps", *_embedded(MAPS, figures)]
+        if self.config:
+            text = yaml.safe_dump(_plain(self.config), sort_keys=False, allow_unicode=True)
+            parts += ["## Configuration", f"```yaml\n{text}```"]
+        return "\n\n".join(parts) + "\n"
+
+    def save(self, folder: str | Path) -> None:
+        """Writes report.json, report.md and the PNGs; no file is ever half written.
+
+        A picture of transport maps that is already there stays when `maps` is empty, so that a report that
+        was loaded keeps it.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+            new = Path(temporary)
+            figures = {BARS: plots.metric_bars(self.rows)} if self.rows else {}
+            if self.barrier:
+                figures[LINE] = plots.interpolation_figure(self.barrier)
+            if self.maps:
+                figures[MAPS] = plots.map_figure(self.maps)
+            for name, figure in figures.items():
+                # Without the software's version, the same report gives the same bytes.
+                figure.savefig(new / name, dpi=160, metadata={"Software": None})
+            there = (*figures, MAPS) if (folder / MAPS).exists() else tuple(figures)
+            (new / "report.md").write_text(self.markdown(there), encoding="utf-8")
+            (new / "report.json").write_text(json.dumps(self._as_dict(), indent=2) + "\n", encoding="utf-8")
+            for path in sorted(new.iterdir()):
+                os.replace(path, folder / path.name)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Report":
+        """Reads `folder`/report.json; `maps` stay empty.
+
+        Raises:
+            FusionError: there is no report, or the file is not one.
+        """
+        path = Path(folder) / "report.json"
+        if not path.is_file():
+            raise FusionError(f"no report at '{path}'; fuse.py writes one next to the fused model")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            rows = [Row(**row) for row in data["rows"]]
+            barrier = {name: _curve(values) for name, values in data["barrier"].items()}
+            return cls(rows, data["config"], barrier)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FusionError(f"'{path}' is not a fusion report ({error}); run fuse.py again") from error
+
+    def _as_dict(self) -> dict[str, Any]:
+        barrier = {
+            name: {
+                "barrier": _number(curve.barrier),
+                "accuracy_barrier": _number(curve.accuracy_barrier),
+                "lambdas": list(curve.lambdas),
+                "accuracy": [_number(value) for value in curve.accuracy],
+                "loss": [_number(value) for value in curve.loss],
+            }
+            for name, curve in self.barrier.items()
+        }
+        return {
+            "rows": [row.as_dict() for row in self.rows],
+            "config": _plain(self.config),
+            "barrier": barrier,
+        }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN or infinity."""
+    return value if known(value) else None
+
+
+def _curve(values: Mapping[str, Any]) -> Curve:
+    """A curve from JSON, where null stands for what was not finite."""
+    return Curve(
+        *(
+            tuple(math.nan if value is None else value for value in values[key])
+            for key in ("lambdas", "accuracy", "loss")
+        )
+    )
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration in JSON's types: tuples as lists, paths and enumerations as text."""
+    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    return plain
+
+
+def _markdown_table(header: list[str], body: list[list[str]]) -> str:
+    rule = [":--" if column in ("", "name", "stage") else "--:" for column in header]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *body))
+
+
+def _embedded(name: str, figures: tuple[str, ...]) -> list[str]:
+    return [f"![{Path(name).stem}]({name})", CAPTIONS[name]] if name in figures else []

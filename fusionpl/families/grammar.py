@@ -1,0 +1,76 @@
+"""The axis grammar: what every dimension of a parameter stands for, in one line.
+
+    attn.qkv.weight:  (head q)|(head k)|(head v) <- in
+
+A space separates tensor dimensions, `( )` is a product of axes (the last one names the units, the one before
+it groups them), `|` concatenates along a dimension, `1` is a dimension of size one. `a <- b` writes a and reads
+b; `b -> a` says the same of a transposed weight. Without an arrow everything is written.
+"""
+
+import re
+from dataclasses import dataclass
+
+from fusionpl.errors import FusionError
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
+
+
+class GrammarError(FusionError):
+    """A line of a family file that is not in the axis grammar."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of units along one dimension: the axis that names them, and the axis that groups them."""
+
+    axis: str
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One tensor dimension: its segments in order (none for a dimension of size one), read or written."""
+
+    segments: tuple[Segment, ...]
+    reads: bool
+
+
+def parse(text: str) -> tuple[Dim, ...]:
+    """Parses the dimensions of one parameter.
+
+    Raises:
+        GrammarError: naming the piece that is wrong.
+    """
+    if len(re.findall("<-|->", text)) > 1:
+        raise GrammarError(f"'{text}': at most one arrow")
+    if "->" in text:
+        reads, writes = text.split("->")
+        return _dims(reads, text, reads=True) + _dims(writes, text, reads=False)
+    writes, _, reads = text.partition("<-")
+    return _dims(writes, text, reads=False) + _dims(reads, text, reads=True)
+
+
+def _dims(side: str, text: str, *, reads: bool) -> tuple[Dim, ...]:
+    if side.count("(") != side.count(")"):
+        raise GrammarError(f"'{text}': unbalanced parenthesis")
+    glued = re.sub(r"\s*\|\s*", "|", side.strip())
+    words = re.findall(r"(?:\([^()]*\)|[^()\s])+", glued)
+    return tuple(Dim(_segments(word, text), reads) for word in words)
+
+
+def _segments(word: str, text: str) -> tuple[Segment, ...]:
+    if word == "1":
+        return ()
+    return tuple(_segment(piece, text) for piece in word.split("|"))
+
+
+def _segment(piece: str, text: str) -> Segment:
+    names = piece[1:-1].split() if piece.startswith("(") and piece.endswith(")") else [piece]
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise GrammarError(f"'{text}': '{name}' is not the name of an axis")
+    if len(names) == 1:
+        return Segment(names[0])
+    if len(names) == 2:
+        return Segment(names[1], group=names[0])
+    raise GrammarError(f"'{text}': a product has two axes, '{piece}' has {len(names)}")

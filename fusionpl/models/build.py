@@ -1,0 +1,125 @@
+"""New models from a config: any timm architecture, any transformers class."""
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import timm
+import torch
+import transformers
+from torch import nn
+
+from fusionpl.errors import FusionError, nearest
+
+KEPT_CFG = ("architecture", "input_size", "fixed_input_size", "interpolation", "pool_size", "first_conv", "classifier")
+EMBEDDINGS = ("pos_embed", "cls_token", "position_embeddings", "cls_embedding")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What `build_model` builds.
+
+    Args:
+        library: who implements the architecture.
+        architecture: a timm model name (`vit_tiny_patch16_224`) or a transformers class
+            (`ViTForImageClassification`).
+        args: keywords of timm's `create_model`, or of the transformers config.
+        initializer_range: standard deviation of the truncated normal all weights are drawn from;
+            null leaves the library's own initialisation.
+    """
+
+    library: Literal["timm", "transformers"] = "timm"
+    architecture: str = "vit_tiny_patch16_224"
+    args: dict[str, Any] = field(default_factory=dict)
+    initializer_range: float | None = None
+
+
+def build_model(
+    config: ModelConfig, *, num_classes: int, class_names: tuple[str, ...] | None = None
+) -> nn.Module:
+    """Builds a randomly initialised model; the global RNG decides its weights.
+
+    Args:
+        config: architecture and sizes.
+        num_classes: outputs of the classifier.
+        class_names: their names, remembered by the model and saved with it.
+
+    Returns:
+        The model, in training mode.
+
+    Raises:
+        FusionError: the architecture is unknown, an argument does not fit it, or the class names do not fit
+            `num_classes`.
+    """
+    if class_names is not None and len(class_names) != num_classes:
+        raise FusionError(f"{len(class_names)} class names for {num_classes} classes")
+    build = _build_timm if config.library == "timm" else _build_transformers
+    try:
+        model = build(config, num_classes, class_names)
+    except (TypeError, ValueError, AssertionError, AttributeError, RuntimeError) as error:
+        raise FusionError(f"cannot build {config.architecture} with {config.args}: {error}") from error
+    if config.initializer_range is not None:
+        redraw(model, config.initializer_range)
+    return model
+
+
+@torch.no_grad()
+def redraw(model: nn.Module, std: float) -> None:
+    """Redraws linear, convolution and embedding weights from a truncated normal, and zeroes their biases.
+
+    Position embeddings and class tokens are drawn too. A standard deviation of 0.02, the libraries' default,
+    leaves narrow ViTs on small images on a plateau for many epochs.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding | transformers.pytorch_utils.Conv1D):
+            nn.init.trunc_normal_(module.weight, std=std)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                nn.init.zeros_(bias)
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] in EMBEDDINGS:
+            nn.init.trunc_normal_(parameter, std=std)
+
+
+def transformers_class(name: str) -> type[transformers.PreTrainedModel]:
+    """The transformers model class called `name`.
+
+    Raises:
+        FusionError: there is no such model class.
+    """
+    found = getattr(transformers, name, None)
+    if not (inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel)):
+        hint = nearest(name, (known for known in dir(transformers) if "For" in known))
+        raise FusionError(f"transformers has no model class '{name}'{hint}")
+    return cast(type[transformers.PreTrainedModel], found)
+
+
+def _build_timm(config: ModelConfig, num_classes: int, class_names: tuple[str, ...] | None) -> nn.Module:
+    if not timm.is_model(config.architecture):
+        hint = nearest(config.architecture, timm.list_models())
+        raise FusionError(f"timm has no architecture '{config.architecture}'{hint}")
+    model = cast(Any, timm.create_model(config.architecture, num_classes=num_classes, **config.args))
+    # timm fills pretrained_cfg with the origin of its published weights, which this model does not have.
+    channels = model.in_chans if hasattr(model, "in_chans") else 3
+    kept = {key: value for key, value in model.pretrained_cfg.items() if key in KEPT_CFG}
+    model.pretrained_cfg = {**kept, "num_classes": num_classes, "mean": (0.5,) * channels, "std": (0.5,) * channels}
+    if class_names is not None:
+        model.pretrained_cfg["label_names"] = list(class_names)
+    return cast(nn.Module, model)
+
+
+def _build_transformers(
+    config: ModelConfig, num_classes: int, class_names: tuple[str, ...] | None
+) -> nn.Module:
+    cls = transformers_class(config.architecture)
+    settings = cls.config_class(**config.args, num_labels=num_classes)
+    unknown = set(config.args) - set(cls.config_class().to_dict()) - set(settings.attribute_map)
+    if unknown:
+        name = sorted(unknown)[0]
+        hint = nearest(name, cls.config_class().to_dict())
+        raise FusionError(f"{cls.config_class.__name__} has no argument '{name}'{hint}")
+    if class_names is not None:
+        settings.id2label = dict(enumerate(class_names))
+        settings.label2id = {name: index for index, name in enumerate(class_names)}
+    return cls(settings)
+

@@ -1,0 +1,83 @@
+"""Models on disk: the hub layouts of timm and transformers, with a model card."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import timm.models
+import transformers
+from torch import nn
+
+from fusionpl.errors import FusionError
+from fusionpl.models.quiet import quiet_transformers
+
+
+def save_model(
+    model: nn.Module, folder: str | Path, *, class_names: tuple[str, ...] | None = None, card: str = ""
+) -> None:
+    """Saves config.json, model.safetensors and README.md; `load_model` and the model's own library read them.
+
+    Everything is written next to `folder` and moved into place at the end, so a crash leaves nothing half
+    written. An existing `folder` is replaced.
+
+    Args:
+        model: a model that timm's `create_model` or transformers made, or a deep copy of one.
+        folder: where it goes.
+        class_names: names of the outputs; by default those the model remembers.
+        card: Markdown body of the model card.
+
+    Raises:
+        FusionError: `model` is from neither library, or a timm model not made by `create_model`.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    names = class_names or _remembered(model)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        staged = Path(temporary) / "model"
+        if isinstance(model, transformers.PreTrainedModel):
+            library = "transformers"
+            if names is not None:
+                model.config.id2label = dict(enumerate(names))
+                model.config.label2id = {name: index for index, name in enumerate(names)}
+            with quiet_transformers():
+                model.save_pretrained(staged)
+        else:
+            library = "timm"
+            _save_timm(model, staged, names)
+        data = huggingface_hub.ModelCardData(library_name=library, tags=["fusionpl"])
+        content = f"---\n{data.to_yaml()}\n---\n\n{card or '# ' + folder.parent.name}\n"
+        huggingface_hub.ModelCard(content).save(staged / "README.md")
+        replaced = Path(temporary) / "replaced"
+        if folder.exists():
+            folder.rename(replaced)
+        staged.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def class_names(model: nn.Module) -> tuple[str, ...] | None:
+    """The names of the model's classes, or None if it does not know them.
+
+    transformers fills in `LABEL_0`, `LABEL_1`, ... where a model was given no names: that counts as not knowing.
+    """
+    if isinstance(model, transformers.PreTrainedModel):
+        labels: dict[int, str] = model.config.id2label or {}
+        names = tuple(labels[index] for index in sorted(labels))
+        return None if all(name == f"LABEL_{index}" for index, name in enumerate(names)) else names
+    labels_of: Any = getattr(model, "pretrained_cfg", {}).get("label_names")
+    return tuple(str(name) for name in labels_of) if labels_of else None
+
+
+_remembered = class_names  # the keyword of save_model hides the function
+
+
+def _save_timm(model: nn.Module, folder: Path, names: tuple[str, ...] | None) -> None:
+    if "architecture" not in getattr(model, "pretrained_cfg", {}):
+        raise FusionError(
+            f"cannot save a {type(model).__name__}: only models made by timm.create_model or of transformers"
+            " remember how to be built again"
+        )
+    timm.models.save_for_hf(
+        model, str(folder), model_config={"label_names": list(names)} if names else None, safe_serialization=True
+    )

@@ -1,0 +1,20 @@
+"""Training with Lightning: the module, the loggers, and `fit`, which the commands share."""
+
+from fusionpl.training.dashboard import log_report
+from fusionpl.training.fit import FitResult, build_trainer, fit
+from fusionpl.training.fusion_callback import OTFusion
+from fusionpl.training.loggers import LoggerName, finish_loggers, make_loggers
+from fusionpl.training.module import ClassificationModule, OptimConfig
+
+__all__ = [
+    "ClassificationModule",
+    "FitResult",
+    "LoggerName",
+    "OTFusion",
+    "OptimConfig",
+    "build_trainer",
+    "finish_loggers",
+    "fit",
+    "log_report",
+    "make_loggers",
+]

@@ -1,0 +1,153 @@
+"""Training a model to its best checkpoint: what the train and the finetune command share."""
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.trainer.states import TrainerStatus
+from torch import nn
+
+from fusionpl.datamodules import ImageDataModule
+from fusionpl.errors import FusionError
+from fusionpl.training.callbacks import RunProgress, SeedEpochs
+from fusionpl.training.module import ClassificationModule, OptimConfig
+
+MONITOR = "val/accuracy"
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a training run ended with.
+
+    Args:
+        model: the given model with the weights of the best epoch, on the CPU, in evaluation mode.
+        accuracy: its accuracy on the test split, 0..1.
+        loss: its mean cross-entropy on the test split.
+        best_epoch: the epoch (from 1) with the best validation accuracy.
+        epochs: epochs trained.
+        seconds: wall time of the training, over all parts of a resumed run.
+    """
+
+    model: nn.Module
+    accuracy: float
+    loss: float
+    best_epoch: int
+    epochs: int
+    seconds: float
+
+
+def fit(
+    model: nn.Module,
+    data: ImageDataModule,
+    optim: OptimConfig,
+    trainer_args: dict[str, Any],
+    folder: Path,
+    *,
+    seed: int,
+    loggers: Sequence[Logger] = (),
+    callbacks: Sequence[Callback] = (),
+    resume: bool = False,
+) -> FitResult:
+    """Trains `model` in place, keeps the weights of the best epoch and tests them.
+
+    It may be called several times in one process, under DDP too: every rank must make the same calls.
+
+    Args:
+        model: a timm or transformers classifier.
+        data: where batches come from.
+        optim: the optimiser's settings.
+        trainer_args: arguments of Lightning's Trainer, `max_epochs` among them.
+        folder: `checkpoints/best.ckpt` and `checkpoints/last.ckpt` are kept in it; last.ckpt is written at the end
+            of every epoch.
+        seed: decides augmentation and dropout; `data` has its own for the order.
+        loggers: see `make_loggers`.
+        callbacks: more of Lightning's callbacks.
+        resume: continue from last.ckpt; the run ends with the numbers an uninterrupted one would have had.
+
+    Raises:
+        FusionError: the loss is not finite, or there is nothing to resume, or it is damaged.
+        KeyboardInterrupt: the user stopped it; last.ckpt holds every finished epoch.
+    """
+    last, best = folder / "checkpoints" / "last.ckpt", folder / "checkpoints" / "best.ckpt"
+    if resume:
+        read_checkpoint(last)
+    module = ClassificationModule(model, optim, data.num_classes)
+    timer = Timer(verbose=False)
+    trainer = build_trainer(folder, trainer_args, loggers, [SeedEpochs(seed), timer, *callbacks])
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=last if resume else None, weights_only=True)
+    except SystemExit as stop:
+        if trainer.state.status != TrainerStatus.INTERRUPTED:
+            raise
+        # Lightning turned the interrupt into an exit with code 1, and ignores further ones
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise KeyboardInterrupt from stop
+    best_epoch = trainer.current_epoch
+    if trainer.checkpoint_callback is not None:  # there is none in a fast_dev_run
+        checkpoint = read_checkpoint(best)
+        module.load_state_dict(checkpoint["state_dict"])
+        best_epoch = checkpoint["epoch"] + 1
+    figures = trainer.test(module, datamodule=data, verbose=False)[0]
+    return FitResult(
+        model=model.cpu().eval(),
+        accuracy=figures["test/accuracy"],
+        loss=figures["test/loss"],
+        best_epoch=best_epoch,
+        epochs=trainer.current_epoch,
+        seconds=timer.time_elapsed("train"),
+    )
+
+
+def build_trainer(
+    folder: Path, args: dict[str, Any], loggers: Sequence[Logger] = (), callbacks: Sequence[Callback] = ()
+) -> L.Trainer:
+    """A Trainer with the best (by validation accuracy) and the last checkpoint in `folder`/checkpoints.
+
+    Args:
+        folder: the run folder.
+        args: further arguments of the Trainer.
+        loggers: where figures go.
+        callbacks: run before the checkpoints are written, so that these hold their state.
+    """
+    args = {"num_sanity_val_steps": 0, "enable_model_summary": False} | args
+    always: dict[str, Any] = {
+        "dirpath": folder / "checkpoints",
+        "save_on_train_epoch_end": True,
+        "enable_version_counter": False,
+        "auto_insert_metric_name": False,
+    }
+    # the best first: the last must hold what the best was
+    kept: list[Callback] = [
+        ModelCheckpoint(filename="best", monitor=MONITOR, mode="max", **always),
+        ModelCheckpoint(filename="last", **always),
+    ]
+    bar: list[Callback] = [RunProgress()] if args.get("enable_progress_bar", True) is not False else []
+    return L.Trainer(
+        default_root_dir=folder,
+        logger=list(loggers) or False,
+        callbacks=[*bar, *callbacks, *kept],
+        use_distributed_sampler=False,
+        **args,
+    )
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a Lightning checkpoint, tensors and plain values only.
+
+    Raises:
+        FusionError: it is not there or it is damaged.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise FusionError(f"there is no {path}: no epoch was finished, so start without --resume") from error
+    except Exception as error:  # zip, pickle and torch each have their own for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FusionError(f"{path} is truncated or damaged ({reason}); start again with --overwrite") from error
+    return checkpoint

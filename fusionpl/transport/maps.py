@@ -1,0 +1,69 @@
+"""TransportMap: a transport plan between the units of two networks, how it was found, and its two views."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Scaling = Literal["two_sided", "source"]
+
+_TINY = 1e-300
+
+
+@dataclass(frozen=True)
+class TransportMap:
+    """How the units of a parent become the units of the anchor along one axis.
+
+    Attributes:
+        plan: [n_parent, n_anchor], float64. A coupling of total mass 1, or an orthogonal matrix.
+        solver: what found it, e.g. `emd`, `sinkhorn`, `permutation`, `join`.
+        scaling: `two_sided` normalises each view by its own marginal; `source` multiplies both by n_parent, as the
+            paper's released code does (the two agree for equal widths); `orthogonal` uses the plan as it is.
+        cost: <plan, ground metric>; None for maps that no solver found.
+        iterations, converged, marginal_error: of the solver; the error is the L2 violation of the column marginal.
+    """
+
+    plan: Tensor
+    solver: str
+    scaling: Literal["two_sided", "source", "orthogonal"] = "two_sided"
+    cost: float | None = None
+    iterations: int | None = None
+    converged: bool = True
+    marginal_error: float = 0.0
+
+    @property
+    def to_output(self) -> Tensor:
+        """[n_parent, n_anchor] for a dimension that is written: each anchor unit is a convex combination of the
+        parent's units, so columns sum to 1."""
+        return self._view(dim=0)
+
+    @property
+    def to_input(self) -> Tensor:
+        """[n_parent, n_anchor] for a dimension that is read: each unit of the parent is predicted as a convex
+        combination of the anchor's, so rows sum to 1."""
+        return self._view(dim=1)
+
+    def _view(self, dim: int) -> Tensor:
+        if self.scaling == "orthogonal":
+            return self.plan
+        if self.scaling == "source":
+            return self.plan * self.plan.shape[0]
+        return self.plan / self.plan.sum(dim, keepdim=True).clamp_min(_TINY)
+
+    def block(self, row: slice, column: slice) -> "TransportMap":
+        """The part of the map between some of the parent's units and some of the anchor's."""
+        return TransportMap(self.plan[row, column], self.solver, self.scaling)
+
+
+def permutation(order: Tensor) -> TransportMap:
+    """The hard map that makes anchor unit j from parent unit `order[j]`; `order` is [n], integer."""
+    n = len(order)
+    plan = torch.zeros(n, n, dtype=torch.float64)
+    plan[order, torch.arange(n)] = 1 / n
+    return TransportMap(plan, "permutation")
+
+
+def identity(n: int) -> TransportMap:
+    """The map that moves nothing."""
+    return permutation(torch.arange(n))

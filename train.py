@@ -5,10 +5,6 @@ import sys
 from fusionpl.cli.common import main
 
 if __name__ == "__main__":
-
-    def run(argv: list[str]) -> None:
-        from fusionpl.cli import train
-
-        train.run(argv)
+    from fusionpl.cli.train import run
 
     sys.exit(main(run))

@@ -1,0 +1,35 @@
+"""fusionpl: align independently trained transformers with optimal transport, then average them into one.
+
+model = fusionpl.load_model("runs/vit-digits/seed-1")
+config = fusionpl.load_config("conf/fuse/paper.yaml", {"align.solver": "emd"})
+result = fusionpl.fuse([parent_a, parent_b], calibration, config)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fusionpl.errors import FusionError
+    from fusionpl.fusion import FuseConfig, FusionResult, fuse, load_config
+    from fusionpl.models import load_model
+    from fusionpl.training import OTFusion
+
+__all__ = ["FuseConfig", "FusionError", "FusionResult", "OTFusion", "fuse", "load_config", "load_model"]
+
+_HOMES = {
+    "FuseConfig": "fusionpl.fusion",
+    "FusionError": "fusionpl.errors",
+    "FusionResult": "fusionpl.fusion",
+    "OTFusion": "fusionpl.training",
+    "fuse": "fusionpl.fusion",
+    "load_config": "fusionpl.fusion",
+    "load_model": "fusionpl.models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # The libraries below take seconds to import: only what is used is loaded.
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'fusionpl' has no attribute '{name}'")

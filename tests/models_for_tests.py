@@ -35,7 +35,13 @@ def timm_vit(
     if head_dim is not None:
         options["attn_layer"] = partial(Attention, attn_head_dim=head_dim)
     model = VisionTransformer(
-        img_size=SIZE, patch_size=4, in_chans=CHANNELS, embed_dim=width, num_heads=heads, mlp_ratio=mlp / width, **options
+        img_size=SIZE,
+        patch_size=4,
+        in_chans=CHANNELS,
+        embed_dim=width,
+        num_heads=heads,
+        mlp_ratio=mlp / width,
+        **options,
     )
     return redrawn(model, seed)
 

@@ -16,7 +16,16 @@ from torch import nn
 from tqdm import tqdm
 
 from fusionpl.calibration import logits
-from fusionpl.cli.common import CONF, add_trainer_options, check_output, parse, quiet, staged
+from fusionpl.cli.common import (
+    CONF,
+    add_trainer_options,
+    check_output,
+    new_parser,
+    parse,
+    quiet,
+    settings_of,
+    staged,
+)
 from fusionpl.datamodules import DataConfig, ImageDataModule
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import Curve, Report, Row, evaluate, evaluate_ensemble, flops, interpolation, parameters
@@ -40,15 +49,18 @@ PROOF_TOLERANCE = 1e-3
 
 def run(argv: Sequence[str]) -> None:
     """The command; see `--help`."""
-    args = _arguments(argv)
     quiet()
     started = time.monotonic()
-    config = FuseConfig(**{field.name: args[field.name] for field in fields(FuseConfig)})
+    parser = build_parser()
+    args = _arguments(parser, argv)
+    settings = {key: value for key, value in settings_of(parser, args).items() if key not in ("check", "dry_run")}
+    chosen = parser.instantiate(args)
+    config = FuseConfig(**{field.name: chosen[field.name] for field in fields(FuseConfig)})
     parents = _parents(args.parents)
     names, models = list(parents), list(parents.values())
     bindings = check_parents(models, names)
     anchor = resolve_anchor(config, len(models))
-    data = ImageDataModule(args.data)
+    data = ImageDataModule(chosen.data)
     if args.dry_run:
         print(plan(bindings, anchor, config, names))
         return
@@ -60,54 +72,55 @@ def run(argv: Sequence[str]) -> None:
     family = bindings[anchor].family.name
     print(f"parents: {', '.join(names)} ({family}, {bindings[anchor].depth} blocks); anchor: {names[anchor]}")
     fusion = OTFusion(models, config, names=names, progress=_progress)
-    trainer = L.Trainer(callbacks=[fusion], logger=False, enable_progress_bar=False, **args.trainer)
+    trainer = L.Trainer(
+        callbacks=[fusion], **(args.trainer.as_dict() | {"logger": False, "enable_progress_bar": False})
+    )
     module = ClassificationModule(copy.deepcopy(models[anchor]), OptimConfig(), data.num_classes)
     trainer.test(module, datamodule=data, verbose=False)
     if not trainer.is_global_zero:
         return
     assert fusion.result is not None
     result = fusion.result
-    report = _report(parents, anchor, result, data, trainer.strategy.root_device, _settings(args))
+    report = _report(parents, anchor, result, data, trainer.strategy.root_device, settings)
     with staged(output, args.overwrite) as folder:
         result.save(folder, card=_card(report, names))
-        (folder / "config.yaml").write_text(yaml.safe_dump(_settings(args), sort_keys=False))
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         report.save(folder / "report")
-        loggers = make_loggers(args.logger, folder, name=f"fuse {output.name}", config=_settings(args))
-        log_report(loggers, report, folder, parents=args.parents)
-        finish_loggers(loggers)
     for line in result.warnings:
         print(f"warning: {line}")
     print(f"\n{report.table()}\n")
+    loggers = make_loggers(args.logger, output, name=f"fuse {output.name}", config=settings)
+    log_report(loggers, report, output, parents=args.parents)
+    finish_loggers(loggers)
     print(f"{output}: model/, report/report.md, maps.safetensors; {time.monotonic() - started:.0f} s")
     print(f"next: python finetune.py --model {output}")
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="fuse.py", description="Align parents with optimal transport and average them.")
-    parser.add_argument("--config", action="config", help="a preset: conf/fuse/default.yaml, conf/fuse/paper.yaml")
+def build_parser() -> ArgumentParser:
+    """The options of fuse.py."""
+    parser = new_parser(f"Aligns parents and averages them. Without --config the preset {PRESET.name} is used.")
     parser.add_argument("--parents", nargs="+", type=str, default=[], help="run folders, model folders or hub ids")
-    parser.add_argument("--output", type=str | None, default=None, help="where the fused model goes")
+    parser.add_argument("--output", type=str | None, help="where the fused model goes")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
-    parser.add_argument("--logger", type=LoggerName, default="wandb", help="CSV is always written")
-    parser.add_argument("--check", action="store_true", help="prove the family on the parents, fuse nothing")
-    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="show what would be done")
+    parser.add_argument("--logger", type=LoggerName, default="wandb", help="metrics.csv is always written")
+    parser.add_argument("--check", action="store_true", help="prove the family on the parents; fuse nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print axes, sizes, maps and joins; fuse nothing")
     parser.add_class_arguments(FuseConfig)
-    parser.add_class_arguments(DataConfig, "data", instantiate=False)
+    parser.add_class_arguments(DataConfig, "data")
     add_trainer_options(parser)
     return parser
 
 
-def _arguments(argv: Sequence[str]) -> Namespace:
+def _arguments(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     """Parses twice: the data set is the parents' own unless the command line names another."""
-    parser = _parser()
     parents = parse(parser, argv, PRESET).parents
     if len(parents) < 2:
         raise FusionError(f"fusion needs at least two parents, not {len(parents)}: --parents RUN_A RUN_B")
     run = next((path for path in map(Path, parents) if (path / "config.yaml").is_file()), None)
     if run is not None:
-        data = yaml.safe_load((run / "config.yaml").read_text()).get("data", {})
+        data = (yaml.safe_load((run / "config.yaml").read_text()) or {}).get("data", {})
         parser.set_defaults({f"data.{key}": value for key, value in data.items()})
-    return parser.instantiate_classes(parse(parser, argv, PRESET))
+    return parse(parser, argv, PRESET)
 
 
 def _parents(paths: Sequence[str]) -> dict[str, nn.Module]:
@@ -187,14 +200,6 @@ def _shown_maps(result: FusionResult) -> Iterator[tuple[str, torch.Tensor]]:
     for name in names:
         if name in result.maps:
             yield name, result.maps[name].plan
-
-
-def _settings(args: Namespace) -> dict[str, Any]:
-    """Everything that decides the result, as plain values: `--config` takes it back."""
-    parser = _parser()
-    skipped = {"config", "output", "overwrite", "check", "dry_run", "logger"}
-    values = yaml.safe_load(parser.dump(parser.strip_meta(args) if hasattr(parser, "strip_meta") else args))
-    return {key: value for key, value in values.items() if key not in skipped}
 
 
 def _card(report: Report, names: Sequence[str]) -> str:

@@ -41,7 +41,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--output", type=str | None, help="another folder for the run")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is there")
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
-    parser.add_argument("--logger", type=LoggerName, default="csv", help="metrics.csv is always written")
+    parser.add_argument("--logger", type=LoggerName, default="wandb", help="metrics.csv is always written")
     parser.add_class_arguments(ModelConfig, "model")
     parser.add_class_arguments(DataConfig, "data")
     parser.add_class_arguments(OptimConfig, "optim")

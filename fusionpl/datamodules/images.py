@@ -73,7 +73,7 @@ class ImageSet(Dataset[dict[str, Tensor]]):
 
 
 class ShareSampler(DistributedSampler[Any]):
-    """This rank's share in order. DistributedSampler repeats samples to even the shares out, which falsifies metrics."""
+    """This rank's share in order. DistributedSampler repeats samples to make shares equal, which falsifies metrics."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
@@ -158,8 +158,12 @@ class ImageDataModule(L.LightningDataModule):
         config, labels = self.config, self._source.labels
         if "train" not in labels:
             raise FusionError(f"the data set '{config.path}' has no train split; it has {', '.join(labels)}")
-        whole = {split: (split, np.arange(len(values))) for split, values in labels.items()}
-        parts = {split: whole[split] for split in ("validation", "test") if split in whole}
+        whole: dict[str, tuple[str, Indices]] = {
+            split: (split, np.arange(len(values))) for split, values in labels.items()
+        }
+        parts: dict[str, tuple[str, Indices]] = {
+            split: whole[split] for split in ("validation", "test") if split in whole
+        }
         if "test" not in parts:
             if "validation" not in parts:
                 raise FusionError(f"the data set '{config.path}' has no test split; it has {', '.join(labels)}")
@@ -240,6 +244,6 @@ def _carve(indices: Indices, size: int, labels: Indices, key: str) -> tuple[Indi
     return rest, taken
 
 
-def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_it_is(batch: Any) -> Any:
     """The data set has made a batch already."""
     return batch

@@ -85,7 +85,9 @@ def hub_or_folder(path: str, size: int, channels: int) -> Source:
     names = getattr(features[label], "names", None)
     if names is None:
         names = [str(index) for index in range(max(int(values.max()) for values in labels.values()) + 1)]
-    images = {split: rows.select_columns([image]).cast_column(image, datasets.Image()) for split, rows in splits.items()}
+    images = {
+        split: rows.select_columns([image]).cast_column(image, datasets.Image()) for split, rows in splits.items()
+    }
 
     def decode(split: str, indices: Indices) -> Tensor:
         pixels = torch.empty(len(indices), channels, size, size, dtype=torch.uint8)

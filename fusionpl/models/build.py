@@ -34,9 +34,7 @@ class ModelConfig:
     initializer_range: float | None = None
 
 
-def build_model(
-    config: ModelConfig, *, num_classes: int, class_names: tuple[str, ...] | None = None
-) -> nn.Module:
+def build_model(config: ModelConfig, *, num_classes: int, class_names: tuple[str, ...] | None = None) -> nn.Module:
     """Builds a randomly initialised model; the global RNG decides its weights.
 
     Args:
@@ -91,7 +89,7 @@ def transformers_class(name: str) -> type[transformers.PreTrainedModel]:
     if not (inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel)):
         hint = nearest(name, (known for known in dir(transformers) if "For" in known))
         raise FusionError(f"transformers has no model class '{name}'{hint}")
-    return cast(type[transformers.PreTrainedModel], found)
+    return found
 
 
 def _build_timm(config: ModelConfig, num_classes: int, class_names: tuple[str, ...] | None) -> nn.Module:
@@ -108,18 +106,17 @@ def _build_timm(config: ModelConfig, num_classes: int, class_names: tuple[str, .
     return cast(nn.Module, model)
 
 
-def _build_transformers(
-    config: ModelConfig, num_classes: int, class_names: tuple[str, ...] | None
-) -> nn.Module:
+def _build_transformers(config: ModelConfig, num_classes: int, class_names: tuple[str, ...] | None) -> nn.Module:
     cls = transformers_class(config.architecture)
-    settings = cls.config_class(**config.args, num_labels=num_classes)
-    unknown = set(config.args) - set(cls.config_class().to_dict()) - set(settings.attribute_map)
+    config_class: Any = cls.config_class
+    known = config_class().to_dict()
+    settings = config_class(**config.args, num_labels=num_classes)
+    unknown = config.args.keys() - known.keys() - settings.attribute_map.keys()
     if unknown:
         name = sorted(unknown)[0]
-        hint = nearest(name, cls.config_class().to_dict())
-        raise FusionError(f"{cls.config_class.__name__} has no argument '{name}'{hint}")
+        hint = nearest(name, known)
+        raise FusionError(f"{config_class.__name__} has no argument '{name}'{hint}")
     if class_names is not None:
         settings.id2label = dict(enumerate(class_names))
         settings.label2id = {name: index for index, name in enumerate(class_names)}
     return cls(settings)
-

@@ -8,7 +8,6 @@ from typing import Any, cast
 import huggingface_hub
 import safetensors.torch
 import timm
-import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -99,7 +98,7 @@ def _state(folder: Path) -> dict[str, Tensor]:
 def _load_timm(folder: Path, config: dict[str, Any]) -> nn.Module:
     state = _state(folder)
     try:
-        model = cast(nn.Module, timm.create_model(f"local-dir:{folder}"))
+        model: nn.Module = timm.create_model(f"local-dir:{folder}")
     except Exception as error:  # whatever a broken config makes a constructor raise
         raise FusionError(f"{folder}/config.json: timm cannot build {config['architecture']}: {error}") from error
     wanted = model.state_dict()
@@ -115,7 +114,7 @@ def _load_timm(folder: Path, config: dict[str, Any]) -> nn.Module:
 
 
 def _load_transformers(folder: Path, config: dict[str, Any]) -> nn.Module:
-    cls = transformers_class(config["architectures"][0])
+    cls: Any = transformers_class(config["architectures"][0])
     _state(folder)
     try:
         with quiet_transformers():
@@ -136,6 +135,4 @@ def _load_transformers(folder: Path, config: dict[str, Any]) -> nn.Module:
 
 
 def _misfit(folder: Path, name: str, held: Any, wanted: Any) -> FusionError:
-    return FusionError(
-        f"{folder}/model.safetensors: {name} is {tuple(held)}, but by config.json it is {tuple(wanted)}"
-    )
+    return FusionError(f"{folder}/model.safetensors: {name} is {tuple(held)}, but by config.json it is {tuple(wanted)}")

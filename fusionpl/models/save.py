@@ -62,7 +62,7 @@ def class_names(model: nn.Module) -> tuple[str, ...] | None:
     transformers fills in `LABEL_0`, `LABEL_1`, ... where a model was given no names: that counts as not knowing.
     """
     if isinstance(model, transformers.PreTrainedModel):
-        labels: dict[int, str] = model.config.id2label or {}
+        labels: dict[Any, str] = model.config.id2label or {}
         names = tuple(labels[index] for index in sorted(labels))
         return None if all(name == f"LABEL_{index}" for index, name in enumerate(names)) else names
     labels_of: Any = getattr(model, "pretrained_cfg", {}).get("label_names")

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -111,11 +112,15 @@ def build_trainer(
 
     Args:
         folder: the run folder.
-        args: further arguments of the Trainer.
+        args: further arguments of the Trainer; None leaves Lightning's default.
         loggers: where figures go.
         callbacks: run before the checkpoints are written, so that these hold their state.
+
+    Raises:
+        FusionError: the Trainer refuses an argument, such as an accelerator this machine lacks.
     """
-    args = {"num_sanity_val_steps": 0, "enable_model_summary": False} | args
+    given = {key: value for key, value in args.items() if value is not None}
+    args = {"num_sanity_val_steps": 0, "enable_model_summary": False} | given
     always: dict[str, Any] = {
         "dirpath": folder / "checkpoints",
         "save_on_train_epoch_end": True,
@@ -127,14 +132,17 @@ def build_trainer(
         ModelCheckpoint(filename="best", monitor=MONITOR, mode="max", **always),
         ModelCheckpoint(filename="last", **always),
     ]
-    bar: list[Callback] = [RunProgress()] if args.get("enable_progress_bar", True) is not False else []
-    return L.Trainer(
-        default_root_dir=folder,
-        logger=list(loggers) or False,
-        callbacks=[*bar, *callbacks, *kept],
-        use_distributed_sampler=False,
-        **args,
-    )
+    bar: list[Callback] = [RunProgress()] if args.get("enable_progress_bar", True) else []
+    try:
+        return L.Trainer(
+            default_root_dir=folder,
+            logger=list(loggers) or False,
+            callbacks=[*bar, *callbacks, *kept],
+            use_distributed_sampler=False,
+            **args,
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        raise FusionError(f"Lightning's Trainer refuses its options: {error}") from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Training a classifier of either library as a LightningModule."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]  # timm marks no exports
 from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import Metric
@@ -92,7 +92,7 @@ class ClassificationModule(L.LightningModule):
         labels = batch["labels"]
         output = self(batch)
         loss = functional.cross_entropy(output, labels, label_smoothing=label_smoothing)
-        accuracy = self.accuracies[f"{stage}_accuracy"]
+        accuracy = cast(Metric, self.accuracies[f"{stage}_accuracy"])
         accuracy(output, labels)
         settings: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(labels)}
         self.log(f"{stage}/loss", loss, sync_dist=True, **settings)

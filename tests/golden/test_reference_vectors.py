@@ -4,8 +4,8 @@ import functools
 
 import pytest
 import torch
-from benchmarks.reference_vectors import Difference, Vector, axis_of, compare, fuse_config, oracle_folder, vectors
 
+from benchmarks.reference_vectors import Difference, Vector, compare, oracle_folder, vectors
 from fusionpl.errors import FusionError
 
 FOUND = vectors(oracle_folder())
@@ -21,11 +21,12 @@ def difference(name: str) -> Difference:
 
 @pytest.fixture(params=FOUND, ids=lambda vector: vector.name)
 def vector(request: pytest.FixtureRequest) -> Vector:
+    found: Vector = request.param
     try:
-        request.param.config
+        found.config  # noqa: B018
     except FusionError as error:
         pytest.skip(str(error))
-    return request.param
+    return found
 
 
 def test_fused_weights_agree(vector: Vector) -> None:

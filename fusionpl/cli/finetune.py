@@ -1,0 +1,174 @@
+"""`python finetune.py --model runs/vit-digits/fused`: finetunes a model and, beside it, what it is compared with."""
+
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt
+from torch import nn
+
+from fusionpl.cli.common import (
+    CONF,
+    add_trainer_options,
+    is_main_process,
+    new_parser,
+    parse,
+    quiet,
+    run_folder,
+    settings_of,
+)
+from fusionpl.datamodules import DataConfig, ImageDataModule
+from fusionpl.errors import FusionError
+from fusionpl.evaluation import Report, Row, flops, parameters
+from fusionpl.fusion import mixing_weights, vanilla
+from fusionpl.models import load_model, save_model
+from fusionpl.training import LoggerName, OptimConfig, finish_loggers, fit, log_report, make_loggers
+
+PRESET = CONF / "finetune" / "default.yaml"
+DONE = "metrics.json"
+
+
+def build_parser() -> ArgumentParser:
+    """The options of finetune.py."""
+    parser = new_parser(f"Finetunes a model. Without --config the preset {PRESET.name} is used.")
+    parser.add_argument("--model", type=str | None, help="a fused model, or any run folder, model folder or hub id")
+    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="decides data order and augmentation")
+    parser.add_argument("--baselines", type=bool, default=True, help="finetune best parent and vanilla average too")
+    parser.add_argument("--output", type=str | None, help="where the finetuned model goes")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    parser.add_argument("--resume", action="store_true", help="continue a finetuning that was stopped")
+    parser.add_argument("--logger", type=LoggerName, default="wandb", help="metrics.csv is always written")
+    parser.add_class_arguments(DataConfig, "data")
+    parser.add_class_arguments(OptimConfig, "optim")
+    add_trainer_options(parser)
+    return parser
+
+
+def run(argv: Sequence[str]) -> None:
+    """Finetunes, from `argv` to the exported models and the longer report.
+
+    Raises:
+        FusionError: a user's mistake.
+        KeyboardInterrupt: the user stopped it; the message says how to continue.
+    """
+    quiet()
+    parser = build_parser()
+    model = parse(parser, argv, PRESET).model
+    if model is None:
+        raise FusionError("which model? give --model, for example --model runs/vit-digits/fused")
+    source = Path(model)
+    origin = _settings_in(source)
+    parser.set_defaults({f"data.{key}": value for key, value in origin.get("data", {}).items()})
+    options = parse(parser, argv, PRESET)
+    folder = Path(options.output or source.with_name(f"{source.name}-finetuned"))
+    candidates = _candidates(source, origin, options.baselines)
+    started = time.monotonic()
+    try:
+        if options.resume:
+            if not (folder / "config.yaml").is_file():
+                raise FusionError(f"there is no finetuning to resume in {folder}; start one without --resume")
+            rows = _finetune_all(parser, options, candidates, folder)
+        else:
+            with run_folder(folder, options.overwrite, keep="checkpoints/last.ckpt"):
+                rows = _finetune_all(parser, options, candidates, folder)
+    except KeyboardInterrupt as stop:
+        words = [word for word in argv if word not in ("--resume", "--overwrite")]
+        raise KeyboardInterrupt(f"continue with: python finetune.py {shlex.join([*words, '--resume'])}") from stop
+    if is_main_process():
+        _finish(source, origin, options, rows, folder, settings_of(parser, options))
+        print(f"{folder}: model/, baselines/; {time.monotonic() - started:.0f} s")
+
+
+def _candidates(source: Path, origin: dict[str, Any], baselines: bool) -> dict[str, nn.Module]:
+    """Report name -> model: the model itself and, for a fused one, its best parent and the vanilla average."""
+    if "parents" not in origin:
+        return {source.name: load_model(source)}
+    candidates = {"fused": load_model(source)}
+    if not baselines:
+        return candidates
+    parents = [load_model(path) for path in origin["parents"]]
+    plain = vanilla(parents, mixing_weights(origin.get("weights"), len(parents)))
+    rows = [row for row in Report.load(source / "report").rows if row.name.startswith("parent ")]
+    best = max(range(len(rows)), key=lambda index: rows[index].accuracy or 0.0)
+    candidates[rows[best].name] = parents[best]
+    return candidates | ({"vanilla": plain} if plain is not None else {})
+
+
+def _finetune_all(
+    parser: ArgumentParser, options: Namespace, candidates: dict[str, nn.Module], folder: Path
+) -> list[Row]:
+    """The same finetuning for every candidate; finished ones are not repeated when a run resumes."""
+    chosen = parser.instantiate(options)
+    if is_main_process():
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings_of(parser, options), sort_keys=False))
+    rows = []
+    for index, (name, model) in enumerate(candidates.items()):
+        place = folder if index == 0 else folder / "baselines" / name.replace("parent ", "")
+        done = place / DONE
+        if not (options.resume and done.is_file()):
+            _finetune(options, chosen, name, model, place)
+        if is_main_process():
+            rows.append(Row(**json.loads(done.read_text())))
+    return rows
+
+
+def _finetune(options: Namespace, chosen: Namespace, name: str, model: nn.Module, place: Path) -> None:
+    if is_main_process():
+        place.mkdir(parents=True, exist_ok=True)
+        print(f"finetuning {name} for {options.trainer.max_epochs} epochs")
+    L.seed_everything(options.seed, workers=True, verbose=False)
+    data = ImageDataModule(chosen.data, options.seed)
+    resume = options.resume and (place / "checkpoints" / "last.ckpt").is_file()
+    loggers = make_loggers(options.logger, place, name=f"finetune {name}", resume=resume)
+    result = fit(
+        model, data, chosen.optim, options.trainer.as_dict(), place, seed=options.seed, loggers=loggers, resume=resume
+    )
+    if is_main_process():
+        row = Row(
+            name,
+            "finetuned",
+            accuracy=result.accuracy,
+            loss=result.loss,
+            parameters=parameters(result.model),
+            flops=flops(result.model, next(iter(data.test_dataloader()))),
+            epochs=result.epochs,
+            seconds=round(result.seconds, 1),
+        )
+        card = (
+            f"# {name}, finetuned from {options.model}\n\ntest accuracy {result.accuracy:.4f}, loss {result.loss:.4f}"
+        )
+        save_model(result.model, place / "model", card=card)
+        (place / DONE).write_text(json.dumps(row.as_dict(), indent=2) + "\n")
+    finish_loggers(loggers)
+
+
+def _finish(
+    source: Path, origin: dict[str, Any], options: Namespace, rows: list[Row], folder: Path, settings: dict[str, Any]
+) -> None:
+    """Adds the rows to the report of the fused model, and prints it."""
+    known = (source / "report" / "report.json").is_file()
+    report = Report.load(source / "report") if known else Report()
+    for row in rows:
+        report.add(row)
+    report.config["finetune"] = settings
+    report.save(source / "report" if known else folder / "report")
+    if known:
+        loggers = make_loggers(options.logger, folder, name=f"report {source.name}", config=report.config, resume=True)
+        log_report(loggers, report, source, parents=origin.get("parents", []))
+        finish_loggers(loggers)
+    print(f"\n{report.table()}\n")
+    parent = _settings_in(Path(origin["parents"][0])) if origin.get("parents") else origin
+    whole = parent.get("trainer", {}).get("max_epochs")
+    if whole and rows[0].epochs:
+        print(f"finetuning took {rows[0].epochs:g} epochs, {100 * rows[0].epochs / whole:.0f} % of a parent's {whole}")
+
+
+def _settings_in(run: Path) -> dict[str, Any]:
+    file = run / "config.yaml"
+    return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}

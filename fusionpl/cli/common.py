@@ -39,6 +39,8 @@ def main(run: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     except FusionError as error:
         print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr)
         return MISTAKE
+    except BrokenPipeError:  # `fuse.py --dry-run | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as stop:
         if is_main_process():
             print("interrupted" + (f"; {stop}" if str(stop) else ""), file=sys.stderr)

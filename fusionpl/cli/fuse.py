@@ -137,7 +137,8 @@ def _default_output(parents: Sequence[str]) -> Path:
 
 
 def _progress(steps: Iterable[Any], label: str) -> Iterable[Any]:
-    return tqdm(steps, desc=label, leave=False, dynamic_ncols=True, disable=None)
+    bar: Iterable[Any] = tqdm(steps, desc=label, leave=False, dynamic_ncols=True, disable=None)
+    return bar
 
 
 def _check(parents: Mapping[str, nn.Module], data: ImageDataModule) -> None:
@@ -182,7 +183,7 @@ def _report(
     return Report(rows, settings, barrier, dict(_shown_maps(result)))
 
 
-def _row(name: str, metrics: Mapping[str, float], models: Sequence[nn.Module], sample: Any) -> Row:
+def _row(name: str, metrics: dict[str, Any], models: Sequence[nn.Module], sample: Any) -> Row:
     return Row(
         name=name,
         parameters=sum(parameters(model) for model in models),

@@ -57,7 +57,8 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
             raise FusionError(f"unknown key {key}{nearest(key, known)}")
         if not _fits(value, known[key]):
             raise FusionError(f"{key}: {value!r} is not {_readable(known[key])}")
-    return _built(FuseConfig, flat)
+    config: FuseConfig = _built(FuseConfig, flat)
+    return config
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -70,7 +71,11 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _types(cls: type, prefix: str = "") -> dict[str, Any]:
     known: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(cls).items():
-        known |= _types(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else {f"{prefix}{name}": kind}
+        known |= (
+            _types(typing.cast(type, kind), f"{prefix}{name}.")
+            if dataclasses.is_dataclass(kind)
+            else {f"{prefix}{name}": kind}
+        )
     return known
 
 

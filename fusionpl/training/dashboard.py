@@ -33,7 +33,7 @@ def log_report(loggers: Sequence[Logger], report: Report, folder: Path, *, paren
 
             columns, rows = report.rows_as_table()
             run = logger.experiment
-            run.log({"report": wandb.Table(columns=columns, data=rows)})
+            run.log({"report": wandb.Table(columns=list(columns), data=list(rows))})
             for picture in sorted((folder / "report").glob("*.png")):
                 run.log({f"report/{picture.stem}": wandb.Image(str(picture))})
             if not run.offline:

@@ -90,7 +90,7 @@ def measured(parents: list[nn.Module], seed: int, runs: Path) -> dict[tuple[str,
 
 def finetuned(model: nn.Module, seed: int, folder: Path) -> float:
     L.seed_everything(seed, verbose=False)
-    data = ImageDataModule(DataConfig(shift=2), seed)
+    data = ImageDataModule(DataConfig(shift=4), seed)
     optim = OptimConfig(lr=5e-4)
     trainer = {"max_epochs": FINETUNE_EPOCHS, "gradient_clip_val": 1.0, "enable_progress_bar": False}
     return fit(model, data, optim, trainer, folder, seed=seed).accuracy

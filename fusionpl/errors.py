@@ -1,7 +1,8 @@
 """What a user can mend: one line that names the thing and the next step."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class FusionError(Exception):
@@ -12,3 +13,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Returns `"; did you mean 'X'?"` for the known name most like `name`, or `""` if none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of settings as dotted keys, the way the command line and messages write them."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -52,11 +52,11 @@ def run(argv: Sequence[str]) -> None:
     quiet()
     started = time.monotonic()
     parser = build_parser()
-    args = _arguments(parser, argv)
+    args = arguments(parser, argv)
     settings = {key: value for key, value in settings_of(parser, args).items() if key not in ("check", "dry_run")}
     chosen = parser.instantiate(args)
-    config = FuseConfig(**{field.name: chosen[field.name] for field in fields(FuseConfig)})
-    parents = _parents(args.parents)
+    config = fuse_config(chosen)
+    parents = load_parents(args.parents)
     names, models = list(parents), list(parents.values())
     bindings = check_parents(models, names)
     anchor = resolve_anchor(config, len(models))
@@ -71,9 +71,9 @@ def run(argv: Sequence[str]) -> None:
     check_output(output, args.overwrite)
     family = bindings[anchor].family.name
     print(f"parents: {', '.join(names)} ({family}, {bindings[anchor].depth} blocks); anchor: {names[anchor]}")
-    fusion = OTFusion(models, config, names=names, progress=_progress)
+    fusion = OTFusion(models, config, names=names, progress=progress_bar)
     trainer = L.Trainer(
-        callbacks=[fusion], **(args.trainer.as_dict() | {"logger": False, "enable_progress_bar": False})
+        callbacks=[fusion], **(args.trainer.as_dict() | {"logger": False, "enableprogress_bar_bar": False})
     )
     module = ClassificationModule(copy.deepcopy(models[anchor]), OptimConfig(), data.num_classes)
     trainer.test(module, datamodule=data, verbose=False)
@@ -111,11 +111,11 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def _arguments(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+def arguments(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     """Parses twice: the data set is the parents' own unless the command line names another."""
     parents = parse(parser, argv, PRESET).parents
     if len(parents) < 2:
-        raise FusionError(f"fusion needs at least two parents, not {len(parents)}: --parents RUN_A RUN_B")
+        raise FusionError(f"fusion needs at least two parents, not {len(parents)}; give --parents RUN_A RUN_B")
     run = next((path for path in map(Path, parents) if (path / "config.yaml").is_file()), None)
     if run is not None:
         data = (yaml.safe_load((run / "config.yaml").read_text()) or {}).get("data", {})
@@ -123,7 +123,12 @@ def _arguments(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     return parse(parser, argv, PRESET)
 
 
-def _parents(paths: Sequence[str]) -> dict[str, nn.Module]:
+def fuse_config(options: Namespace) -> FuseConfig:
+    """The FuseConfig among instantiated options."""
+    return FuseConfig(**{field.name: options[field.name] for field in fields(FuseConfig)})
+
+
+def load_parents(paths: Sequence[str]) -> dict[str, nn.Module]:
     """Loads the parents and gives each the shortest name that tells it from the others."""
     names = [Path(path).name for path in paths]
     if len(set(names)) < len(names):
@@ -136,7 +141,8 @@ def _default_output(parents: Sequence[str]) -> Path:
     return (Path(parents[0]).parent if len(folders) == 1 else Path("runs")) / "fused"
 
 
-def _progress(steps: Iterable[Any], label: str) -> Iterable[Any]:
+def progress_bar(steps: Iterable[Any], label: str) -> Iterable[Any]:
+    """A bar on a terminal, nothing elsewhere."""
     bar: Iterable[Any] = tqdm(steps, desc=label, leave=False, dynamic_ncols=True, disable=None)
     return bar
 
@@ -178,7 +184,7 @@ def _report(
     few = list(islice(data.val_dataloader(), CURVE_BATCHES))
     barrier: dict[str, Curve] = {
         name: interpolation(models[anchor], end.state_dict(), models[anchor].state_dict(), few)
-        for name, end in _progress(sorted(ends.items(), reverse=True), "loss barrier")
+        for name, end in progress_bar(sorted(ends.items(), reverse=True), "loss barrier")
     }
     return Report(rows, settings, barrier, dict(_shown_maps(result)))
 

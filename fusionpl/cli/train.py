@@ -23,7 +23,7 @@ from fusionpl.cli.common import (
     settings_of,
 )
 from fusionpl.datamodules import DataConfig, ImageDataModule
-from fusionpl.errors import FusionError
+from fusionpl.errors import FusionError, flattened
 from fusionpl.models import ModelConfig, build_model, save_model
 from fusionpl.training import FitResult, LoggerName, OptimConfig, finish_loggers, fit, make_loggers
 
@@ -144,20 +144,13 @@ def _check_same(folder: Path, settings: dict[str, Any]) -> None:
     file = folder / "config.yaml"
     if not file.is_file():
         raise FusionError(f"there is no run to resume in {folder} (no config.yaml); start one without --resume")
-    before, now = _flat(yaml.safe_load(file.read_text())), _flat(settings)
+    before, now = flattened(yaml.safe_load(file.read_text())), flattened(settings)
     for key in sorted(before.keys() | now.keys()):
         if key not in MAY_CHANGE and before.get(key) != now.get(key):
             raise FusionError(
                 f"{folder} was started with {key} {before.get(key)}, not {now.get(key)}; give --resume the options"
                 f" of the start, or its --config {file}"
             )
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _how_to_go_on(folder: Path, argv: Sequence[str]) -> str:

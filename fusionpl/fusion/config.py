@@ -12,7 +12,7 @@ import yaml
 
 from fusionpl.alignment import AlignConfig
 from fusionpl.calibration import CalibrationConfig
-from fusionpl.errors import FusionError, nearest
+from fusionpl.errors import FusionError, flattened, nearest
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
             raise FusionError(f"there is no configuration file {path}") from error
         except yaml.YAMLError as error:
             raise FusionError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    flat = _flat(tree) | dict(overrides or {})
+    flat = flattened(tree) | dict(overrides or {})
     known = _types(FuseConfig)
     for key, value in flat.items():
         if key not in known:
@@ -59,13 +59,6 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
             raise FusionError(f"{key}: {value!r} is not {_readable(known[key])}")
     config: FuseConfig = _built(FuseConfig, flat)
     return config
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _types(cls: type, prefix: str = "") -> dict[str, Any]:

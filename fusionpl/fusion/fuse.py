@@ -106,9 +106,28 @@ def fuse(
     names = list(names or (f"parent {index}" for index in range(len(parents))))
     bindings = check_parents(parents, names)
     anchor = resolve_anchor(config, len(parents))
-    weights = mixing_weights(config.weights, len(parents))
+    mixing_weights(config.weights, len(parents))  # a mistake here should not cost a calibration
     keys = evidence_keys(bindings[anchor], config.align)
     moments = calibrate(parents, bindings, anchor, calibration, keys, config.calibration, progress)
+    return combine(parents, bindings, names, moments, config)
+
+
+def combine(
+    parents: Sequence[nn.Module],
+    bindings: Sequence[Binding],
+    names: Sequence[str],
+    moments: Sequence[Mapping[Key, Moments]],
+    config: FuseConfig,
+) -> FusionResult:
+    """The part of `fuse` after calibration: aligns, applies and averages.
+
+    Args:
+        parents, bindings, names: as `check_parents` takes and returns them.
+        moments: of every parent with the anchor, for at least the keys that `evidence_keys` asks for.
+        config: see FuseConfig; what it says about collecting activations has happened.
+    """
+    anchor = resolve_anchor(config, len(parents))
+    weights = mixing_weights(config.weights, len(parents))
     alignments = align_all(parents, bindings, anchor, moments, config)
     aligned = [
         aligned_state(parent, binding, parents[anchor], bindings[anchor], found.maps, found.joint)
@@ -116,8 +135,7 @@ def fuse(
         else own_state(parent)
         for parent, binding, found in zip(parents, bindings, alignments, strict=True)
     ]
-    kept = anchor_only(bindings[anchor], config.align)
-    state = average(aligned, weights, kept, anchor)
+    state = average(aligned, weights, anchor_only(bindings[anchor], config.align), anchor)
     model = load_parameters(copy.deepcopy(parents[anchor]), state).eval()
     return FusionResult(model, alignments, aligned, config, _unconverged(alignments, names))
 

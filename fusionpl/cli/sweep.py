@@ -1,0 +1,117 @@
+"""`python -m fusionpl.cli.sweep --parents A B --sweep align.residual=average,skip`: a grid of fusions, one table.
+
+All cells that look at the same tokens of the same samples share one calibration pass.
+"""
+
+import csv
+import itertools
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fusionpl.alignment import evidence_keys
+from fusionpl.calibration import calibrate
+from fusionpl.cli.common import check_output, main, quiet, settings_of, staged
+from fusionpl.cli.fuse import arguments, build_parser, fuse_config, load_parents, progress_bar
+from fusionpl.datamodules import ImageDataModule
+from fusionpl.errors import FusionError, flattened
+from fusionpl.evaluation import Report, Row, evaluate
+from fusionpl.fusion import FuseConfig, check_parents, combine, load_config, resolve_anchor
+from fusionpl.training import finish_loggers, log_report, make_loggers
+
+Cell = dict[str, Any]
+
+
+def run(argv: Sequence[str]) -> None:
+    """The command: every combination of the swept values, evaluated on the test split.
+
+    Raises:
+        FusionError: a user's mistake.
+    """
+    quiet()
+    parser = build_parser()
+    parser.add_argument("--sweep", nargs="+", type=str, default=[], help="KEY=VALUE,VALUE,... of fuse options")
+    args = arguments(parser, argv)
+    settings = {key: value for key, value in settings_of(parser, args).items() if key not in ("check", "dry_run")}
+    chosen = parser.instantiate(args)
+    base = asdict(fuse_config(chosen))
+    cells = grid(args.sweep)
+    configs = {label(cell): load_config(None, {**flattened(base), **cell}) for cell in cells}
+    output = Path(args.output or Path(args.parents[0]).parent / "sweep")
+    check_output(output, args.overwrite)
+    parents = load_parents(args.parents)
+    models, names = list(parents.values()), list(parents)
+    bindings = check_parents(models, names)
+    data = ImageDataModule(chosen.data)
+    test = list(data.test_dataloader())
+    report = Report(config=settings)
+    for name, model in parents.items():
+        report.add(Row(f"parent {name}", **_scores(evaluate(model, test))))
+    for group in passes(configs, len(models)):
+        first = next(iter(group.values()))
+        anchor = resolve_anchor(first, len(models))
+        keys = list(dict.fromkeys(key for one in group.values() for key in evidence_keys(bindings[anchor], one.align)))
+        moments = calibrate(
+            models, bindings, anchor, data.calibration_dataloader(), keys, first.calibration, progress_bar
+        )
+        for name, config in progress_bar(group.items(), f"sweep, {len(configs)} cells"):
+            started = time.monotonic()
+            result = combine(models, bindings, names, moments, config)
+            seconds = round(time.monotonic() - started, 2)
+            report.add(Row(name, **_scores(evaluate(result.model, test)), seconds=seconds))
+    with staged(output, args.overwrite) as folder:
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        report.save(folder / "report")
+        columns, rows = report.rows_as_table()
+        with (folder / "sweep.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([columns, *rows])
+    print(report.table())
+    loggers = make_loggers(args.logger, output, name=f"sweep {output.name}", config=settings)
+    log_report(loggers, report, output)
+    finish_loggers(loggers)
+    print(f"\n{output}: sweep.csv, report/report.md, report/bars.png")
+
+
+def grid(sweeps: Sequence[str]) -> list[Cell]:
+    """Every combination of `KEY=v1,v2` strings; values are read as YAML.
+
+    Raises:
+        FusionError: a string without a key or values.
+    """
+    if not sweeps:
+        raise FusionError("nothing to sweep; give --sweep KEY=V1,V2, for example --sweep align.reg=0.02,0.08")
+    axes = []
+    for sweep in sweeps:
+        key, equals, values = sweep.partition("=")
+        if not (key and equals and values):
+            raise FusionError(f"--sweep '{sweep}': write KEY=V1,V2, for example align.reg=0.02,0.08")
+        axes.append([(key, yaml.safe_load(value)) for value in values.split(",")])
+    return [dict(combination) for combination in itertools.product(*axes)]
+
+
+def label(cell: Cell) -> str:
+    """`residual=skip reg=0.02`: the cell's name in tables."""
+    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in cell.items())
+
+
+def passes(configs: Mapping[str, FuseConfig], count: int) -> list[dict[str, FuseConfig]]:
+    """Groups cells that one calibration pass can serve: same anchor, samples and tokens."""
+    groups: dict[tuple[Any, ...], dict[str, FuseConfig]] = defaultdict(dict)
+    for name, config in configs.items():
+        anchor = resolve_anchor(config, count)
+        groups[anchor, config.calibration.samples, config.calibration.tokens][name] = config
+    return list(groups.values())
+
+
+def _scores(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {key: metrics[key] for key in ("accuracy", "loss", "perplexity") if key in metrics}
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))

@@ -73,7 +73,7 @@ def run(argv: Sequence[str]) -> None:
     print(f"parents: {', '.join(names)} ({family}, {bindings[anchor].depth} blocks); anchor: {names[anchor]}")
     fusion = OTFusion(models, config, names=names, progress=progress_bar)
     trainer = L.Trainer(
-        callbacks=[fusion], **(args.trainer.as_dict() | {"logger": False, "enableprogress_bar_bar": False})
+        callbacks=[fusion], **(args.trainer.as_dict() | {"logger": False, "enable_progress_bar": False})
     )
     module = ClassificationModule(copy.deepcopy(models[anchor]), OptimConfig(), data.num_classes)
     trainer.test(module, datamodule=data, verbose=False)

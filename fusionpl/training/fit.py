@@ -78,7 +78,7 @@ def fit(
     last, best = folder / "checkpoints" / "last.ckpt", folder / "checkpoints" / "best.ckpt"
     if resume:
         read_checkpoint(last)
-    module = ClassificationModule(model, optim, data.num_classes)
+    module = ClassificationModule(model.train(), optim, data.num_classes)
     timer = Timer(verbose=False)
     trainer = build_trainer(folder, trainer_args, loggers, [SeedEpochs(seed), timer, *callbacks])
     try:

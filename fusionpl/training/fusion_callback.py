@@ -64,4 +64,4 @@ class OTFusion(L.Callback):
         )
         for parent, home in zip(parents, homes, strict=True):
             parent.to(home)
-        pl_module.model = self.result.model
+        pl_module.model = self.result.model.train(stage == "fit")

@@ -252,7 +252,9 @@ def test_tied_weights_on_the_same_axes_are_one_slot() -> None:
             super().__init__()
             self.again = self.embed
 
-    family = toy_family(("    embed.bias: out", "    embed.bias: out\n    again.weight: out <- features\n    again.bias: out"))
+    family = toy_family(
+        ("    embed.bias: out", "    embed.bias: out\n    again.weight: out <- features\n    again.bias: out")
+    )
     slots = bind(Tied(), family).slots
     assert [slot.parameter for slot in slots if slot.section == "stem"] == ["embed.weight", "embed.bias"]
 
@@ -310,9 +312,7 @@ def compatible(a: Binding, b: Binding) -> str:
 
 
 def test_parents_of_different_families() -> None:
-    assert compatible(bind(timm_vit()), bind(hf_vit())) == (
-        "parents of different families: A is vit_timm, B is vit_hf"
-    )
+    assert compatible(bind(timm_vit()), bind(hf_vit())) == ("parents of different families: A is vit_timm, B is vit_hf")
 
 
 def test_parents_of_different_depth() -> None:

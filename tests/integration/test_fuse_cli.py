@@ -1,0 +1,293 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from safetensors import safe_open
+
+from fusionpl import load_model
+from fusionpl.cli import finetune, fuse, sweep
+from fusionpl.cli.common import main
+from fusionpl.evaluation import Report
+from tests.integration.runs import make_run
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["--trainer.accelerator", "cpu", "--logger", "csv"]
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("runs")
+    return [str(make_run(folder / f"seed-{seed}", seed)) for seed in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def fused(parents: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("fused") / "fused"
+    assert main(fuse.run, ["--parents", *parents[:2], "--output", str(output), *QUICK]) == 0
+    return output
+
+
+def refused(capsys: pytest.CaptureFixture[str], command, argv: list[str]) -> str:
+    """Runs a command that must fail with exit code 2 and exactly one line on stderr; returns the line."""
+    assert main(command, argv) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_fused_folder_is_complete(fused: Path, parents: list[str]) -> None:
+    report = json.loads((fused / "report/report.json").read_text())
+    assert [row["name"] for row in report["rows"]] == [
+        "parent seed-1",
+        "parent seed-2",
+        "ensemble",
+        "vanilla",
+        "fused",
+    ]
+    assert all(0 <= row["accuracy"] <= 1 and row["loss"] > 0 for row in report["rows"])
+    assert set(report["barrier"]) == {"vanilla", "aligned"}
+    assert {path.name for path in (fused / "report").glob("*.png")} == {
+        "bars.png",
+        "interpolation.png",
+        "transport-maps.png",
+    }
+    assert (fused / "metrics.csv").is_file()
+    assert "arxiv.org/abs/2310.05719" in (fused / "model/README.md").read_text()
+    with safe_open(fused / "maps.safetensors", "pt") as maps:
+        assert maps.get_tensor("parent1/blocks.0.ffn").shape == (32, 32)
+    assert yaml.safe_load((fused / "config.yaml").read_text())["parents"] == parents[:2]
+    assert not [path for path in fused.parent.iterdir() if path != fused]
+
+
+def test_the_same_command_gives_the_same_numbers_and_config_repeats_it(fused: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    assert main(fuse.run, ["--config", str(fused / "config.yaml"), "--output", str(again), "--logger", "none"]) == 0
+    assert Report.load(again / "report").rows == Report.load(fused / "report").rows
+    first, second = (safetensors.torch.load_file(run / "model/model.safetensors") for run in (fused, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_three_parents_with_weights(parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--parents", *parents, "--weights", "[0.5, 0.25, 0.25]", "--align.solver", "emd"]
+    assert main(fuse.run, [*argv, "--output", str(tmp_path / "three"), *QUICK]) == 0
+    out = capsys.readouterr().out
+    assert "parent seed-3" in out
+    assert "fused" in out
+
+
+def test_check_and_dry_run_write_nothing(parents: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(Path(parents[0]).parent.rglob("*"))
+    assert main(fuse.run, ["--parents", *parents[:2], "--check"]) == 0
+    assert capsys.readouterr().out.count(": ok; renumbering all units") == 2
+    assert main(fuse.run, ["--parents", *parents[:2], "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "join (average) of stem.pos + stem.patch" in plan
+    assert "sinkhorn 0.08" in plan
+    assert sorted(Path(parents[0]).parent.rglob("*")) == before
+
+
+def test_finetune_adds_its_rows(fused: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "fused"
+    shutil.copytree(fused, copy)
+    argv = ["--model", str(copy), "--trainer.max_epochs", "1", *QUICK]
+    assert main(finetune.run, argv) == 0
+    rows = Report.load(copy / "report").rows
+    assert [row.name for row in rows if row.stage == "finetuned"][::2] == ["fused", "vanilla"]
+    assert len([row for row in rows if row.stage == "finetuned"]) == 3
+    output = tmp_path / "fused-finetuned"
+    assert load_model(output) is not None
+    assert load_model(output / "baselines/vanilla") is not None
+    assert (output / "metrics.csv").is_file()
+    # every candidate is finished: resuming trains nothing and gives the same rows
+    assert main(finetune.run, [*argv, "--resume"]) == 0
+    assert Report.load(copy / "report").rows == rows
+
+
+def test_finetune_any_model_by_itself(parents: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "tuned"
+    argv = ["--model", parents[0], "--output", str(output), "--trainer.max_epochs", "1", *QUICK]
+    assert main(finetune.run, argv) == 0
+    assert [row.name for row in Report.load(output / "report").rows] == ["seed-1"]
+
+
+def test_finetune_on_two_processes(fused: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "fused"
+    shutil.copytree(fused, copy)
+    command = [sys.executable, "finetune.py", "--model", str(copy), "--trainer.max_epochs", "1", *QUICK]
+    ddp = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *ddp], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert len([row for row in Report.load(copy / "report").rows if row.stage == "finetuned"]) == 3
+    assert done.stdout.count("loss barrier") == 1
+
+
+def test_fuse_on_two_processes_gives_the_same_model(fused: Path, parents: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "ddp"
+    command = [sys.executable, "fuse.py", "--parents", *parents[:2], "--output", str(output), *QUICK]
+    extra = ["--calibration.batch_size", "16", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *extra], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    one, two = (safetensors.torch.load_file(run / "model/model.safetensors") for run in (fused, output))
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
+def test_sweep_shares_calibration_and_writes_a_table(parents: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "sweep"
+    argv = ["--parents", *parents[:2], "--output", str(output), "--logger", "none"]
+    swept = ["--sweep", "align.residual=average,tie", "align.solver=emd,sinkhorn"]
+    assert main(sweep.run, [*argv, *swept]) == 0
+    lines = (output / "sweep.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 + 4
+    assert any(line.startswith("residual=tie solver=emd,") for line in lines)
+    assert (output / "report/bars.png").is_file()
+    # a cell of the sweep is the fusion with its options
+    single = tmp_path / "single"
+    options = ["--align.residual", "tie", "--align.solver", "emd"]
+    assert main(fuse.run, ["--parents", *parents[:2], "--output", str(single), *options, "--logger", "none"]) == 0
+    cell = next(row for row in Report.load(output / "report").rows if row.name == "residual=tie solver=emd")
+    alone = next(row for row in Report.load(single / "report").rows if row.name == "fused")
+    assert (cell.accuracy, cell.loss) == (alone.accuracy, pytest.approx(alone.loss))
+
+
+def test_sweep_calibrates_once_for_cells_that_share_tokens() -> None:
+    from fusionpl.fusion import load_config
+
+    cells = sweep.grid(["align.reg=0.02,0.08", "calibration.tokens=all,class"])
+    configs = {sweep.label(cell): load_config(None, cell) for cell in cells}
+    assert [len(group) for group in sweep.passes(configs, 2)] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--align.solvr", "emd"], "did you mean 'align.solver'"),
+        (["--align.solver", "magic"], "align.solver"),
+        (["--calibration.tokens", "window:9"], "window:9"),
+        (["--calibration.tokens", "centre"], "window:N"),
+        (["--align.reg", "0"], "align.reg must be above 0"),
+        (["--anchor", "2"], "anchor 2"),
+        (["--weights", "[0.9, 0.9]"], "weights must sum to 1"),
+        (["--calibration.samples", "0"], "calibration"),
+        (["--data.path", "nowhere/at-all/x"], "nowhere/at-all/x"),
+    ],
+)
+def test_a_wrong_option_is_one_line(
+    parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], words: str
+) -> None:
+    output = tmp_path / "out"
+    assert words in refused(capsys, fuse.run, ["--parents", *parents[:2], "--output", str(output), *argv, *QUICK])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_key_in_a_config_file(parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("align:\n  residul: skip\n")
+    line = refused(capsys, fuse.run, ["--config", str(file), "--parents", *parents[:2]])
+    assert "align.residul; did you mean 'align.residual'?" in line
+
+
+def test_one_parent_is_not_enough(parents: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "at least two parents" in refused(capsys, fuse.run, ["--parents", parents[0]])
+
+
+def test_missing_and_truncated_parents(parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = str(Path(parents[0]).parent / "seed-9")
+    assert "seed-1" in refused(capsys, fuse.run, ["--parents", parents[0], missing])
+    cut = make_run(tmp_path / "cut", 4) / "model/model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    line = refused(capsys, fuse.run, ["--parents", parents[0], str(tmp_path / "cut")])
+    assert "truncated" in line
+    assert "model.safetensors" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"depth": 3}, "different depth: seed-1 has 2 blocks, other has 3"),
+        ({"num_heads": 4}, "different head count: 4 and 2 heads"),
+        ({"names": tuple("abcdefghij")}, "different class names"),
+    ],
+)
+def test_parents_that_do_not_fit(
+    parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict, words: str
+) -> None:
+    other = str(make_run(tmp_path / "other", 4, **change))
+    assert words in refused(capsys, fuse.run, ["--parents", parents[0], other, "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_weights_are_named(parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = make_run(tmp_path / "broken", 5)
+    file = broken / "model/model.safetensors"
+    state = safetensors.torch.load_file(file)
+    state["blocks.1.mlp.fc2.bias"][3] = float("nan")
+    safetensors.torch.save_file(state, file)
+    line = refused(capsys, fuse.run, ["--parents", parents[0], str(broken)])
+    assert "broken: tensor 'blocks.1.mlp.fc2.bias'" in line
+
+
+def test_existing_output_stays(fused: Path, parents: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    before = (fused / "config.yaml").read_text()
+    line = refused(capsys, fuse.run, ["--parents", *parents[:2], "--output", str(fused)])
+    assert "--overwrite" in line
+    assert (fused / "config.yaml").read_text() == before
+
+
+def test_a_dead_unit_gives_a_working_model(parents: list[str], tmp_path: Path) -> None:
+    dead = make_run(tmp_path / "dead", 6)
+    file = dead / "model/model.safetensors"
+    state = safetensors.torch.load_file(file)
+    state["blocks.0.mlp.fc1.weight"][3] = 0
+    safetensors.torch.save_file(state, file)
+    for index, solver in enumerate(("sinkhorn", "emd")):
+        output = tmp_path / f"out{index}"
+        argv = ["--parents", parents[0], str(dead), "--output", str(output), "--align.solver", solver]
+        assert main(fuse.run, [*argv, *QUICK]) == 0
+        assert all(tensor.isfinite().all() for tensor in load_model(output).state_dict().values())
+
+
+def test_widths_may_differ(parents: list[str], tmp_path: Path) -> None:
+    wide = str(make_run(tmp_path / "wide", 7, embed_dim=24))
+    for index, pair in enumerate(([parents[0], wide], [wide, parents[0]])):
+        output = tmp_path / f"out{index}"
+        assert main(fuse.run, ["--parents", *pair, "--output", str(output), *QUICK]) == 0
+        assert [row.name for row in Report.load(output / "report").rows][-2:] == ["ensemble", "fused"]
+        assert load_model(output).embed_dim == load_model(pair[0]).embed_dim
+
+
+def test_finetune_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "give --model" in refused(capsys, finetune.run, [])
+
+
+def test_ctrl_c_while_finetuning_can_be_resumed(fused: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "fused"
+    shutil.copytree(fused, copy)
+    argv = ["--model", str(copy), "--trainer.max_epochs", "400", "--baselines", "false", *QUICK]
+    process = subprocess.Popen(
+        [sys.executable, "finetune.py", *argv],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 2/"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "--resume" in error
+    assert (tmp_path / "fused-finetuned/checkpoints/last.ckpt").is_file()

@@ -1,0 +1,65 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+import fusionpl
+from fusionpl.cli import finetune, fuse, train
+from fusionpl.cli.common import parse
+
+CONF = Path(__file__).parents[2] / "conf"
+PARSERS = {"train": train.build_parser, "fuse": fuse.build_parser, "finetune": finetune.build_parser}
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_preset_parses(path: Path) -> None:
+    options = parse(PARSERS[path.parent.name](), ["--config", str(path)], path)
+    for key, value in yaml.safe_load(path.read_text()).items():
+        assert key in options
+        if not isinstance(value, dict):
+            assert options[key] == value
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "fuse").glob("*.yaml")), ids=lambda path: path.stem)
+def test_load_config_reads_the_presets(path: Path) -> None:
+    config = fusionpl.load_config(path, {"align.solver": "emd", "weights": [0.3, 0.7]})
+    raw = yaml.safe_load(path.read_text())
+    assert config.align.solver == "emd"
+    assert config.weights == [0.3, 0.7]
+    assert config.align.residual == raw["align"]["residual"]
+    assert config.calibration.tokens == raw["calibration"]["tokens"]
+
+
+def test_the_papers_preset_is_the_papers() -> None:
+    config = fusionpl.load_config(CONF / "fuse/paper.yaml")
+    assert (config.align.solver, config.align.reg, config.align.residual, config.align.qk) == (
+        "sinkhorn",
+        0.08,
+        "average",
+        "separate",
+    )
+    assert (config.anchor, config.calibration.samples, config.calibration.tokens) == (1, 200, "window:6")
+    assert config.align.scaling == "source"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"align.solvr": "emd"}, "unknown key align.solvr; did you mean 'align.solver'?"),
+        ({"align.solver": "magic"}, "align.solver: 'magic' is not sinkhorn or emd or assignment"),
+        ({"anchor": "last"}, "anchor: 'last' is not int"),
+        ({"align.embeddings": 1}, "align.embeddings: 1 is not bool"),
+        ({"weights": ["a"]}, "weights"),
+    ],
+)
+def test_a_wrong_override_names_the_key(overrides: dict, words: str) -> None:
+    with pytest.raises(fusionpl.FusionError, match=words.replace("?", r"\?")):
+        fusionpl.load_config(None, overrides)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(fusionpl.FusionError, match=r"nothing\.yaml"):
+        fusionpl.load_config(tmp_path / "nothing.yaml")
+    (tmp_path / "broken.yaml").write_text("align: [")
+    with pytest.raises(fusionpl.FusionError, match=r"broken\.yaml is not YAML"):
+        fusionpl.load_config(tmp_path / "broken.yaml")

@@ -1,0 +1,103 @@
+"""One-shot accuracy on digits by every choice of the paper, over pairs of parents; nothing is trained.
+
+    python -m benchmarks.ablation --runs runs/benchmark --output docs/results/ablation.md
+
+The parents are those of benchmarks.digits. Each block varies one choice of conf/fuse/paper.yaml.
+"""
+
+import argparse
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.digits import PAIRS, PAPER, cell, parent
+from fusionpl.alignment import evidence_keys
+from fusionpl.calibration import calibrate
+from fusionpl.cli.common import quiet
+from fusionpl.cli.sweep import passes
+from fusionpl.datamodules import DataConfig, ImageDataModule
+from fusionpl.evaluation import evaluate, evaluate_ensemble
+from fusionpl.fusion import check_parents, combine, load_config, resolve_anchor, vanilla
+
+WEIGHTS: dict[str, Any] = {"align.evidence": "weights", "align.reg": 0.06}
+HARD: dict[str, Any] = {"align.solver": "emd"}
+RESIDUALS = ("average", "branch", "skip", "identity", "weighted_scalar", "weighted_matrix", "tie")
+BLOCKS: dict[str, dict[str, dict[str, Any]]] = {
+    "Residual policy (Sinkhorn 0.08)": {name: {"align.residual": name} for name in RESIDUALS},
+    "Residual policy (EMD)": {f"{name}, EMD": {"align.residual": name, **HARD} for name in RESIDUALS},
+    "Solver and regularisation": {
+        **{f"Sinkhorn {reg}": {"align.reg": reg} for reg in (0.01, 0.02, 0.04, 0.06, 0.08, 0.12, 0.2)},
+        "EMD": HARD,
+        "assignment": {"align.solver": "assignment"},
+    },
+    "Evidence": {
+        "activations, Sinkhorn 0.08 ": {},
+        "activations, EMD": HARD,
+        "weights, Sinkhorn 0.06": WEIGHTS,
+        "weights, EMD": {**WEIGHTS, **HARD},
+    },
+    "Q and K": {name: {"align.qk": name} for name in ("separate", "shared", "joint")},
+    "Heads": {
+        "flat": {},
+        "matched": {"align.heads": "matched"},
+        "flat, EMD": HARD,
+        "matched, EMD": {"align.heads": "matched", **HARD},
+        "flat, weights 0.06": WEIGHTS,
+        "matched, weights 0.06": {**WEIGHTS, "align.heads": "matched"},
+    },
+    "Tokens": {name: {"calibration.tokens": name} for name in ("all", "class", "mean", "window:6", "window:2")},
+    "Functions preserved exactly": {
+        "tie, matched heads, assignment": {
+            "align.residual": "tie", "align.heads": "matched", "align.solver": "assignment",
+        },
+        "the same from weights": {
+            **WEIGHTS, "align.residual": "tie", "align.heads": "matched", "align.solver": "assignment",
+        },
+    },
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--output", type=Path, default=Path("docs/results/ablation.md"))
+    args = parser.parse_args()
+    quiet()
+    cells = {
+        (block, name): load_config(PAPER, options) for block, rows in BLOCKS.items() for name, options in rows.items()
+    }
+    scores: dict[Any, list[float]] = defaultdict(list)
+    data = ImageDataModule(DataConfig())
+    test, calibration = list(data.test_dataloader()), list(data.calibration_dataloader())
+    for pair in PAIRS:
+        names = [f"seed-{seed}" for seed in pair]
+        parents = [parent(args.runs, seed) for seed in pair]
+        scores["parents, mean"].append(statistics.mean(evaluate(model, test)["accuracy"] for model in parents))
+        scores["ensemble"].append(evaluate_ensemble(parents, test)["accuracy"])
+        plain = vanilla(parents, [0.5, 0.5])
+        assert plain is not None
+        scores["vanilla"].append(evaluate(plain, test)["accuracy"])
+        bindings = check_parents(parents, names)
+        labels = {str(key): key for key in cells}
+        for group in passes({label: cells[key] for label, key in labels.items()}, 2):
+            first = next(iter(group.values()))
+            anchor = resolve_anchor(first, 2)
+            keys = list(dict.fromkeys(k for one in group.values() for k in evidence_keys(bindings[anchor], one.align)))
+            moments = calibrate(parents, bindings, anchor, calibration, keys, first.calibration)
+            for label, config in group.items():
+                fused = combine(parents, bindings, names, moments, config).model
+                scores[labels[label]].append(evaluate(fused, test)["accuracy"])
+                print(pair, label, scores[labels[label]][-1], flush=True)
+    lines = [f"One-shot test accuracy on digits, mean ± standard deviation over {len(PAIRS)} pairs of seeds.", ""]
+    lines += [f"{name}: {cell(scores[name])}  " for name in ("parents, mean", "ensemble", "vanilla")]
+    for block, rows in BLOCKS.items():
+        lines += ["", f"### {block}", "", "| | one-shot |", "|---|---|"]
+        lines += [f"| {name} | {cell(scores[block, name])} |" for name in rows]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text("\n".join(lines) + "\n")
+    print(args.output.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,6 @@
 """Tiny real models of both libraries, with weights drawn wide enough that their outputs are not trivial."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +32,12 @@ def timm_vit(
     """A timm ViT of 2 blocks on 16 x 16 images cut into 16 patches, 5 classes; `head_dim` frees the heads' width."""
     options = {"depth": 2, "num_classes": CLASSES, **options}
     if head_dim is not None:
-        options["attn_layer"] = partial(Attention, attn_head_dim=head_dim)
+
+        class Heads(Attention):
+            def __init__(self, dim: int, **settings: Any) -> None:
+                super().__init__(dim, attn_head_dim=head_dim, **settings)
+
+        options["attn_layer"] = Heads
     model = VisionTransformer(
         img_size=SIZE,
         patch_size=4,

@@ -90,10 +90,10 @@ class WeightEvidence:
         return self.magnitudes[axis,].magnitude()
 
     def _gram(self, a: Tensor, b: Tensor) -> Gram:
-        if self.centred:
+        if self.centred and a.shape[1] > 1:
             a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
         inner = gram(a, b)
-        return inner if self.scale == "none" else inner.unit()
+        return inner if self.scale == "none" or inner.scalar else inner.unit()
 
     def _rows(self, axis: str, maps: Mapping[str, TransportMap]) -> tuple[Tensor, Tensor]:
         inputs = {name: maps[name] for name in self.needs(axis)}

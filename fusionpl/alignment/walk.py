@@ -1,7 +1,7 @@
 """Aligns one parent with the anchor: walks the axes of the network and gives each its TransportMap."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -77,9 +77,10 @@ class _Walk:
                 self._solve_joint(self.circuit[axis])
             elif self.config.qk == "shared" and axis in self.circuit:
                 shared = self._solved(self.evidence.alike(self.circuit[axis], self._inputs(*self.circuit[axis])))
-                self.maps.update(dict.fromkeys(self.circuit[axis], shared))
+                self.maps.update(dict.fromkeys(self.circuit[axis], self._rescaled(axis, shared)))
             else:
-                self.maps[axis] = self._solved(self.evidence.beside((axis,), self._inputs(axis)))
+                found = self._solved(self.evidence.beside((axis,), self._inputs(axis)))
+                self.maps[axis] = self._rescaled(axis, found) if axis in self.circuit else found
         return self.maps[axis]
 
     def _inputs(self, *axes: str) -> Mapping[str, TransportMap]:
@@ -94,9 +95,16 @@ class _Walk:
         cost = ground_metric(inner, config.metric, config.normalize)
         return solve(cost, config.solver, reg=config.reg, scaling=config.scaling)
 
+    def _rescaled(self, axis: str, found: TransportMap) -> TransportMap:
+        """Keeps the scores of attention between heads of different width; the released code does not."""
+        if self.config.scaling == "source":
+            return found
+        ours, theirs = (binding.axes[axis].size / binding.axes[axis].heads for binding in (self.parent, self.anchor))
+        return replace(found, gain=(ours / theirs) ** 0.25)
+
     def _solve_joint(self, circuit: tuple[str, ...]) -> None:
-        plan = self._solved(self.evidence.beside(circuit, self._inputs(*circuit)))
         first, second = circuit
+        plan = self._rescaled(first, self._solved(self.evidence.beside(circuit, self._inputs(*circuit))))
         self.alignment.joint[first, second] = plan
         n, m = self.parent.axes[first].size, self.anchor.axes[first].size
         self.maps[first] = plan.block(slice(n), slice(m))
@@ -112,7 +120,9 @@ class _Walk:
             grams, (ours.heads, theirs.heads), metric=self.config.metric, solve_units=self._solved, hard=hard
         )
         for circuit in circuits:
-            self.maps.update(dict.fromkeys(circuit, found[circuit[0]]))
+            one = found[circuit[0]]
+            one = self._rescaled(circuit[0], one) if len(circuit) > 1 else one
+            self.maps.update(dict.fromkeys(circuit, one))
 
     def _joined(self, axis: str, join: Join) -> TransportMap:
         policy, scaling = self.config.residual, self.config.scaling

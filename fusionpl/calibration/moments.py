@@ -68,6 +68,8 @@ class Moments:
         A unit without variance becomes the zero vector under `standardize` and `center`.
         """
         a, b, cross = self.square_a, self.square_b, self.cross
+        if float(self.count) == 1:
+            return Gram(a, b, cross, scalar=True)
         if scale in ("standardize", "center"):
             a = self._centred(a, self.sum_a)
             b = self._centred(b, self.sum_b)

@@ -40,6 +40,8 @@ def select(activations: Tensor, tokens: str, mask: Tensor | None = None) -> Tens
             return activations.mean(1)
         weight = mask.to(activations).unsqueeze(-1)
         return (activations * weight).sum(1) / weight.sum(1)
+    if tokens.startswith("window:") and mask is not None:
+        raise FusionError(f"calibration.tokens {tokens} is for images, not for padded text; use all, class or mean")
     if tokens.startswith("window:") and not patches:
         activations = activations[:, _window(activations.shape[1], int(tokens.partition(":")[2]))]
     elif tokens == "class" and not patches:

@@ -172,7 +172,7 @@ class _Binder:
             for members in part.circuits.values()
         ]
         attention = [
-            tuple(name for name, axis in axes.items() if axis.heads > 1 and name.rpartition(".")[0] == section)
+            tuple(name for name in axes if name in grouped and name.rpartition(".")[0] == section)
             for section, _ in self._sections()
         ]
         return Binding(
@@ -340,8 +340,10 @@ class _Binder:
     def _joins(self, sizes: Mapping[str, int]) -> Iterator[tuple[str, Join]]:
         for section, part in self._sections():
             for local, members in part.joins.items():
-                names = [self._name(section, member) for member in members]
-                skip, branch, *aside = names
+                skip, branch, *aside = (self._name(section, member) for member in members)
+                for name in (skip, branch):
+                    if name not in sizes:
+                        raise FusionError(f"{self.family.name}: the model has no axis '{name}', which a join needs")
                 yield self._name(section, local), Join(skip, branch, tuple(a for a in aside if a in sizes))
 
 
@@ -371,12 +373,16 @@ def check_compatible(bindings: Mapping[str, Binding]) -> None:
                 f"parents of different depth: {first} has {reference.depth} blocks, {name} has {binding.depth}; "
                 "train parents of one depth"
             )
+        parts, others_parts = ({slot.parameter: slot.axes for slot in one.slots} for one in (reference, binding))
+        for parameter in (*parts, *others_parts):
+            if parts.get(parameter) != others_parts.get(parameter):
+                has, lacks = (first, name) if parameter in parts else (name, first)
+                raise FusionError(f"parents of different architecture: {has} has '{parameter}', {lacks} has not")
         for axis in reference.axes.values():
-            other = binding.axes.get(axis.name)
-            if other is None or (axis.fixed and other.size != axis.size):
+            other = binding.axes[axis.name]
+            if axis.fixed and other.size != axis.size:
                 raise FusionError(
-                    f"parents differ on the fixed axis '{axis.name}': {first} has {axis.size}, "
-                    f"{name} has {other.size if other else 'none'}"
+                    f"parents differ on the fixed axis '{axis.name}': {first} has {axis.size}, {name} has {other.size}"
                 )
 
 

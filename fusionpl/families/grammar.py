@@ -46,8 +46,8 @@ def parse(text: str) -> tuple[Dim, ...]:
     if "->" in text:
         reads, writes = text.split("->")
         return _dims(reads, text, reads=True) + _dims(writes, text, reads=False)
-    writes, _, reads = text.partition("<-")
-    return _dims(writes, text, reads=False) + _dims(reads, text, reads=True)
+    writes, arrow, reads = text.partition("<-")
+    return _dims(writes, text, reads=False) + (_dims(reads, text, reads=True) if arrow else ())
 
 
 def _dims(side: str, text: str, *, reads: bool) -> tuple[Dim, ...]:
@@ -55,6 +55,8 @@ def _dims(side: str, text: str, *, reads: bool) -> tuple[Dim, ...]:
         raise GrammarError(f"'{text}': unbalanced parenthesis")
     glued = re.sub(r"\s*\|\s*", "|", side.strip())
     words = re.findall(r"(?:\([^()]*\)|[^()\s])+", glued)
+    if not words or "".join(words) != re.sub(r"\s+(?![^(]*\))", "", glued):
+        raise GrammarError(f"'{text}': '{side.strip()}' is not a list of dimensions")
     return tuple(Dim(_segments(word, text), reads) for word in words)
 
 

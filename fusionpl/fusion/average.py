@@ -20,7 +20,7 @@ def mixing_weights(weights: Sequence[float] | None, count: int) -> list[float]:
         return [1 / count] * count
     if len(weights) != count:
         raise FusionError(f"weights: {len(weights)} numbers for {count} parents; give one a parent")
-    if abs(sum(weights) - 1) > 1e-6:
+    if not abs(sum(weights) - 1) <= 1e-6:
         raise FusionError(f"weights must sum to 1, {list(weights)} sum to {sum(weights):g}")
     return list(weights)
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -179,13 +180,13 @@ def check_parents(parents: Sequence[nn.Module], names: Sequence[str]) -> list[Bi
         check_finite(parent, name)
     bindings = [bind(parent) for parent in parents]
     check_compatible(dict(zip(names, bindings, strict=True)))
-    classes = {name: class_names(parent) for name, parent in zip(names, parents, strict=True)}
-    first = names[0]
+    classes = {name: labels for name, parent in zip(names, parents, strict=True) if (labels := class_names(parent))}
+    first, reference = next(iter(classes.items()), ("", ()))
     for name, labels in classes.items():
-        if labels and classes[first] and labels != classes[first]:
-            ours, theirs = next((a, b) for a, b in zip(classes[first] or (), labels, strict=False) if a != b)
+        if labels != reference:
+            ours, theirs = next((a, b) for a, b in zip_longest(reference, labels) if a != b)
             raise FusionError(
-                f"parents of different class names: {first} calls a class '{ours}', {name} calls it '{theirs}'; "
+                f"parents of different class names: where {first} has '{ours}', {name} has '{theirs}'; "
                 "train both on the same classes"
             )
     return bindings

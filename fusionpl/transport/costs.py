@@ -25,11 +25,14 @@ class Gram:
         parent: [n_parent], squared norms.
         anchor: [n_anchor], squared norms.
         cross: [n_parent, n_anchor], inner products.
+        scalar: the units are described by one number each, of which a direction would leave only the sign: such units
+            are never scaled to unit length, and compared by distance whatever the metric.
     """
 
     parent: Tensor
     anchor: Tensor
     cross: Tensor
+    scalar: bool = False
 
     def __add__(self, other: "Gram") -> "Gram":
         """Features side by side: inner products add."""
@@ -37,7 +40,7 @@ class Gram:
 
     def block(self, rows: slice, columns: slice) -> "Gram":
         """The part between some of the parent's units and some of the anchor's."""
-        return Gram(self.parent[rows], self.anchor[columns], self.cross[rows, columns])
+        return Gram(self.parent[rows], self.anchor[columns], self.cross[rows, columns], self.scalar)
 
     def unit(self) -> "Gram":
         """Every unit's vector scaled to length 1; a zero vector stays zero."""
@@ -47,7 +50,7 @@ class Gram:
 
 def gram(parent: Tensor, anchor: Tensor) -> Gram:
     """The Gram of explicit feature rows: parent [n_parent, features], anchor [n_anchor, features]."""
-    return Gram(parent.square().sum(1), anchor.square().sum(1), parent @ anchor.T)
+    return Gram(parent.square().sum(1), anchor.square().sum(1), parent @ anchor.T, scalar=parent.shape[1] == 1)
 
 
 def _inverse_root(squares: Tensor) -> Tensor:
@@ -60,7 +63,7 @@ def ground_metric(inner: Gram, metric: Metric, normalize: Normalize) -> Tensor:
     `correlation` is the cosine distance of centred features: centring is the business of whoever made the Gram.
     A unit of zero length is at cosine distance 1 from all others.
     """
-    if metric in ("cosine", "correlation"):
+    if metric in ("cosine", "correlation") and not inner.scalar:
         cost = 1 - inner.unit().cross
     else:
         squared = inner.parent[:, None] + inner.anchor[None, :] - 2 * inner.cross

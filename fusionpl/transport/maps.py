@@ -1,6 +1,6 @@
 """TransportMap: a transport plan between the units of two networks, how it was found, and its two views."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,12 +21,15 @@ class TransportMap:
         scaling: `two_sided` normalises each view by its own marginal; `source` multiplies both by n_parent, as the
             paper's released code does (the two agree for equal widths); `orthogonal` uses the plan as it is.
         cost: <plan, ground metric>; None for maps that no solver found.
+        gain: what the output view is multiplied by. Attention divides scores by the root of the heads' width, so
+            queries and keys that move to heads of another width are rescaled to keep the scores.
         iterations, converged, marginal_error: of the solver; the error is the L2 violation of the column marginal.
     """
 
     plan: Tensor
     solver: str
     scaling: Literal["two_sided", "source", "orthogonal"] = "two_sided"
+    gain: float = 1.0
     cost: float | None = None
     iterations: int | None = None
     converged: bool = True
@@ -36,7 +39,7 @@ class TransportMap:
     def to_output(self) -> Tensor:
         """[n_parent, n_anchor] for a dimension that is written: each anchor unit is a convex combination of the
         parent's units, so columns sum to 1."""
-        return self._view(dim=0)
+        return self.gain * self._view(dim=0)
 
     @property
     def to_input(self) -> Tensor:
@@ -53,7 +56,7 @@ class TransportMap:
 
     def block(self, row: slice, column: slice) -> "TransportMap":
         """The part of the map between some of the parent's units and some of the anchor's."""
-        return TransportMap(self.plan[row, column], self.solver, self.scaling)
+        return replace(self, plan=self.plan[row, column])
 
 
 def permutation(order: Tensor) -> TransportMap:

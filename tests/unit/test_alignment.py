@@ -20,7 +20,9 @@ from tests.models_for_tests import FAMILIES, images, timm_vit
 Maps = dict[str, TransportMap]
 
 
-def fused(parents: list[nn.Module], *, anchor: int = 1, calibration: Any = None, tokens: str = "all", **options: Any) -> FusionResult:
+def fused(
+    parents: list[nn.Module], *, anchor: int = 1, calibration: Any = None, tokens: str = "all", **options: Any
+) -> FusionResult:
     config = FuseConfig(anchor=anchor, calibration=CalibrationConfig(tokens=tokens), align=AlignConfig(**options))
     return fuse(parents, [images()] if calibration is None else calibration, config)
 
@@ -51,7 +53,9 @@ def assert_assignment(plan: TransportMap, cost: np.ndarray) -> None:
 # what a unit is described by
 
 
-@pytest.mark.parametrize("axis", ["stem.patch", "blocks.0.q", "blocks.0.v", "blocks.1.ffn", "blocks.1.mlp", "blocks.0.attn"])
+@pytest.mark.parametrize(
+    "axis", ["stem.patch", "blocks.0.q", "blocks.0.v", "blocks.1.ffn", "blocks.1.mlp", "blocks.0.attn"]
+)
 def test_activations_as_evidence(axis: str) -> None:
     a, b = (standardized(activations(timm_vit(seed), axis)) for seed in range(2))
     assert_assignment(maps(solver="emd")[axis], cdist(a.T, b.T))
@@ -156,6 +160,12 @@ def test_tie_is_one_map_for_the_stream(evidence: str) -> None:
     assert not torch.equal(found["blocks.0.q"].plan, found["stem.out"].plan)
 
 
+def test_tie_listens_to_every_join() -> None:
+    joins = ["stem.out", *(f"blocks.{block}.{axis}" for block in range(2) for axis in ("mid", "out"))]
+    a, b = (torch.cat([standardized(activations(timm_vit(seed), axis)) for axis in joins]) for seed in range(2))
+    assert_assignment(maps(residual="tie", solver="emd")["stem.out"], cdist(a.T, b.T))
+
+
 # heads
 
 
@@ -181,7 +191,7 @@ def test_matched_heads_soften_only_inside_a_pair() -> None:
 
 
 def test_flat_refuses_different_head_counts() -> None:
-    with pytest.raises(FusionError, match="parents of different head count: 2 and 4 heads.*align.heads matched"):
+    with pytest.raises(FusionError, match=r"parents of different head count: 2 and 4 heads.*align.heads matched"):
         fused([timm_vit(0, heads=2), timm_vit(1)])
     assert fused([timm_vit(0, heads=2), timm_vit(1)], heads="matched", solver="emd").maps
 
@@ -191,7 +201,9 @@ def test_flat_refuses_different_head_counts() -> None:
 
 def test_identity_and_assignment_need_one_width() -> None:
     wide = timm_vit(0, width=32)
-    with pytest.raises(FusionError, match="align.residual identity needs parents of one width; '.*' has 32 and 16 units"):
+    with pytest.raises(
+        FusionError, match=r"align.residual identity needs parents of one width; '.*' has 32 and 16 units"
+    ):
         fused([wide, timm_vit(1)], residual="identity")
     with pytest.raises(FusionError, match="assignment needs parents of one width, here 32 and 16 units"):
         fused([wide, timm_vit(1)], solver="assignment")
@@ -203,13 +215,17 @@ def test_identity_and_assignment_need_one_width() -> None:
 def test_every_option_runs_between_widths(name: str, evidence: str, swap: bool) -> None:
     parents = [FAMILIES[name](0, width=24, mlp=40), FAMILIES[name](1)]
     parents = parents[::-1] if swap else parents
-    for options in (
+    variants: tuple[dict[str, Any], ...] = (
         *({"residual": one} for one in ("average", "branch", "skip", "weighted_scalar", "weighted_matrix", "tie")),
         *({"qk": one} for one in ("shared", "joint")),
         {"heads": "matched"},
         {"solver": "emd", "scaling": "source", "metric": "correlation"},
-    ):
+    )
+    for options in variants:
         result = fused(parents, evidence=evidence, **options)
         assert all(torch.isfinite(tensor).all() for tensor in result.model.parameters()), options
-        shapes = [(tensor.shape, other.shape) for tensor, other in zip(result.model.parameters(), parents[1].parameters(), strict=True)]
+        shapes = [
+            (tensor.shape, other.shape)
+            for tensor, other in zip(result.model.parameters(), parents[1].parameters(), strict=True)
+        ]
         assert all(ours == theirs for ours, theirs in shapes)

@@ -17,7 +17,7 @@ from fusionpl.models import class_names
 from tests.models_for_tests import FAMILIES, hf_vit, images, largest_difference, outputs, timm_vit
 
 RESIDUALS = ("average", "branch", "skip", "weighted_scalar", "weighted_matrix", "tie")
-LAYOUTS = (
+LAYOUTS: tuple[dict[str, Any], ...] = (
     {"heads": "flat", "qk": "separate"},
     {"heads": "flat", "qk": "shared"},
     {"heads": "flat", "qk": "joint"},
@@ -25,6 +25,7 @@ LAYOUTS = (
 )
 EVIDENCE = ("activations", "weights")
 HARD = ("emd", "assignment")
+KEEPS_FUNCTION: dict[str, Any] = {"residual": "tie", "heads": "matched", "solver": "assignment"}
 
 
 def fused(
@@ -91,9 +92,18 @@ def test_a_permuted_copy_is_recovered_by_every_metric_and_scale(metric: str, evi
     model = timm_vit(7)
     pair = [model, permuted_copy(model, 2)]
     for scale, normalize in (("standardize", "max"), ("center", "mean"), ("normalize", "median"), ("none", "log")):
-        # one number a unit: centred or scaled to length 1, nothing of the class token is left to align by
-        result = fused(pair, evidence=evidence, metric=metric, normalize=normalize, scale=scale, solver="emd", residual="tie")
+        options: dict[str, Any] = {"metric": metric, "normalize": normalize, "scale": scale, "residual": "tie"}
+        result = fused(pair, evidence=evidence, solver="emd", **options)
         assert largest_difference(result.model, model) < 1e-5, scale
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "correlation"])
+@pytest.mark.parametrize("evidence", EVIDENCE)
+def test_the_class_token_is_recovered_by_every_metric(metric: str, evidence: str) -> None:
+    """One number describes a unit of the class token: its direction and its correlation say nothing."""
+    model = timm_vit(7)
+    result = fused([model, permuted_copy(model, 2)], evidence=evidence, metric=metric, solver="emd")
+    assert largest_difference(result.model, model) < 1e-5
 
 
 def test_a_permuted_copy_is_recovered_from_raw_weights() -> None:
@@ -132,10 +142,16 @@ def test_weight_one_returns_that_parents_function(name: str, evidence: str, coun
     parents = [FAMILIES[name](seed) for seed in range(count)]
     for chosen in range(count):
         weights = [float(index == chosen) for index in range(count)]
-        hard = {"residual": "tie", "heads": "matched", "solver": "assignment"}
-        result = fused(parents, weights=weights, evidence=evidence, **hard)
+        result = fused(parents, weights=weights, evidence=evidence, **KEEPS_FUNCTION)
         torch.testing.assert_close(outputs(result.model), outputs(parents[chosen]), atol=1e-4, rtol=0)
         assert chosen == 0 or largest_difference(result.model, parents[chosen]) > 0.1
+
+
+@pytest.mark.parametrize("heads", [1, 2, 16])
+def test_weight_one_returns_the_function_whatever_the_number_of_heads(heads: int) -> None:
+    parents = [timm_vit(seed, heads=heads) for seed in range(2)]
+    result = fused(parents, weights=[0.0, 1.0], **KEEPS_FUNCTION)
+    torch.testing.assert_close(outputs(result.model), outputs(parents[1]), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -226,12 +242,13 @@ def test_one_calibration_image_is_enough_to_run() -> None:
 # warnings
 
 
-def test_unconverged_solvers_are_reported_by_parent_and_axis() -> None:
-    (line,) = fused([timm_vit(0), timm_vit(1)], reg=1e-4).warnings
+def test_unconverged_solvers_are_reported_by_parent_and_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fused([timm_vit(0), timm_vit(1)], reg=0.1).warnings == []
+    monkeypatch.setattr("fusionpl.transport.solvers.SINKHORN_ITERATIONS", 11)
+    (line,) = fused([timm_vit(0), timm_vit(1)], reg=0.02).warnings
     assert line.startswith("parent 1: sinkhorn did not converge on ")
     assert "worst '" in line
     assert "marginal error" in line
-    assert fused([timm_vit(0), timm_vit(1)], reg=0.1).warnings == []
 
 
 def test_unconverged_joint_maps_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,8 +272,10 @@ def test_different_depth() -> None:
     assert "different depth: parent 0 has 2 blocks, parent 1 has 3" in refusal([timm_vit(0), timm_vit(1, depth=3)])
 
 
-def test_different_heads() -> None:
-    assert "different head count: 2 and 4" in refusal([timm_vit(0), timm_vit(1, heads=2)])
+@pytest.mark.parametrize(("ours", "theirs"), [(4, 2), (2, 4), (4, 1), (1, 4)])
+def test_different_heads(ours: int, theirs: int) -> None:
+    message = refusal([timm_vit(0, heads=ours), timm_vit(1, heads=theirs)])
+    assert f"different head count: {theirs} and {ours}" in message
 
 
 def test_different_image_size() -> None:
@@ -350,7 +369,7 @@ def test_different_class_names(name: str) -> None:
     other = ("zero", "one", "deux", "three", "four")
     message = refusal([named(FAMILIES[name](0), NAMES), named(FAMILIES[name](1), other)])
     assert "parents of different class names" in message
-    assert "parent 0 calls a class 'two', parent 1 calls it 'deux'" in message
+    assert "where parent 0 has 'two', parent 1 has 'deux'" in message
 
 
 def test_parents_without_names_fit_any() -> None:

@@ -89,7 +89,7 @@ def test_hard_solvers_find_scipys_assignment(seed: int) -> None:
     picked = linear_sum_assignment(cost)
     wanted[picked] = 1 / 12
     for solver in ("emd", "assignment"):
-        found = solve(cost, solver)  # type: ignore[arg-type]
+        found = solve(cost, solver)
         torch.testing.assert_close(found.plan, wanted)
         assert found.cost == pytest.approx(cost[picked].mean().item())
         assert found.converged
@@ -208,7 +208,7 @@ def test_views_are_convex_combinations(solver: Solver, shape: tuple[int, int]) -
 
 def test_source_scaling_multiplies_by_the_parents_width() -> None:
     cost = random_cost(4, 9)
-    two_sided, source = (solve(cost, "emd", scaling=scaling) for scaling in ("two_sided", "source"))  # type: ignore[arg-type]
+    two_sided, source = (solve(cost, "emd", scaling=scaling) for scaling in ("two_sided", "source"))
     torch.testing.assert_close(source.to_output, two_sided.plan * 4)
     torch.testing.assert_close(source.to_input, two_sided.plan * 4)
     torch.testing.assert_close(source.to_input, two_sided.to_input)
@@ -217,7 +217,7 @@ def test_source_scaling_multiplies_by_the_parents_width() -> None:
 
 def test_scalings_agree_for_equal_widths() -> None:
     cost = random_cost(7, 7)
-    two_sided, source = (solve(cost, "sinkhorn", scaling=scaling) for scaling in ("two_sided", "source"))  # type: ignore[arg-type]
+    two_sided, source = (solve(cost, "sinkhorn", scaling=scaling) for scaling in ("two_sided", "source"))
     torch.testing.assert_close(source.to_output, two_sided.to_output, atol=1e-8, rtol=0)
     torch.testing.assert_close(source.to_input, two_sided.to_input, atol=1e-8, rtol=0)
 

@@ -24,7 +24,7 @@ from fusionpl.fusion import FuseConfig, fuse, load_config, vanilla
 from fusionpl.models import load_model
 from fusionpl.training import OptimConfig, fit
 
-PAIRS = ((1, 2), (3, 4), (5, 6))
+PAIRS = ((1, 2), (2, 3), (3, 1))
 PARENT_EPOCHS, FINETUNE_EPOCHS = 30, 3
 PAPER = CONF / "fuse" / "paper.yaml"
 VARIANTS: Mapping[str, FuseConfig] = {

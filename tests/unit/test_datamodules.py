@@ -1,0 +1,184 @@
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from fusionpl.datamodules import DataConfig, ImageDataModule
+from fusionpl.datamodules.images import ShareSampler, augment
+from fusionpl.errors import FusionError
+
+PARTS = ("train", "validation", "calibration", "test")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def rows(data: ImageDataModule, part: str) -> list[bytes]:
+    found = data.dataset(part)
+    return [
+        pixels.numpy().tobytes() + bytes([label])
+        for pixels, label in zip(found.pixels, found.labels.tolist(), strict=True)
+    ]
+
+
+def order(data: ImageDataModule, epoch: int = 0) -> list[int]:
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+    return list(loader.sampler)
+
+
+def test_the_digits_are_dealt_out_once_each() -> None:
+    data = ImageDataModule(DataConfig(image_size=8))
+    assert [len(data.dataset(part)) for part in PARTS] == [1000, 200, 197, 400]
+    dealt = sorted(row for part in PARTS for row in rows(data, part))
+    raw = load_digits()
+    scans = np.round(raw.images * 255 / 16).astype(np.uint8)
+    assert dealt == sorted(scan.tobytes() + bytes([label]) for scan, label in zip(scans, raw.target, strict=True))
+
+
+def test_every_digit_is_in_every_part() -> None:
+    data = ImageDataModule(DataConfig())
+    for part in PARTS:
+        shares = torch.bincount(data.dataset(part).labels) / len(data.dataset(part))
+        assert shares.numel() == 10
+        assert shares.sub(0.1).abs().max() < 0.01, part
+
+
+def test_a_batch_holds_pixels_from_minus_one_to_one() -> None:
+    batch = next(iter(ImageDataModule(DataConfig(channels=3, image_size=32)).train_dataloader()))
+    assert batch["pixel_values"].shape == (16, 3, 32, 32)
+    assert batch["pixel_values"].dtype == torch.float32
+    assert (batch["pixel_values"].min(), batch["pixel_values"].max()) == (-1.0, 1.0)
+    assert batch["labels"].dtype == torch.int64
+
+
+def test_no_seed_changes_a_split_but_it_changes_the_order() -> None:
+    first, other = ImageDataModule(DataConfig(), seed=1), ImageDataModule(DataConfig(), seed=2)
+    assert all(rows(first, part) == rows(other, part) for part in PARTS)
+    assert order(first) == order(ImageDataModule(DataConfig(), seed=1))
+    assert order(first) != order(other)
+    assert order(first, epoch=0) != order(first, epoch=1)
+    assert sorted(order(first)) == list(range(1000))
+
+
+def test_a_limit_leaves_the_other_parts_alone() -> None:
+    whole, limited = ImageDataModule(DataConfig()), ImageDataModule(DataConfig(train_limit=100))
+    assert len(limited.dataset("train")) == 100
+    assert set(rows(limited, "train")) <= set(rows(whole, "train"))
+    assert all(rows(limited, part) == rows(whole, part) for part in PARTS[1:])
+
+
+def test_making_a_loader_draws_nothing_from_the_global_rng() -> None:
+    data = ImageDataModule(DataConfig())
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    next(iter(data.train_dataloader()))
+    next(iter(data.calibration_dataloader()))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_shift_moves_whole_images_and_fills_with_black() -> None:
+    pixels = torch.full((400, 2, 9, 9), -1.0)
+    pixels[:, 0, 4, 4], pixels[:, 1, 4, 4] = 1.0, 0.5
+    moved = augment(pixels, shift=2, flip=False)
+    assert torch.equal(moved.sum((2, 3)), pixels.sum((2, 3)))
+    places = (moved[:, 0] == 1.0).nonzero()[:, 1:]
+    assert torch.equal((moved[:, 1] == 0.5).nonzero()[:, 1:], places)
+    assert {tuple(place) for place in places.tolist()} == {(row, col) for row in range(2, 7) for col in range(2, 7)}
+
+
+def test_a_flip_mirrors_about_half_of_the_images() -> None:
+    pixels = torch.arange(12.0).view(1, 1, 3, 4).expand(400, -1, -1, -1)
+    flipped = augment(pixels, shift=0, flip=True)
+    mirrored = (flipped == pixels.flip(-1)).all(dim=(1, 2, 3))
+    assert ((flipped == pixels).all(dim=(1, 2, 3)) | mirrored).all()
+    assert 150 < int(mirrored.sum()) < 250
+    assert torch.equal(augment(pixels, shift=0, flip=False), pixels)
+
+
+def test_ranks_share_an_odd_number_of_images_without_repeating_one() -> None:
+    data = ImageDataModule(DataConfig()).dataset("calibration")
+    shares = [list(ShareSampler(data, num_replicas=2, rank=rank)) for rank in (0, 1)]
+    assert sorted(shares[0] + shares[1]) == list(range(197))
+    assert [len(ShareSampler(data, num_replicas=2, rank=rank)) for rank in (0, 1)] == [99, 98]
+
+
+def colours(count: int, size: int = 8) -> dict[str, list[Any]]:
+    """Pictures of one colour each; red stands for label 1, green for label 0."""
+    images = [Image.new("RGB", (size, size), (255, 0, 0) if index % 2 else (0, 255, 0)) for index in range(count)]
+    return {"picture": images, "kind": [index % 2 for index in range(count)]}
+
+
+def parquet(folder: Path, label: Any, **splits: dict[str, list[Any]]) -> DataConfig:
+    features = datasets.Features({"picture": datasets.Image(), "kind": label})
+    folder.mkdir(exist_ok=True)
+    for split, columns in splits.items():
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
+    return DataConfig(path=str(folder), image_size=4, channels=3, batch_size=4, validation=4, calibration=4)
+
+
+def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
+    label = datasets.ClassLabel(names=["green", "red"])
+    data = ImageDataModule(parquet(tmp_path / "colours", label, train=colours(20), test=colours(6)))
+    assert data.class_names == ("green", "red")
+    assert [len(data.dataset(part)) for part in PARTS] == [12, 4, 4, 6]
+    for part in PARTS:
+        found = data.dataset(part)
+        assert found.pixels.shape[1:] == (3, 4, 4)
+        assert torch.equal(found.pixels[:, 0].amax((1, 2)) == 255, found.labels == 1), part
+    grey = ImageDataModule(DataConfig(path=data.config.path, image_size=8, channels=1, validation=4, calibration=4))
+    assert grey.dataset("test").pixels.shape == (6, 1, 8, 8)
+
+
+def test_a_validation_split_of_its_own_is_used(tmp_path: Path) -> None:
+    config = parquet(tmp_path / "d", datasets.Value("int64"), train=colours(20), validation=colours(8), test=colours(6))
+    data = ImageDataModule(config)
+    assert data.class_names == ("0", "1")
+    assert [len(data.dataset(part)) for part in PARTS] == [16, 8, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("splits", "words"),
+    [
+        ({"test": colours(4)}, "has no train split; it has test"),
+        ({"train": colours(20)}, "has no test split; it has train"),
+    ],
+)
+def test_a_missing_split(tmp_path: Path, splits: dict[str, Any], words: str) -> None:
+    with pytest.raises(FusionError, match=words):
+        ImageDataModule(parquet(tmp_path / "d", datasets.Value("int64"), **splits)).dataset("train")
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"text": ["a", "b"], "label": [0, 1]}, "has no image column; its columns are text, label"),
+        ({"picture": colours(2)["picture"]}, "has no label column; its columns are picture"),
+    ],
+)
+def test_a_missing_column(tmp_path: Path, columns: dict[str, Any], words: str) -> None:
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(FusionError, match=words):
+        ImageDataModule(DataConfig(path=str(tmp_path), channels=3)).dataset("train")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (DataConfig(path="./nowhere"), "no data set at nowhere; --data.path takes"),
+        (DataConfig(channels=2), "data.channels must be 1 or 3, not 2"),
+        (DataConfig(calibration=1397), "data.calibration is 1397, but only 1397 training images are left"),
+        (DataConfig(validation=-1), "data.validation is -1"),
+    ],
+)
+def test_a_config_that_cannot_be_served(config: DataConfig, words: str) -> None:
+    with pytest.raises(FusionError, match=words):
+        ImageDataModule(config).dataset("train")

@@ -1,0 +1,212 @@
+import csv
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from fusionpl.datamodules import DataConfig, ImageDataModule
+from fusionpl.errors import FusionError
+from fusionpl.evaluation import evaluate
+from fusionpl.models import ModelConfig, build_model
+from fusionpl.training import FitResult, OptimConfig, finish_loggers, fit, make_loggers
+from fusionpl.training.callbacks import SeedEpochs
+from fusionpl.training.loggers import MetricsFile, has_wandb_key
+
+MODEL = ModelConfig(
+    args={
+        "img_size": 8,
+        "patch_size": 4,
+        "in_chans": 1,
+        "embed_dim": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "mlp_ratio": 2,
+        "proj_drop_rate": 0.2,  # so that a run depends on the RNG in training
+    },
+    initializer_range=0.2,
+)
+DATA = DataConfig(image_size=8, batch_size=20, train_limit=100, shift=1)
+
+
+class Stop(Callback):
+    """Presses Ctrl-C in the middle of an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.current_epoch == self.epoch and trainer.global_step % 5 == 3:
+            raise KeyboardInterrupt
+
+
+def trained(folder: Path, *, lr: float = 3e-3, stop: int | None = None, resume: bool = False, **args: Any) -> FitResult:
+    torch.manual_seed(0)
+    return fit(
+        build_model(MODEL, num_classes=10),
+        ImageDataModule(DATA, seed=5),
+        OptimConfig(lr=lr),
+        {"max_epochs": 4, "accelerator": "cpu", **args},
+        folder,
+        seed=5,
+        loggers=make_loggers("csv", folder, name="test", resume=resume),
+        callbacks=[] if stop is None else [Stop(stop)],
+        resume=resume,
+    )
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[FitResult, Path]:
+    folder = tmp_path_factory.mktemp("whole")
+    return trained(folder), folder
+
+
+def test_a_result_is_what_the_returned_model_does(whole: tuple[FitResult, Path]) -> None:
+    result, folder = whole
+    data = ImageDataModule(DATA)
+    measured = evaluate(result.model, data.test_dataloader())
+    assert measured["accuracy"] == pytest.approx(result.accuracy, abs=1e-6)
+    assert measured["loss"] == pytest.approx(result.loss, rel=1e-5)
+    rows = table(folder)
+    assert evaluate(result.model, data.val_dataloader())["loss"] == pytest.approx(
+        float(rows[result.best_epoch - 1]["val/loss"]), rel=1e-5
+    )
+    accuracies = [float(row["val/accuracy"]) for row in rows if row["val/accuracy"]]
+    assert accuracies[result.best_epoch - 1] == max(accuracies)
+    assert (result.epochs, len(accuracies)) == (4, 4)
+    assert not result.model.training
+
+
+def test_the_learning_rate_rises_and_falls_to_nothing(whole: tuple[FitResult, Path]) -> None:
+    rates = [float(row["lr"]) for row in table(whole[1]) if row["lr"]]
+    assert rates[0] == pytest.approx(3e-3, rel=0.2)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(0, abs=1e-9)
+
+
+def test_training_learns(whole: tuple[FitResult, Path]) -> None:
+    losses = [float(row["train/loss"]) for row in table(whole[1]) if row["train/loss"]]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_resumed_run_ends_like_an_uninterrupted_one(whole: tuple[FitResult, Path], tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, stop=2)
+    assert len(table(tmp_path)) == 2
+    resumed, expected = trained(tmp_path, resume=True), whole[0]
+    for (name, tensor), other in zip(
+        resumed.model.state_dict().items(), expected.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(tensor, other), name
+    fields = ("model", "seconds")
+    assert {key: value for key, value in vars(resumed).items() if key not in fields} == {
+        key: value for key, value in vars(expected).items() if key not in fields
+    }
+    assert table(tmp_path) == table(whole[1])
+    ends = [torch.load(f / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for f in (tmp_path, whole[1])]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_two_seeds_train_differently(whole: tuple[FitResult, Path], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    other = fit(
+        build_model(MODEL, num_classes=10),
+        ImageDataModule(DATA, seed=6),
+        OptimConfig(lr=3e-3),
+        {"max_epochs": 4, "accelerator": "cpu"},
+        tmp_path,
+        seed=6,
+    )
+    assert other.loss != whole[0].loss
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(
+        FusionError, match=r"the training loss became (nan|inf) in epoch 1, step \d+; lower --optim\.lr"
+    ):
+        trained(tmp_path, lr=1e30)
+    assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.0])
+def test_a_truncated_checkpoint_is_named(whole: tuple[FitResult, Path], tmp_path: Path, keep: float) -> None:
+    content = (whole[1] / "checkpoints" / "last.ckpt").read_bytes()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(FusionError, match=r"last\.ckpt is truncated or damaged .*; start again with --overwrite"):
+        trained(tmp_path, resume=True)
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(FusionError, match="no epoch was finished, so start without --resume"):
+        trained(tmp_path, resume=True)
+
+
+def test_an_option_the_trainer_refuses(tmp_path: Path) -> None:
+    with pytest.raises(FusionError, match="Lightning's Trainer refuses its options: .*abacus"):
+        trained(tmp_path, accelerator="abacus")
+
+
+def test_a_quick_look_keeps_no_checkpoints(tmp_path: Path) -> None:
+    result = trained(tmp_path, fast_dev_run=True)
+    assert 0 <= result.accuracy <= 1
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_every_epoch_and_rank_has_its_own_randomness() -> None:
+    @dataclasses.dataclass
+    class Where:
+        current_epoch: int
+        global_rank: int
+
+    def drawn(seed: int, epoch: int, rank: int) -> float:
+        SeedEpochs(seed).on_train_epoch_start(Where(epoch, rank), None)  # type: ignore[arg-type]
+        return torch.rand(1).item()
+
+    assert drawn(1, 2, 0) == drawn(1, 2, 0)
+    assert len({drawn(1, 2, 0), drawn(1, 2, 1), drawn(1, 3, 0), drawn(2, 2, 0)}) == 4
+
+
+def test_the_metrics_file_forgets_epochs_that_a_resumed_run_repeats(tmp_path: Path) -> None:
+    first = MetricsFile(tmp_path / "metrics.csv")
+    for epoch in range(3):
+        first.log_metrics({"epoch": epoch, "val/loss": 1.0 + epoch}, step=epoch)
+        first.log_metrics({"epoch": epoch, "train/loss": 2.0}, step=epoch)
+    resumed = MetricsFile(tmp_path / "metrics.csv", resume=True)
+    resumed.log_metrics({"epoch": 1, "val/loss": 9.0}, step=1)
+    assert [(row["epoch"], row["val/loss"], row["train/loss"]) for row in table(tmp_path)] == [
+        ("0", "1.0", "2.0"),
+        ("1", "9.0", ""),
+    ]
+
+
+def test_weights_and_biases_without_a_key_runs_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not has_wandb_key()
+    loggers = make_loggers("wandb", tmp_path, name="test", config={"seed": 1})
+    for logger in loggers:
+        logger.log_metrics({"epoch": 0, "val/loss": 0.5}, step=0)
+    finish_loggers(loggers)
+    said = capsys.readouterr().out.strip()
+    assert said.startswith("Weights & Biases: no API key, so the run was kept offline; upload it with: wandb sync ")
+    kept = Path(said.rpartition(" ")[2])
+    assert kept.parent == tmp_path / "wandb"
+    assert list(kept.glob("run-*.wandb"))
+    assert table(tmp_path)[0]["val/loss"] == "0.5"
+
+
+def test_a_key_in_the_environment_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert has_wandb_key()

@@ -24,6 +24,7 @@ from fusionpl.fusion import FuseConfig, fuse, load_config, vanilla
 from fusionpl.models import load_model
 from fusionpl.training import OptimConfig, fit
 
+# Three parents make three pairs: each parent is in two of them.
 PAIRS = ((1, 2), (2, 3), (3, 1))
 PARENT_EPOCHS, FINETUNE_EPOCHS = 30, 3
 PAPER = CONF / "fuse" / "paper.yaml"
@@ -32,7 +33,6 @@ VARIANTS: Mapping[str, FuseConfig] = {
     "OT hard (paper, EMD)": load_config(PAPER, {"align.solver": "emd"}),
     "OT soft, residual skip": load_config(PAPER, {"align.residual": "skip"}),
     "OT weights soft (0.06)": load_config(PAPER, {"align.evidence": "weights", "align.reg": 0.06}),
-    "default": load_config(CONF / "fuse" / "default.yaml"),
 }
 
 

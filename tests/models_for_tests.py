@@ -81,4 +81,4 @@ def outputs(model: nn.Module, batch: Tensor | None = None) -> Tensor:
 def largest_difference(a: nn.Module, b: nn.Module) -> float:
     """Over all parameters, by name."""
     others = dict(b.named_parameters())
-    return max(float((tensor - others[name]).abs().max()) for name, tensor in a.named_parameters())
+    return max(float((tensor - others[name]).detach().abs().max()) for name, tensor in a.named_parameters())

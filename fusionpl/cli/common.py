@@ -41,6 +41,11 @@ def main(run: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         return MISTAKE
     except BrokenPipeError:  # `fuse.py --dry-run | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes an exit of Ctrl-C
+            raise
+        print("interrupted", file=sys.stderr)
+        return INTERRUPT
     except KeyboardInterrupt as stop:
         if is_main_process():
             print("interrupted" + (f"; {stop}" if str(stop) else ""), file=sys.stderr)

@@ -1,7 +1,8 @@
 """Training a model to its best checkpoint: what the train and the finetune command share."""
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
 
 from fusionpl.datamodules import ImageDataModule
@@ -81,20 +81,18 @@ def fit(
     module = ClassificationModule(model.train(), optim, data.num_classes)
     timer = Timer(verbose=False)
     trainer = build_trainer(folder, trainer_args, loggers, [SeedEpochs(seed), timer, *callbacks])
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=last if resume else None, weights_only=True)
-    except SystemExit as stop:
-        if trainer.state.status != TrainerStatus.INTERRUPTED:
-            raise
-        # Lightning turned the interrupt into an exit with code 1, and ignores further ones
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        raise KeyboardInterrupt from stop
+    with _interruptible():
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=last if resume else None, weights_only=True)
+        except MisconfigurationException as error:
+            raise FusionError(f"Lightning's Trainer refuses its options: {error}") from error
     best_epoch = trainer.current_epoch
-    if trainer.checkpoint_callback is not None:  # there is none in a fast_dev_run
+    if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # it writes no checkpoints
         checkpoint = read_checkpoint(best)
         module.load_state_dict(checkpoint["state_dict"])
         best_epoch = checkpoint["epoch"] + 1
-    figures = trainer.test(module, datamodule=data, verbose=False)[0]
+    with _interruptible():
+        figures = trainer.test(module, datamodule=data, verbose=False)[0]
     return FitResult(
         model=model.cpu().eval(),
         accuracy=figures["test/accuracy"],
@@ -103,6 +101,18 @@ def fit(
         epochs=trainer.current_epoch,
         seconds=timer.time_elapsed("train"),
     )
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Gives Ctrl-C back, which Lightning turns into an exit with code 1, after which it ignores further ones."""
+    try:
+        yield
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise KeyboardInterrupt from stop
 
 
 def build_trainer(

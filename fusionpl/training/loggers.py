@@ -83,16 +83,16 @@ def make_loggers(
     if kind == "wandb":
         import wandb
 
-        loggers.append(
-            WandbLogger(
-                project=PROJECT,
-                name=name,
-                save_dir=folder,
-                offline=not has_wandb_key(),
-                config=config or {},
-                settings=wandb.Settings(silent=True, console="off"),
-            )
+        dashboard = WandbLogger(
+            project=PROJECT,
+            name=name,
+            save_dir=folder,
+            offline=not has_wandb_key(),
+            config=config or {},
+            settings=wandb.Settings(silent=True, console="off"),
         )
+        dashboard._wandb_init.pop("anonymous", None)  # Lightning always passes it on, and wandb warns about it
+        loggers.append(dashboard)
     return loggers
 
 

@@ -1,120 +1,250 @@
-import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import safetensors.torch
-import torch
+import yaml
 
-from fusionpl import load_model
 from fusionpl.cli import train
-from fusionpl.cli.common import main
+from fusionpl.cli.common import main, run_folder, staged
+from fusionpl.datamodules import DataConfig, ImageDataModule
+from fusionpl.errors import FusionError
+from fusionpl.evaluation import evaluate
+from fusionpl.models import class_names, load_model
 
 ROOT = Path(__file__).parents[2]
-TINY = [
-    "--data.image_size", "16", "--data.train_limit", "100", "--data.batch_size", "25",
-    "--model.args", '{"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}',
-    "--trainer.accelerator", "cpu", "--logger", "csv",
-]  # fmt: skip
+TINY = {
+    "name": "tiny",
+    "model": {
+        "architecture": "vit_tiny_patch16_224",
+        "args": {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2},
+        "initializer_range": 0.2,
+    },
+    "data": {"path": "digits", "image_size": 8, "batch_size": 25, "train_limit": 100, "shift": 1},
+    "optim": {"lr": 0.01},
+    "trainer": {"max_epochs": 2, "accelerator": "cpu"},
+    "logger": "csv",
+}
 
 
-def trained(folder: Path, *argv: str) -> dict[str, torch.Tensor]:
-    assert main(train.run, [*TINY, "--output", str(folder), *argv]) == 0
-    return safetensors.torch.load_file(folder / "model/model.safetensors")
+@pytest.fixture
+def preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A preset that trains in a moment, in a working directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    return tmp_path / "tiny.yaml"
 
 
-def started(folder: Path, *argv: str) -> "subprocess.Popen[str]":
+def run(*words: object) -> int:
+    return main(train.run, [str(word) for word in words])
+
+
+def start(preset: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(preset), "--seed", "1", *words]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "train.py", *TINY, "--output", str(folder), *argv],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def epochs(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def test_a_run_folder_and_the_same_seed(tmp_path: Path) -> None:
-    one = trained(tmp_path / "one", "--seed", "1", "--trainer.max_epochs", "2")
-    two = trained(tmp_path / "two", "--seed", "1", "--trainer.max_epochs", "2")
-    other = trained(tmp_path / "other", "--seed", "2", "--trainer.max_epochs", "2")
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert not torch.equal(one["blocks.0.mlp.fc1.weight"], other["blocks.0.mlp.fc1.weight"])
-    folder = tmp_path / "one"
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
-    assert 0 <= json.loads((folder / "metrics.json").read_text())["accuracy"] <= 1
-    assert [row["epoch"] for row in epochs(folder)] == ["0", "1", "2"]
-    assert load_model(folder) is not None
-    # the run's config.yaml repeats the run
-    argv = ["--config", str(folder / "config.yaml"), "--output", str(tmp_path / "again"), "--logger", "csv"]
-    assert main(train.run, argv) == 0
-    again = safetensors.torch.load_file(tmp_path / "again/model/model.safetensors")
-    assert all(torch.equal(one[name], again[name]) for name in one)
-
-
-def test_ctrl_c_and_resume_end_with_the_numbers_of_an_uninterrupted_run(tmp_path: Path) -> None:
-    argv = ["--seed", "1", "--trainer.max_epochs", "60"]
-    process = started(tmp_path / "cut", *argv)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("epoch 2/"):
-            break
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert error.strip().splitlines()[-1].startswith("interrupted; continue with: python train.py")
-    assert not (tmp_path / "cut/model").exists()
-    done = len(epochs(tmp_path / "cut"))
-    assert 2 <= done < 60
-    resumed = trained(tmp_path / "cut", *argv, "--resume")
-    whole = trained(tmp_path / "whole", *argv)
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    assert epochs(tmp_path / "cut") == epochs(tmp_path / "whole")
-
-
-def test_two_processes(tmp_path: Path) -> None:
-    ddp = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "1"]
-    process = started(tmp_path / "run", *ddp)
-    out, error = process.communicate(timeout=280)
-    assert process.returncode == 0, error
-    assert out.count("test accuracy") == 1
-    assert load_model(tmp_path / "run") is not None
-
-
-def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def refused(*argv: str) -> str:
-        assert main(train.run, [*TINY, "--output", str(tmp_path / "run"), *argv]) == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert len(lines) == 1
-        return lines[0]
-
-    assert "seed" in refused("--seed", "one")
-    assert "did you mean 'optim.lr'" in refused("--optim.lrr", "1")
-    assert "did you mean 'trainer.max_epochs'" in refused("--trainer.max_epoch", "1")
-    assert "loss became" in refused(
-        "--optim.lr", "1e30", "--trainer.max_epochs", "3", "--trainer.gradient_clip_val", "0"
+        command, cwd=preset.parent, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert "no run to resume" in refused("--resume")
-    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_checkpoint_and_other_settings_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_folder_holds_all_of_a_run(preset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--config", preset, "--seed", 1) == 0
+    folder = Path("runs/tiny/seed-1")
+    assert files(folder) == {
+        "config.yaml",
+        "metrics.csv",
+        "metrics.json",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "model/config.json",
+        "model/model.safetensors",
+        "model/README.md",
+    }
+    figures = json.loads((folder / "metrics.json").read_text())
+    model = load_model(folder)
+    data = ImageDataModule(DataConfig(image_size=8))
+    assert evaluate(model, data.test_dataloader())["accuracy"] == pytest.approx(figures["accuracy"], abs=1e-6)
+    assert class_names(model) == tuple("0123456789")
+    said = capsys.readouterr().out
+    assert f"test accuracy {100 * figures['accuracy']:.2f} %" in said
+    assert "epoch 2/2: train loss" in said
+    card = (folder / "model" / "README.md").read_text()
+    assert f"of epoch {figures['best_epoch']} of 2, the best by validation accuracy" in card
+    assert [path.name for path in folder.parent.iterdir()] == ["seed-1"]
+
+
+def test_the_kept_config_repeats_the_run(preset: Path) -> None:
+    assert run("--config", preset, "--seed", 3, "--optim.lr", 0.02, "--output", "first") == 0
+    assert run("--config", "first/config.yaml", "--output", "again") == 0
+    assert (Path("again/model/model.safetensors")).read_bytes() == Path("first/model/model.safetensors").read_bytes()
+    assert Path("again/config.yaml").read_text() == Path("first/config.yaml").read_text()
+    assert yaml.safe_load(Path("first/config.yaml").read_text())["optim"]["lr"] == 0.02
+
+
+def test_an_existing_run_is_refused_then_replaced(preset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--config", preset, "--output", "mine") == 0
+    before = Path("mine/model/model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert run("--config", preset, "--output", "mine", "--seed", 2) == 2
+    assert capsys.readouterr().err == (
+        "error: mine exists; replace it with --overwrite, or choose another folder with --output\n"
+    )
+    assert Path("mine/model/model.safetensors").read_bytes() == before
+    assert run("--config", preset, "--output", "mine", "--seed", 2, "--overwrite") == 0
+    assert Path("mine/model/model.safetensors").read_bytes() != before
+
+
+def test_a_failing_replacement_leaves_the_old_run(preset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--config", preset, "--output", "mine") == 0
+    before = {name: Path("mine", name).read_bytes() for name in files(Path("mine"))}
+    assert run("--config", preset, "--output", "mine", "--overwrite", "--optim.lr", 1e30) == 2
+    assert "the training loss became" in capsys.readouterr().err
+    assert {name: Path("mine", name).read_bytes() for name in files(Path("mine"))} == before
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["mine", "tiny.yaml"]
+
+
+def test_overwrite_spares_what_is_not_ours(preset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("thesis").mkdir()
+    Path("thesis/chapter.txt").write_text("years of work")
+    assert run("--config", preset, "--output", "thesis", "--overwrite") == 2
+    assert "thesis is not an output of fusionpl (no config.yaml)" in capsys.readouterr().err
+    assert files(Path("thesis")) == {"chapter.txt"}
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--seed", "x"], "seed: .*x"),
+        (["--seed", "-1"], "seed: .*-1"),
+        (["--optim.lrr", "3"], r"unknown option --optim\.lrr; did you mean 'optim\.lr'\?"),
+        (["--trainer.max_epoch", "3"], r"unknown option --trainer\.max_epoch; did you mean 'trainer\.max_epochs'\?"),
+        (["--data.shift", "much"], r"data\.shift: expected a int\. Got value: much"),
+        (["--logger", "paper"], "logger: .*paper"),
+        (["--config", "nowhere.yaml"], "config: .*nowhere.yaml"),
+        (["--model.architecture", "vit_tiny_patch16_22"], "did you mean 'vit_tiny_patch16_224'"),
+        (["--data.path", "./nowhere"], "no data set at nowhere"),
+        (["--trainer.accelerator", "abacus"], "Lightning's Trainer refuses its options: .*abacus"),
+        (["--resume"], r"there is no run to resume in runs/tiny/seed-0 \(no config\.yaml\)"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    preset: Path, capsys: pytest.CaptureFixture[str], words: Sequence[str], line: str
 ) -> None:
-    folder = tmp_path / "run"
-    trained(folder, "--trainer.max_epochs", "1")
-    argv = [*TINY, "--output", str(folder)]
-    assert main(train.run, [*argv, "--trainer.max_epochs", "1"]) == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert main(train.run, [*argv, "--trainer.max_epochs", "1", "--optim.lr", "0.5", "--resume"]) == 2
-    assert "optim.lr" in capsys.readouterr().err
-    last = folder / "checkpoints/last.ckpt"
+    assert run("--config", preset, *words) == 2
+    said = capsys.readouterr()
+    assert re.fullmatch(rf"error: .*{line}.*\n", said.err), said.err
+    assert files(Path.cwd()) == {"tiny.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("optim: {learning_rate: 3}", "unknown key optim.learning_rate"),
+        ("data: {path: digits, batchsize: 3}", "unknown key data.batchsize; did you mean 'data.batch_size'?"),
+        ("sed: 1", "unknown key sed; did you mean 'seed'?"),
+        ("seed: [1", "expected ',' or ']'"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line(
+    preset: Path, capsys: pytest.CaptureFixture[str], text: str, line: str
+) -> None:
+    preset.write_text(text)
+    assert run("--config", preset) == 2
+    said = capsys.readouterr().err
+    assert line in said
+    assert said.count("\n") == 1
+
+
+def test_resuming_with_other_settings_is_refused(preset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--config", preset, "--output", "mine") == 0
+    assert run("--config", preset, "--output", "mine", "--resume", "--optim.lr", 0.5) == 2
+    assert "mine was started with optim.lr 0.01, not 0.5" in capsys.readouterr().err
+    assert run("--config", preset, "--output", "mine", "--resume") == 0
+
+
+def test_resuming_from_a_truncated_checkpoint(preset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--config", preset, "--output", "mine") == 0
+    last = Path("mine/checkpoints/last.ckpt")
     last.write_bytes(last.read_bytes()[:1000])
-    assert main(train.run, [*argv, "--trainer.max_epochs", "1", "--resume"]) == 2
-    assert "last.ckpt is truncated or damaged" in capsys.readouterr().err
+    capsys.readouterr()
+    assert run("--config", preset, "--output", "mine", "--resume") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: mine/checkpoints/last.ckpt is truncated or damaged")
+    assert said.count("\n") == 1
+
+
+def test_ctrl_c_says_how_to_go_on(preset: Path) -> None:
+    process = start(preset, "--trainer.max_epochs", "100000", "--overwrite")
+    folder = preset.parent / "runs/tiny/seed-1"
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == (
+        f"interrupted; continue with: python train.py --config {preset} --seed 1 --trainer.max_epochs 100000 --resume\n"
+    )
+    assert not (folder / "model").exists()
+    with pytest.raises(FusionError, match="the run did not finish, continue it with --resume"):
+        load_model(folder)
+
+
+def test_two_processes_train_one_model(preset: Path) -> None:
+    process = start(preset, "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    said, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    folder = preset.parent / "runs/tiny/seed-1"
+    figures = json.loads((folder / "metrics.json").read_text())
+    measured = evaluate(load_model(folder), ImageDataModule(DataConfig(image_size=8)).test_dataloader())
+    assert measured["accuracy"] == pytest.approx(figures["accuracy"], abs=1e-6)
+    assert measured["loss"] == pytest.approx(figures["loss"], rel=1e-5)
+    assert said.count("test accuracy") == 1
+    # 100 images, 2 processes, 25 a batch and process: 2 steps an epoch
+    assert [row.split(",")[1] for row in (folder / "metrics.csv").read_text().splitlines()[1:3]] == ["1", "3"]
+
+
+def test_a_staged_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with staged(target) as folder:
+        (folder / "config.yaml").write_text("first")
+        assert not target.exists()
+
+    def fail() -> None:
+        with staged(target, overwrite=True) as folder:
+            (folder / "config.yaml").write_text("second")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert (target / "config.yaml").read_text() == "first"
+    with staged(target, overwrite=True) as folder:
+        (folder / "config.yaml").write_text("third")
+    assert (target / "config.yaml").read_text() == "third"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_a_stopped_run_stays_if_it_can_go_on(tmp_path: Path, resumable: bool) -> None:
+    target = tmp_path / "run"
+
+    def stop() -> None:
+        with run_folder(target, overwrite=False, keep="last.ckpt") as folder:
+            (folder / "config.yaml").write_text("")
+            if resumable:
+                (folder / "last.ckpt").write_text("")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+    assert target.exists() == resumable

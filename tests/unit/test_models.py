@@ -199,7 +199,7 @@ def test_a_transformers_model_with_other_sizes_than_its_config(tmp_path: Path) -
 def test_a_missing_folder_lists_the_models_beside_it(tmp_path: Path) -> None:
     save_model(built(), tmp_path / "seed-1" / "model")
     save_model(built(), tmp_path / "seed-2" / "model")
-    with pytest.raises(FusionError, match="no model at .*seed-3; under .* there are: seed-1, seed-2"):
+    with pytest.raises(FusionError, match=r"no model at .*seed-3; under .* there are: seed-1, seed-2"):
         load_model(tmp_path / "seed-3")
 
 

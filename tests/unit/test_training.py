@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ class Stop(Callback):
             raise KeyboardInterrupt
 
 
-def trained(folder: Path, *, lr: float = 3e-3, stop: int | None = None, resume: bool = False, **args: Any) -> FitResult:
+def trained(
+    folder: Path, *, lr: float = 1e-2, resume: bool = False, callbacks: Sequence[Callback] = (), **args: Any
+) -> FitResult:
     torch.manual_seed(0)
     return fit(
         build_model(MODEL, num_classes=10),
@@ -53,7 +56,7 @@ def trained(folder: Path, *, lr: float = 3e-3, stop: int | None = None, resume: 
         folder,
         seed=5,
         loggers=make_loggers("csv", folder, name="test", resume=resume),
-        callbacks=[] if stop is None else [Stop(stop)],
+        callbacks=callbacks,
         resume=resume,
     )
 
@@ -87,7 +90,7 @@ def test_a_result_is_what_the_returned_model_does(whole: tuple[FitResult, Path])
 
 def test_the_learning_rate_rises_and_falls_to_nothing(whole: tuple[FitResult, Path]) -> None:
     rates = [float(row["lr"]) for row in table(whole[1]) if row["lr"]]
-    assert rates[0] == pytest.approx(3e-3, rel=0.2)
+    assert rates[0] == pytest.approx(1e-2, rel=0.2)
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] == pytest.approx(0, abs=1e-9)
 
@@ -99,7 +102,7 @@ def test_training_learns(whole: tuple[FitResult, Path]) -> None:
 
 def test_a_resumed_run_ends_like_an_uninterrupted_one(whole: tuple[FitResult, Path], tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path, stop=2)
+        trained(tmp_path, callbacks=[Stop(2)])
     assert len(table(tmp_path)) == 2
     resumed, expected = trained(tmp_path, resume=True), whole[0]
     for (name, tensor), other in zip(
@@ -115,12 +118,21 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(whole: tuple[FitResult, Pa
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+def test_ctrl_c_in_the_final_test_is_ctrl_c(tmp_path: Path) -> None:
+    class StopTesting(Callback):
+        def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, callbacks=[StopTesting()])
+
+
 def test_two_seeds_train_differently(whole: tuple[FitResult, Path], tmp_path: Path) -> None:
     torch.manual_seed(0)
     other = fit(
         build_model(MODEL, num_classes=10),
         ImageDataModule(DATA, seed=6),
-        OptimConfig(lr=3e-3),
+        OptimConfig(lr=1e-2),
         {"max_epochs": 4, "accelerator": "cpu"},
         tmp_path,
         seed=6,
@@ -151,7 +163,7 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 
 
 def test_an_option_the_trainer_refuses(tmp_path: Path) -> None:
-    with pytest.raises(FusionError, match="Lightning's Trainer refuses its options: .*abacus"):
+    with pytest.raises(FusionError, match=r"Lightning's Trainer refuses its options: .*abacus"):
         trained(tmp_path, accelerator="abacus")
 
 
@@ -199,7 +211,9 @@ def test_weights_and_biases_without_a_key_runs_offline(
     for logger in loggers:
         logger.log_metrics({"epoch": 0, "val/loss": 0.5}, step=0)
     finish_loggers(loggers)
-    said = capsys.readouterr().out.strip()
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    said = captured.out.strip()
     assert said.startswith("Weights & Biases: no API key, so the run was kept offline; upload it with: wandb sync ")
     kept = Path(said.rpartition(" ")[2])
     assert kept.parent == tmp_path / "wandb"

@@ -1,5 +1,6 @@
 """Tiny run folders on disk, as train.py leaves them, without the training."""
 
+import signal
 from pathlib import Path
 
 import torch
@@ -19,3 +20,8 @@ def make_run(folder: Path, seed: int, names: tuple[str, ...] = NAMES, **args: in
     settings = {"name": "tiny", "data": DATA, "trainer": {"max_epochs": 10}, "seed": seed}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return folder
+
+
+def hears_ctrl_c() -> None:
+    """For Popen's preexec_fn: a shell's background job, and what it starts, would ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -16,7 +16,7 @@ from fusionpl import load_model
 from fusionpl.cli import finetune, fuse, sweep
 from fusionpl.cli.common import main
 from fusionpl.evaluation import Report
-from tests.integration.runs import make_run
+from tests.integration.runs import hears_ctrl_c, make_run
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--trainer.accelerator", "cpu", "--logger", "csv"]
@@ -281,6 +281,7 @@ def test_ctrl_c_while_finetuning_can_be_resumed(fused: Path, tmp_path: Path) -> 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hears_ctrl_c,
     )
     assert process.stdout is not None
     for line in process.stdout:

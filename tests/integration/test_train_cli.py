@@ -17,6 +17,7 @@ from fusionpl.datamodules import DataConfig, ImageDataModule
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import evaluate
 from fusionpl.models import class_names, load_model
+from tests.integration.runs import hears_ctrl_c
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -49,7 +50,13 @@ def start(preset: Path, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(preset), "--seed", "1", *words]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, cwd=preset.parent, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=preset.parent,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hears_ctrl_c,
     )
 
 

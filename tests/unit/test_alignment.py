@@ -184,6 +184,22 @@ def test_matched_heads_move_as_wholes(evidence: str) -> None:
         assert torch.equal(one.to_output.sum(0), torch.ones(16, dtype=torch.float64))
 
 
+def test_heads_are_matched_by_both_circuits_each_at_its_best_alignment() -> None:
+    a, b = (
+        {axis: standardized(activations(timm_vit(seed), f"blocks.0.{axis}")).T for axis in "qkv"} for seed in range(2)
+    )
+    total = np.zeros((4, 4))
+    for circuit in ("qk", "v"):
+        ours, theirs = (torch.cat([one[axis] for axis in circuit], dim=1).split(4) for one in (a, b))
+        costs = np.array([[cdist(x, y)[linear_sum_assignment(cdist(x, y))].mean() for y in theirs] for x in ours])
+        total += costs / costs.mean()
+    wanted = torch.zeros(4, 4, dtype=torch.float64)
+    wanted[linear_sum_assignment(total)] = 4
+    for axis in "qkv":
+        plan = maps(heads="matched", solver="assignment")[f"blocks.0.{axis}"]
+        assert torch.equal(plan.to_output.view(4, 4, 4, 4).sum((1, 3)), wanted)
+
+
 def test_matched_heads_soften_only_inside_a_pair() -> None:
     plan = maps(heads="matched", solver="sinkhorn")["blocks.1.v"].to_output.view(4, 4, 4, 4)
     assert ((plan > 0).all(1).all(2).sum(0) == 1).all()

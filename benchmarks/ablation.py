@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.digits import PAIRS, PAPER, cell, parent
-from fusionpl.alignment import evidence_keys
-from fusionpl.calibration import calibrate
 from fusionpl.cli.common import quiet
 from fusionpl.cli.sweep import passes
 from fusionpl.datamodules import DataConfig, ImageDataModule
 from fusionpl.evaluation import evaluate, evaluate_ensemble
-from fusionpl.fusion import check_parents, combine, load_config, resolve_anchor, vanilla
+from fusionpl.fusion import Calibrated, load_config, vanilla
 
 WEIGHTS: dict[str, Any] = {"align.evidence": "weights", "align.reg": 0.06}
 HARD: dict[str, Any] = {"align.solver": "emd"}
@@ -78,15 +76,11 @@ def main() -> None:
         plain = vanilla(parents, [0.5, 0.5])
         assert plain is not None
         scores["vanilla"].append(evaluate(plain, test)["accuracy"])
-        bindings = check_parents(parents, names)
         labels = {str(key): key for key in cells}
         for group in passes({label: cells[key] for label, key in labels.items()}, 2):
-            first = next(iter(group.values()))
-            anchor = resolve_anchor(first, 2)
-            keys = list(dict.fromkeys(k for one in group.values() for k in evidence_keys(bindings[anchor], one.align)))
-            moments = calibrate(parents, bindings, anchor, calibration, keys, first.calibration)
+            calibrated = Calibrated(parents, calibration, list(group.values()), names=names)
             for label, config in group.items():
-                fused = combine(parents, bindings, names, moments, config).model
+                fused = calibrated.fuse(config).model
                 scores[labels[label]].append(evaluate(fused, test)["accuracy"])
                 print(pair, label, scores[labels[label]][-1], flush=True)
     lines = [f"One-shot test accuracy on digits, mean ± standard deviation over {len(PAIRS)} pairs of seeds.", ""]

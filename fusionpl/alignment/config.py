@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from fusionpl.errors import FusionError
 from fusionpl.transport import Metric, Normalize, Scaling, Solver
 
 Residual = Literal["average", "branch", "skip", "identity", "weighted_scalar", "weighted_matrix", "tie"]
@@ -25,6 +26,8 @@ class AlignConfig:
             units of both (`joint`).
         heads: `flat` aligns the units of all heads together; `matched` assigns heads first, then units inside each
             matched pair, with one map for Q and K and one for V and O.
+        stream: `transport`, or `rotation`: one orthogonal map for the whole stream and one for each circuit of each
+            matched pair of heads (pre-LN families); `solver` then serves the MLP units alone.
         scaling: `two_sided` or, as the paper's released code, `source`; they differ for unequal widths only.
         embeddings, classifier: false takes the anchor's tensors instead of the average.
     """
@@ -37,6 +40,19 @@ class AlignConfig:
     residual: Residual = "average"
     qk: Literal["separate", "shared", "joint"] = "separate"
     heads: Literal["flat", "matched"] = "flat"
+    stream: Literal["transport", "rotation"] = "transport"
     scaling: Scaling = "two_sided"
     embeddings: bool = True
     classifier: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises FusionError for options that contradict each other."""
+        if self.stream != "rotation":
+            return
+        needed = {"evidence": "activations", "residual": "tie", "heads": "matched", "scaling": "two_sided"}
+        missing = [f"align.{key} {value}" for key, value in needed.items() if getattr(self, key) != value]
+        if missing:
+            raise FusionError(
+                "align.stream rotation is one map for the whole stream and one for each matched pair of heads, from "
+                f"activations; it needs {', '.join(missing)}"
+            )

@@ -42,6 +42,12 @@ class ActivationEvidence:
         raw = self.anchor.taps[axes[0]].kind == "parameter"
         return self.moments[tuple(axes)].gram(self.raw if raw else self.scale)
 
+    def unscaled(self, axes: Sequence[str]) -> Gram:
+        """Activations of all `axes` as they are, stacked along the samples, those of each axis with unit total norm."""
+        grams = (self.moments[axis,].gram("none") for axis in axes)
+        first, *rest = (one.normalized() for one in grams)
+        return sum(rest, start=first)
+
     def magnitude(self, axis: str) -> Tensor:
         """[n_anchor], the mean absolute activation of the anchor's units."""
         return self.moments[axis,].magnitude()

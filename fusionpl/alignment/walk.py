@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from fusionpl.alignment.config import AlignConfig
-from fusionpl.alignment.evidence import Evidence, WeightEvidence
+from fusionpl.alignment.evidence import ActivationEvidence, Evidence, WeightEvidence
 from fusionpl.alignment.heads import match_heads
+from fusionpl.alignment.rotation import dissimilarity, rotate_stream, rotate_units
 from fusionpl.calibration import Key
 from fusionpl.errors import FusionError
 from fusionpl.families import Binding, Join
@@ -39,7 +40,9 @@ def align(parent: Binding, anchor: Binding, evidence: Evidence, config: AlignCon
         FusionError: options that do not fit the widths or head counts; see AlignConfig.
     """
     walk = _Walk(parent, anchor, evidence, config)
-    if config.residual == "tie":
+    if config.stream == "rotation":
+        walk.rotate_stream()
+    elif config.residual == "tie":
         walk.tie_stream()
     for axis in parent.free:
         walk.map_of(axis)
@@ -100,7 +103,9 @@ class _Walk:
         if self.config.scaling == "source":
             return found
         ours, theirs = (binding.axes[axis].size / binding.axes[axis].heads for binding in (self.parent, self.anchor))
-        return replace(found, gain=(ours / theirs) ** 0.25)
+        # A coupling splits or merges units, which changes inner products; a rotation between widths does not.
+        ratio = ours / theirs if found.scaling != "orthogonal" else theirs / ours
+        return replace(found, gain=ratio**0.25)
 
     def _solve_joint(self, circuit: tuple[str, ...]) -> None:
         first, second = circuit
@@ -113,16 +118,33 @@ class _Walk:
     def _match(self, group: tuple[str, ...]) -> None:
         circuits = list(dict.fromkeys(self.circuit.get(axis, (axis,)) for axis in group))
         ours, theirs = (binding.axes[group[0]] for binding in (self.parent, self.anchor))
-        same = ours.size // ours.heads == theirs.size // theirs.heads
-        hard: Solver = "assignment" if same else "emd"
-        grams = {circuit[0]: self.evidence.alike(circuit, self._inputs(*circuit)) for circuit in circuits}
-        found = match_heads(
-            grams, (ours.heads, theirs.heads), metric=self.config.metric, solve_units=self._solved, hard=hard
-        )
+        heads = ours.heads, theirs.heads
+        if self.config.stream == "rotation":
+            grams = {circuit[0]: self._activations.unscaled(circuit) for circuit in circuits}
+            found = match_heads(grams, heads, compare=dissimilarity, solve_units=rotate_units)
+        else:
+            grams = {circuit[0]: self.evidence.alike(circuit, self._inputs(*circuit)) for circuit in circuits}
+            found = match_heads(grams, heads, compare=self._cost, solve_units=self._solved)
         for circuit in circuits:
             one = found[circuit[0]]
             one = self._rescaled(circuit[0], one) if len(circuit) > 1 else one
             self.maps.update(dict.fromkeys(circuit, one))
+
+    def _cost(self, inner: Gram) -> float:
+        hard: Solver = "assignment" if inner.cross.shape[0] == inner.cross.shape[1] else "emd"
+        return float(solve(ground_metric(inner, self.config.metric, "none"), hard).cost or 0.0)
+
+    @property
+    def _activations(self) -> ActivationEvidence:
+        assert isinstance(self.evidence, ActivationEvidence)  # AlignConfig.check has refused weights
+        return self.evidence
+
+    def rotate_stream(self) -> None:
+        """One rotation for each residual stream, from all its joins."""
+        for members in self.parent.streams():
+            seen = [axis for axis in members if axis in self.parent.taps and axis in self.parent.joins]
+            one = rotate_stream(self._activations.unscaled(seen))
+            self.maps.update(dict.fromkeys(members, one))
 
     def _joined(self, axis: str, join: Join) -> TransportMap:
         policy, scaling = self.config.residual, self.config.scaling
@@ -146,7 +168,7 @@ class _Walk:
 
     def tie_stream(self) -> None:
         """One map for each residual stream, from all its joins (activations) or all their members (weights)."""
-        for members in streams(self.parent):
+        for members in self.parent.streams():
             if isinstance(self.evidence, WeightEvidence):
                 self._tie_weights(members, self.evidence)
             else:
@@ -165,13 +187,6 @@ class _Walk:
             described = written
 
 
-def streams(binding: Binding) -> list[list[str]]:
-    """The residual streams: for each, the joined axes and all that is added into them."""
-    tied = binding.tied()
-    roots = dict.fromkeys(tied[axis] for axis in binding.joins)
-    return [[axis for axis in binding.free if tied[axis] == root] for root in roots]
-
-
 def evidence_keys(binding: Binding, config: AlignConfig) -> list[Key]:
     """The activations that an alignment with `config` looks at: tuples of axes, seen side by side."""
     keys: dict[Key, None] = {}
@@ -181,8 +196,8 @@ def evidence_keys(binding: Binding, config: AlignConfig) -> list[Key]:
     if config.evidence == "weights":
         return list(keys)
     solved = set(binding.free) - set(binding.joins)
-    if config.residual == "tie":
-        solved -= {axis for members in streams(binding) for axis in members}
+    if config.residual == "tie":  # a rotation of the stream is tied too
+        solved -= {axis for members in binding.streams() for axis in members}
         keys.update(dict.fromkeys((axis,) for axis in binding.joins))
     if config.qk == "joint" and config.heads == "flat":
         keys.update(dict.fromkeys(binding.circuits))

@@ -24,27 +24,30 @@ def no_progress(steps: Iterable[Any], label: str) -> Iterable[Any]:
     return steps
 
 
-def batches(calibration: Iterable[Any], config: CalibrationConfig) -> Iterator[dict[str, Tensor]]:
+def batches(calibration: Iterable[Any], config: CalibrationConfig) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Cuts the first `samples` of an iterable of batches into model inputs of `batch_size`.
 
     Items may be mappings, image tensors, or (inputs, labels) pairs. Under torch.distributed each rank takes its
     share of the batches.
 
+    Yields:
+        The number of the batch's first sample, and the batch.
+
     Raises:
         FusionError: the iterable is empty.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    left = config.samples
-    index = 0
+    seen = index = 0
     for item in calibration:
         inputs = inputs_of(item[0] if isinstance(item, (tuple, list)) else item)
-        size = min(left, len(next(iter(inputs.values()))))
+        size = min(config.samples - seen, len(next(iter(inputs.values()))))
         for start in range(0, size, config.batch_size):
             if index % world == rank:
-                yield {key: value[start : min(start + config.batch_size, size)] for key, value in inputs.items()}
+                end = min(start + config.batch_size, size)
+                yield seen + start, {key: value[start:end] for key, value in inputs.items()}
             index += 1
-        left -= size
-        if left <= 0:
+        seen += size
+        if seen >= config.samples:
             break
     if index == 0:
         raise FusionError("the calibration set is empty; give calibration data or use align.evidence weights")
@@ -82,7 +85,7 @@ def calibrate(
         for parent in parents:
             parent.eval()
         with torch.inference_mode():
-            for batch in progress(batches(calibration, config), "calibrate") if streamed else ():
+            for _, batch in progress(batches(calibration, config), "calibrate") if streamed else ():
                 rows = [
                     _rows(parent, binding, batch, axes, config.tokens)
                     for parent, binding in zip(parents, bindings, strict=True)

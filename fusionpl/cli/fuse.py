@@ -176,15 +176,18 @@ def _report(
     candidates = {f"parent {name}": model for name, model in zip(parents, models, strict=True)}
     rows = [_row(name, evaluate(model, batches), [model], sample) for name, model in candidates.items()]
     rows.append(_row("ensemble", evaluate_ensemble(models, batches), models, sample))
-    for name, model in (("vanilla", plain), ("fused", result.model.to(device))):
+    fused = {"vanilla": plain, "aligned average": result.averaged, "fused": result.model}
+    for name, model in fused.items():
         if model is not None:
-            rows.append(_row(name, evaluate(model, batches), [model], sample))
+            rows.append(_row(name, evaluate(model.to(device), batches), [model], sample))
     other = next(index for index in range(len(models)) if index != anchor)
-    ends = {"aligned": result.aligned_parent(other)} | ({"vanilla": models[other]} if plain is not None else {})
+    ends = {"aligned": (result.aligned_parent(other), result.aligned_parent(anchor))}
+    if plain is not None:
+        ends = {"vanilla": (models[other], models[anchor])} | ends
     few = list(islice(data.val_dataloader(), CURVE_BATCHES))
     barrier: dict[str, Curve] = {
-        name: interpolation(models[anchor], end.state_dict(), models[anchor].state_dict(), few)
-        for name, end in progress_bar(sorted(ends.items(), reverse=True), "loss barrier")
+        name: interpolation(models[anchor], end.state_dict(), start.state_dict(), few)
+        for name, (end, start) in progress_bar(list(ends.items()), "loss barrier")
     }
     return Report(rows, settings, barrier, dict(_shown_maps(result)))
 

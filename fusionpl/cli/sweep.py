@@ -15,14 +15,12 @@ from typing import Any
 
 import yaml
 
-from fusionpl.alignment import evidence_keys
-from fusionpl.calibration import calibrate
 from fusionpl.cli.common import check_output, main, quiet, settings_of, staged
 from fusionpl.cli.fuse import arguments, build_parser, fuse_config, load_parents, progress_bar
 from fusionpl.datamodules import ImageDataModule
 from fusionpl.errors import FusionError, flattened
 from fusionpl.evaluation import Report, Row, evaluate
-from fusionpl.fusion import FuseConfig, check_parents, combine, load_config, resolve_anchor
+from fusionpl.fusion import Calibrated, FuseConfig, check_parents, load_config, resolve_anchor
 from fusionpl.training import finish_loggers, log_report, make_loggers
 
 Cell = dict[str, Any]
@@ -47,22 +45,19 @@ def run(argv: Sequence[str]) -> None:
     check_output(output, args.overwrite)
     parents = load_parents(args.parents)
     models, names = list(parents.values()), list(parents)
-    bindings = check_parents(models, names)
+    check_parents(models, names)
     data = ImageDataModule(chosen.data)
     test = list(data.test_dataloader())
     report = Report(config=settings)
     for name, model in parents.items():
         report.add(Row(f"parent {name}", **_scores(evaluate(model, test))))
     for group in passes(configs, len(models)):
-        first = next(iter(group.values()))
-        anchor = resolve_anchor(first, len(models))
-        keys = list(dict.fromkeys(key for one in group.values() for key in evidence_keys(bindings[anchor], one.align)))
-        moments = calibrate(
-            models, bindings, anchor, data.calibration_dataloader(), keys, first.calibration, progress_bar
+        calibrated = Calibrated(
+            models, data.calibration_dataloader(), list(group.values()), names=names, progress=progress_bar
         )
         for name, config in progress_bar(group.items(), f"sweep, {len(configs)} cells"):
             started = time.monotonic()
-            result = combine(models, bindings, names, moments, config)
+            result = calibrated.fuse(config)
             seconds = round(time.monotonic() - started, 2)
             report.add(Row(name, **_scores(evaluate(result.model, test)), seconds=seconds))
     with staged(output, args.overwrite) as folder:
@@ -101,11 +96,12 @@ def label(cell: Cell) -> str:
 
 
 def passes(configs: Mapping[str, FuseConfig], count: int) -> list[dict[str, FuseConfig]]:
-    """Groups cells that one calibration pass can serve: same anchor, samples and tokens."""
+    """Groups cells that one calibration pass can serve: same anchor, samples, tokens and kind of stream."""
     groups: dict[tuple[Any, ...], dict[str, FuseConfig]] = defaultdict(dict)
     for name, config in configs.items():
         anchor = resolve_anchor(config, count)
-        groups[anchor, config.calibration.samples, config.calibration.tokens][name] = config
+        collected = config.calibration.samples, config.calibration.tokens, config.align.stream
+        groups[anchor, *collected][name] = config
     return list(groups.values())
 
 

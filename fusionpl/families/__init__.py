@@ -2,6 +2,7 @@
 
 from fusionpl.families.apply import State, aligned_state, load_parameters, move
 from fusionpl.families.binding import Axis, Binding, Join, Slot, Tap, bind, check_compatible, check_finite
+from fusionpl.families.canonical import canonical, without_scales
 from fusionpl.families.family import Family, family_of, library, parse_family
 from fusionpl.families.grammar import GrammarError, parse
 from fusionpl.families.proof import permutation_error, permuted, random_permutations
@@ -17,6 +18,7 @@ __all__ = [
     "Tap",
     "aligned_state",
     "bind",
+    "canonical",
     "check_compatible",
     "check_finite",
     "family_of",
@@ -28,4 +30,5 @@ __all__ = [
     "permutation_error",
     "permuted",
     "random_permutations",
+    "without_scales",
 ]

@@ -114,6 +114,12 @@ class Binding:
                 root[find(other)] = find(first)
         return {name: find(name) for name in self.free}
 
+    def streams(self) -> list[list[str]]:
+        """The residual streams: for each, the joined axes and all that is added into them."""
+        tied = self.tied()
+        roots = dict.fromkeys(tied[axis] for axis in self.joins)
+        return [[axis for axis in self.free if tied[axis] == root] for root in roots]
+
     def writers(self, axis: str) -> tuple[Slot, ...]:
         """The slots whose rows describe the units of `axis` by their incoming weights (no biases, no norms)."""
         section = next((s.section for s in self.slots if s.writes(axis)), None)
@@ -183,10 +189,7 @@ class _Binder:
         )  # fmt: skip
 
     def _sections(self) -> Iterator[tuple[str, Section]]:
-        yield STEM, self.family.stem
-        for index in range(self.depth):
-            yield self._block(index), self.family.block
-        yield TAIL, self.family.tail
+        return ((name, section) for name, _, section in self.family.sections(self.depth))
 
     def _block(self, index: int) -> str:
         return self.family.block.path.format(l=index)
@@ -324,8 +327,7 @@ class _Binder:
         outputs = {(slot.parameter, axis): units for slot in slots
                    for axis, units, reads in zip(slot.axes, slot.index, slot.reads, strict=True)
                    if axis and not reads}  # fmt: skip
-        for section, part in self._sections():
-            prefix = f"{section}." if section not in (STEM, TAIL) else ""
+        for section, prefix, part in self.family.sections(self.depth):
             for local, place in part.taps.items():
                 axis = self._name(section, local)
                 inner = re.fullmatch(r"input\((.+)\)", place)

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal
@@ -25,6 +25,8 @@ class Section:
         taps: axis -> where its units are seen: `module` (output), `input(module)`, or a parameter.
         joins: axis -> the axes added into it: skip, branch, then others that move on their own.
         circuits: name -> axes whose units meet in a product and must move alike (Q and K).
+        norms: a pre-LN norm module -> the linear modules that read it; none if it normalises inside the stream.
+        scales: a module that multiplies unit by unit (LayerScale) -> the linear module before it.
     """
 
     path: str
@@ -32,6 +34,8 @@ class Section:
     taps: Mapping[str, str]
     joins: Mapping[str, tuple[str, ...]]
     circuits: Mapping[str, tuple[str, ...]]
+    norms: Mapping[str, tuple[str, ...]]
+    scales: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,14 @@ class Family:
     block: Section
     tail: Section
 
+    def sections(self, depth: int) -> Iterator[tuple[str, str, Section]]:
+        """The sections of a model with `depth` blocks, in forward order: name, prefix of its modules, section."""
+        yield STEM, "", self.stem
+        for index in range(depth):
+            name = self.block.path.format(l=index)
+            yield name, f"{name}.", self.block
+        yield TAIL, "", self.tail
+
     def block_index(self, name: str) -> tuple[int, str] | None:
         """Splits `blocks.3.norm1.weight` into (3, `norm1.weight`); None outside the blocks."""
         pattern = re.escape(self.block.path).replace(re.escape("{l}"), r"(\d+)") + r"\.(.+)"
@@ -61,6 +73,8 @@ def _section(raw: Mapping[str, Any]) -> Section:
         taps=dict(raw.get("taps", {})),
         joins={axis: tuple(members) for axis, members in raw.get("joins", {}).items()},
         circuits={name: tuple(members) for name, members in raw.get("circuits", {}).items()},
+        norms={name: tuple(readers) for name, readers in raw.get("norms", {}).items()},
+        scales=dict(raw.get("scales", {})),
     )
 
 

@@ -3,14 +3,14 @@
 from fusionpl.fusion.average import mixing_weights
 from fusionpl.fusion.baselines import vanilla
 from fusionpl.fusion.config import FuseConfig, load_config
-from fusionpl.fusion.fuse import FusionResult, check_parents, combine, fuse, resolve_anchor
+from fusionpl.fusion.fuse import Calibrated, FusionResult, check_parents, fuse, resolve_anchor
 from fusionpl.fusion.plan import plan
 
 __all__ = [
+    "Calibrated",
     "FuseConfig",
     "FusionResult",
     "check_parents",
-    "combine",
     "fuse",
     "load_config",
     "mixing_weights",

@@ -16,6 +16,18 @@ from fusionpl.errors import FusionError, flattened, nearest
 
 
 @dataclass(frozen=True)
+class RefitConfig:
+    """What happens to the average without labels and gradients.
+
+    Attributes:
+        method: `none`, or `ridge`: each linear map is fitted, in forward order, from what the fused model itself puts
+            into it to the weighted mean of the parents' aligned outputs, shrunk towards the average.
+    """
+
+    method: Literal["none", "ridge"] = "none"
+
+
+@dataclass(frozen=True)
 class FuseConfig:
     """Everything that decides a fusion, apart from the parents and the calibration data.
 
@@ -24,12 +36,14 @@ class FuseConfig:
         weights: one number a parent, summing to 1; null = uniform.
         calibration: how activations are collected.
         align: how units are matched.
+        refit: what happens to the average.
     """
 
     anchor: int = 0
     weights: list[float] | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
+    refit: RefitConfig = field(default_factory=RefitConfig)
 
 
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> FuseConfig:

@@ -1,4 +1,4 @@
-"""fuse(): calibrate, align, apply, average."""
+"""fuse(): calibrate, align, apply, average, refit."""
 
 import copy
 import dataclasses
@@ -20,12 +20,15 @@ from fusionpl.families import (
     State,
     aligned_state,
     bind,
+    canonical,
     check_compatible,
     check_finite,
     load_parameters,
+    without_scales,
 )
 from fusionpl.fusion.average import average, mixing_weights, own_state
 from fusionpl.fusion.config import FuseConfig
+from fusionpl.fusion.refit import AlignedParent, refit
 from fusionpl.models import class_names, save_model
 from fusionpl.transport import TransportMap
 
@@ -39,6 +42,7 @@ class FusionResult:
         alignments: one a parent, in order; None for the anchor, whose units stay.
         aligned: each parent's parameters in the anchor's units.
         config: what was asked for.
+        averaged: the mean of the aligned parents, where the model is its refit; else None.
         warnings: what a reader should know, for example solvers that did not converge, by axis.
     """
 
@@ -46,6 +50,7 @@ class FusionResult:
     alignments: list[Alignment | None]
     aligned: list[State]
     config: FuseConfig
+    averaged: nn.Module | None = None
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -104,41 +109,80 @@ def fuse(
         FusionError: parents that do not fit together, NaN weights, an empty calibration set, an option out of range.
     """
     config = config or FuseConfig()
-    names = list(names or (f"parent {index}" for index in range(len(parents))))
-    bindings = check_parents(parents, names)
-    anchor = resolve_anchor(config, len(parents))
-    mixing_weights(config.weights, len(parents))  # a mistake here should not cost a calibration
-    keys = evidence_keys(bindings[anchor], config.align)
-    moments = calibrate(parents, bindings, anchor, calibration, keys, config.calibration, progress)
-    return combine(parents, bindings, names, moments, config)
+    return Calibrated(parents, calibration, [config], names=names, progress=progress).fuse(config)
 
 
-def combine(
-    parents: Sequence[nn.Module],
-    bindings: Sequence[Binding],
-    names: Sequence[str],
-    moments: Sequence[Mapping[Key, Moments]],
-    config: FuseConfig,
-) -> FusionResult:
-    """The part of `fuse` after calibration: aligns, applies and averages.
+class Calibrated:
+    """Parents that one calibration pass has prepared for fusion under one or several configurations.
 
     Args:
-        parents, bindings, names: as `check_parents` takes and returns them.
-        moments: of every parent with the anchor, for at least the keys that `evidence_keys` asks for.
-        config: see FuseConfig; what it says about collecting activations has happened.
+        parents, names, progress: see `fuse`.
+        calibration: see `fuse`; it is iterated once here and, if a configuration refits, once for each of its stages.
+        configs: they share the anchor, what is collected (`calibration.samples` and `tokens`), and `align.stream`.
+
+    Raises:
+        FusionError: see `fuse`.
     """
-    anchor = resolve_anchor(config, len(parents))
-    weights = mixing_weights(config.weights, len(parents))
-    alignments = align_all(parents, bindings, anchor, moments, config)
-    aligned = [
-        aligned_state(parent, binding, parents[anchor], bindings[anchor], found.maps, found.joint)
-        if found
-        else own_state(parent)
-        for parent, binding, found in zip(parents, bindings, alignments, strict=True)
-    ]
-    state = average(aligned, weights, anchor_only(bindings[anchor], config.align), anchor)
-    model = load_parameters(copy.deepcopy(parents[anchor]), state).eval()
-    return FusionResult(model, alignments, aligned, config, _unconverged(alignments, names))
+
+    def __init__(
+        self,
+        parents: Sequence[nn.Module],
+        calibration: Iterable[Any],
+        configs: Sequence[FuseConfig],
+        *,
+        names: Sequence[str] | None = None,
+        progress: Progress = no_progress,
+    ) -> None:
+        first = configs[0]
+        self.names = list(names or (f"parent {index}" for index in range(len(parents))))
+        self.bindings = check_parents(parents, self.names)
+        self.anchor = resolve_anchor(first, len(parents))
+        for config in configs:
+            mixing_weights(config.weights, len(parents))  # a mistake here should not cost a calibration
+        self.parents = [
+            _prepared(parent, binding, name, configs)
+            for parent, binding, name in zip(parents, self.bindings, self.names, strict=True)
+        ]
+        # A generator would be used up after the first pass over it.
+        once = iter(calibration) is calibration and any(config.refit.method != "none" for config in configs)
+        self.calibration = list(calibration) if once else calibration
+        self.progress = progress
+        anchor = self.bindings[self.anchor]
+        keys = list(dict.fromkeys(key for config in configs for key in evidence_keys(anchor, config.align)))
+        self.moments = calibrate(
+            self.parents, self.bindings, self.anchor, self.calibration, keys, first.calibration, progress
+        )
+
+    def fuse(self, config: FuseConfig) -> FusionResult:
+        """Aligns, applies, averages and refits under one of the configurations."""
+        anchor, parents, bindings = self.anchor, self.parents, self.bindings
+        weights = mixing_weights(config.weights, len(parents))
+        alignments = align_all(parents, bindings, anchor, self.moments, config)
+        aligned = [
+            aligned_state(parent, binding, parents[anchor], bindings[anchor], found.maps, found.joint)
+            if found
+            else own_state(parent)
+            for parent, binding, found in zip(parents, bindings, alignments, strict=True)
+        ]
+        kept = anchor_only(bindings[anchor], config.align)
+        model = load_parameters(copy.deepcopy(parents[anchor]), average(aligned, weights, kept, anchor)).eval()
+        result = FusionResult(model, alignments, aligned, config, warnings=_unconverged(alignments, self.names))
+        if config.refit.method == "ridge":
+            result.averaged = copy.deepcopy(model)
+            moved = [AlignedParent(*each) for each in zip(parents, bindings, alignments, weights, strict=True)]
+            refit(
+                model, bindings[anchor], moved, self.calibration, config.calibration,
+                keep=kept, progress=self.progress,
+            )  # fmt: skip
+        return result
+
+
+def _prepared(parent: nn.Module, binding: Binding, name: str, configs: Sequence[FuseConfig]) -> nn.Module:
+    if configs[0].align.stream == "rotation":
+        return canonical(parent, binding, name)
+    if any(config.refit.method != "none" for config in configs):
+        return without_scales(parent, binding)
+    return parent
 
 
 def align_all(

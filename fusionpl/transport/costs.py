@@ -42,6 +42,11 @@ class Gram:
         """The part between some of the parent's units and some of the anchor's."""
         return Gram(self.parent[rows], self.anchor[columns], self.cross[rows, columns], self.scalar)
 
+    def normalized(self) -> "Gram":
+        """Both sides scaled so that their units' squared norms sum to 1."""
+        p, a = self.parent.sum(), self.anchor.sum()
+        return Gram(self.parent / p, self.anchor / a, self.cross / (p * a).sqrt(), self.scalar)
+
     def unit(self) -> "Gram":
         """Every unit's vector scaled to length 1; a zero vector stays zero."""
         p, a = _inverse_root(self.parent), _inverse_root(self.anchor)

@@ -16,13 +16,14 @@ class TransportMap:
     """How the units of a parent become the units of the anchor along one axis.
 
     Attributes:
-        plan: [n_parent, n_anchor], float64. A coupling of total mass 1, or an orthogonal matrix.
-        solver: what found it, e.g. `emd`, `sinkhorn`, `permutation`, `join`.
+        plan: [n_parent, n_anchor], float64. A coupling of total mass 1, or a (semi-)orthogonal matrix.
+        solver: what found it, e.g. `emd`, `sinkhorn`, `permutation`, `join`, `procrustes`.
         scaling: `two_sided` normalises each view by its own marginal; `source` multiplies both by n_parent, as the
             paper's released code does (the two agree for equal widths); `orthogonal` uses the plan as it is.
         cost: <plan, ground metric>; None for maps that no solver found.
         gain: what the output view is multiplied by. Attention divides scores by the root of the heads' width, so
             queries and keys that move to heads of another width are rescaled to keep the scores.
+        read_gain: the same for the input view of an orthogonal map, which no marginal normalises.
         iterations, converged, marginal_error: of the solver; the error is the L2 violation of the column marginal.
     """
 
@@ -30,6 +31,7 @@ class TransportMap:
     solver: str
     scaling: Literal["two_sided", "source", "orthogonal"] = "two_sided"
     gain: float = 1.0
+    read_gain: float = 1.0
     cost: float | None = None
     iterations: int | None = None
     converged: bool = True
@@ -45,7 +47,7 @@ class TransportMap:
     def to_input(self) -> Tensor:
         """[n_parent, n_anchor] for a dimension that is read: each unit of the parent is predicted as a convex
         combination of the anchor's, so rows sum to 1."""
-        return self._view(dim=1)
+        return self.read_gain * self._view(dim=1)
 
     def _view(self, dim: int) -> Tensor:
         if self.scaling == "orthogonal":

@@ -54,6 +54,20 @@ def solve(cost: Tensor, solver: Solver, *, reg: float = 0.08, scaling: Scaling =
     )
 
 
+def procrustes(cross: Tensor) -> TransportMap:
+    """The (semi-)orthogonal map R that maximises <R, cross>, [n_parent, n_anchor]: R = U V^T of its SVD.
+
+    Source: Schönemann, "A generalized solution of the orthogonal Procrustes problem", Psychometrika 1966.
+
+    Raises:
+        FusionError: `cross` is not finite.
+    """
+    if not bool(cross.isfinite().all()):
+        raise FusionError("the cross-covariance holds NaN or infinite values; check calibration data and parents")
+    u, values, vt = torch.linalg.svd(cross.detach().cpu().double(), full_matrices=False)
+    return TransportMap(u @ vt, "procrustes", "orthogonal", cost=-float(values.sum()))
+
+
 def _assignment(matrix: np.ndarray, scaling: Scaling) -> TransportMap:
     n, m = matrix.shape
     if n != m:

@@ -180,7 +180,7 @@ def test_window_that_does_not_fit(length: int, window: int) -> None:
 
 
 def sizes(calibration: Any, **options: Any) -> list[int]:
-    return [len(batch["pixel_values"]) for batch in batches(calibration, CalibrationConfig(**options))]
+    return [len(batch["pixel_values"]) for _, batch in batches(calibration, CalibrationConfig(**options))]
 
 
 def test_batches_are_cut_and_limited() -> None:
@@ -189,10 +189,16 @@ def test_batches_are_cut_and_limited() -> None:
     assert sizes([images(4)], samples=100, batch_size=64) == [4]
 
 
+def test_batches_number_their_samples() -> None:
+    cut = batches([images(4), images(4)], CalibrationConfig(samples=7, batch_size=3))
+    assert [first for first, _ in cut] == [0, 3, 4]
+
+
 def test_items_of_every_kind() -> None:
     pictures, labels = images(4), torch.arange(4)
     for item in (pictures, (pictures, labels), [pictures, labels], {"pixel_values": pictures, "labels": labels}):
-        (batch,) = batches([item], CalibrationConfig())
+        ((first, batch),) = batches([item], CalibrationConfig())
+        assert first == 0
         assert list(batch) == ["pixel_values"]
         assert torch.equal(batch["pixel_values"], pictures)
 
@@ -226,7 +232,7 @@ def all_moments(
     parents: list[nn.Module], calibration: list[Tensor], anchor: int = 0, **options: Any
 ) -> list[dict[tuple[str, ...], Moments]]:
     bindings = [bind(parent) for parent in parents]
-    keys = [(axis,) for axis in bindings[0].taps]
+    keys = [(axis,) for axis in bindings[0].taps if axis in bindings[0].free]
     return calibrate(parents, bindings, anchor, calibration, keys, CalibrationConfig(**options))
 
 

@@ -1,0 +1,46 @@
+"""Orthogonal alignment: one rotation for the residual stream, one a circuit of each matched pair of heads.
+
+Sources: Theus et al., NeurIPS 2025 (arXiv 2506.22712); Zhang et al., ICML 2025. For networks in canonical form.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fusionpl.transport import Gram, TransportMap, procrustes
+
+
+def rotate_stream(inner: Gram) -> TransportMap:
+    """The rotation of a stream that maps the ones vector onto the ones vector.
+
+    Args:
+        inner: products of the streams' units over all places where they are seen, [n_parent, n_anchor].
+
+    Returns:
+        An orthogonal map, semi-orthogonal between widths. LayerNorm divides by the root mean square over the units, so
+        a stream that moves to another width is scaled by the root of the widths' ratio, and what reads it by its
+        inverse.
+    """
+    n, m = inner.cross.shape
+    cross = _centred(_centred(inner.cross, 0), 1)
+    ones = torch.full((n, m), (n * m) ** -0.5, dtype=cross.dtype, device=cross.device)
+    # Larger than what the streams' own directions can weigh: the ones vectors come first among the singular vectors.
+    found = procrustes(cross + 2 * cross.norm().clamp_min(1.0) * ones)
+    scale = (m / n) ** 0.5
+    return replace(found, gain=scale, read_gain=1 / scale)
+
+
+def dissimilarity(inner: Gram) -> float:
+    """Minus the cosine of two heads after the best rotation; -1 where they are rotations of each other."""
+    norms = (inner.parent.sum() * inner.anchor.sum()).sqrt().clamp_min(1e-300)
+    return -float(torch.linalg.svdvals(inner.cross).sum() / norms)
+
+
+def rotate_units(inner: Gram) -> TransportMap:
+    """The rotation of one head's circuit."""
+    return procrustes(inner.cross)
+
+
+def _centred(matrix: Tensor, dim: int) -> Tensor:
+    return matrix - matrix.mean(dim, keepdim=True)

@@ -32,9 +32,9 @@ def rotate_stream(inner: Gram) -> TransportMap:
 
 
 def dissimilarity(inner: Gram) -> float:
-    """Minus the cosine of two heads after the best rotation; -1 where they are rotations of each other."""
+    """1 minus the cosine of two heads after the best rotation: 0 where they are rotations of each other."""
     norms = (inner.parent.sum() * inner.anchor.sum()).sqrt().clamp_min(1e-300)
-    return -float(torch.linalg.svdvals(inner.cross).sum() / norms)
+    return 1 - float(torch.linalg.svdvals(inner.cross).sum() / norms)
 
 
 def rotate_units(inner: Gram) -> TransportMap:

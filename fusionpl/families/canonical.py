@@ -34,10 +34,14 @@ def canonical(model: nn.Module, binding: Binding, name: str = "the model") -> nn
             for norm, readers in section.norms.items():
                 _fold_norm(model, prefix + norm, [prefix + reader for reader in readers], name)
         parameters = dict(model.named_parameters())
-        norms = {prefix + norm for _, prefix, part in binding.family.sections(binding.depth) for norm in part.norms}
+        elementwise = {
+            prefix + module
+            for _, prefix, section in binding.family.sections(binding.depth)
+            for module in (*section.norms, *section.scales)
+        }
         stream = {axis for members in binding.streams() for axis in members}
         for slot in binding.slots:
-            if slot.parameter.rpartition(".")[0] not in norms:
+            if slot.parameter.rpartition(".")[0] not in elementwise:
                 for dim, (axis, reads) in enumerate(zip(slot.axes, slot.reads, strict=True)):
                     if axis in stream and not reads:
                         tensor = slot.of(parameters[slot.parameter])

@@ -2,7 +2,7 @@
 
 from fusionpl.fusion.average import mixing_weights
 from fusionpl.fusion.baselines import vanilla
-from fusionpl.fusion.config import FuseConfig, load_config
+from fusionpl.fusion.config import FuseConfig, RefitConfig, load_config
 from fusionpl.fusion.fuse import Calibrated, FusionResult, check_parents, fuse, resolve_anchor
 from fusionpl.fusion.plan import plan
 
@@ -10,6 +10,7 @@ __all__ = [
     "Calibrated",
     "FuseConfig",
     "FusionResult",
+    "RefitConfig",
     "check_parents",
     "fuse",
     "load_config",

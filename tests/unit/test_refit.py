@@ -1,0 +1,96 @@
+"""The least-squares refit: what must stay, what must get better, and what must not matter."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fusionpl.alignment import AlignConfig
+from fusionpl.calibration import CalibrationConfig
+from fusionpl.families import bind, permuted
+from fusionpl.fusion import FuseConfig, FusionResult, RefitConfig, fuse
+from tests.models_for_tests import FAMILIES, images, largest_difference, outputs, timm_vit
+
+CALIBRATION = [images(128)]
+ROTATION: dict[str, Any] = {"stream": "rotation", "residual": "tie", "heads": "matched", "solver": "assignment"}
+ALIGNMENTS: dict[str, dict[str, Any]] = {
+    "soft": {},
+    "hard": {"solver": "emd"},
+    "joint": {"qk": "joint"},
+    "tied": {"residual": "tie", "heads": "matched", "solver": "assignment"},
+    "rotation": ROTATION,
+}
+
+
+def refitted(
+    parents: list[nn.Module],
+    align: dict[str, Any],
+    *,
+    weights: list[float] | None = None,
+    calibration: Any = None,
+    batch_size: int = 64,
+) -> FusionResult:
+    config = FuseConfig(
+        0, weights, CalibrationConfig(batch_size=batch_size), AlignConfig(**align), RefitConfig("ridge")
+    )
+    return fuse(parents, CALIBRATION if calibration is None else calibration, config)
+
+
+def distance(model: nn.Module, wanted: Tensor) -> float:
+    return float((outputs(model, CALIBRATION[0]) - wanted).square().mean())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("align", ["hard", "tied", "rotation"])
+def test_a_parent_with_itself_keeps_its_function(name: str, align: str) -> None:
+    parents = [FAMILIES[name](3), permuted(FAMILIES[name](3), torch.Generator().manual_seed(0))]
+    result = refitted(parents, ALIGNMENTS[align])
+    torch.testing.assert_close(outputs(result.model), outputs(parents[0]), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("align", ALIGNMENTS)
+def test_a_refit_is_nearer_to_the_mean_of_the_parents(name: str, align: str) -> None:
+    parents = [FAMILIES[name](seed) for seed in range(3)]
+    weights = [0.5, 0.3, 0.2]
+    wanted = torch.stack([w * outputs(p, CALIBRATION[0]) for w, p in zip(weights, parents, strict=True)]).sum(0)
+    result = refitted(parents, ALIGNMENTS[align], weights=weights)
+    assert result.averaged is not None
+    assert distance(result.model, wanted) < 0.5 * distance(result.averaged, wanted)
+
+
+@pytest.mark.parametrize("align", ["soft", "rotation"])
+def test_widths_may_differ(align: str) -> None:
+    options = ALIGNMENTS[align] | ({"solver": "emd"} if align == "rotation" else {})
+    for first, second in (({}, {"width": 24, "mlp": 40}), ({"width": 24, "mlp": 40}, {})):
+        parents = [timm_vit(0, **first), timm_vit(1, **second)]
+        result = refitted(parents, options)
+        wanted = (outputs(parents[0], CALIBRATION[0]) + outputs(parents[1], CALIBRATION[0])) / 2
+        assert result.averaged is not None
+        assert distance(result.model, wanted) < distance(result.averaged, wanted)
+
+
+def test_how_batches_are_cut_does_not_matter_nor_that_they_come_from_a_generator() -> None:
+    parents: list[nn.Module] = [timm_vit(seed) for seed in range(2)]
+    whole = refitted(parents, {}).model
+    cut = refitted(parents, {}, calibration=(part for part in CALIBRATION[0].split(50)), batch_size=7).model
+    assert largest_difference(whole, cut) < 1e-4
+
+
+def test_layer_scale_is_folded_into_the_map_before_it() -> None:
+    parents = [timm_vit(seed, init_values=0.5) for seed in range(2)]
+    model = refitted([parents[0], permuted(parents[0], torch.Generator().manual_seed(1))], ALIGNMENTS["hard"]).model
+    torch.testing.assert_close(outputs(model), outputs(parents[0]), atol=1e-3, rtol=1e-3)
+    assert torch.equal(model.get_parameter("blocks.0.ls1.gamma"), torch.ones(16))
+
+
+def test_the_stem_and_what_is_left_to_the_anchor_stay() -> None:
+    parents: list[nn.Module] = [timm_vit(seed) for seed in range(2)]
+    result = refitted(parents, {"classifier": False})
+    assert result.averaged is not None
+    before, after = result.averaged, result.model
+    changed = {key for key, tensor in after.named_parameters() if not torch.equal(tensor, before.get_parameter(key))}
+    linear = {slot.parameter for slot in bind(after).slots if any(slot.reads) and slot.section.startswith("blocks")}
+    assert changed == linear | {key.replace("weight", "bias") for key in linear}
+    assert torch.equal(after.get_parameter("head.weight"), parents[0].get_parameter("head.weight"))

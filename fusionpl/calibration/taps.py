@@ -13,10 +13,13 @@ Activations = dict[str, Tensor]
 
 
 @contextlib.contextmanager
-def recorded(model: nn.Module, binding: Binding, axes: Iterable[str]) -> Iterator[Activations]:
+def recorded(
+    model: nn.Module, binding: Binding, axes: Iterable[str], *, gradients: bool = False
+) -> Iterator[Activations]:
     """Hooks `model` so that each forward pass leaves the activations of `axes` in the yielded dict.
 
-    Only the latest batch is held. Axes whose tap is a parameter are not recorded: see `parameter_units`.
+    Only the latest batch is held, without its graph unless `gradients` are wanted. Axes whose tap is a parameter are
+    not recorded: see `parameter_units`.
 
     Yields:
         axis -> [B, T, n], [B, n] or, from a convolution, [B, n, h, w]; on the model's device.
@@ -31,7 +34,7 @@ def recorded(model: nn.Module, binding: Binding, axes: Iterable[str]) -> Iterato
     def keep(taps: list[Tap], tensor: Tensor) -> None:
         for tap in taps:
             index = (slice(None), tap.units) if tensor.ndim == 4 else (..., tap.units)
-            seen[tap.axis] = tensor.detach()[index]
+            seen[tap.axis] = (tensor if gradients else tensor.detach())[index]
 
     def on_input(taps: list[Tap]) -> Any:
         return lambda module, args: keep(taps, args[0])

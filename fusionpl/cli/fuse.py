@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,16 @@ from fusionpl.datamodules import DataConfig, ImageDataModule
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import Curve, Report, Row, evaluate, evaluate_ensemble, flops, interpolation, parameters
 from fusionpl.families import permutation_error
-from fusionpl.fusion import FuseConfig, FusionResult, check_parents, mixing_weights, plan, resolve_anchor, vanilla
+from fusionpl.fusion import (
+    FuseConfig,
+    FusionResult,
+    RefineConfig,
+    check_parents,
+    mixing_weights,
+    plan,
+    resolve_anchor,
+    vanilla,
+)
 from fusionpl.models import load_model
 from fusionpl.training import (
     ClassificationModule,
@@ -40,6 +49,7 @@ from fusionpl.training import (
     finish_loggers,
     log_report,
     make_loggers,
+    refine,
 )
 
 PRESET = CONF / "fuse" / "default.yaml"
@@ -71,16 +81,19 @@ def run(argv: Sequence[str]) -> None:
     check_output(output, args.overwrite)
     family = bindings[anchor].family.name
     print(f"parents: {', '.join(names)} ({family}, {bindings[anchor].depth} blocks); anchor: {names[anchor]}")
-    fusion = OTFusion(models, config, names=names, progress=progress_bar)
+    fusion = OTFusion(models, replace(config, refine=RefineConfig()), names=names, progress=progress_bar)
     trainer = L.Trainer(
         callbacks=[fusion], **(args.trainer.as_dict() | {"logger": False, "enable_progress_bar": False})
     )
     module = ClassificationModule(copy.deepcopy(models[anchor]), OptimConfig(), data.num_classes)
     trainer.test(module, datamodule=data, verbose=False)
-    if not trainer.is_global_zero:
-        return
     assert fusion.result is not None
     result = fusion.result
+    if config.refine.method != "none":
+        result.config = config
+        refine(result, data.calibration_dataloader(), trainer_args=args.trainer.as_dict())
+    if not trainer.is_global_zero:
+        return
     report = _report(parents, anchor, result, data, trainer.strategy.root_device, settings)
     with staged(output, args.overwrite) as folder:
         result.save(folder, card=_card(report, names))
@@ -176,7 +189,12 @@ def _report(
     candidates = {f"parent {name}": model for name, model in zip(parents, models, strict=True)}
     rows = [_row(name, evaluate(model, batches), [model], sample) for name, model in candidates.items()]
     rows.append(_row("ensemble", evaluate_ensemble(models, batches), models, sample))
-    fused = {"vanilla": plain, "aligned average": result.averaged, "fused": result.model}
+    fused = {
+        "vanilla": plain,
+        "aligned average": result.averaged,
+        "refitted": result.refitted,
+        "fused": result.model,
+    }
     for name, model in fused.items():
         if model is not None:
             rows.append(_row(name, evaluate(model.to(device), batches), [model], sample))

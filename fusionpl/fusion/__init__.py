@@ -2,14 +2,17 @@
 
 from fusionpl.fusion.average import mixing_weights
 from fusionpl.fusion.baselines import vanilla
-from fusionpl.fusion.config import FuseConfig, RefitConfig, load_config
+from fusionpl.fusion.config import FuseConfig, RefineConfig, RefitConfig, load_config
 from fusionpl.fusion.fuse import Calibrated, FusionResult, check_parents, fuse, resolve_anchor
 from fusionpl.fusion.plan import plan
+from fusionpl.fusion.refit import AlignedParent
 
 __all__ = [
+    "AlignedParent",
     "Calibrated",
     "FuseConfig",
     "FusionResult",
+    "RefineConfig",
     "RefitConfig",
     "check_parents",
     "fuse",

@@ -28,6 +28,23 @@ class RefitConfig:
 
 
 @dataclass(frozen=True)
+class RefineConfig:
+    """A few gradient steps on unlabeled calibration data, between one-shot fusion and finetuning.
+
+    Attributes:
+        method: `none`, or `gradient`: the fused model's streams and predictions are drawn to the parents' mean.
+        steps: optimiser steps.
+        batch_size: samples a step and process.
+        lr: largest learning rate of AdamW.
+    """
+
+    method: Literal["none", "gradient"] = "none"
+    steps: int = 300
+    batch_size: int = 32
+    lr: float = 1e-4
+
+
+@dataclass(frozen=True)
 class FuseConfig:
     """Everything that decides a fusion, apart from the parents and the calibration data.
 
@@ -37,6 +54,7 @@ class FuseConfig:
         calibration: how activations are collected.
         align: how units are matched.
         refit: what happens to the average.
+        refine: what happens after that; see `fusionpl.training.refine`.
     """
 
     anchor: int = 0
@@ -44,6 +62,7 @@ class FuseConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     refit: RefitConfig = field(default_factory=RefitConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
 
 
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> FuseConfig:

@@ -39,19 +39,31 @@ class FusionResult:
 
     Attributes:
         model: the fused model, with the anchor's architecture; in eval mode.
-        alignments: one a parent, in order; None for the anchor, whose units stay.
+        parents: in order, each with its alignment; for a rotation they are in canonical form.
         aligned: each parent's parameters in the anchor's units.
         config: what was asked for.
-        averaged: the mean of the aligned parents, where the model is its refit; else None.
+        averaged: the mean of the aligned parents, where the model is more than that; else None.
+        refitted: the least-squares refit, where the model is more than that; else None.
         warnings: what a reader should know, for example solvers that did not converge, by axis.
     """
 
     model: nn.Module
-    alignments: list[Alignment | None]
+    parents: list[AlignedParent]
     aligned: list[State]
     config: FuseConfig
     averaged: nn.Module | None = None
+    refitted: nn.Module | None = None
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def alignments(self) -> list[Alignment | None]:
+        """One a parent, in order; None for the anchor, whose units stay."""
+        return [parent.alignment for parent in self.parents]
+
+    @property
+    def binding(self) -> Binding:
+        """The model's: it has the anchor's architecture."""
+        return self.parents[resolve_anchor(self.config, len(self.parents))].binding
 
     @property
     def maps(self) -> dict[str, TransportMap]:
@@ -166,10 +178,10 @@ class Calibrated:
         ]
         kept = anchor_only(bindings[anchor], config.align)
         model = load_parameters(copy.deepcopy(parents[anchor]), average(aligned, weights, kept, anchor)).eval()
-        result = FusionResult(model, alignments, aligned, config, warnings=_unconverged(alignments, self.names))
+        moved = [AlignedParent(*each) for each in zip(parents, bindings, alignments, weights, strict=True)]
+        result = FusionResult(model, moved, aligned, config, warnings=_unconverged(alignments, self.names))
         if config.refit.method == "ridge":
             result.averaged = copy.deepcopy(model)
-            moved = [AlignedParent(*each) for each in zip(parents, bindings, alignments, weights, strict=True)]
             refit(
                 model, bindings[anchor], moved, self.calibration, config.calibration,
                 keep=kept, progress=self.progress,

@@ -47,6 +47,8 @@ class OTFusion(L.Callback):
         """Fuses once, whichever of fit, validate or test comes first."""
         if self.result is not None:
             return
+        if self.config.refine.method != "none":
+            raise FusionError("OTFusion runs inside a Trainer, refine.method needs its own; use fusionpl.fuse")
         calibration = getattr(trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]
         if calibration is None:
             raise FusionError(

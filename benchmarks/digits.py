@@ -93,7 +93,7 @@ def finetuned(model: nn.Module, seed: int, folder: Path) -> float:
     data = ImageDataModule(DataConfig(shift=4), seed)
     optim = OptimConfig(lr=5e-4)
     trainer = {"max_epochs": FINETUNE_EPOCHS, "gradient_clip_val": 1.0, "enable_progress_bar": False}
-    return fit(model, data, optim, trainer, folder, seed=seed).accuracy
+    return fit(model, data, optim, trainer, folder, seed=seed).figures["accuracy"]
 
 
 def cell(values: list[float] | None) -> str:

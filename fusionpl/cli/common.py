@@ -1,5 +1,6 @@
 """What the three commands share: one clear line for a mistake, presets, output folders, Lightning's options."""
 
+import argparse
 import logging
 import os
 import re
@@ -10,12 +11,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from fusionpl.errors import FusionError, nearest
+from fusionpl.training.tasks import TASKS, TaskName
 
 CONF = Path(__file__).parents[2] / "conf"
 MISTAKE, INTERRUPT = 2, 130
@@ -65,6 +67,35 @@ def parse(parser: ArgumentParser, argv: Sequence[str], preset: Path) -> Namespac
         return parser.parse_args(words)
     except ArgumentError as error:
         raise FusionError(_explain(str(error), parser)) from error
+
+
+def task_of(argv: Sequence[str], default: TaskName = "image-classification") -> TaskName:
+    """The task that `--task`, or else the file of `--config`, names: which options there are depends on it.
+
+    Raises:
+        FusionError: there is no such task.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--task")
+    peek.add_argument("--config")
+    known, _ = peek.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    name = known.task
+    if name is None and known.config and Path(known.config).is_file():
+        try:
+            name = (yaml.safe_load(Path(known.config).read_text()) or {}).get("task")
+        except (yaml.YAMLError, AttributeError):
+            name = None  # parsing the file tells what is wrong with it
+    if name is None:
+        return default
+    if name not in TASKS:
+        raise FusionError(f"task: there is no '{name}'{nearest(str(name), TASKS)}; use {', '.join(TASKS)}")
+    return cast(TaskName, name)
+
+
+def settings_in(run: str | Path) -> dict[str, Any]:
+    """What a run's config.yaml holds; nothing where there is none."""
+    file = Path(run) / "config.yaml"
+    return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
 
 
 def add_trainer_options(parser: ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """`python finetune.py --model runs/vit-digits/fused`: finetunes a model and, beside it, what it is compared with."""
 
+import argparse
 import json
 import shlex
 import time
@@ -21,22 +22,24 @@ from fusionpl.cli.common import (
     parse,
     quiet,
     run_folder,
+    settings_in,
     settings_of,
+    task_of,
 )
-from fusionpl.datamodules import DataConfig, ImageDataModule
 from fusionpl.errors import FusionError
-from fusionpl.evaluation import Report, Row, flops, parameters
+from fusionpl.evaluation import Report, Row, best_of, flops, parameters, readable
 from fusionpl.fusion import mixing_weights, vanilla
-from fusionpl.models import load_model, save_model
-from fusionpl.training import LoggerName, OptimConfig, finish_loggers, fit, log_report, make_loggers
+from fusionpl.models import load_model, load_tokenizer, save_model
+from fusionpl.training import TASKS, LoggerName, OptimConfig, TaskName, finish_loggers, fit, log_report, make_loggers
 
 PRESET = CONF / "finetune" / "default.yaml"
 DONE = "metrics.json"
 
 
-def build_parser() -> ArgumentParser:
-    """The options of finetune.py."""
+def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
+    """The options of finetune.py for a task."""
     parser = new_parser(f"Finetunes a model. Without --config the preset {PRESET.name} is used.")
+    parser.add_argument("--task", type=TaskName, default=task, help="what is learned; decides the options of data")
     parser.add_argument("--model", type=str | None, help="a fused model, or any run folder, model folder or hub id")
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="decides data order and augmentation")
     parser.add_argument("--baselines", type=bool, default=True, help="finetune best parent and vanilla average too")
@@ -44,7 +47,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     parser.add_argument("--resume", action="store_true", help="continue a finetuning that was stopped")
     parser.add_argument("--logger", type=LoggerName, default="wandb", help="metrics.csv is always written")
-    parser.add_class_arguments(DataConfig, "data")
+    parser.add_class_arguments(TASKS[task].data, "data")
     parser.add_class_arguments(OptimConfig, "optim")
     add_trainer_options(parser)
     return parser
@@ -58,13 +61,13 @@ def run(argv: Sequence[str]) -> None:
         KeyboardInterrupt: the user stopped it; the message says how to continue.
     """
     quiet()
-    parser = build_parser()
-    model = parse(parser, argv, PRESET).model
-    if model is None:
-        raise FusionError("which model? give --model, for example --model runs/vit-digits/fused")
-    source = Path(model)
-    origin = _settings_in(source)
-    parser.set_defaults({f"data.{key}": value for key, value in origin.get("data", {}).items()})
+    source = Path(_model_in(argv))
+    origin = settings_in(source)
+    own: TaskName = origin.get("task", "image-classification")
+    task = task_of(argv, own)
+    parser = build_parser(task)
+    if task == own:
+        parser.set_defaults({f"data.{key}": value for key, value in origin.get("data", {}).items()})
     options = parse(parser, argv, PRESET)
     folder = Path(options.output or source.with_name(f"{source.name}-finetuned"))
     candidates = _candidates(source, origin, options.baselines)
@@ -85,6 +88,18 @@ def run(argv: Sequence[str]) -> None:
         print(f"{folder}: model/, baselines/; {time.monotonic() - started:.0f} s")
 
 
+def _model_in(argv: Sequence[str]) -> str:
+    """The value of --model, which decides what the other options are."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--model")
+    model = peek.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].model
+    if model is None:
+        if "-h" in argv or "--help" in argv:
+            parse(build_parser(task_of(argv)), argv, PRESET)
+        raise FusionError("which model? give --model, for example --model runs/vit-digits/fused")
+    return str(model)
+
+
 def _candidates(source: Path, origin: dict[str, Any], baselines: bool) -> dict[str, nn.Module]:
     """Report name -> model: the model itself and, for a fused one, its best parent and the vanilla average."""
     if "parents" not in origin:
@@ -95,7 +110,7 @@ def _candidates(source: Path, origin: dict[str, Any], baselines: bool) -> dict[s
     parents = [load_model(path) for path in origin["parents"]]
     plain = vanilla(parents, mixing_weights(origin.get("weights"), len(parents)))
     rows = [row for row in Report.load(source / "report").rows if row.name.startswith("parent ")]
-    best = max(range(len(rows)), key=lambda index: rows[index].accuracy or 0.0)
+    best = rows.index(best_of(rows))
     candidates[rows[best].name] = parents[best]
     return candidates | ({"vanilla": plain} if plain is not None else {})
 
@@ -123,27 +138,27 @@ def _finetune(options: Namespace, chosen: Namespace, name: str, model: nn.Module
         place.mkdir(parents=True, exist_ok=True)
         print(f"finetuning {name} for {options.trainer.max_epochs} epochs")
     L.seed_everything(options.seed, workers=True, verbose=False)
-    data = ImageDataModule(chosen.data, options.seed)
+    task = TASKS[options.task]
+    data = task.datamodule(chosen.data, options.seed, load_tokenizer(options.model))
     resume = options.resume and (place / "checkpoints" / "last.ckpt").is_file()
     loggers = make_loggers(options.logger, place, name=f"finetune {name}", resume=resume)
     result = fit(
-        model, data, chosen.optim, options.trainer.as_dict(), place, seed=options.seed, loggers=loggers, resume=resume
-    )
+        model, data, chosen.optim, options.trainer.as_dict(), place, seed=options.seed, loggers=loggers, resume=resume,
+        monitor=task.monitor, mode=task.mode,
+    )  # fmt: skip
     if is_main_process():
         row = Row(
             name,
             "finetuned",
-            accuracy=result.accuracy,
-            loss=result.loss,
+            **result.figures,
             parameters=parameters(result.model),
             flops=flops(result.model, next(iter(data.test_dataloader()))),
             epochs=result.epochs,
             seconds=round(result.seconds, 1),
         )
-        card = (
-            f"# {name}, finetuned from {options.model}\n\ntest accuracy {result.accuracy:.4f}, loss {result.loss:.4f}"
-        )
-        save_model(result.model, place / "model", card=card)
+        figures = ", ".join(f"{key} {readable(key, value)}" for key, value in result.figures.items())
+        card = f"# {name}, finetuned from {options.model}\n\non the test split: {figures}"
+        save_model(result.model, place / "model", tokenizer=data.tokenizer, card=card)
         (place / DONE).write_text(json.dumps(row.as_dict(), indent=2) + "\n")
     finish_loggers(loggers)
 
@@ -163,12 +178,7 @@ def _finish(
         log_report(loggers, report, source, parents=origin.get("parents", []))
         finish_loggers(loggers)
     print(f"\n{report.table()}\n")
-    parent = _settings_in(Path(origin["parents"][0])) if origin.get("parents") else origin
+    parent = settings_in(Path(origin["parents"][0])) if origin.get("parents") else origin
     whole = parent.get("trainer", {}).get("max_epochs")
     if whole and rows[0].epochs:
         print(f"finetuning took {rows[0].epochs:g} epochs, {100 * rows[0].epochs / whole:.0f} % of a parent's {whole}")
-
-
-def _settings_in(run: Path) -> dict[str, Any]:
-    file = run / "config.yaml"
-    return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}

@@ -1,8 +1,9 @@
 """`python fuse.py --parents A B`: align, average, evaluate, report."""
 
+import argparse
 import copy
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
@@ -23,10 +24,12 @@ from fusionpl.cli.common import (
     new_parser,
     parse,
     quiet,
+    settings_in,
     settings_of,
     staged,
+    task_of,
 )
-from fusionpl.datamodules import DataConfig, ImageDataModule
+from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import Curve, Report, Row, evaluate, evaluate_ensemble, flops, interpolation, parameters
 from fusionpl.families import permutation_error
@@ -40,12 +43,14 @@ from fusionpl.fusion import (
     resolve_anchor,
     vanilla,
 )
-from fusionpl.models import load_model
+from fusionpl.models import check_tokenizers, load_model, load_tokenizer
 from fusionpl.training import (
+    TASKS,
     ClassificationModule,
     LoggerName,
     OptimConfig,
     OTFusion,
+    TaskName,
     finish_loggers,
     log_report,
     make_loggers,
@@ -61,8 +66,7 @@ def run(argv: Sequence[str]) -> None:
     """The command; see `--help`."""
     quiet()
     started = time.monotonic()
-    parser = build_parser()
-    args = arguments(parser, argv)
+    parser, args = arguments(argv)
     settings = {key: value for key, value in settings_of(parser, args).items() if key not in ("check", "dry_run")}
     chosen = parser.instantiate(args)
     config = fuse_config(chosen)
@@ -70,7 +74,9 @@ def run(argv: Sequence[str]) -> None:
     names, models = list(parents), list(parents.values())
     bindings = check_parents(models, names)
     anchor = resolve_anchor(config, len(models))
-    data = ImageDataModule(chosen.data)
+    tokenizer = common_tokenizer(dict(zip(names, args.parents, strict=True)))
+    data = TASKS[args.task].datamodule(chosen.data, 0, tokenizer)
+    data.check_model(models[anchor])
     if args.dry_run:
         print(plan(bindings, anchor, config, names))
         return
@@ -85,7 +91,7 @@ def run(argv: Sequence[str]) -> None:
     trainer = L.Trainer(
         callbacks=[fusion], **(args.trainer.as_dict() | {"logger": False, "enable_progress_bar": False})
     )
-    module = ClassificationModule(copy.deepcopy(models[anchor]), OptimConfig(), data.num_classes)
+    module = ClassificationModule(copy.deepcopy(models[anchor]), OptimConfig(), data.num_classes, data.metrics)
     trainer.test(module, datamodule=data, verbose=False)
     assert fusion.result is not None
     result = fusion.result
@@ -96,7 +102,7 @@ def run(argv: Sequence[str]) -> None:
         return
     report = _report(parents, anchor, result, data, trainer.strategy.root_device, settings)
     with staged(output, args.overwrite) as folder:
-        result.save(folder, card=_card(report, names))
+        result.save(folder, tokenizer=tokenizer, card=_card(report, names))
         (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         report.save(folder / "report")
     for line in result.warnings:
@@ -109,31 +115,44 @@ def run(argv: Sequence[str]) -> None:
     print(f"next: python finetune.py --model {output}")
 
 
-def build_parser() -> ArgumentParser:
-    """The options of fuse.py."""
+def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
+    """The options of fuse.py for parents of a task."""
     parser = new_parser(f"Aligns parents and averages them. Without --config the preset {PRESET.name} is used.")
     parser.add_argument("--parents", nargs="+", type=str, default=[], help="run folders, model folders or hub ids")
+    parser.add_argument("--task", type=TaskName, default=task, help="what the parents were trained for")
     parser.add_argument("--output", type=str | None, help="where the fused model goes")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     parser.add_argument("--logger", type=LoggerName, default="wandb", help="metrics.csv is always written")
     parser.add_argument("--check", action="store_true", help="prove the family on the parents; fuse nothing")
     parser.add_argument("--dry-run", action="store_true", help="print axes, sizes, maps and joins; fuse nothing")
     parser.add_class_arguments(FuseConfig)
-    parser.add_class_arguments(DataConfig, "data")
+    parser.add_class_arguments(TASKS[task].data, "data")
     add_trainer_options(parser)
     return parser
 
 
-def arguments(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
-    """Parses twice: the data set is the parents' own unless the command line names another."""
-    parents = parse(parser, argv, PRESET).parents
-    if len(parents) < 2:
-        raise FusionError(f"fusion needs at least two parents, not {len(parents)}; give --parents RUN_A RUN_B")
-    run = next((path for path in map(Path, parents) if (path / "config.yaml").is_file()), None)
-    if run is not None:
-        data = (yaml.safe_load((run / "config.yaml").read_text()) or {}).get("data", {})
-        parser.set_defaults({f"data.{key}": value for key, value in data.items()})
-    return parse(parser, argv, PRESET)
+def arguments(
+    argv: Sequence[str], more: Callable[[ArgumentParser], None] = lambda _: None
+) -> tuple[ArgumentParser, Namespace]:
+    """The parser and what it read: task and data set are the parents' own unless the command line names others.
+
+    Args:
+        argv: the arguments.
+        more: adds further options to the parser.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--parents", nargs="+", default=[])
+    known, _ = peek.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    origin = next((found for found in map(settings_in, known.parents) if found), {})
+    task = task_of(argv, origin.get("task", "image-classification"))
+    parser = build_parser(task)
+    more(parser)
+    if task == origin.get("task", task):
+        parser.set_defaults({f"data.{key}": value for key, value in origin.get("data", {}).items()})
+    args = parse(parser, argv, PRESET)
+    if len(args.parents) < 2:
+        raise FusionError(f"fusion needs at least two parents, not {len(args.parents)}; give --parents RUN_A RUN_B")
+    return parser, args
 
 
 def fuse_config(options: Namespace) -> FuseConfig:
@@ -149,6 +168,13 @@ def load_parents(paths: Sequence[str]) -> dict[str, nn.Module]:
     return {name: load_model(path) for name, path in zip(names, paths, strict=True)}
 
 
+def common_tokenizer(parents: Mapping[str, str]) -> Any:
+    """The tokenizer of parents (name -> path), or None; raises FusionError where they differ."""
+    found = {name: load_tokenizer(path) for name, path in parents.items()}
+    check_tokenizers(found)
+    return next(iter(found.values()))
+
+
 def _default_output(parents: Sequence[str]) -> Path:
     folders = {Path(path).resolve().parent for path in parents if Path(path).is_dir()}
     return (Path(parents[0]).parent if len(folders) == 1 else Path("runs")) / "fused"
@@ -160,7 +186,7 @@ def progress_bar(steps: Iterable[Any], label: str) -> Iterable[Any]:
     return bar
 
 
-def _check(parents: Mapping[str, nn.Module], data: ImageDataModule) -> None:
+def _check(parents: Mapping[str, nn.Module], data: FixedSplits) -> None:
     batch = next(iter(data.calibration_dataloader(16)))
     for name, model in parents.items():
         with torch.inference_mode():
@@ -178,7 +204,7 @@ def _report(
     parents: Mapping[str, nn.Module],
     anchor: int,
     result: FusionResult,
-    data: ImageDataModule,
+    data: FixedSplits,
     device: torch.device,
     settings: dict[str, Any],
 ) -> Report:

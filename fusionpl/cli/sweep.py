@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser
 
 from fusionpl.cli.common import check_output, main, quiet, settings_of, staged
-from fusionpl.cli.fuse import arguments, build_parser, fuse_config, load_parents, progress_bar
-from fusionpl.datamodules import ImageDataModule
+from fusionpl.cli.fuse import arguments, common_tokenizer, fuse_config, load_parents, progress_bar
 from fusionpl.errors import FusionError, flattened
 from fusionpl.evaluation import Report, Row, evaluate
 from fusionpl.fusion import Calibrated, FuseConfig, check_parents, load_config, resolve_anchor
-from fusionpl.training import finish_loggers, log_report, make_loggers
+from fusionpl.training import TASKS, finish_loggers, log_report, make_loggers
 
 Cell = dict[str, Any]
 
@@ -33,9 +33,7 @@ def run(argv: Sequence[str]) -> None:
         FusionError: a user's mistake.
     """
     quiet()
-    parser = build_parser()
-    parser.add_argument("--sweep", nargs="+", type=str, default=[], help="KEY=VALUE,VALUE,... of fuse options")
-    args = arguments(parser, argv)
+    parser, args = arguments(argv, _sweep_option)
     settings = {key: value for key, value in settings_of(parser, args).items() if key not in ("check", "dry_run")}
     chosen = parser.instantiate(args)
     base = asdict(fuse_config(chosen))
@@ -46,7 +44,8 @@ def run(argv: Sequence[str]) -> None:
     parents = load_parents(args.parents)
     models, names = list(parents.values()), list(parents)
     check_parents(models, names)
-    data = ImageDataModule(chosen.data)
+    tokenizer = common_tokenizer(dict(zip(names, args.parents, strict=True)))
+    data = TASKS[args.task].datamodule(chosen.data, 0, tokenizer)
     test = list(data.test_dataloader())
     report = Report(config=settings)
     for name, model in parents.items():
@@ -71,6 +70,10 @@ def run(argv: Sequence[str]) -> None:
     log_report(loggers, report, output)
     finish_loggers(loggers)
     print(f"\n{output}: sweep.csv, report/report.md, report/bars.png")
+
+
+def _sweep_option(parser: ArgumentParser) -> None:
+    parser.add_argument("--sweep", nargs="+", type=str, default=[], help="KEY=VALUE,VALUE,... of fuse options")
 
 
 def grid(sweeps: Sequence[str]) -> list[Cell]:

@@ -21,11 +21,13 @@ from fusionpl.cli.common import (
     quiet,
     run_folder,
     settings_of,
+    task_of,
 )
-from fusionpl.datamodules import DataConfig, ImageDataModule
+from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError, flattened
+from fusionpl.evaluation import readable
 from fusionpl.models import ModelConfig, build_model, save_model
-from fusionpl.training import FitResult, LoggerName, OptimConfig, finish_loggers, fit, make_loggers
+from fusionpl.training import TASKS, FitResult, LoggerName, OptimConfig, TaskName, finish_loggers, fit, make_loggers
 
 PRESET = CONF / "train" / "vit-digits.yaml"
 LAST = "checkpoints/last.ckpt"
@@ -33,9 +35,10 @@ LAST = "checkpoints/last.ckpt"
 MAY_CHANGE = ("logger", "data.num_workers", "trainer.accelerator", "trainer.enable_progress_bar")
 
 
-def build_parser() -> ArgumentParser:
-    """The options of train.py."""
+def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
+    """The options of train.py for a task."""
     parser = new_parser(f"Trains a parent. Without --config the preset {PRESET.name} is used.")
+    parser.add_argument("--task", type=TaskName, default=task, help="what is learned; decides the options of data")
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="decides initialisation and data order")
     parser.add_argument("--name", type=str, default="run", help="the run is kept in runs/NAME/seed-SEED")
     parser.add_argument("--output", type=str | None, help="another folder for the run")
@@ -43,7 +46,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
     parser.add_argument("--logger", type=LoggerName, default="wandb", help="metrics.csv is always written")
     parser.add_class_arguments(ModelConfig, "model")
-    parser.add_class_arguments(DataConfig, "data")
+    parser.add_class_arguments(TASKS[task].data, "data")
     parser.add_class_arguments(OptimConfig, "optim")
     add_trainer_options(parser)
     return parser
@@ -57,7 +60,7 @@ def run(argv: Sequence[str]) -> None:
         KeyboardInterrupt: the user stopped it; the message says how to continue.
     """
     quiet()
-    parser = build_parser()
+    parser = build_parser(task_of(argv))
     options = parse(parser, argv, PRESET)
     folder = Path(options.output or f"runs/{options.name}/seed-{options.seed}")
     try:
@@ -75,8 +78,11 @@ def _train(parser: ArgumentParser, options: Namespace, folder: Path) -> None:
     chosen = parser.instantiate(options)
     settings = settings_of(parser, options)
     L.seed_everything(options.seed, workers=True, verbose=False)
-    data = ImageDataModule(chosen.data, options.seed)
-    model = build_model(chosen.model, num_classes=data.num_classes, class_names=data.class_names)
+    task = TASKS[options.task]
+    data = task.datamodule(chosen.data, options.seed, None)
+    model = build_model(
+        chosen.model, num_classes=data.num_classes, class_names=data.class_names, args=data.model_args()
+    )
     loggers = make_loggers(
         options.logger, folder, name=f"{options.name}/seed-{options.seed}", config=settings, resume=options.resume
     )
@@ -84,8 +90,8 @@ def _train(parser: ArgumentParser, options: Namespace, folder: Path) -> None:
         (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         print(
-            f"training {chosen.model.architecture} ({size:.2f} M parameters) on {len(data.dataset('train')):,} images"
-            f" of {chosen.data.path}, seed {options.seed}, into {folder}"
+            f"training {chosen.model.architecture} ({size:.2f} M parameters) on {data.describe()} of"
+            f" {chosen.data.path}, seed {options.seed}, into {folder}"
         )
     result = fit(
         model,
@@ -96,17 +102,19 @@ def _train(parser: ArgumentParser, options: Namespace, folder: Path) -> None:
         seed=options.seed,
         loggers=loggers,
         resume=options.resume,
+        monitor=task.monitor,
+        mode=task.mode,
     )
     if is_main_process():
-        _export(result, settings, folder)
+        _export(result, data, settings, folder)
     finish_loggers(loggers)
 
 
-def _export(result: FitResult, settings: dict[str, Any], folder: Path) -> None:
+def _export(result: FitResult, data: FixedSplits, settings: dict[str, Any], folder: Path) -> None:
     """Writes metrics.json and model/, and prints the result."""
+    tested = {**result.figures, **data.baseline()}
     figures = {
-        "accuracy": result.accuracy,
-        "loss": result.loss,
+        **tested,
         "best_epoch": result.best_epoch,
         "epochs": result.epochs,
         "seconds": round(result.seconds, 1),
@@ -114,25 +122,26 @@ def _export(result: FitResult, settings: dict[str, Any], folder: Path) -> None:
     temporary = folder / "metrics.json.tmp"
     temporary.write_text(json.dumps(figures, indent=2) + "\n")
     os.replace(temporary, folder / "metrics.json")
-    save_model(result.model, folder / "model", card=_card(result, settings))
+    save_model(result.model, folder / "model", tokenizer=data.tokenizer, card=_card(result, tested, settings))
     print(
-        f"test accuracy {100 * result.accuracy:.2f} %, loss {result.loss:.4f}"
+        f"test {', '.join(f'{name} {readable(name, value)}' for name, value in tested.items())}"
         f" (epoch {result.best_epoch} of {result.epochs}, the best in validation); {result.seconds:.0f} s of training"
     )
     print(f"model: {folder / 'model'}")
 
 
-def _card(result: FitResult, settings: dict[str, Any]) -> str:
+def _card(result: FitResult, tested: dict[str, float], settings: dict[str, Any]) -> str:
+    figures = "\n".join(f"| {name} | {value:.4f} |" for name, value in tested.items())
     return f"""# {settings["name"]}, seed {settings["seed"]}
 
 {settings["model"]["architecture"]} trained from random weights on `{settings["data"]["path"]}`. The weights are those
-of epoch {result.best_epoch} of {result.epochs}, the best by validation accuracy.
+of epoch {result.best_epoch} of {result.epochs}, the best in validation.
 
-| split | accuracy | loss |
-|---|---|---|
-| test | {result.accuracy:.4f} | {result.loss:.4f} |
+| on the test split | |
+|---|---|
+{figures}
 
-Pixels go in scaled to -1..1. The run's settings:
+The run's settings:
 
 ```yaml
 {yaml.safe_dump(settings, sort_keys=False).strip()}

@@ -1,23 +1,20 @@
 """Images with labels: fixed splits, batched fetch, batched augmentation."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
+from fusionpl.datamodules.base import FixedSplits
 from fusionpl.datamodules.sources import Indices, Source, digits, hub_or_folder
+from fusionpl.datamodules.splits import labelled_parts
 from fusionpl.errors import FusionError
 
-SPLIT_SEED = 0
 BLACK = -1.0
-EVALUATION_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -72,17 +69,7 @@ class ImageSet(Dataset[dict[str, Tensor]]):
         return {"pixel_values": self.pixels[indices].float() / 127.5 - 1.0, "labels": self.labels[indices]}
 
 
-class ShareSampler(DistributedSampler[Any]):
-    """This rank's share in order. DistributedSampler repeats samples to make shares equal, which falsifies metrics."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
-
-    def __len__(self) -> int:
-        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
-
-
-class ImageDataModule(L.LightningDataModule):
+class ImageDataModule(FixedSplits):
     """Train, validation, test and calibration images; no seed changes which image is in which split.
 
     Args:
@@ -92,9 +79,8 @@ class ImageDataModule(L.LightningDataModule):
     """
 
     def __init__(self, config: DataConfig, seed: int = 0) -> None:
-        super().__init__()
+        super().__init__(seed)
         self.config = config
-        self.seed = seed
         self._sets: dict[str, ImageSet] = {}
 
     @property
@@ -107,6 +93,10 @@ class ImageDataModule(L.LightningDataModule):
         """Number of classes."""
         return len(self.class_names)
 
+    def describe(self) -> str:
+        """Number of training images."""
+        return f"{len(self.dataset('train')):,} images"
+
     def dataset(self, part: str) -> ImageSet:
         """The images of a part, decoded on first use.
 
@@ -118,24 +108,6 @@ class ImageDataModule(L.LightningDataModule):
             labels = torch.from_numpy(self._source.labels[split][indices])
             self._sets[part] = ImageSet(self._source.decode(split, indices), labels)
         return self._sets[part]
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Batches in an order that (seed, epoch) decides: Lightning sets the sampler's epoch."""
-        data = self.dataset("train")
-        sampler: DistributedSampler[Any] = DistributedSampler(data, *self._ranks, shuffle=True, seed=self.seed)
-        return self._loader(data, self.config.batch_size, sampler, self.config.num_workers)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The validation images in order, shared out among the ranks."""
-        return self._evaluation_loader("validation")
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The test images in order, shared out among the ranks."""
-        return self._evaluation_loader("test")
-
-    def calibration_dataloader(self, batch_size: int = 64) -> DataLoader[Any]:
-        """The calibration images, never trained, validated or tested on, in a fixed order; the same on every rank."""
-        return self._loader(self.dataset("calibration"), batch_size, None, 0)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augments training batches, as one batch and on their device."""
@@ -155,50 +127,7 @@ class ImageDataModule(L.LightningDataModule):
     @cached_property
     def _parts(self) -> dict[str, tuple[str, Indices]]:
         """For every part, the split it is from and its indices there."""
-        config, labels = self.config, self._source.labels
-        if "train" not in labels:
-            raise FusionError(f"the data set '{config.path}' has no train split; it has {', '.join(labels)}")
-        whole: dict[str, tuple[str, Indices]] = {
-            split: (split, np.arange(len(values))) for split, values in labels.items()
-        }
-        parts: dict[str, tuple[str, Indices]] = {
-            split: whole[split] for split in ("validation", "test") if split in whole
-        }
-        if "test" not in parts:
-            if "validation" not in parts:
-                raise FusionError(f"the data set '{config.path}' has no test split; it has {', '.join(labels)}")
-            parts["test"] = parts.pop("validation")
-        rest = whole["train"][1]
-        for part, size in (("calibration", config.calibration), ("validation", config.validation)):
-            if part not in parts:
-                rest, taken = _carve(rest, size, labels["train"], f"data.{part}")
-                parts[part] = ("train", taken)
-        if config.train_limit is not None and config.train_limit < len(rest):
-            _, rest = _carve(rest, config.train_limit, labels["train"], "data.train_limit")
-        return {**parts, "train": ("train", rest)}
-
-    @property
-    def _ranks(self) -> tuple[int, int]:
-        """Number of processes, and the number of this one."""
-        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
-
-    def _evaluation_loader(self, part: str) -> DataLoader[Any]:
-        data = self.dataset(part)
-        return self._loader(data, EVALUATION_BATCH, ShareSampler(data, *self._ranks, shuffle=False), 0)
-
-    def _loader(self, data: ImageSet, size: int, sampler: Any, workers: int) -> DataLoader[Any]:
-        return DataLoader(
-            data,
-            batch_size=size,
-            sampler=sampler,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=_as_it_is,
-            # a generator of its own: making an iterator would draw from the global RNG, and a resumed run
-            # makes other iterators than an uninterrupted one
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        return labelled_parts(self._source.labels, self.config)
 
 
 def augment(pixels: Tensor, shift: int, flip: bool) -> Tensor:
@@ -225,25 +154,3 @@ def augment(pixels: Tensor, shift: int, flip: bool) -> Tensor:
         mirrored = torch.rand(count, 1, 1, 1, device=device) < 0.5
         pixels = torch.where(mirrored, pixels.flip(-1), pixels)
     return pixels.contiguous()
-
-
-def _carve(indices: Indices, size: int, labels: Indices, key: str) -> tuple[Indices, Indices]:
-    """Splits `indices` into (rest, taken), with the classes in proportion where there are enough images."""
-    from sklearn.model_selection import train_test_split
-
-    if size < 0 or size >= len(indices):
-        raise FusionError(f"{key} is {size}, but only {len(indices)} training images are left to take it from")
-    if size == 0:
-        return indices, indices[:0]
-    counts = np.bincount(labels[indices])
-    classes = int((counts > 0).sum())
-    even = counts[counts > 0].min() >= 2 and min(size, len(indices) - size) >= classes
-    rest, taken = train_test_split(
-        indices, test_size=size, random_state=SPLIT_SEED, stratify=labels[indices] if even else None
-    )
-    return rest, taken
-
-
-def _as_it_is(batch: Any) -> Any:
-    """The data set has made a batch already."""
-    return batch

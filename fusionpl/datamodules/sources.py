@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,16 +70,7 @@ def hub_or_folder(path: str, size: int, channels: int) -> Source:
     """
     import datasets
 
-    folder = Path(path).expanduser()
-    if not folder.is_dir() and (path[0] in "./~" or (len(folder.parts) > 1 and folder.parent.is_dir())):
-        raise FusionError(f"no data set at {folder}; --data.path takes 'digits', a folder of parquet files or a hub id")
-    datasets.disable_progress_bars()
-    try:
-        found = datasets.load_dataset(str(folder) if folder.is_dir() else path)
-    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FusionError(f"cannot read the data set '{path}': {reason}") from error
-    splits: dict[str, datasets.Dataset] = dict(found)
+    splits = load(path)
     features = next(iter(splits.values())).features
     image, label = _image_column(path, features), _label_column(path, features)
     labels = {split: np.asarray(rows[label], dtype=np.int64) for split, rows in splits.items()}
@@ -117,3 +109,30 @@ def _label_column(path: str, features: "datasets.Features") -> str:  # type: ign
         if str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
             return str(name)
     raise FusionError(f"the data set '{path}' has no label column; its columns are {', '.join(features)}")
+
+
+def load(path: str, name: str | None = None, *, streaming: bool = False) -> dict[str, Any]:
+    """The splits of a hub id or of a local folder of data files, read by `datasets.load_dataset`.
+
+    Args:
+        path: hub id or folder.
+        name: a configuration of the hub's data set, such as `wikitext-2-raw-v1`.
+        streaming: read as it goes instead of downloading and converting first.
+
+    Raises:
+        FusionError: nothing there, or it can't be read.
+    """
+    import datasets
+
+    folder = Path(path).expanduser()
+    if not folder.is_dir() and (path[0] in "./~" or (len(folder.parts) > 1 and folder.parent.is_dir())):
+        raise FusionError(
+            f"no data set at {folder}; --data.path takes a built-in name (digits, pydoc), a folder of data files or a "
+            "hub id"
+        )
+    datasets.disable_progress_bars()
+    try:
+        return dict(datasets.load_dataset(str(folder) if folder.is_dir() else path, name, streaming=streaming))
+    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FusionError(f"cannot read the data set '{path}': {reason}") from error

@@ -11,9 +11,8 @@ from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
 from fusionpl.calibration.forward import device_of, logits
+from fusionpl.datamodules import IGNORED
 from fusionpl.errors import FusionError
-
-IGNORED = -100  # the label of a token that is not scored, as in transformers and cross_entropy
 
 
 @contextmanager

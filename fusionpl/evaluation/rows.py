@@ -16,7 +16,8 @@ class Row:
         name: "parent seed-1", "ensemble", "vanilla", "fused", or another fused variant's name.
         stage: "finetuned", or "one-shot" for everything before that (parents and ensemble too).
         accuracy: in [0, 1].
-        loss: mean cross-entropy in nats.
+        f1, matthews, pearson, spearman: what GLUE measures on some of its tasks.
+        loss: mean cross-entropy in nats; of regression, mean squared error.
         perplexity: exp(loss), of language models.
         parameters: how many.
         flops: floating-point operations for one sample.
@@ -27,6 +28,10 @@ class Row:
     name: str
     stage: Stage = "one-shot"
     accuracy: float | None = None
+    f1: float | None = None
+    matthews: float | None = None
+    pearson: float | None = None
+    spearman: float | None = None
     loss: float | None = None
     perplexity: float | None = None
     parameters: int | None = None
@@ -56,6 +61,13 @@ def shown_metric(rows: Sequence[Row]) -> Literal["accuracy", "perplexity", "loss
     return "accuracy" if any(row.accuracy is not None for row in rows) else "loss"
 
 
+def best_of(rows: Sequence[Row]) -> Row:
+    """The row with the lowest perplexity, or else the highest accuracy, or else the lowest loss."""
+    metric = shown_metric(rows)
+    sign = 1 if metric == "accuracy" else -1
+    return max(rows, key=lambda row: sign * float(getattr(row, metric) or 0.0))
+
+
 def as_table(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
     """Column names (those that any row holds) and raw values, one list a row, in table order."""
     columns = [
@@ -80,7 +92,7 @@ def readable(column: str, value: Any) -> str:
     match column:
         case "accuracy":
             return f"{100 * value:.2f} %"
-        case "loss":
+        case "f1" | "matthews" | "pearson" | "spearman" | "loss" | "unigram_loss":
             return f"{value:.4f}"
         case "perplexity":
             return f"{value:.2f}" if value < 1000 else _with_prefix(value)

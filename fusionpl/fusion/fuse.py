@@ -74,16 +74,17 @@ class FusionResult:
         """Parent `index` in the anchor's units, as a model of its own."""
         return load_parameters(copy.deepcopy(self.model), self.aligned[index])
 
-    def save(self, folder: str | Path, *, card: str = "") -> None:
+    def save(self, folder: str | Path, *, tokenizer: Any = None, card: str = "") -> None:
         """Writes model/ (the fused model in its own library's format), maps.safetensors and config.yaml.
 
         Args:
             folder: a run folder; what is there of the same name is replaced.
+            tokenizer: of a language model, kept beside it.
             card: Markdown body of the model card.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.model, folder / "model", card=card)
+        save_model(self.model, folder / "model", tokenizer=tokenizer, card=card)
         plans = {
             f"parent{index}/{axis}": found.plan.float().contiguous()
             for index, alignment in enumerate(self.alignments)

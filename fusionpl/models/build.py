@@ -1,7 +1,8 @@
 """New models from a config: any timm architecture, any transformers class."""
 
 import inspect
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import timm
@@ -34,13 +35,20 @@ class ModelConfig:
     initializer_range: float | None = None
 
 
-def build_model(config: ModelConfig, *, num_classes: int, class_names: tuple[str, ...] | None = None) -> nn.Module:
+def build_model(
+    config: ModelConfig,
+    *,
+    num_classes: int,
+    class_names: tuple[str, ...] | None = None,
+    args: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Builds a randomly initialised model; the global RNG decides its weights.
 
     Args:
         config: architecture and sizes.
         num_classes: outputs of the classifier.
         class_names: their names, remembered by the model and saved with it.
+        args: what the data decide, over `config.args`: the size of a vocabulary.
 
     Returns:
         The model, in training mode.
@@ -51,6 +59,7 @@ def build_model(config: ModelConfig, *, num_classes: int, class_names: tuple[str
     """
     if class_names is not None and len(class_names) != num_classes:
         raise FusionError(f"{len(class_names)} class names for {num_classes} classes")
+    config = replace(config, args={**config.args, **(args or {})})
     build = _build_timm if config.library == "timm" else _build_transformers
     try:
         model = build(config, num_classes, class_names)
@@ -110,7 +119,9 @@ def _build_transformers(config: ModelConfig, num_classes: int, class_names: tupl
     cls = transformers_class(config.architecture)
     config_class: Any = cls.config_class
     known = config_class().to_dict()
-    settings = config_class(**config.args, num_labels=num_classes)
+    # The vocabulary is no set of labels.
+    labels = {} if config.args.get("vocab_size") == num_classes else {"num_labels": num_classes}
+    settings = config_class(**config.args, **labels)
     unknown = config.args.keys() - known.keys() - settings.attribute_map.keys()
     if unknown:
         name = sorted(unknown)[0]

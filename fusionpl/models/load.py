@@ -16,7 +16,7 @@ from fusionpl.models.build import transformers_class
 from fusionpl.models.quiet import quiet_transformers
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-HUB_FILES = ["*.json", "*.safetensors"]
+HUB_FILES = ["*.json", "*.safetensors", "*.txt"]
 
 
 def load_model(source: str | Path) -> nn.Module:
@@ -33,13 +33,14 @@ def load_model(source: str | Path) -> nn.Module:
         FusionError: names the path and what is wrong with it: no such folder (lists the models beside it), no
             config.json or model.safetensors, a damaged file, tensors that do not fit the config.
     """
-    folder = _folder(str(source))
+    folder = model_folder(str(source))
     config = _config(folder)
     model = _load_timm(folder, config) if "architecture" in config else _load_transformers(folder, config)
     return model.float().eval()
 
 
-def _folder(source: str) -> Path:
+def model_folder(source: str) -> Path:
+    """The folder with a model's files; a hub id is downloaded. Raises FusionError as `load_model` does."""
     path = Path(source).expanduser()
     if (path / "model").is_dir():
         return path / "model"

@@ -15,7 +15,12 @@ from fusionpl.models.quiet import quiet_transformers
 
 
 def save_model(
-    model: nn.Module, folder: str | Path, *, class_names: tuple[str, ...] | None = None, card: str = ""
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    class_names: tuple[str, ...] | None = None,
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+    card: str = "",
 ) -> None:
     """Saves config.json, model.safetensors and README.md; `load_model` and the model's own library read them.
 
@@ -26,6 +31,7 @@ def save_model(
         model: a model that timm's `create_model` or transformers made, or a deep copy of one.
         folder: where it goes.
         class_names: names of the outputs; by default those the model remembers.
+        tokenizer: kept beside the model.
         card: Markdown body of the model card.
 
     Raises:
@@ -46,6 +52,8 @@ def save_model(
         else:
             library = "timm"
             _save_timm(model, staged, names)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
         data = huggingface_hub.ModelCardData(library_name=library, tags=["fusionpl"])
         content = f"---\n{data.to_yaml()}\n---\n\n{card or '# ' + folder.parent.name}\n"
         huggingface_hub.ModelCard(content).save(staged / "README.md")

@@ -6,8 +6,12 @@ from fusionpl.training.fusion_callback import OTFusion
 from fusionpl.training.loggers import LoggerName, finish_loggers, make_loggers
 from fusionpl.training.module import ClassificationModule, OptimConfig
 from fusionpl.training.refine import fuse, refine
+from fusionpl.training.tasks import TASKS, Task, TaskName
 
 __all__ = [
+    "TASKS",
+    "Task",
+    "TaskName",
     "ClassificationModule",
     "FitResult",
     "LoggerName",

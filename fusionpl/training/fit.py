@@ -1,11 +1,11 @@
 """Training a model to its best checkpoint: what the train and the finetune command share."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -14,12 +14,10 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
-from fusionpl.datamodules import ImageDataModule
+from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError
 from fusionpl.training.callbacks import RunProgress, SeedEpochs
 from fusionpl.training.module import ClassificationModule, OptimConfig
-
-MONITOR = "val/accuracy"
 
 
 @dataclass(frozen=True)
@@ -28,16 +26,14 @@ class FitResult:
 
     Args:
         model: the given model with the weights of the best epoch, on the CPU, in evaluation mode.
-        accuracy: its accuracy on the test split, 0..1.
-        loss: its mean cross-entropy on the test split.
-        best_epoch: the epoch (from 1) with the best validation accuracy.
+        figures: loss and metrics on the test split, by name: accuracy in 0..1, perplexity, ...
+        best_epoch: the epoch (from 1) that was best in validation.
         epochs: epochs trained.
         seconds: wall time of the training, over all parts of a resumed run.
     """
 
     model: nn.Module
-    accuracy: float
-    loss: float
+    figures: Mapping[str, float]
     best_epoch: int
     epochs: int
     seconds: float
@@ -45,7 +41,7 @@ class FitResult:
 
 def fit(
     model: nn.Module,
-    data: ImageDataModule,
+    data: FixedSplits,
     optim: OptimConfig,
     trainer_args: dict[str, Any],
     folder: Path,
@@ -54,13 +50,15 @@ def fit(
     loggers: Sequence[Logger] = (),
     callbacks: Sequence[Callback] = (),
     resume: bool = False,
+    monitor: str = "val/accuracy",
+    mode: Literal["min", "max"] = "max",
 ) -> FitResult:
     """Trains `model` in place, keeps the weights of the best epoch and tests them.
 
     It may be called several times in one process, under DDP too: every rank must make the same calls.
 
     Args:
-        model: a timm or transformers classifier.
+        model: a timm or transformers model.
         data: where batches come from.
         optim: the optimiser's settings.
         trainer_args: arguments of Lightning's Trainer, `max_epochs` among them.
@@ -70,6 +68,7 @@ def fit(
         loggers: see `make_loggers`.
         callbacks: more of Lightning's callbacks.
         resume: continue from last.ckpt; the run ends with the numbers an uninterrupted one would have had.
+        monitor, mode: the validation figure that the best epoch is chosen by, and whether more of it is better.
 
     Raises:
         FusionError: the loss is not finite, or there is nothing to resume, or it is damaged.
@@ -78,9 +77,10 @@ def fit(
     last, best = folder / "checkpoints" / "last.ckpt", folder / "checkpoints" / "best.ckpt"
     if resume:
         read_checkpoint(last)
-    module = ClassificationModule(model.train(), optim, data.num_classes)
+    data.check_model(model)
+    module = ClassificationModule(model.train(), optim, data.num_classes, data.metrics)
     timer = Timer(verbose=False)
-    trainer = build_trainer(folder, trainer_args, loggers, [SeedEpochs(seed), timer, *callbacks])
+    trainer = build_trainer(folder, trainer_args, loggers, [SeedEpochs(seed), timer, *callbacks], monitor, mode)
     with _interruptible():
         try:
             trainer.fit(module, datamodule=data, ckpt_path=last if resume else None, weights_only=True)
@@ -95,8 +95,7 @@ def fit(
         figures = trainer.test(module, datamodule=data, verbose=False)[0]
     return FitResult(
         model=model.cpu().eval(),
-        accuracy=figures["test/accuracy"],
-        loss=figures["test/loss"],
+        figures={name.removeprefix("test/"): value for name, value in figures.items()},
         best_epoch=best_epoch,
         epochs=trainer.current_epoch,
         seconds=timer.time_elapsed("train"),
@@ -116,15 +115,21 @@ def _interruptible() -> Iterator[None]:
 
 
 def build_trainer(
-    folder: Path, args: dict[str, Any], loggers: Sequence[Logger] = (), callbacks: Sequence[Callback] = ()
+    folder: Path,
+    args: dict[str, Any],
+    loggers: Sequence[Logger] = (),
+    callbacks: Sequence[Callback] = (),
+    monitor: str = "val/accuracy",
+    mode: Literal["min", "max"] = "max",
 ) -> L.Trainer:
-    """A Trainer with the best (by validation accuracy) and the last checkpoint in `folder`/checkpoints.
+    """A Trainer with the best and the last checkpoint in `folder`/checkpoints.
 
     Args:
         folder: the run folder.
         args: further arguments of the Trainer; None leaves Lightning's default.
         loggers: where figures go.
         callbacks: run before the checkpoints are written, so that these hold their state.
+        monitor, mode: what the best checkpoint is chosen by.
 
     Raises:
         FusionError: the Trainer refuses an argument, such as an accelerator this machine lacks.
@@ -139,7 +144,7 @@ def build_trainer(
     }
     # the best first: the last must hold what the best was
     kept: list[Callback] = [
-        ModelCheckpoint(filename="best", monitor=MONITOR, mode="max", **always),
+        ModelCheckpoint(filename="best", monitor=monitor, mode=mode, **always),
         ModelCheckpoint(filename="last", **always),
     ]
     bar: list[Callback] = [RunProgress()] if args.get("enable_progress_bar", True) else []

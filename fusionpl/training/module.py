@@ -1,5 +1,6 @@
-"""Training a classifier of either library as a LightningModule."""
+"""Training a model of either library as a LightningModule."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -9,10 +10,13 @@ from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]  
 from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
+from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics.text import Perplexity
 from transformers import get_cosine_schedule_with_warmup
 
 from fusionpl.calibration.forward import logits
+from fusionpl.datamodules import IGNORED
 from fusionpl.errors import FusionError
 
 
@@ -34,24 +38,30 @@ class OptimConfig:
 
 
 class ClassificationModule(L.LightningModule):
-    """Cross-entropy training; logs loss and accuracy of train, val and test, and the learning rate, once an epoch.
+    """Training with labels; logs loss and metrics of train, val and test, and the learning rate, once an epoch.
+
+    The loss is the cross-entropy of classes [B] or of tokens [B, T] (-100 is not scored), and the squared error of
+    labels that are floating-point numbers.
 
     Args:
-        model: a timm or transformers classifier, trained in place.
+        model: a timm or transformers model, trained in place.
         optim: the optimiser's settings.
-        num_classes: number of classes.
+        num_classes: number of classes or tokens; 1 for regression.
+        metrics: what is measured besides the loss, a name of METRICS each.
     """
 
-    def __init__(self, model: nn.Module, optim: OptimConfig, num_classes: int) -> None:
+    def __init__(
+        self, model: nn.Module, optim: OptimConfig, num_classes: int, metrics: Sequence[str] = ("accuracy",)
+    ) -> None:
         super().__init__()
         self.model = model
         self.optim = optim
-        self.accuracies = nn.ModuleDict(
-            {f"{stage}_accuracy": _accuracy(num_classes) for stage in ("train", "val", "test")}
+        self.metrics = nn.ModuleDict(
+            {f"{stage}_{name}": METRICS[name](num_classes) for stage in ("train", "val", "test") for name in metrics}
         )
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """The logits [B, classes] of a batch."""
+        """The logits [B, classes] or [B, T, tokens] of a batch."""
         return logits(self.model, batch)
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
@@ -69,11 +79,11 @@ class ClassificationModule(L.LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
-        """Logs val/loss and val/accuracy."""
+        """Logs val/loss and the metrics."""
         self._step("val", batch, 0.0)
 
     def test_step(self, batch: dict[str, Tensor], index: int) -> None:
-        """Logs test/loss and test/accuracy."""
+        """Logs test/loss and the metrics."""
         self._step("test", batch, 0.0)
 
     def on_train_epoch_end(self) -> None:
@@ -89,16 +99,38 @@ class ClassificationModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _step(self, stage: str, batch: dict[str, Tensor], label_smoothing: float) -> Tensor:
-        labels = batch["labels"]
-        output = self(batch)
-        loss = functional.cross_entropy(output, labels, label_smoothing=label_smoothing)
-        accuracy = cast(Metric, self.accuracies[f"{stage}_accuracy"])
-        accuracy(output, labels)
-        settings: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(labels)}
+        labels, output = batch["labels"], self(batch)
+        if labels.is_floating_point():
+            output = output.squeeze(-1)
+            loss, count = functional.mse_loss(output, labels), len(labels)
+        else:
+            loss = functional.cross_entropy(
+                output.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing
+            )
+            count = len(labels) if labels.ndim == 1 else int((labels != IGNORED).sum())
+        settings: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": count}
         self.log(f"{stage}/loss", loss, sync_dist=True, **settings)
-        self.log(f"{stage}/accuracy", accuracy, **settings)
+        for key, metric in self.metrics.items():
+            if key.startswith(f"{stage}_"):
+                name = key.removeprefix(f"{stage}_")
+                tokens = labels.ndim > 1 and name != "perplexity"
+                cast(Metric, metric)(*((output.flatten(0, -2), labels.flatten()) if tokens else (output, labels)))
+                self.log(f"{stage}/{name}", cast(Metric, metric), **settings)
         return loss
 
 
-def _accuracy(num_classes: int) -> Metric:
-    return MulticlassAccuracy(num_classes, average="micro")
+class _F1OfClassOne(BinaryF1Score):
+    """GLUE's F1, that of class 1, from the logits of two classes."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        super().update(preds.argmax(-1), target)
+
+
+METRICS: Mapping[str, Callable[[int], Metric]] = {
+    "accuracy": lambda classes: MulticlassAccuracy(classes, average="micro", ignore_index=IGNORED),
+    "f1": lambda classes: _F1OfClassOne() if classes == 2 else MulticlassF1Score(classes, average="macro"),
+    "matthews": lambda classes: MulticlassMatthewsCorrCoef(classes),
+    "pearson": lambda _: PearsonCorrCoef(),
+    "spearman": lambda _: SpearmanCorrCoef(),
+    "perplexity": lambda _: Perplexity(ignore_index=IGNORED),
+}

@@ -2,13 +2,13 @@
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import get_cosine_schedule_with_warmup
 
 from fusionpl.calibration import CalibrationConfig, Progress, batches, logits, no_progress, recorded
@@ -94,9 +94,8 @@ def refine(
     else:
         result.refitted = copy.deepcopy(result.model)
     L.seed_everything(seed, workers=True, verbose=False)
-    loader: DataLoader[Any] = DataLoader(
-        data, batch_size=None, shuffle=True, generator=torch.Generator().manual_seed(seed)
-    )  # type: ignore[arg-type]
+    order = torch.Generator().manual_seed(seed)
+    loader: DataLoader[Any] = DataLoader(cast(Dataset[Any], data), batch_size=None, shuffle=True, generator=order)
     trainer = L.Trainer(
         max_epochs=-1, max_steps=config.refine.steps, logger=False, enable_checkpointing=False,
         enable_model_summary=False, use_distributed_sampler=False, gradient_clip_val=1.0,

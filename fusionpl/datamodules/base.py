@@ -1,0 +1,121 @@
+"""What all data modules share: splits that no seed changes, and an order that (seed, epoch) decides."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+EVALUATION_BATCH = 256
+IGNORED = -100  # the label of a token that is not scored, as in transformers and cross_entropy
+Collate = Callable[[Any], Any]
+
+
+class ShareSampler(DistributedSampler[Any]):
+    """This rank's share in order. DistributedSampler repeats samples to make shares equal, which falsifies metrics."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+
+def as_it_is(batch: Any) -> Any:
+    """The collate function of data sets that make batches themselves (`__getitems__`)."""
+    return batch
+
+
+class FixedSplits(L.LightningDataModule):
+    """Train, validation, calibration and test data; no seed changes what is in which split.
+
+    Args:
+        seed: decides, with the epoch, the order of the training data. What augments or masks it draws from torch's
+            global RNG, which `SeedEpochs` seeds.
+    """
+
+    config: Any
+    evaluation_batch = EVALUATION_BATCH
+    metrics: Sequence[str] = ("accuracy",)
+    tokenizer: Any = None
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.seed = seed
+
+    @abstractmethod
+    def dataset(self, part: str) -> Dataset[Any]:
+        """The data of `part`: train, validation, calibration or test."""
+
+    def collate(self, part: str) -> Collate:
+        """Makes a batch of the items of `part`."""
+        return as_it_is
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """Number of classes or tokens to choose from; 1 for regression."""
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes, in the order of the labels; None where labels are no classes."""
+        return None
+
+    def describe(self) -> str:
+        """How much there is to train on, in words."""
+        return f"{len(self.dataset('train')):,} samples"  # type: ignore[arg-type]
+
+    def baseline(self) -> dict[str, float]:
+        """Figures of a trivial predictor on the test part, for comparison."""
+        return {}
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raises FusionError where the data do not fit `model`."""
+
+    def model_args(self) -> dict[str, Any]:
+        """What the data decide about a model that is built for them: arguments of its config."""
+        return {}
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches in an order that (seed, epoch) decides: Lightning sets the sampler's epoch."""
+        data = self.dataset("train")
+        sampler: DistributedSampler[Any] = DistributedSampler(data, *self._ranks, shuffle=True, seed=self.seed)
+        return self._loader("train", self.config.batch_size, sampler, self.config.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The validation data in order, shared out among the ranks."""
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The test data in order, shared out among the ranks."""
+        return self._evaluation_loader("test")
+
+    def calibration_dataloader(self, batch_size: int = 64) -> DataLoader[Any]:
+        """The calibration data, never trained, validated or tested on, in a fixed order; the same on every rank."""
+        return self._loader("calibration", batch_size, None, 0)
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        """Number of processes, and the number of this one."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+
+    def _evaluation_loader(self, part: str) -> DataLoader[Any]:
+        sampler = ShareSampler(self.dataset(part), *self._ranks, shuffle=False)
+        return self._loader(part, self.evaluation_batch, sampler, 0)
+
+    def _loader(self, part: str, size: int, sampler: Any, workers: int) -> DataLoader[Any]:
+        return DataLoader(
+            self.dataset(part),
+            batch_size=size,
+            sampler=sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=self.collate(part),
+            # a generator of its own: making an iterator would draw from the global RNG, and a resumed run
+            # makes other iterators than an uninterrupted one
+            generator=torch.Generator().manual_seed(self.seed),
+        )

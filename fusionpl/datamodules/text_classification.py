@@ -1,0 +1,216 @@
+"""Sentences, or pairs of them, with a class or a number: SST-2, TREC, GLUE's tasks, any data set of that kind."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from fusionpl.datamodules.base import Collate, FixedSplits
+from fusionpl.datamodules.sources import Indices, load
+from fusionpl.datamodules.splits import labelled_parts
+from fusionpl.datamodules.text import check_length
+from fusionpl.errors import FusionError
+
+HIDDEN = -1  # GLUE's label of a test sentence whose answer is kept back
+
+
+@dataclass(frozen=True)
+class TextClassificationConfig:
+    """Which sentences, and how they are served.
+
+    Args:
+        path: a hub id or a local folder of parquet or text files; `glue` with a task's name.
+        name: a configuration of the hub's data set, such as `sst2` of `glue`.
+        text_columns: one or two columns of text; null for the first one or two of strings.
+        label_column: the column of labels: classes by name or number (`ClassLabel`, integers, strings, booleans), or
+            floating-point numbers, which are regressed. Null for `label`, else `coarse_label`, else the one ClassLabel.
+        metrics: what is measured besides the loss: accuracy, f1, matthews, pearson, spearman; null for accuracy, or for
+            pearson and spearman of a regression.
+        max_length: longer sentences are cut, in tokens; a batch is padded to its longest.
+        batch_size: training sentences a step and process.
+        train_limit: train on at most this many; null for all.
+        validation: taken from the training split for validation, if the data set has no such split.
+        calibration: taken from the training split for calibration.
+        num_workers: processes that fetch training batches; 0 fetches in the main one.
+    """
+
+    path: str = "glue"
+    name: str | None = None
+    text_columns: list[str] | None = None
+    label_column: str | None = None
+    metrics: list[str] | None = None
+    max_length: int = 64
+    batch_size: int = 32
+    train_limit: int | None = None
+    validation: int = 400
+    calibration: int = 400
+    num_workers: int = 0
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """Labels as numbers, split by split; `names` are those of the classes, None for a regression."""
+
+    values: dict[str, Indices]
+    names: tuple[str, ...] | None
+
+
+class Sentences(Dataset[dict[str, Any]]):
+    """Token numbers of sentences, of unequal length, and their labels.
+
+    Args:
+        encoded: what the tokenizer makes of the sentences: lists of numbers by name.
+        labels: int64 or float32 [N].
+    """
+
+    def __init__(self, encoded: dict[str, list[list[int]]], labels: Tensor) -> None:
+        self.encoded, self.labels = encoded, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**{key: values[index] for key, values in self.encoded.items()}, "labels": self.labels[index]}
+
+
+class TextClassificationDataModule(FixedSplits):
+    """Train, validation, calibration and test sentences; no seed changes which is in which split.
+
+    A test split whose labels are kept back, as GLUE's, is left out: validation is the test then.
+
+    Args:
+        config: which sentences, and how they are served.
+        seed: decides, with the epoch, the order of the training sentences.
+        tokenizer: the model's own.
+
+    Raises:
+        FusionError: there is no tokenizer.
+    """
+
+    evaluation_batch = 64
+
+    def __init__(
+        self, config: TextClassificationConfig, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        super().__init__(seed)
+        if tokenizer is None:
+            raise FusionError(
+                "text classification starts from a model with a tokenizer: train a language model first, for example "
+                "with --config conf/train/bert-pydoc.yaml"
+            )
+        self.config, self.tokenizer = config, tokenizer
+        self._sets: dict[str, Sentences] = {}
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes, in the order of the labels; None for a regression."""
+        return self._labels.names
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 1 for a regression."""
+        return len(self._labels.names) if self._labels.names else 1
+
+    @property
+    def metrics(self) -> list[str]:  # type: ignore[override]
+        """What is measured besides the loss."""
+        return self.config.metrics or (["accuracy"] if self._labels.names else ["pearson", "spearman"])
+
+    def describe(self) -> str:
+        """Number of training sentences."""
+        return f"{len(self.dataset('train')):,} sentences"
+
+    def check_model(self, model: Any) -> None:
+        """Raises FusionError where sentences may be longer than the model's positions."""
+        check_length(model, self.config.max_length, "data.max_length")
+
+    def dataset(self, part: str) -> Sentences:
+        """The sentences of a part, tokenised on first use."""
+        if part not in self._sets:
+            split, indices = self._parts[part]
+            rows = self._splits[split].select(indices)
+            texts = [list(rows[column]) for column in self._text_columns]
+            encoded = self.tokenizer(*texts, truncation=True, max_length=self.config.max_length)
+            labels = torch.from_numpy(self._labels.values[split][indices])
+            self._sets[part] = Sentences(dict(encoded), labels if self._labels.names else labels.float())
+        return self._sets[part]
+
+    def collate(self, part: str) -> Collate:
+        """Pads a batch to its longest sentence."""
+        return self._padded
+
+    def _padded(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        labels = torch.stack([row["labels"] for row in rows])
+        features = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
+        return {**self.tokenizer.pad(features, return_tensors="pt"), "labels": labels}
+
+    @cached_property
+    def _splits(self) -> dict[str, Any]:
+        splits = load(self.config.path, self.config.name)
+        return {split.replace("validation_matched", "validation"): rows for split, rows in splits.items()}
+
+    @property
+    def _features(self) -> dict[str, Any]:
+        return dict(next(iter(self._splits.values())).features)
+
+    @cached_property
+    def _text_columns(self) -> list[str]:
+        strings = [name for name, feature in self._features.items()
+                   if str(getattr(feature, "dtype", "")).endswith("string") and name != self._label_column]  # fmt: skip
+        wanted = self.config.text_columns or strings[:2]
+        for name in wanted:
+            if name not in strings:
+                raise FusionError(
+                    f"the data set '{self.config.path}' has no text column '{name}'; its columns of text are "
+                    f"{', '.join(strings) or 'none'}"
+                )
+        if not 1 <= len(wanted) <= 2:
+            raise FusionError(
+                f"data.text_columns: {len(wanted)} columns of text in '{self.config.path}', give one or two of "
+                f"{', '.join(self._features)}"
+            )
+        return wanted
+
+    @cached_property
+    def _label_column(self) -> str:
+        features, wanted = self._features, self.config.label_column
+        if wanted is None:
+            classes = [name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"]
+            wanted = next((name for name in ("label", "coarse_label", *classes) if name in features), None)
+        if wanted not in features:
+            asked = f" '{wanted}'" if wanted else ""
+            raise FusionError(
+                f"the data set '{self.config.path}' has no label column{asked}; its columns "
+                f"are {', '.join(features)}: name one with --data.label_column"
+            )
+        return str(wanted)
+
+    @cached_property
+    def _labels(self) -> _Labels:
+        column, feature = self._label_column, self._features[self._label_column]
+        kind = str(getattr(feature, "dtype", type(feature).__name__))
+        found = {split: np.asarray(rows[column]) for split, rows in self._splits.items()}
+        known = {split: values for split, values in found.items()
+                 if not (kind.startswith("int") and len(values) and (values == HIDDEN).all())}  # fmt: skip
+        if kind.startswith("float"):
+            return _Labels(known, None)
+        if not kind.startswith(("int", "uint", "bool")) and not kind.endswith("string"):
+            raise FusionError(
+                f"the label column '{column}' of '{self.config.path}' holds {kind}; labels are classes (integers, "
+                "strings, booleans) or floating-point numbers: name another with --data.label_column"
+            )
+        names = getattr(feature, "names", None)
+        if names is None:
+            values = np.unique(np.concatenate(list(known.values())))
+            numbers = {split: np.searchsorted(values, one).astype(np.int64) for split, one in known.items()}
+            return _Labels(numbers, tuple(str(value) for value in values))
+        return _Labels({split: one.astype(np.int64) for split, one in known.items()}, tuple(names))
+
+    @cached_property
+    def _parts(self) -> dict[str, tuple[str, Indices]]:
+        return labelled_parts(self._labels.values, self.config)

@@ -1,0 +1,52 @@
+"""A classification head on the encoder of a language model."""
+
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import nn
+
+from fusionpl.errors import FusionError
+
+
+def with_classifier(model: nn.Module, num_classes: int, class_names: tuple[str, ...] | None, *, seed: int) -> nn.Module:
+    """`model` as a classifier of sentences: its encoder, with a new head where it has none for these classes.
+
+    Args:
+        model: a language model or classifier of transformers.
+        num_classes: number of classes; 1 for a regression.
+        class_names: their names.
+        seed: decides the new head's weights.
+
+    Returns:
+        `model` itself if it classifies into as many classes already, else a new model of the same architecture.
+
+    Raises:
+        FusionError: `model` is not of transformers, or transformers has no classifier for its architecture.
+    """
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise FusionError(f"a {type(model).__name__} has no text encoder to classify with; use a BERT of transformers")
+    if type(model).__name__.endswith("ForSequenceClassification") and model.config.num_labels == num_classes:
+        return model
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.num_labels = num_classes
+    if class_names is not None:
+        config.id2label = dict(enumerate(class_names))
+        config.label2id = {name: index for index, name in enumerate(class_names)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            found = transformers.AutoModelForSequenceClassification.from_config(config)
+        except ValueError as error:
+            raise FusionError(f"transformers has no sequence classifier for {model.config.model_type}") from error
+    source, target = (dict(_encoder(one).named_parameters()) for one in (model, found))
+    for name, tensor in target.items():
+        if name in source:
+            tensor.data.copy_(source[name].data)
+        elif not name.startswith("pooler."):  # masked language models have none
+            raise FusionError(f"the encoder of {type(model).__name__} lacks '{name}'")
+    return cast(nn.Module, found.eval())
+
+
+def _encoder(model: Any) -> nn.Module:
+    return cast(nn.Module, getattr(model, model.base_model_prefix))

@@ -1,0 +1,47 @@
+"""Tasks: which options, data and metric belong to a kind of training."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fusionpl.datamodules import (
+    DataConfig,
+    FixedSplits,
+    ImageDataModule,
+    MaskedTextDataModule,
+    TextClassificationConfig,
+    TextClassificationDataModule,
+    TextConfig,
+)
+
+TaskName = Literal["image-classification", "masked-lm", "text-classification"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of training.
+
+    Attributes:
+        data: the options under `data`.
+        datamodule: makes the data module of options, a seed and the tokenizer of an existing model (None for none).
+        monitor: the validation metric that the best checkpoint is chosen by.
+        mode: whether more or less of it is better.
+        new_head: whether finetuning puts a classifier on a model that has none for the data's classes.
+    """
+
+    data: type
+    datamodule: Callable[[Any, int, Any], FixedSplits]
+    monitor: str
+    mode: Literal["min", "max"]
+    new_head: bool = False
+
+
+TASKS: Mapping[str, Task] = {
+    "image-classification": Task(
+        DataConfig, lambda config, seed, _: ImageDataModule(config, seed), "val/accuracy", "max"
+    ),
+    "masked-lm": Task(TextConfig, MaskedTextDataModule, "val/loss", "min"),
+    "text-classification": Task(
+        TextClassificationConfig, TextClassificationDataModule, "val/loss", "min", new_head=True
+    ),
+}

@@ -7,7 +7,15 @@ import torch
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DistilBertConfig,
+    RobertaConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from fusionpl.calibration import logits
 
@@ -82,3 +90,47 @@ def largest_difference(a: nn.Module, b: nn.Module) -> float:
     """Over all parameters, by name."""
     others = dict(b.named_parameters())
     return max(float((tensor - others[name]).detach().abs().max()) for name, tensor in a.named_parameters())
+
+
+VOCABULARY, POSITIONS = 40, 20
+
+
+def text_model(
+    name: str, seed: int = 0, *, width: int = 16, heads: int = 4, mlp: int = 24, depth: int = 2
+) -> nn.Module:
+    """A BERT-like model of transformers: `bert masked-lm`, `roberta classifier`, ...; vocabulary 40, 20 positions."""
+    family, _, head = name.partition(" ")
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "num_labels": CLASSES, "pad_token_id": 0}
+    common = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads, "intermediate_size": mlp}
+    config: Any
+    if family == "distilbert":
+        config = DistilBertConfig(
+            dim=width, n_layers=depth, n_heads=heads, hidden_dim=mlp, max_position_embeddings=POSITIONS, **sizes
+        )
+    elif family == "roberta":
+        config = RobertaConfig(max_position_embeddings=POSITIONS + 2, **common, **sizes)
+    else:
+        config = BertConfig(max_position_embeddings=POSITIONS, **common, **sizes)
+    auto = AutoModelForMaskedLM if head == "masked-lm" else AutoModelForSequenceClassification
+    return redrawn(auto.from_config(config), seed)
+
+
+TEXT_MODELS = tuple(f"{family} {head}" for family in ("bert", "roberta", "distilbert")
+                    for head in ("masked-lm", "classifier"))  # fmt: skip
+
+
+def sentences(count: int = 24, seed: int = 0) -> dict[str, Tensor]:
+    """Random sentences of 4 to 12 tokens, padded to 12 with token 0."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCABULARY, (count, 12), generator=generator)
+    lengths = torch.randint(4, 13, (count,), generator=generator)
+    mask = (torch.arange(12) < lengths[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def text_outputs(model: nn.Module, batch: dict[str, Tensor] | None = None) -> Tensor:
+    """Logits of real tokens, by default on sentences that no calibration here uses."""
+    batch = sentences(16, seed=99) if batch is None else batch
+    with torch.inference_mode():
+        found = logits(model, batch)
+    return found[batch["attention_mask"].bool()] if found.ndim == 3 else found

@@ -29,7 +29,7 @@ from fusionpl.cli.common import (
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import Report, Row, best_of, flops, parameters, readable
 from fusionpl.fusion import mixing_weights, vanilla
-from fusionpl.models import load_model, load_tokenizer, save_model
+from fusionpl.models import load_model, load_tokenizer, save_model, with_classifier
 from fusionpl.training import TASKS, LoggerName, OptimConfig, TaskName, finish_loggers, fit, log_report, make_loggers
 
 PRESET = CONF / "finetune" / "default.yaml"
@@ -70,7 +70,7 @@ def run(argv: Sequence[str]) -> None:
         parser.set_defaults({f"data.{key}": value for key, value in origin.get("data", {}).items()})
     options = parse(parser, argv, PRESET)
     folder = Path(options.output or source.with_name(f"{source.name}-finetuned"))
-    candidates = _candidates(source, origin, options.baselines)
+    candidates = _candidates(source, origin, options.baselines, every_parent=task != own)
     started = time.monotonic()
     try:
         if options.resume:
@@ -84,7 +84,7 @@ def run(argv: Sequence[str]) -> None:
         words = [word for word in argv if word not in ("--resume", "--overwrite")]
         raise KeyboardInterrupt(f"continue with: python finetune.py {shlex.join([*words, '--resume'])}") from stop
     if is_main_process():
-        _finish(source, origin, options, rows, folder, settings_of(parser, options))
+        _finish(source if task == own else folder, origin, options, rows, folder, settings_of(parser, options))
         print(f"{folder}: model/, baselines/; {time.monotonic() - started:.0f} s")
 
 
@@ -100,8 +100,11 @@ def _model_in(argv: Sequence[str]) -> str:
     return str(model)
 
 
-def _candidates(source: Path, origin: dict[str, Any], baselines: bool) -> dict[str, nn.Module]:
-    """Report name -> model: the model itself and, for a fused one, its best parent and the vanilla average."""
+def _candidates(source: Path, origin: dict[str, Any], baselines: bool, *, every_parent: bool) -> dict[str, nn.Module]:
+    """Report name -> model: the model itself and, for a fused one, its best parent and the vanilla average.
+
+    For another task than the parents' nobody knows which parent is the best: then all of them.
+    """
     if "parents" not in origin:
         return {source.name: load_model(source)}
     candidates = {"fused": load_model(source)}
@@ -110,8 +113,8 @@ def _candidates(source: Path, origin: dict[str, Any], baselines: bool) -> dict[s
     parents = [load_model(path) for path in origin["parents"]]
     plain = vanilla(parents, mixing_weights(origin.get("weights"), len(parents)))
     rows = [row for row in Report.load(source / "report").rows if row.name.startswith("parent ")]
-    best = rows.index(best_of(rows))
-    candidates[rows[best].name] = parents[best]
+    best = best_of(rows)
+    candidates |= {row.name: parent for row, parent in zip(rows, parents, strict=True) if every_parent or row is best}
     return candidates | ({"vanilla": plain} if plain is not None else {})
 
 
@@ -141,6 +144,8 @@ def _finetune(options: Namespace, chosen: Namespace, name: str, model: nn.Module
     task = TASKS[options.task]
     data = task.datamodule(chosen.data, options.seed, load_tokenizer(options.model))
     resume = options.resume and (place / "checkpoints" / "last.ckpt").is_file()
+    if task.new_head:
+        model = with_classifier(model, data.num_classes, data.class_names, seed=options.seed)
     loggers = make_loggers(options.logger, place, name=f"finetune {name}", resume=resume)
     result = fit(
         model, data, chosen.optim, options.trainer.as_dict(), place, seed=options.seed, loggers=loggers, resume=resume,

@@ -130,14 +130,13 @@ class _Fit:
     def __init__(self, model: nn.Module, binding: Binding, parents: Sequence[AlignedParent]) -> None:
         self.model, self.binding, self.parents = model, binding, parents
         self.streams = {join.branch: (name, join.skip) for name, join in binding.joins.items()}
-        self.partners = {axis: circuit for circuit in binding.circuits for axis in circuit}
 
     def solve(self, stage: _Stage, calibration: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
         """Accumulates the normal equations of a stage over the calibration set and solves them."""
         sums: dict[str, list[NormalEquations]] = {}
         for first, batch in calibration:
-            targets = self._targets(stage, batch)
-            for module, x in self._inputs(stage, batch, targets).items():
+            inputs, targets = self._pairs(stage, batch)
+            for module, x in inputs.items():
                 y = torch.cat([targets[axis] for axis in stage.writes[module]], dim=-1)
                 if module not in sums:
                     sums[module] = [NormalEquations.zeros(x.shape[-1], y.shape[-1], device=x.device) for _ in range(2)]
@@ -150,80 +149,57 @@ class _Fit:
             fit = _fit_norm if stage.norm else _fit_linear
             fit(self.model.get_submodule(module), part, held_out)
 
-    def _targets(self, stage: _Stage, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """For every axis the weighted mean of the parents' aligned activations; for a branch, of their streams."""
-        needed = {seen for axis in stage.axes for seen in self._sources(stage, axis)}
+    def _pairs(self, stage: _Stage, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the fused model puts into each module (of a norm: what comes out), and what each axis should become:
+        the weighted mean of the parents' aligned activations; of a branch, their streams less the fused one's."""
+        skips = {axis: self.streams[axis] for axis in stage.axes & self.streams.keys() if not stage.norm}
+        places = [skip for _, skip in skips.values()]
         targets: dict[str, Tensor] = {}
         for parent in self.parents:
-            with (
-                recorded(parent.model, parent.binding, needed) as seen,
-                _until(parent.model, stage.writes, needed, seen),
-            ):
+            with recorded(parent.model, parent.binding, places) as held, _passing(parent.model, stage) as outputs:
                 logits(parent.model, batch)
+            seen: dict[str, Tensor] = {}
+            for module, axes in stage.writes.items():
+                sizes = [parent.binding.axes[axis].size for axis in axes]
+                seen.update(zip(axes, outputs[module].split(sizes, dim=-1), strict=True))
             for axis in stage.axes:
-                if axis in self.streams and not stage.norm:
-                    stream, skip = self.streams[axis]
-                    moved = parent.moved({stream: seen[axis].double() + seen[skip].double()}, stream)
+                if axis in skips:
+                    stream, skip = skips[axis]
+                    moved = parent.moved({stream: held[skip].double() + seen[axis].double()}, stream)
                 else:
                     moved = parent.moved(seen, axis)
                 targets[axis] = targets.get(axis, 0) + parent.weight * moved
-        return targets
-
-    def _sources(self, stage: _Stage, axis: str) -> tuple[str, ...]:
-        if axis in self.streams and not stage.norm:
-            return axis, self.streams[axis][1]
-        return self.partners.get(axis, (axis,))
-
-    def _inputs(self, stage: _Stage, batch: Mapping[str, Any], targets: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the fused model puts into each module (of a norm: what comes out). What its stream holds already is
-        taken from `targets`."""
-        branches = {axis: self.streams[axis][1] for axis in stage.axes & self.streams.keys() if not stage.norm}
-        inputs: dict[str, Tensor] = {}
         with (
-            recorded(self.model, self.binding, branches.values()) as held,
-            _watched(self.model, stage, inputs),
+            recorded(self.model, self.binding, places) as held,
+            _passing(self.model, stage, inputs=not stage.norm) as inputs,
         ):
             logits(self.model, batch)
-        for axis, skip in branches.items():
+        for axis, (_, skip) in skips.items():
             targets[axis] = targets[axis] - held[skip].double()
-        return inputs
+        return inputs, targets
 
 
 @contextlib.contextmanager
-def _until(model: nn.Module, modules: Iterable[str], needed: set[str], seen: Mapping[str, Tensor]) -> Iterator[None]:
-    """Ends a forward pass behind one of `modules` as soon as all `needed` axes were `seen`."""
-
-    def stop(*_: Any) -> None:
-        if needed <= seen.keys():
-            raise _Reached
-
-    with contextlib.ExitStack() as stack:
-        for module in modules:
-            stack.callback(model.get_submodule(module).register_forward_hook(stop).remove)
-        with contextlib.suppress(_Reached):
-            yield
-
-
-@contextlib.contextmanager
-def _watched(model: nn.Module, stage: _Stage, inputs: dict[str, Tensor]) -> Iterator[None]:
-    """Fills `inputs` during a forward pass and ends it when all modules of the stage were reached."""
+def _passing(model: nn.Module, stage: _Stage, *, inputs: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Collects what comes out of the modules of a stage, or goes in, and ends the forward pass behind the last."""
+    seen: dict[str, Tensor] = {}
 
     def keep(name: str, tensor: Tensor) -> None:
-        inputs[name] = tensor.detach()
-        if len(inputs) == len(stage.writes):
+        seen[name] = tensor.detach()
+        if len(seen) == len(stage.writes):
             raise _Reached
 
     with contextlib.ExitStack() as stack:
         for name in stage.writes:
             module = model.get_submodule(name)
             hook = (
-                module.register_forward_hook(lambda _, args, output, name=name: keep(name, output))
-                if stage.norm
-                else module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
+                module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
+                if inputs
+                else module.register_forward_hook(lambda _, args, output, name=name: keep(name, output))
             )
             stack.callback(hook.remove)
         with contextlib.suppress(_Reached):
-            yield
+            yield seen
 
 
 class _Reached(Exception):  # noqa: N818  # a signal, not an error

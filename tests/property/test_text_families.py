@@ -1,0 +1,123 @@
+"""BERT, RoBERTa and DistilBERT, with their language-model and classification heads: what images prove, for text."""
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fusionpl.alignment import AlignConfig
+from fusionpl.calibration import CalibrationConfig
+from fusionpl.families import bind, permutation_error, permuted, random_permutations
+from fusionpl.fusion import FuseConfig, FusionResult, RefitConfig, fuse
+from tests.models_for_tests import TEXT_MODELS, largest_difference, sentences, text_model, text_outputs
+
+RESIDUALS = ("average", "branch", "skip", "identity", "weighted_scalar", "weighted_matrix", "tie")
+KEEPS_FUNCTION: dict[str, Any] = {"residual": "tie", "heads": "matched", "solver": "assignment"}
+
+
+def fused(
+    parents: list[nn.Module],
+    *,
+    weights: list[float] | None = None,
+    calibration: Any = None,
+    tokens: str = "all",
+    refit: Any = "none",
+    **options: Any,
+) -> FusionResult:
+    config = FuseConfig(0, weights, CalibrationConfig(tokens=tokens), AlignConfig(**options), RefitConfig(refit))
+    return fuse(parents, [sentences(64)] if calibration is None else calibration, config)
+
+
+def permuted_copy(model: nn.Module, seed: int = 0) -> nn.Module:
+    return permuted(model, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+@pytest.mark.parametrize("depth", [1, 3])
+def test_units_may_be_renumbered(name: str, depth: int) -> None:
+    for seed in range(3):
+        model = text_model(name, seed, depth=depth)
+        size = float(text_outputs(model).abs().max())
+        assert size > 0.1
+        assert permutation_error(model, text_outputs, seed=seed) < 1e-5 * max(size, 1)
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_the_proof_moves_every_tensor_and_every_free_axis(name: str) -> None:
+    model = text_model(name)
+    other = permuted_copy(model)
+    same = {key for key, tensor in model.named_parameters() if torch.equal(tensor, other.get_parameter(key))}
+    assert all(key.endswith("bias") and model.get_parameter(key).shape[0] in (5, 40) for key in same), same
+    assert set(random_permutations(bind(model), torch.Generator())) == set(bind(model).free)
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_a_permuted_copy_is_recovered(name: str) -> None:
+    model = text_model(name, 5)
+    layouts: tuple[dict[str, Any], ...] = ({"heads": "flat"}, {"heads": "matched"}, {"qk": "joint"})
+    for evidence, solver, layout in itertools.product(("activations", "weights"), ("emd", "assignment"), layouts):
+        # A soft join of exact maps is exact too: every residual policy must give the copy back.
+        for residual in ("average", "tie"):
+            result = fused([model, permuted_copy(model)], evidence=evidence, solver=solver, residual=residual, **layout)
+            assert largest_difference(result.model, model) < 1e-5, (evidence, solver, layout, residual)
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_weight_one_returns_that_parents_function(name: str) -> None:
+    parents = [text_model(name, seed) for seed in range(3)]
+    for chosen in range(3):
+        model = fused(parents, weights=[float(index == chosen) for index in range(3)], **KEEPS_FUNCTION).model
+        torch.testing.assert_close(text_outputs(model), text_outputs(parents[chosen]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_every_residual_policy_and_evidence_runs_at_equal_and_other_widths(name: str) -> None:
+    anchor, equal, wide = (text_model(name, 0), text_model(name, 1), text_model(name, 2, width=24, mlp=40))
+    for residual, evidence in itertools.product(RESIDUALS, ("activations", "weights")):
+        parents = [anchor, equal] if residual == "identity" else [anchor, equal, wide]
+        found = text_outputs(fused(parents, residual=residual, evidence=evidence).model)
+        assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["bert masked-lm", "roberta masked-lm", "distilbert masked-lm"])
+def test_a_tied_decoder_stays_tied(name: str) -> None:
+    model: Any = fused([text_model(name, 0), text_model(name, 1)], refit="ridge").model
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+@pytest.mark.parametrize("tokens", ["all", "mean", "class"])
+def test_what_stands_in_the_padding_changes_nothing(name: str, tokens: str) -> None:
+    parents = [text_model(name, seed) for seed in range(2)]
+    batch = sentences(64)
+    noise = torch.randint(1, 40, batch["input_ids"].shape, generator=torch.Generator().manual_seed(1))
+    other = batch | {"input_ids": torch.where(batch["attention_mask"].bool(), batch["input_ids"], noise)}
+    if name.startswith("roberta"):  # numbers its positions by which ids are padding; at the end that moves nothing real
+        assert (batch["attention_mask"].diff() <= 0).all()
+    first, second = (fused(parents, calibration=[one], tokens=tokens, refit="ridge") for one in (batch, other))
+    assert largest_difference(first.model, second.model) < 1e-4
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_a_refit_of_a_parent_with_itself_keeps_its_function(name: str) -> None:
+    model = text_model(name, 3)
+    for align in ({"solver": "emd"}, KEEPS_FUNCTION):
+        result = fused([model, permuted_copy(model)], refit="ridge", **align)
+        torch.testing.assert_close(text_outputs(result.model), text_outputs(model), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_a_refit_is_nearer_to_the_mean_of_the_parents(name: str) -> None:
+    parents = [text_model(name, seed) for seed in range(2)]
+    batch = sentences(64)
+    wanted = (text_outputs(parents[0], batch) + text_outputs(parents[1], batch)) / 2
+
+    def distance(model: nn.Module) -> Tensor:
+        return (text_outputs(model, batch) - wanted).square().mean()
+
+    result = fused(copy.deepcopy(parents), refit="ridge")
+    assert result.averaged is not None
+    assert distance(result.model) < distance(result.averaged)

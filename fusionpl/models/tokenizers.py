@@ -1,5 +1,6 @@
 """Tokenizers: trained once on a corpus, kept with the model, compared between parents."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from fusionpl.errors import FusionError
 from fusionpl.models.load import model_folder
 
+ALPHABET = 1000  # letters, the most frequent ones, as in BERT
 SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 
 
@@ -27,16 +29,38 @@ def train_wordpiece(texts: Iterable[str], size: int) -> PreTrainedTokenizerBase:
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise FusionError("the training text is empty, so there is nothing to train a tokenizer on")
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token=SPECIAL["unk_token"]))
+    tokenizer = _untrained(models.WordPiece(unk_token=SPECIAL["unk_token"]))
+    letters = Counter(
+        letter
+        for text in texts
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))
+        for letter in word
+    )
+    alphabet = sorted(sorted(letters, key=lambda letter: (-letters[letter], letter))[:ALPHABET])
+    # The trainer numbers letters inside words in the order of a hash table, another one in every process, and breaks
+    # ties by number. What is named in advance has a fixed number; the tokenizer itself is made anew below.
+    named = [*SPECIAL.values(), *(f"##{letter}" for letter in alphabet)]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size, special_tokens=named, initial_alphabet=alphabet, limit_alphabet=len(alphabet), min_frequency=2,
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    vocabulary = tokenizer.get_vocab()
+    if len(vocabulary) > size:
+        raise FusionError(
+            f"data.vocab_size {size} is too small: the training text has {len(alphabet)} letters, so it needs at least "
+            f"{len(vocabulary)} entries"
+        )
+    found = _untrained(models.WordPiece(vocab=vocabulary, unk_token=SPECIAL["unk_token"]))
+    found.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+    return PreTrainedTokenizerFast(tokenizer_object=found, **SPECIAL)
+
+
+def _untrained(model: models.WordPiece) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=size, special_tokens=list(SPECIAL.values()), min_frequency=2, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    numbers = {token: index for index, token in enumerate(SPECIAL.values())}
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", numbers["[SEP]"]), ("[CLS]", numbers["[CLS]"]))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+    return tokenizer
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:

@@ -112,7 +112,8 @@ def _candidates(source: Path, origin: dict[str, Any], baselines: bool, *, every_
         return candidates
     parents = [load_model(path) for path in origin["parents"]]
     plain = vanilla(parents, mixing_weights(origin.get("weights"), len(parents)))
-    rows = [row for row in Report.load(source / "report").rows if row.name.startswith("parent ")]
+    report = Report.load(source / "report").rows
+    rows = [row for row in report if row.name.startswith("parent ") and row.stage == "one-shot"]
     best = best_of(rows)
     candidates |= {row.name: parent for row, parent in zip(rows, parents, strict=True) if every_parent or row is best}
     return candidates | ({"vanilla": plain} if plain is not None else {})

@@ -3,6 +3,7 @@
 import signal
 from pathlib import Path
 
+import datasets
 import torch
 import yaml
 
@@ -25,3 +26,34 @@ def make_run(folder: Path, seed: int, names: tuple[str, ...] = NAMES, **args: in
 def hears_ctrl_c() -> None:
     """For Popen's preexec_fn: a shell's background job, and what it starts, would ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+WORDS = ("red", "green", "cat", "dog", "runs", "sleeps", "under", "over", "the", "bridge", "house", "tree", "quickly")
+
+
+def make_corpus(folder: Path, splits: tuple[str, ...] = ("train", "test"), documents: int = 120) -> Path:
+    """A folder of parquet files with two columns of text: sentences of a few words in an order that repeats."""
+    for number, split in enumerate(splits):
+        generator = torch.Generator().manual_seed(number)
+        rows = [
+            " ".join(WORDS[(start + step * 3) % len(WORDS)] for step in range(20)) + "."
+            for start in torch.randint(len(WORDS), (documents,), generator=generator).tolist()
+        ]
+        titles = [f"title {index}" for index in range(documents)]
+        datasets.Dataset.from_dict({"text": rows, "title": titles}).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def make_sentences(folder: Path, *, text: str = "sentence", validation: bool = False) -> Path:
+    """A folder of parquet files of sentences labelled 1 where they have a cat, else 0."""
+    for number, (split, count) in enumerate({"train": 160, "test": 60, "validation": 40}.items()):
+        if split == "validation" and not validation:
+            continue
+        generator = torch.Generator().manual_seed(number)
+        rows = [
+            " ".join(WORDS[index] for index in torch.randint(len(WORDS), (6,), generator=generator).tolist())
+            for _ in range(count)
+        ]
+        labels = [int("cat" in row.split()) for row in rows]
+        datasets.Dataset.from_dict({text: rows, "label": labels}).to_parquet(folder / f"{split}.parquet")
+    return folder

@@ -1,0 +1,131 @@
+"""Language models from train.py to a fused classifier, on a corpus of a few sentences."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fusionpl.cli import finetune, fuse, train
+from fusionpl.cli.common import main
+from fusionpl.models import load_model, load_tokenizer
+from tests.integration.runs import make_corpus, make_sentences
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+QUICK = {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False}
+
+
+def preset(folder: Path, file_name: str, **settings: Any) -> str:
+    file = folder / f"{file_name}.yaml"
+    file.write_text(yaml.safe_dump({"optim": {"lr": 0.01}, "trainer": QUICK, "logger": "csv", **settings}))
+    return str(file)
+
+
+def language_model(folder: Path, **data: Any) -> str:
+    model = {
+        "library": "transformers", "architecture": "BertForMaskedLM", "initializer_range": 0.1,
+        "args": {**SIZES, "max_position_embeddings": 24},
+    }  # fmt: skip
+    data = {"path": str(make_corpus(folder / "corpus")), "vocab_size": 90, "block_size": 12, **data}
+    return preset(folder, "bert", name="bert", task="masked-lm", model=model, data=data)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two parents and their fusion."""
+    folder = tmp_path_factory.mktemp("text")
+    config = language_model(folder)
+    for seed in (1, 2):
+        words = ["--config", config, "--seed", str(seed), "--output", str(folder / f"seed-{seed}")]
+        assert main(train.run, words) == 0
+    assert main(fuse.run, words_to_fuse(folder, "fused", "--refit.method", "ridge")) == 0
+    return folder
+
+
+def words_to_fuse(folder: Path, output: str, *more: str) -> list[str]:
+    parents = [str(folder / f"seed-{seed}") for seed in (1, 2)]
+    return ["--parents", *parents, "--output", str(folder / output), "--logger", "csv", *more]
+
+
+def rows(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    found = json.loads((folder / "report.json").read_text())["rows"]
+    return {(row["name"], row.get("stage", "one-shot")): row for row in found}
+
+
+def test_a_language_model_is_trained_with_its_tokenizer(home: Path) -> None:
+    figures = json.loads((home / "seed-1" / "metrics.json").read_text())
+    assert {"loss", "perplexity", "accuracy", "unigram_loss"} <= set(figures)
+    first, second = (load_tokenizer(home / f"seed-{seed}") for seed in (1, 2))
+    assert first is not None
+    assert second is not None
+    assert first.get_vocab() == second.get_vocab()
+    model: Any = load_model(home / "seed-1")
+    assert model.config.vocab_size == len(first)
+    assert "val/perplexity" in (home / "seed-1" / "metrics.csv").read_text()
+
+
+def test_fusing_language_models_reports_loss_and_perplexity(home: Path) -> None:
+    report = rows(home / "fused" / "report")
+    wanted = {"parent seed-1", "parent seed-2", "ensemble", "vanilla", "aligned average", "fused"}
+    assert {name for name, _ in report} >= wanted
+    for row in report.values():
+        assert {"loss", "perplexity", "accuracy"} <= set(row)
+    tokenizer, parent = load_tokenizer(home / "fused"), load_tokenizer(home / "seed-1")
+    assert tokenizer is not None
+    assert parent is not None
+    assert tokenizer.get_vocab() == parent.get_vocab()
+
+
+def test_a_fused_language_model_is_finetuned_as_one(home: Path) -> None:
+    config = preset(home, "more")
+    words = ["--config", config, "--model", str(home / "fused"), "--output", str(home / "more")]
+    assert main(finetune.run, words) == 0
+    report = rows(home / "fused" / "report")
+    assert ("fused", "finetuned") in report
+    assert ("vanilla", "finetuned") in report
+    assert "perplexity" in report["fused", "finetuned"]
+    assert load_tokenizer(home / "more") is not None
+
+
+def test_a_classifier_is_put_on_it_and_two_classifiers_are_fused(home: Path) -> None:
+    data = {"path": str(make_sentences(home / "cats")), "max_length": 10, "validation": 30, "calibration": 20}
+    config = preset(home, "cats", task="text-classification", data=data)
+    words = ["--config", config, "--model", str(home / "fused"), "--output", str(home / "cats-fused")]
+    assert main(finetune.run, words) == 0
+    report = rows(home / "cats-fused" / "report")
+    assert {name for name, _ in report} == {"fused", "parent seed-1", "parent seed-2", "vanilla"}
+    assert all("accuracy" in row for row in report.values())
+    assert not any(stage == "finetuned" and "perplexity" not in row
+                   for (_, stage), row in rows(home / "fused" / "report").items())  # fmt: skip
+    parents = [str(home / "cats-fused" / "baselines" / f"seed-{seed}") for seed in (1, 2)]
+    for parent in parents:  # a run folder says what it was trained on; a bare model folder leaves that to the user
+        assert load_tokenizer(parent) is not None
+    more = ["--config", preset(home, "fuse-cats", task="text-classification", data=data, trainer={"accelerator": "cpu"},
+                               optim=None)]  # fmt: skip
+    settings = yaml.safe_load(Path(more[1]).read_text())
+    settings.pop("optim")
+    Path(more[1]).write_text(yaml.safe_dump(settings))
+    words = ["--parents", *parents, "--output", str(home / "cats-both"), *more]
+    assert main(fuse.run, words) == 0
+    assert ("fused", "one-shot") in rows(home / "cats-both" / "report")
+
+
+def test_parents_with_other_tokenizers_are_refused(home: Path, tmp_path: Path, capsys: Any) -> None:
+    config = language_model(tmp_path, vocab_size=80)
+    assert main(train.run, ["--config", config, "--output", str(tmp_path / "other")]) == 0
+    words = ["--parents", str(home / "seed-1"), str(tmp_path / "other"), "--output", str(tmp_path / "fused")]
+    assert main(fuse.run, words) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    assert "vocabulary" in message or "different tokenizers" in message
+    assert not (tmp_path / "fused").exists()
+
+
+def test_blocks_longer_than_positions_and_unknown_tasks_are_one_line(tmp_path: Path, capsys: Any) -> None:
+    config = language_model(tmp_path)
+    assert main(train.run, ["--config", config, "--data.block_size", "40", "--output", str(tmp_path / "run")]) == 2
+    assert "data.block_size is 40, but the model has 24 positions" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main(train.run, ["--task", "masked-ml"]) == 2
+    assert "there is no 'masked-ml'" in capsys.readouterr().err

@@ -10,7 +10,8 @@ demo: .venv/runtime
 	$(BIN)/python train.py --seed 1 --output $(RUNS)/seed-1 --overwrite
 	$(BIN)/python train.py --seed 2 --output $(RUNS)/seed-2 --overwrite
 	@echo "== align and average them: no training, no labels"
-	$(BIN)/python fuse.py --parents $(RUNS)/seed-1 $(RUNS)/seed-2 --output $(RUNS)/fused --overwrite
+	$(BIN)/python fuse.py --parents $(RUNS)/seed-1 $(RUNS)/seed-2 --output $(RUNS)/fused --overwrite \
+		--compare conf/fuse/paper.yaml
 	@echo "== a short finetuning of the fused model, the best parent and the plain average"
 	$(BIN)/python finetune.py --model $(RUNS)/fused --output $(RUNS)/finetuned --overwrite
 

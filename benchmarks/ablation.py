@@ -2,7 +2,7 @@
 
     python -m benchmarks.ablation --runs runs/benchmark --output docs/results/ablation.md
 
-The parents are those of benchmarks.digits. Each block varies one choice of conf/fuse/paper.yaml.
+The parents are those of benchmarks.beyond. Each block varies one choice of conf/fuse/paper.yaml.
 """
 
 import argparse
@@ -11,13 +11,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.digits import PAIRS, PAPER, cell, parent
-from fusionpl.cli.common import quiet
+from benchmarks.common import PAIRS, Parents, mean_and_deviation
+from fusionpl.cli.common import CONF, quiet
 from fusionpl.cli.sweep import passes
-from fusionpl.datamodules import DataConfig, ImageDataModule
 from fusionpl.evaluation import evaluate, evaluate_ensemble
 from fusionpl.fusion import Calibrated, load_config, vanilla
 
+PAPER = CONF / "fuse" / "paper.yaml"
 WEIGHTS: dict[str, Any] = {"align.evidence": "weights", "align.reg": 0.06}
 HARD: dict[str, Any] = {"align.solver": "emd"}
 RESIDUALS = ("average", "branch", "skip", "identity", "weighted_scalar", "weighted_matrix", "tie")
@@ -66,11 +66,12 @@ def main() -> None:
         (block, name): load_config(PAPER, options) for block, rows in BLOCKS.items() for name, options in rows.items()
     }
     scores: dict[Any, list[float]] = defaultdict(list)
-    data = ImageDataModule(DataConfig())
+    trained = Parents("vit-digits.yaml", args.runs)
+    data = trained.data()
     test, calibration = list(data.test_dataloader()), list(data.calibration_dataloader())
     for pair in PAIRS:
         names = [f"seed-{seed}" for seed in pair]
-        parents = [parent(args.runs, seed) for seed in pair]
+        parents = trained.models(pair)
         scores["parents, mean"].append(statistics.mean(evaluate(model, test)["accuracy"] for model in parents))
         scores["ensemble"].append(evaluate_ensemble(parents, test)["accuracy"])
         plain = vanilla(parents, [0.5, 0.5])
@@ -84,10 +85,10 @@ def main() -> None:
                 scores[labels[label]].append(evaluate(fused, test)["accuracy"])
                 print(pair, label, scores[labels[label]][-1], flush=True)
     lines = [f"One-shot test accuracy on digits, mean ± standard deviation over {len(PAIRS)} pairs of seeds.", ""]
-    lines += [f"{name}: {cell(scores[name])}  " for name in ("parents, mean", "ensemble", "vanilla")]
+    lines += [f"{name}: {mean_and_deviation(scores[name])}  " for name in ("parents, mean", "ensemble", "vanilla")]
     for block, rows in BLOCKS.items():
         lines += ["", f"### {block}", "", "| | one-shot |", "|---|---|"]
-        lines += [f"| {name} | {cell(scores[block, name])} |" for name in rows]
+        lines += [f"| {name} | {mean_and_deviation(scores[block, name])} |" for name in rows]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text("\n".join(lines) + "\n")
     print(args.output.read_text())

@@ -38,6 +38,8 @@ from fusionpl.fusion import (
     FusionResult,
     RefineConfig,
     check_parents,
+    fuse,
+    load_config,
     mixing_weights,
     plan,
     resolve_anchor,
@@ -70,6 +72,7 @@ def run(argv: Sequence[str]) -> None:
     settings = {key: value for key, value in settings_of(parser, args).items() if key not in ("check", "dry_run")}
     chosen = parser.instantiate(args)
     config = fuse_config(chosen)
+    beside = {path: load_config(path) for path in args.compare}
     parents = load_parents(args.parents)
     names, models = list(parents), list(parents.values())
     bindings = check_parents(models, names)
@@ -98,9 +101,13 @@ def run(argv: Sequence[str]) -> None:
     if config.refine.method != "none":
         result.config = config
         refine(result, data.calibration_dataloader(), trainer_args=args.trainer.as_dict())
+    others = {
+        f"fused ({Path(path).stem})": fuse(models, data.calibration_dataloader(), other, names=names).model
+        for path, other in beside.items()
+    }
     if not trainer.is_global_zero:
         return
-    report = _report(parents, anchor, result, data, trainer.strategy.root_device, settings)
+    report = _report(parents, anchor, result, others, data, trainer.strategy.root_device, settings)
     with staged(output, args.overwrite) as folder:
         result.save(folder, tokenizer=tokenizer, card=_card(report, names))
         (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -123,6 +130,7 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     parser.add_argument("--output", type=str | None, help="where the fused model goes")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     parser.add_argument("--logger", type=LoggerName, default="wandb", help="metrics.csv is always written")
+    parser.add_argument("--compare", nargs="+", type=str, default=[], help="more fuse presets, for rows in the report")
     parser.add_argument("--check", action="store_true", help="prove the family on the parents; fuse nothing")
     parser.add_argument("--dry-run", action="store_true", help="print axes, sizes, maps and joins; fuse nothing")
     parser.add_class_arguments(FuseConfig)
@@ -204,6 +212,7 @@ def _report(
     parents: Mapping[str, nn.Module],
     anchor: int,
     result: FusionResult,
+    others: Mapping[str, nn.Module],
     data: FixedSplits,
     device: torch.device,
     settings: dict[str, Any],
@@ -217,6 +226,7 @@ def _report(
     rows.append(_row("ensemble", evaluate_ensemble(models, batches), models, sample))
     fused = {
         "vanilla": plain,
+        **others,
         "aligned average": result.averaged,
         "refitted": result.refitted,
         "fused": result.model,

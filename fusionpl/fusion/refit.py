@@ -133,13 +133,11 @@ class _Fit:
 
     def solve(self, stage: _Stage, calibration: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
         """Accumulates the normal equations of a stage over the calibration set and solves them."""
-        sums: dict[str, list[NormalEquations]] = {}
+        sums = {module: self._empty(stage, module) for module in stage.writes}
         for first, batch in calibration:
             inputs, targets = self._pairs(stage, batch)
             for module, x in inputs.items():
                 y = torch.cat([targets[axis] for axis in stage.writes[module]], dim=-1)
-                if module not in sums:
-                    sums[module] = [NormalEquations.zeros(x.shape[-1], y.shape[-1], device=x.device) for _ in range(2)]
                 for part, rows in zip(sums[module], _parts(x, first, batch.get("attention_mask")), strict=True):
                     part.update(x[rows], y[rows])
         for module, (part, held_out) in sums.items():
@@ -148,6 +146,15 @@ class _Fit:
                     dist.all_reduce(tensor)
             fit = _fit_norm if stage.norm else _fit_linear
             fit(self.model.get_submodule(module), part, held_out)
+
+    def _empty(self, stage: _Stage, module: str) -> tuple[NormalEquations, NormalEquations]:
+        """Sums of the rows to fit and of those held out, on every rank, even one without a batch."""
+        weight = self.model.get_submodule(module).get_parameter("weight")
+        written = sum(self.binding.axes[axis].size for axis in stage.writes[module])
+        read = weight.numel() // written
+        fit, held_out = (NormalEquations.zeros(read if not stage.norm else written, written, device=weight.device)
+                         for _ in range(2))  # fmt: skip
+        return fit, held_out
 
     def _pairs(self, stage: _Stage, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the fused model puts into each module (of a norm: what comes out), and what each axis should become:

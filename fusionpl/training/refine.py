@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import get_cosine_schedule_with_warmup
 
 from fusionpl.calibration import CalibrationConfig, Progress, batches, logits, no_progress, recorded
+from fusionpl.evaluation import eval_mode
 from fusionpl.families import Binding
 from fusionpl.fusion import AlignedParent, FuseConfig, FusionResult, RefineConfig
 from fusionpl.fusion import fuse as fuse_once
@@ -36,9 +37,13 @@ class Refinement(L.LightningModule):
     ) -> None:
         super().__init__()
         self.model, self.binding, self.config = model, binding, config
-        self.parents = parents
-        self.teachers = nn.ModuleList(parent.model for parent in parents).eval().requires_grad_(False)
+        self.parents = parents  # not registered: they are neither trained nor saved
         self.streams = [axis for axis in binding.joins if axis in binding.taps]
+
+    def on_fit_start(self) -> None:
+        """Brings the parents to where the model is."""
+        for parent in self.parents:
+            parent.model.to(self.device)
 
     def training_step(self, batch: Mapping[str, Tensor], index: int) -> Tensor:
         """The loss of a batch of model inputs."""
@@ -96,13 +101,14 @@ def refine(
     L.seed_everything(seed, workers=True, verbose=False)
     order = torch.Generator().manual_seed(seed)
     loader: DataLoader[Any] = DataLoader(cast(Dataset[Any], data), batch_size=None, shuffle=True, generator=order)
-    trainer = L.Trainer(
-        max_epochs=-1, max_steps=config.refine.steps, logger=False, enable_checkpointing=False,
-        enable_model_summary=False, use_distributed_sampler=False, gradient_clip_val=1.0,
-        **(dict(trainer_args or {}) | {"enable_progress_bar": False}),
-    )  # fmt: skip
+    own = {
+        "max_epochs": -1, "max_steps": config.refine.steps, "gradient_clip_val": 1.0, "logger": False,
+        "enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False,
+        "use_distributed_sampler": False,
+    }  # fmt: skip
     module = Refinement(result.model.train(), result.binding, result.parents, config.refine)
-    trainer.fit(module, loader)
+    with eval_mode(*(parent.model for parent in result.parents)):
+        L.Trainer(**{**(trainer_args or {}), **own}).fit(module, loader)
     result.model.cpu().eval()
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# In units of the inputs' mean energy; the largest all but keeps the prior.
-PENALTIES = tuple(10.0**power for power in range(-6, 3))
+# In units of the inputs' mean energy; the largest all but keeps the prior. Below the smallest, the rounding errors of
+# float32 activations would decide the directions in which the inputs hardly vary.
+PENALTIES = tuple(10.0**power for power in range(-4, 3))
 
 
 @dataclass

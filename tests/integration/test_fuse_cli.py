@@ -51,6 +51,7 @@ def test_fused_folder_is_complete(fused: Path, parents: list[str]) -> None:
         "parent seed-2",
         "ensemble",
         "vanilla",
+        "aligned average",
         "fused",
     ]
     assert all(0 <= row["accuracy"] <= 1 and row["loss"] > 0 for row in report["rows"])
@@ -84,6 +85,22 @@ def test_three_parents_with_weights(parents: list[str], tmp_path: Path, capsys: 
     assert "fused" in out
 
 
+def test_rotation_refinement_and_another_preset_beside_it(parents: list[str], tmp_path: Path) -> None:
+    (tmp_path / "beside.yaml").write_text(yaml.safe_dump({"align": {"solver": "emd"}}))
+    words = ["--parents", *parents[:2], *QUICK, "--align.stream", "rotation", "--align.residual", "tie"]
+    words += ["--align.heads", "matched", "--align.solver", "assignment"]
+    more = ["--refine.method", "gradient", "--refine.steps", "30", "--compare", str(tmp_path / "beside.yaml")]
+    assert main(fuse.run, [*words, *more, "--output", str(tmp_path / "refined")]) == 0
+    assert main(fuse.run, [*words, "--output", str(tmp_path / "refitted")]) == 0
+    refined, refitted = (
+        {row.name: row for row in Report.load(tmp_path / name / "report").rows} for name in ("refined", "refitted")
+    )
+    assert list(refined)[3:] == ["vanilla", "fused (beside)", "aligned average", "refitted", "fused"]
+    assert refined["refitted"].loss == refitted["fused"].loss
+    assert refined["aligned average"].loss == refitted["aligned average"].loss
+    assert refined["fused"].loss != refined["refitted"].loss
+
+
 def test_check_and_dry_run_write_nothing(parents: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(Path(parents[0]).parent.rglob("*"))
     assert main(fuse.run, ["--parents", *parents[:2], "--check"]) == 0
@@ -91,7 +108,7 @@ def test_check_and_dry_run_write_nothing(parents: list[str], capsys: pytest.Capt
     assert main(fuse.run, ["--parents", *parents[:2], "--dry-run"]) == 0
     plan = capsys.readouterr().out
     assert "join (average) of stem.pos + stem.patch" in plan
-    assert "sinkhorn 0.08" in plan
+    assert "sinkhorn 0.02" in plan
     assert sorted(Path(parents[0]).parent.rglob("*")) == before
 
 
@@ -262,7 +279,7 @@ def test_widths_may_differ(parents: list[str], tmp_path: Path) -> None:
     for index, pair in enumerate(([parents[0], wide], [wide, parents[0]])):
         output = tmp_path / f"out{index}"
         assert main(fuse.run, ["--parents", *pair, "--output", str(output), *QUICK]) == 0
-        assert [row.name for row in Report.load(output / "report").rows][-2:] == ["ensemble", "fused"]
+        assert [row.name for row in Report.load(output / "report").rows][2:] == ["ensemble", "aligned average", "fused"]
         assert load_model(output).embed_dim == load_model(pair[0]).embed_dim
 
 

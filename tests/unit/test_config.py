@@ -5,7 +5,7 @@ import yaml
 
 import fusionpl
 from fusionpl.cli import finetune, fuse, train
-from fusionpl.cli.common import parse
+from fusionpl.cli.common import parse, task_of
 
 CONF = Path(__file__).parents[2] / "conf"
 PARSERS = {"train": train.build_parser, "fuse": fuse.build_parser, "finetune": finetune.build_parser}
@@ -13,7 +13,8 @@ PARSERS = {"train": train.build_parser, "fuse": fuse.build_parser, "finetune": f
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_preset_parses(path: Path) -> None:
-    options = parse(PARSERS[path.parent.name](), ["--config", str(path)], path)
+    words = ["--config", str(path)]
+    options = parse(PARSERS[path.parent.name](task_of(words)), words, path)
     for key, value in yaml.safe_load(path.read_text()).items():
         assert key in options
         if not isinstance(value, dict):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fusionpl.calibration.config import CalibrationConfig
-from fusionpl.calibration.forward import Batch, device_of, inputs_of, logits
+from fusionpl.calibration.forward import Batch, device_of, eval_mode, inputs_of, logits
 from fusionpl.calibration.moments import Moments
 from fusionpl.calibration.taps import parameter_units, recorded
 from fusionpl.calibration.tokens import check_tokens, select
@@ -80,22 +80,15 @@ def calibrate(
     moments = [_empty(binding, bindings[anchor], keys, device) for binding in bindings]
     streamed = [key for key in keys if bindings[anchor].taps[key[0]].kind != "parameter"]
     axes = [axis for key in streamed for axis in key]
-    training = [parent.training for parent in parents]
-    try:
-        for parent in parents:
-            parent.eval()
-        with torch.inference_mode():
-            for _, batch in progress(batches(calibration, config), "calibrate") if streamed else ():
-                rows = [
-                    _rows(parent, binding, batch, axes, config.tokens)
-                    for parent, binding in zip(parents, bindings, strict=True)
-                ]
-                for ours, a in zip(moments, rows, strict=True):
-                    for key in streamed:
-                        ours[key].update(_beside(a, key).to(device), _beside(rows[anchor], key).to(device))
-    finally:
-        for parent, mode in zip(parents, training, strict=True):
-            parent.train(mode)
+    with torch.inference_mode(), eval_mode(*parents):
+        for _, batch in progress(batches(calibration, config), "calibrate") if streamed else ():
+            rows = [
+                _rows(parent, binding, batch, axes, config.tokens)
+                for parent, binding in zip(parents, bindings, strict=True)
+            ]
+            for ours, a in zip(moments, rows, strict=True):
+                for key in streamed:
+                    ours[key].update(_beside(a, key).to(device), _beside(rows[anchor], key).to(device))
     if dist.is_initialized():
         _all_reduce(moments)
     for key in set(keys) - set(streamed):

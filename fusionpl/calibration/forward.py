@@ -1,6 +1,7 @@
 """Runs a model of either library on a batch of either kind."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,19 @@ def inputs_of(batch: Batch) -> dict[str, Tensor]:
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter."""
     return next(model.parameters()).device
+
+
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Puts `models` in eval mode and gives every submodule its own mode back at the end."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:

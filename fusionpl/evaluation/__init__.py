@@ -2,7 +2,7 @@
 
 from fusionpl.evaluation.barrier import Curve, interpolation
 from fusionpl.evaluation.cost import flops, parameters
-from fusionpl.evaluation.metrics import eval_mode, evaluate, evaluate_ensemble
+from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble
 from fusionpl.evaluation.report import Report
 from fusionpl.evaluation.rows import Row, best_of, readable
 
@@ -11,7 +11,6 @@ __all__ = [
     "Report",
     "Row",
     "best_of",
-    "eval_mode",
     "evaluate",
     "evaluate_ensemble",
     "flops",

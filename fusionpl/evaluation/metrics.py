@@ -1,8 +1,7 @@
 """Accuracy and loss of one model, or of several whose probabilities are averaged."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,22 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
-from fusionpl.calibration.forward import device_of, logits
+from fusionpl.calibration import device_of, eval_mode, logits
 from fusionpl.datamodules import IGNORED
 from fusionpl.errors import FusionError
-
-
-@contextmanager
-def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Puts `models` in eval mode and gives every submodule its own mode back at the end."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def evaluate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -137,6 +137,8 @@ def _split(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Factors [r, n] and [r, m] of a^T b with equal Gram matrices."""
     qa, ra = torch.linalg.qr(a.T)
     qb, rb = torch.linalg.qr(b.T)
-    u, s, vt = torch.linalg.svd(ra @ rb.T)
+    u, s, vt = torch.linalg.svd(ra @ rb.T, full_matrices=False)
     root = s.sqrt()[:, None]
-    return root * (qa @ u).T, root * (qb @ vt.T).T
+    missing = (0, 0, 0, len(a) - len(s))  # a head wider than the stream has units to spare
+    first, second = root * (qa @ u).T, root * (qb @ vt.T).T
+    return nn.functional.pad(first, missing), nn.functional.pad(second, missing)

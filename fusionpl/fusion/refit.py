@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fusionpl.alignment import Alignment
-from fusionpl.calibration import CalibrationConfig, Progress, batches, logits, no_progress, recorded
+from fusionpl.calibration import CalibrationConfig, Progress, batches, eval_mode, logits, no_progress, recorded
 from fusionpl.families import Binding, Slot
 from fusionpl.transport import NormalEquations, fit_ridge
 
@@ -79,7 +79,7 @@ def refit(
         progress: wraps the stages.
     """
     fit = _Fit(model.eval(), binding, parents)
-    with torch.inference_mode():
+    with torch.inference_mode(), eval_mode(*(parent.model for parent in parents)):
         for stage in progress(_stages(model, binding, keep), "refit"):
             fit.solve(stage, batches(calibration, config))
 

@@ -11,8 +11,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from transformers import get_cosine_schedule_with_warmup
 
-from fusionpl.calibration import CalibrationConfig, Progress, batches, logits, no_progress, recorded
-from fusionpl.evaluation import eval_mode
+from fusionpl.calibration import CalibrationConfig, Progress, batches, eval_mode, logits, no_progress, recorded
 from fusionpl.families import Binding
 from fusionpl.fusion import AlignedParent, FuseConfig, FusionResult, RefineConfig
 from fusionpl.fusion import fuse as fuse_once

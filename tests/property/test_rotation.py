@@ -21,6 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "registers": {"reg_tokens": 2},
     "mean pooling": {"global_pool": "avg"},
     "heads of their own width": {"head_dim": 6},
+    "heads wider than the stream": {"head_dim": 20},
 }
 
 

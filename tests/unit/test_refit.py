@@ -78,6 +78,14 @@ def test_how_batches_are_cut_does_not_matter_nor_that_they_come_from_a_generator
     assert largest_difference(whole, cut) < 1e-4
 
 
+def test_dropout_is_off_whatever_mode_the_parents_are_in() -> None:
+    parents = [timm_vit(seed, proj_drop_rate=0.5) for seed in range(2)]
+    quiet = refitted(parents, {}).model
+    loud = refitted([parent.train() for parent in parents], {}).model
+    assert largest_difference(quiet, loud) == 0
+    assert all(parent.training for parent in parents)
+
+
 def test_layer_scale_is_folded_into_the_map_before_it() -> None:
     parents = [timm_vit(seed, init_values=0.5) for seed in range(2)]
     model = refitted([parents[0], permuted(parents[0], torch.Generator().manual_seed(1))], ALIGNMENTS["hard"]).model

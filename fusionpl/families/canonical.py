@@ -138,7 +138,8 @@ def _split(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     qa, ra = torch.linalg.qr(a.T)
     qb, rb = torch.linalg.qr(b.T)
     u, s, vt = torch.linalg.svd(ra @ rb.T, full_matrices=False)
-    root = s.sqrt()[:, None]
+    # What is below the rounding of float32 weights would grow with the square root.
+    root = torch.where(s > 1e-6 * s[0], s, 0).sqrt()[:, None]
     missing = (0, 0, 0, len(a) - len(s))  # a head wider than the stream has units to spare
     first, second = root * (qa @ u).T, root * (qb @ vt.T).T
     return nn.functional.pad(first, missing), nn.functional.pad(second, missing)

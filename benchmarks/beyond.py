@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 from torch import nn
 
 from benchmarks.common import PAIRS, Parents, finetuned, markdown, mean_and_deviation
@@ -35,7 +36,7 @@ ALIGNMENTS: dict[str, dict[str, Any]] = {
     "soft 0.02, all tokens, anchor 0": {**TOKENS, "align.reg": 0.02},
     "soft 0.02, residual skip": {**TOKENS, "align.reg": 0.02, "align.residual": "skip"},
     "permutations": {**TOKENS, **EXACT},
-    "rotation": {**TOKENS, **EXACT, "align.stream": "rotation"},
+    "rotation": {**TOKENS, **EXACT, "align.stream": "rotation", "align.scaling": "two_sided"},
 }
 SAMPLES = (50, 100, 200, 500)
 SETTINGS = {
@@ -69,6 +70,7 @@ def main() -> None:
         f"`python -m benchmarks.beyond {args.setting} {' '.join(options)}`\n\n"
         + markdown(["", "one-shot", f"after {epochs} epochs of finetuning"], rows)
     )
+    plot(one_shot, args.output.parent.parent / "img" / f"beyond-{args.setting}.png")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(text + "\n")
     print(text)
@@ -117,6 +119,28 @@ def measured(parents: Parents, pair: tuple[int, int], epochs: int) -> dict[str, 
     config = load_config(DEFAULT, {"refine.method": "gradient"})
     add("default.yaml + refine", lambda: fuse_and_refine(models, calibration, config).model, finetune=True)
     return found
+
+
+def plot(one_shot: dict[str, list[float]], file: Path) -> None:
+    """Bars: each alignment averaged and refitted, with the parents' mean and their ensemble as lines."""
+    names = ["vanilla", *ALIGNMENTS]
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for offset, (label, suffix) in zip((-0.2, 0.2), (("average", ""), ("average, refitted", " + refit")), strict=True):
+        values = [one_shot[name + suffix] for name in names]
+        heights = [100 * statistics.mean(found) for found in values]
+        spread = [100 * (statistics.stdev(found) if len(found) > 1 else 0.0) for found in values]
+        bars = axes.bar([index + offset for index in range(len(names))], heights, 0.38, yerr=spread, label=label)
+        axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
+    for name, style in (("parents, mean", "--"), ("ensemble", ":")):
+        axes.axhline(100 * statistics.mean(one_shot[name]), color="0.3", linestyle=style, linewidth=1, label=name)
+    axes.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=8)
+    axes.set_ylabel("one-shot test accuracy (%)")
+    axes.set_ylim(0, 115)
+    axes.legend(ncols=4, loc="upper center", frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
 
 
 def unaligned(models: list[nn.Module], calibration: list[Any]) -> nn.Module:

@@ -14,7 +14,7 @@ def plan(bindings: Sequence[Binding], anchor: int, config: FuseConfig, names: Se
     header = (
         f"{reference.family.name}, {reference.depth} blocks, {len(reference.slots)} parameter slots on "
         f"{len(reference.free)} free axes; anchor: {names[anchor]}; {_solver(align)}, {align.metric} cost / "
-        f"{align.normalize}"
+        f"{align.normalize}" + (f"; refit: {config.refit.method}" if config.refit.method != "none" else "")
     )
     rows = [("axis", "units", "heads", "map")]
     for name in reference.free:
@@ -35,6 +35,8 @@ def _solver(align: AlignConfig) -> str:
 
 
 def _how(name: str, binding: Binding, align: AlignConfig) -> str:
+    if align.stream == "rotation" and any(name in members for members in binding.streams()):
+        return "rotation of the stream"
     if name in binding.joins:
         join = binding.joins[name]
         return f"join ({align.residual}) of " + " + ".join((join.skip, join.branch))
@@ -46,7 +48,8 @@ def _how(name: str, binding: Binding, align: AlignConfig) -> str:
     in_heads = any(name in group for group in binding.attention)
     circuit = next((circuit for circuit in binding.circuits if name in circuit), None)
     if in_heads and align.heads == "matched":
-        return how + ", heads matched first" + (f", with {' and '.join(set(circuit) - {name})}" if circuit else "")
+        verb = "rotated" if align.stream == "rotation" else "matched"
+        return how + f", heads {verb} in pairs" + (f", with {' and '.join(set(circuit) - {name})}" if circuit else "")
     if circuit and align.qk != "separate":
         return how + f", {align.qk} with {' and '.join(set(circuit) - {name})}"
     return how

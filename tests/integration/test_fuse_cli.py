@@ -109,6 +109,10 @@ def test_check_and_dry_run_write_nothing(parents: list[str], capsys: pytest.Capt
     plan = capsys.readouterr().out
     assert "join (average) of stem.pos + stem.patch" in plan
     assert "sinkhorn 0.02" in plan
+    assert "refit: ridge" in plan
+    rotation = ["--align.stream", "rotation", "--align.residual", "tie", "--align.heads", "matched"]
+    assert main(fuse.run, ["--parents", *parents[:2], "--dry-run", *rotation]) == 0
+    assert "rotation of the stream" in capsys.readouterr().out
     assert sorted(Path(parents[0]).parent.rglob("*")) == before
 
 

@@ -28,7 +28,7 @@ class TextConfig:
             parquet or text files.
         name: a configuration of the hub's data set, such as `wikitext-2-raw-v1`.
         text_column: the column of text; null for the one called text, or the only one of strings.
-        streaming: read training text as it goes, for corpora larger than memory; needs `trainer.max_steps`.
+        streaming: read training text as it goes, for corpora larger than memory; needs `trainer.limit_train_batches`.
         tokenizer: a model folder or hub id to take it from; null trains a WordPiece tokenizer on the training text.
         vocab_size: entries of a tokenizer that is trained, at most.
         block_size: tokens a block, [CLS] and [SEP] among them.

@@ -87,7 +87,8 @@ def fit(
         except MisconfigurationException as error:
             raise FusionError(f"Lightning's Trainer refuses its options: {error}") from error
     best_epoch = trainer.current_epoch
-    if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # it writes no checkpoints
+    # A fast_dev_run writes no checkpoints, and max_steps may end before the first epoch does.
+    if best.is_file():
         checkpoint = read_checkpoint(best)
         module.load_state_dict(checkpoint["state_dict"])
         best_epoch = checkpoint["epoch"] + 1

@@ -91,10 +91,20 @@ class ClassificationModule(L.LightningModule):
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], rank_zero_only=True)
 
     def configure_optimizers(self) -> Any:
-        """AdamW and its schedule, stepped once a batch."""
+        """AdamW and its schedule, stepped once a batch.
+
+        Raises:
+            FusionError: nothing says how many steps there are.
+        """
         groups = param_groups_weight_decay(self.model, self.optim.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.optim.lr)
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if steps in (-1, float("inf")):  # Lightning hands on the -1 of an unset max_steps
+            raise FusionError(
+                "streamed training data has no known end: say how many batches an epoch has with "
+                "--trainer.limit_train_batches"
+            )
+        steps = int(steps)
         schedule = get_cosine_schedule_with_warmup(optimizer, round(self.optim.warmup * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

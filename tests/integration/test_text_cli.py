@@ -129,3 +129,13 @@ def test_blocks_longer_than_positions_and_unknown_tasks_are_one_line(tmp_path: P
     assert not (tmp_path / "run").exists()
     assert main(train.run, ["--task", "masked-ml"]) == 2
     assert "there is no 'masked-ml'" in capsys.readouterr().err
+
+
+def test_streamed_text_trains_for_a_number_of_steps(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("fusionpl.datamodules.corpora.STREAMED_DOCUMENTS", 20)
+    config = language_model(tmp_path, streaming=True, batch_size=4)
+    words = ["--config", config, "--output", str(tmp_path / "run")]
+    assert main(train.run, words) == 2
+    assert "--trainer.limit_train_batches" in capsys.readouterr().err
+    assert main(train.run, [*words, "--trainer.limit_train_batches", "3"]) == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["loss"] > 0

@@ -96,7 +96,8 @@ def fit(
         figures = trainer.test(module, datamodule=data, verbose=False)[0]
     return FitResult(
         model=model.cpu().eval(),
-        figures={name.removeprefix("test/"): value for name, value in figures.items()},
+        # the loss last: the metrics are what a reader looks for
+        figures={name.removeprefix("test/"): figures[name] for name in sorted(figures, key="test/loss".__eq__)},
         best_epoch=best_epoch,
         epochs=trainer.current_epoch,
         seconds=timer.time_elapsed("train"),

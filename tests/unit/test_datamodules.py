@@ -9,7 +9,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from fusionpl.datamodules import DataConfig, ImageDataModule
-from fusionpl.datamodules.images import ShareSampler, augment
+from fusionpl.datamodules.base import ShareSampler
+from fusionpl.datamodules.images import augment
 from fusionpl.errors import FusionError
 
 PARTS = ("train", "validation", "calibration", "test")
@@ -175,7 +176,7 @@ def test_a_missing_column(tmp_path: Path, columns: dict[str, Any], words: str) -
     [
         (DataConfig(path="./nowhere"), "no data set at nowhere; --data.path takes"),
         (DataConfig(channels=2), "data.channels must be 1 or 3, not 2"),
-        (DataConfig(calibration=1397), "data.calibration is 1397, but only 1397 training images are left"),
+        (DataConfig(calibration=1397), "data.calibration is 1397, but only 1397 training samples are left"),
         (DataConfig(validation=-1), "data.validation is -1"),
     ],
 )

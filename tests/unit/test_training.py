@@ -76,8 +76,8 @@ def test_a_result_is_what_the_returned_model_does(whole: tuple[FitResult, Path])
     result, folder = whole
     data = ImageDataModule(DATA)
     measured = evaluate(result.model, data.test_dataloader())
-    assert measured["accuracy"] == pytest.approx(result.accuracy, abs=1e-6)
-    assert measured["loss"] == pytest.approx(result.loss, rel=1e-5)
+    assert measured["accuracy"] == pytest.approx(result.figures["accuracy"], abs=1e-6)
+    assert measured["loss"] == pytest.approx(result.figures["loss"], rel=1e-5)
     rows = table(folder)
     assert evaluate(result.model, data.val_dataloader())["loss"] == pytest.approx(
         float(rows[result.best_epoch - 1]["val/loss"]), rel=1e-5
@@ -137,7 +137,7 @@ def test_two_seeds_train_differently(whole: tuple[FitResult, Path], tmp_path: Pa
         tmp_path,
         seed=6,
     )
-    assert other.loss != whole[0].loss
+    assert other.figures["loss"] != whole[0].figures["loss"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_an_option_the_trainer_refuses(tmp_path: Path) -> None:
 
 def test_a_quick_look_keeps_no_checkpoints(tmp_path: Path) -> None:
     result = trained(tmp_path, fast_dev_run=True)
-    assert 0 <= result.accuracy <= 1
+    assert 0 <= result.figures["accuracy"] <= 1
     assert not (tmp_path / "checkpoints").exists()
 
 

@@ -86,7 +86,7 @@ def test_a_run_folder_holds_all_of_a_run(preset: Path, capsys: pytest.CaptureFix
     assert f"test accuracy {100 * figures['accuracy']:.2f} %" in said
     assert "epoch 2/2: train loss" in said
     card = (folder / "model" / "README.md").read_text()
-    assert f"of epoch {figures['best_epoch']} of 2, the best by validation accuracy" in card
+    assert f"of epoch {figures['best_epoch']} of 2, the best in validation" in card
     assert [path.name for path in folder.parent.iterdir()] == ["seed-1"]
 
 

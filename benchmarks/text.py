@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=len(PAIRS), help="how many pairs of seeds")
     parser.add_argument("--sst2", help="where SST-2 is, to finetune for it")
     parser.add_argument("--trec", help="where TREC is, to finetune for it")
+    parser.add_argument("--sentences", type=int, help="finetune on at most this many of each; all if not given")
     args, options = parser.parse_known_args()
     quiet()
     parents = Parents(PRESETS[args.corpus], args.runs, tuple(options))
@@ -60,7 +61,7 @@ def main() -> None:
             for stage, value in figures.items():
                 losses[name][stage].append(value)
         for task, path in tasks.items():
-            for name, accuracy in classification(parents, pair, task, path).items():
+            for name, accuracy in classification(parents, pair, task, path, args.sentences).items():
                 accuracies[name][task].append(accuracy)
     unigram = parents.cell("unigram", lambda: parents.data().baseline())["unigram_loss"]
     rows = [[name, *(mean_and_deviation(found[stage], "loss") for stage in ("loss", "finetuned"))]
@@ -72,7 +73,8 @@ def main() -> None:
     )
     if tasks:
         rows = [[name, *(mean_and_deviation(found[task]) for task in tasks)] for name, found in accuracies.items()]
-        text += "\n\nTest accuracy after finetuning a classifier on the encoder, over the same pairs.\n\n"
+        text += "\n\nTest accuracy after finetuning a classifier on the encoder, over the same pairs"
+        text += f"; {args.sentences} training sentences.\n\n" if args.sentences else ".\n\n"
         text += markdown(["", *tasks], rows)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(text + "\n")
@@ -115,11 +117,14 @@ def language(parents: Parents, pair: tuple[int, int]) -> dict[str, dict[str, flo
     return found
 
 
-def classification(parents: Parents, pair: tuple[int, int], task: str, path: str) -> dict[str, float]:
+def classification(
+    parents: Parents, pair: tuple[int, int], task: str, path: str, limit: int | None
+) -> dict[str, float]:
     """Test accuracies after the same finetuning: the two parents' mean, the better of them, vanilla and fused."""
     models = parents.models(pair)
     calibration = list(parents.data(pair[0]).calibration_dataloader())
-    data = TextClassificationDataModule(TextClassificationConfig(path=path), 0, load_tokenizer(parents.folder(pair[0])))
+    config = TextClassificationConfig(path=path, train_limit=limit)
+    data = TextClassificationDataModule(config, 0, load_tokenizer(parents.folder(pair[0])))
 
     def accuracy(name: str, make: Any, seed: int) -> float:
         def measure() -> dict[str, float]:

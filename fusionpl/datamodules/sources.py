@@ -116,7 +116,7 @@ def load(path: str, name: str | None = None, *, streaming: bool = False) -> dict
 
     Args:
         path: hub id or folder.
-        name: a configuration of the hub's data set, such as `wikitext-2-raw-v1`.
+        name: a configuration of the hub's data set, such as `wikitext-2-raw-v1`; a folder has none.
         streaming: read as it goes instead of downloading and converting first.
 
     Raises:
@@ -132,7 +132,8 @@ def load(path: str, name: str | None = None, *, streaming: bool = False) -> dict
         )
     datasets.disable_progress_bars()
     try:
-        return dict(datasets.load_dataset(str(folder) if folder.is_dir() else path, name, streaming=streaming))
+        where = (str(folder), None) if folder.is_dir() else (path, name)
+        return dict(datasets.load_dataset(*where, streaming=streaming))
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FusionError(f"cannot read the data set '{path}': {reason}") from error

@@ -133,6 +133,11 @@ def test_a_corpus_without_training_text_trains_on_its_validation_part(tmp_path: 
     assert found["train"]["text"] == whole["train"]["text"]
 
 
+def test_a_local_folder_stands_in_for_a_hub_id_and_its_configuration(folder: Path) -> None:
+    named = module(folder, name="wikitext-2-raw-v1").dataset("test").tensors["input_ids"]
+    assert torch.equal(named, module(folder).dataset("test").tensors["input_ids"])
+
+
 def test_text_files_are_read_as_parquet_is(folder: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.mkdir()

@@ -239,6 +239,8 @@ def _report(
     if plain is not None:
         ends = {"vanilla": (models[other], models[anchor])} | ends
     few = list(islice(data.val_dataloader(), CURVE_BATCHES))
+    if rows[0].accuracy is None:  # the curve of a regression has no accuracy to show
+        ends = {}
     barrier: dict[str, Curve] = {
         name: interpolation(models[anchor], end.state_dict(), start.state_dict(), few)
         for name, (end, start) in progress_bar(list(ends.items()), "loss barrier")

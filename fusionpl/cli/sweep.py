@@ -46,6 +46,7 @@ def run(argv: Sequence[str]) -> None:
     check_parents(models, names)
     tokenizer = common_tokenizer(dict(zip(names, args.parents, strict=True)))
     data = TASKS[args.task].datamodule(chosen.data, 0, tokenizer)
+    data.check_model(models[0])
     test = list(data.test_dataloader())
     report = Report(config=settings)
     for name, model in parents.items():

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from fusionpl.calibration import eval_mode, logits
+from fusionpl.errors import FusionError
+
 EVALUATION_BATCH = 256
 IGNORED = -100  # the label of a token that is not scored, as in transformers and cross_entropy
 Collate = Callable[[Any], Any]
@@ -41,6 +44,7 @@ class FixedSplits(L.LightningDataModule):
     evaluation_batch = EVALUATION_BATCH
     metrics: Sequence[str] = ("accuracy",)
     tokenizer: Any = None
+    reads = "pixel_values"
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -73,7 +77,27 @@ class FixedSplits(L.LightningDataModule):
         return {}
 
     def check_model(self, model: nn.Module) -> None:
-        """Raises FusionError where the data do not fit `model`."""
+        """Checks that `model` reads the data and has an output for each class.
+
+        Raises:
+            FusionError: naming the model and what does not fit.
+        """
+        name, path = type(model).__name__, self.config.path
+        reads = getattr(model, "main_input_name", "pixel_values")
+        if reads != self.reads:
+            raise FusionError(f"a {name} reads {reads}, but '{path}' gives {self.reads}; choose other data with --task")
+        batch = next(iter(self._loader("test", 1, None, 0)))
+        try:
+            with torch.no_grad(), eval_mode(model):
+                found = logits(model, batch)
+        except (AssertionError, IndexError, RuntimeError, ValueError) as error:  # each library has its own
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise FusionError(f"the {name} can't read the data of '{path}': {reason}") from error
+        if found.ndim != batch["labels"].ndim + 1 or found.shape[-1] != self.num_classes:
+            raise FusionError(
+                f"the {name} puts out {' x '.join(map(str, found.shape[1:]))} numbers a sample, which does not fit "
+                f"the {self.num_classes} classes of '{path}'; choose its own data with --task and --data"
+            )
 
     def model_args(self) -> dict[str, Any]:
         """What the data decide about a model that is built for them: arguments of its config."""

@@ -86,6 +86,7 @@ class MaskedTextDataModule(FixedSplits):
     """
 
     evaluation_batch = 64
+    reads = "input_ids"
     metrics = ("accuracy", "perplexity")
 
     def __init__(self, config: TextConfig, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -120,8 +121,9 @@ class MaskedTextDataModule(FixedSplits):
         return {"vocab_size": len(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id}
 
     def check_model(self, model: Any) -> None:
-        """Raises FusionError where blocks are longer than the model's positions, or tokens beyond its vocabulary."""
+        """Raises FusionError where blocks are longer than the model's positions; else see `FixedSplits`."""
         check_length(model, self.config.block_size, "data.block_size")
+        super().check_model(model)
 
     def dataset(self, part: str) -> Blocks:
         """The blocks of a part, tokenised and cut on first use.
@@ -200,7 +202,9 @@ class MaskedTextDataModule(FixedSplits):
 
 def check_length(model: Any, length: int, key: str) -> None:
     """Raises FusionError where sequences of `length` tokens have no positions in `model`."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    offset = 2 if model.config.model_type == "roberta" else 0  # RoBERTa's first position comes after the padding's
+    config = getattr(model, "config", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    # RoBERTa's first position comes after the padding's
+    offset = 2 if getattr(config, "model_type", None) == "roberta" else 0
     if positions is not None and length > positions - offset:
         raise FusionError(f"{key} is {length}, but the model has {positions - offset} positions; lower {key}")

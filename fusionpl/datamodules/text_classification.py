@@ -93,6 +93,7 @@ class TextClassificationDataModule(FixedSplits):
     """
 
     evaluation_batch = 64
+    reads = "input_ids"
 
     def __init__(
         self, config: TextClassificationConfig, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None
@@ -126,8 +127,9 @@ class TextClassificationDataModule(FixedSplits):
         return f"{len(self.dataset('train')):,} sentences"
 
     def check_model(self, model: Any) -> None:
-        """Raises FusionError where sentences may be longer than the model's positions."""
+        """Raises FusionError where sentences may be longer than the model's positions; else see `FixedSplits`."""
         check_length(model, self.config.max_length, "data.max_length")
+        super().check_model(model)
 
     def dataset(self, part: str) -> Sentences:
         """The sentences of a part, tokenised on first use."""

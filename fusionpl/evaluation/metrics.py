@@ -1,13 +1,15 @@
 """Accuracy and loss of one model, or of several whose probabilities are averaged."""
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 
 from fusionpl.calibration import device_of, eval_mode, logits
 from fusionpl.datamodules import IGNORED
@@ -22,6 +24,7 @@ def evaluate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str
         batches: mappings of model inputs and `labels`, [B] classes or [B, T] tokens (-100 is not scored).
 
     Returns:
+        Of a regression (labels [B] of floating point) `pearson`, `spearman` and `loss`, the mean squared error. Else
         `accuracy` in [0, 1] and `loss` (mean cross-entropy, nats) over all scored labels; for tokens also
         `perplexity` = exp(loss). NaN outputs give a NaN loss. Ranks are not combined: under DDP every
         process measures the batches it was given.
@@ -35,6 +38,13 @@ def evaluate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str
 @torch.inference_mode()
 def evaluate_ensemble(models: Sequence[nn.Module], batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Measures the mean of the models' predicted probabilities; see `evaluate` for the rest."""
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise FusionError("cannot evaluate: there are no batches (an empty data set, or a used-up iterator)")
+    batches = itertools.chain([first], batches)
+    if "labels" in first and first["labels"].is_floating_point():
+        return _evaluate_regression(models, batches)
     device = device_of(models[0])
     loss = torch.zeros((), device=device)
     count = torch.zeros((), dtype=torch.int64, device=device)
@@ -60,12 +70,26 @@ def evaluate_ensemble(models: Sequence[nn.Module], batches: Iterable[Mapping[str
             accuracy.update(scores, labels)
             loss += cross_entropy(scores, labels, ignore_index=IGNORED, reduction="sum")
             count += (labels != IGNORED).sum()
-    if accuracy is None:
-        raise FusionError("cannot evaluate: there are no batches (an empty data set, or a used-up iterator)")
+    assert accuracy is not None
     result = {"accuracy": accuracy.compute().item(), "loss": (loss / count).item()}
     if of_tokens:
         result["perplexity"] = math.exp(result["loss"]) if result["loss"] < 700 else math.inf
     return result
+
+
+def _evaluate_regression(models: Sequence[nn.Module], batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    predictions, labels = [], []
+    with eval_mode(*models):
+        for batch in batches:
+            found = torch.stack([logits(model, batch).float().squeeze(-1).cpu() for model in models])
+            predictions.append(found.mean(0))
+            labels.append(batch["labels"].float().cpu())
+    values, wanted = torch.cat(predictions), torch.cat(labels)
+    return {
+        "pearson": float(pearson_corrcoef(values, wanted)),
+        "spearman": float(spearman_corrcoef(values, wanted)),
+        "loss": float(mse_loss(values, wanted)),
+    }
 
 
 def _log_probabilities(models: Sequence[nn.Module], batch: Mapping[str, Any]) -> Tensor:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
 
@@ -139,3 +140,36 @@ def test_streamed_text_trains_for_a_number_of_steps(tmp_path: Path, capsys: Any,
     assert "--trainer.limit_train_batches" in capsys.readouterr().err
     assert main(train.run, [*words, "--trainer.limit_train_batches", "3"]) == 0
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["loss"] > 0
+
+
+def test_a_regression_is_finetuned_and_fused(home: Path) -> None:
+    folder = home / "scores"
+    for split in ("train", "test"):
+        rows_of = datasets.load_dataset(str(make_sentences(home / "labelled")))[split]
+        scores = [len(row.split()[0]) / 5 for row in rows_of["sentence"]]
+        datasets.Dataset.from_dict({"text": rows_of["sentence"], "label": scores}).to_parquet(
+            folder / f"{split}.parquet"
+        )
+    data = {"path": str(folder), "max_length": 10, "validation": 30, "calibration": 20}
+    config = preset(home, "scores", task="text-classification", data=data)
+    runs = [home / f"scores-{seed}" for seed in (1, 2)]
+    for seed, run in zip((1, 2), runs, strict=True):
+        words = ["--config", config, "--model", str(home / f"seed-{seed}"), "--output", str(run)]
+        assert main(finetune.run, words) == 0
+        assert {"pearson", "spearman", "loss"} <= set(json.loads((run / "metrics.json").read_text()))
+    words = ["--parents", *map(str, runs), "--output", str(home / "scores-fused"), "--logger", "csv"]
+    assert main(fuse.run, words) == 0
+    assert "pearson" in rows(home / "scores-fused" / "report")["fused", "one-shot"]
+
+
+def test_data_of_another_task_are_refused_in_one_line(home: Path, tmp_path: Path, capsys: Any) -> None:
+    words = words_to_fuse(home, "never", "--task", "image-classification")
+    assert main(fuse.run, words) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "a BertForMaskedLM reads input_ids, but 'digits' gives pixel_values" in lines[-1]
+    sentences = str(make_sentences(tmp_path / "cats"))
+    words = words_to_fuse(home, "never", "--task", "text-classification", "--data.path", sentences)
+    more = ["--data.validation", "30", "--data.calibration", "20", "--data.max_length", "10"]
+    assert main(fuse.run, [*words, *more]) == 2
+    assert "numbers a sample, which does not fit the 2 classes" in capsys.readouterr().err
+    assert not (home / "never").exists()

@@ -12,6 +12,7 @@ from fusionpl.datamodules import DataConfig, ImageDataModule
 from fusionpl.datamodules.base import ShareSampler
 from fusionpl.datamodules.images import augment
 from fusionpl.errors import FusionError
+from tests.models_for_tests import hf_vit, text_model, timm_vit
 
 PARTS = ("train", "validation", "calibration", "test")
 
@@ -183,3 +184,26 @@ def test_a_missing_column(tmp_path: Path, columns: dict[str, Any], words: str) -
 def test_a_config_that_cannot_be_served(config: DataConfig, words: str) -> None:
     with pytest.raises(FusionError, match=words):
         ImageDataModule(config).dataset("train")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: text_model("bert masked-lm"), "a BertForMaskedLM reads input_ids, but 'digits' gives pixel_values"),
+        (lambda: timm_vit(), "the VisionTransformer can't read the data of 'digits': Input height"),
+        (lambda: hf_vit(), "the ViTForImageClassification can't read the data of 'digits': "),
+    ],
+    ids=["text model", "other size", "other channels"],
+)
+def test_a_model_that_cannot_read_the_data_is_named(model: Any, message: str) -> None:
+    with pytest.raises(FusionError) as caught:
+        ImageDataModule(DataConfig(image_size=32)).check_model(model())
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_other_classes_is_named() -> None:
+    with pytest.raises(
+        FusionError, match=r"puts out 5 numbers a sample, which does not fit the 10 classes of 'digits'"
+    ):
+        ImageDataModule(DataConfig(image_size=16, channels=3)).check_model(timm_vit())

@@ -195,3 +195,23 @@ def test_models_that_do_not_fit_cannot_be_interpolated() -> None:
         interpolation(tiny_vit(1), small, headless, batches_of([2]))
     with pytest.raises(ValueError, match="at least 2 points, not 1"):
         interpolation(tiny_vit(1), small, small, batches_of([2]), points=1)
+
+
+def test_a_regression_is_measured_by_correlation_and_squared_error() -> None:
+    class Line(nn.Module):
+        def __init__(self, slope: float) -> None:
+            super().__init__()
+            self.slope = nn.Parameter(torch.tensor(slope))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.slope * x)[:, None]
+
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    batches = [{"pixel_values": part, "labels": part**3} for part in x.split(2)]
+    found = evaluate(Line(2.0), batches)
+    wanted = torch.corrcoef(torch.stack([2 * x, x**3]))[0, 1]
+    assert found["pearson"] == pytest.approx(float(wanted), abs=1e-6)
+    assert found["spearman"] == pytest.approx(1.0, abs=1e-6)
+    assert found["loss"] == pytest.approx(float((2 * x - x**3).square().mean()), rel=1e-6)
+    both = evaluate_ensemble([Line(1.0), Line(3.0)], batches)
+    assert both == pytest.approx(found, rel=1e-6)

@@ -99,7 +99,8 @@ class ClassificationModule(L.LightningModule):
         groups = param_groups_weight_decay(self.model, self.optim.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.optim.lr)
         steps = self.trainer.estimated_stepping_batches
-        if steps in (-1, float("inf")):  # Lightning hands on the -1 of an unset max_steps
+        endless = steps in (-1, float("inf"))  # Lightning hands on the -1 of an unset max_steps
+        if endless and self.trainer.limit_train_batches:  # 0 trains nothing, and needs no end
             raise FusionError(
                 "streamed training data has no known end: say how many batches an epoch has with "
                 "--trainer.limit_train_batches"

@@ -32,7 +32,14 @@ from fusionpl.training import TASKS, FitResult, LoggerName, OptimConfig, TaskNam
 PRESET = CONF / "train" / "vit-digits.yaml"
 LAST = "checkpoints/last.ckpt"
 # A resumed run may change where it runs, never what it computes.
-MAY_CHANGE = ("logger", "data.num_workers", "trainer.accelerator", "trainer.enable_progress_bar")
+MAY_CHANGE = (
+    "logger",
+    "data.num_workers",
+    "data.on_device",
+    "compile",
+    "trainer.accelerator",
+    "trainer.enable_progress_bar",
+)
 
 
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
@@ -45,6 +52,7 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is there")
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
     parser.add_argument("--logger", type=LoggerName, default="wandb", help="metrics.csv is always written")
+    parser.add_argument("--compile", type=bool, default=False, help="run the model through torch.compile")
     parser.add_class_arguments(ModelConfig, "model")
     parser.add_class_arguments(TASKS[task].data, "data")
     parser.add_class_arguments(OptimConfig, "optim")
@@ -104,6 +112,7 @@ def _train(parser: ArgumentParser, options: Namespace, folder: Path) -> None:
         resume=options.resume,
         monitor=task.monitor,
         mode=task.mode,
+        compiled=options.compile,
     )
     if is_main_process():
         _export(result, data, settings, folder)

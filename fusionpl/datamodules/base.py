@@ -131,13 +131,15 @@ class FixedSplits(L.LightningDataModule):
         return self._loader(part, self.evaluation_batch, sampler, 0)
 
     def _loader(self, part: str, size: int, sampler: Any, workers: int) -> DataLoader[Any]:
+        data = self.dataset(part)
+        on_cpu = getattr(data, "device", torch.device("cpu")).type == "cpu"
         return DataLoader(
-            self.dataset(part),
+            data,
             batch_size=size,
             sampler=sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=on_cpu and torch.cuda.is_available(),  # only the CPU's memory can be pinned
             collate_fn=self.collate(part),
             # a generator of its own: making an iterator would draw from the global RNG, and a resumed run
             # makes other iterators than an uninterrupted one

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from fusionpl.datamodules.base import FixedSplits
 from fusionpl.datamodules.sources import Indices, Source, digits, hub_or_folder
@@ -32,6 +32,7 @@ class DataConfig:
         shift: training images are shifted by up to this many pixels both ways.
         flip: training images are mirrored with probability 1/2.
         num_workers: processes that fetch training batches; 0 fetches in the main one.
+        on_device: training images live on the accelerator as one uint8 tensor, so that a batch costs no transfer.
     """
 
     path: str = "digits"
@@ -44,6 +45,7 @@ class DataConfig:
     shift: int = 0
     flip: bool = False
     num_workers: int = 0
+    on_device: bool = False
 
 
 class ImageSet(Dataset[dict[str, Tensor]]):
@@ -57,6 +59,15 @@ class ImageSet(Dataset[dict[str, Tensor]]):
     def __init__(self, pixels: Tensor, labels: Tensor) -> None:
         self.pixels = pixels
         self.labels = labels
+
+    def to(self, device: torch.device | str) -> "ImageSet":
+        """The same images on another device."""
+        return ImageSet(self.pixels.to(device), self.labels.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.pixels.device
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -108,6 +119,19 @@ class ImageDataModule(FixedSplits):
             labels = torch.from_numpy(self._source.labels[split][indices])
             self._sets[part] = ImageSet(self._source.decode(split, indices), labels)
         return self._sets[part]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Training batches, gathered on the accelerator if `data.on_device` says so.
+
+        Raises:
+            FusionError: on_device with worker processes, which can't share an accelerator's memory.
+        """
+        if self.config.on_device:
+            if self.config.num_workers:
+                raise FusionError(f"data.on_device needs data.num_workers 0, not {self.config.num_workers}")
+            if self.trainer is not None:
+                self._sets["train"] = self.dataset("train").to(self.trainer.strategy.root_device)
+        return super().train_dataloader()
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augments training batches, as one batch and on their device."""

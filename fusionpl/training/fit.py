@@ -52,6 +52,7 @@ def fit(
     resume: bool = False,
     monitor: str = "val/accuracy",
     mode: Literal["min", "max"] = "max",
+    compiled: bool = False,
 ) -> FitResult:
     """Trains `model` in place, keeps the weights of the best epoch and tests them.
 
@@ -69,6 +70,7 @@ def fit(
         callbacks: more of Lightning's callbacks.
         resume: continue from last.ckpt; the run ends with the numbers an uninterrupted one would have had.
         monitor, mode: the validation figure that the best epoch is chosen by, and whether more of it is better.
+        compiled: run the model through `torch.compile`: a minute at the start, less for every step.
 
     Raises:
         FusionError: the loss is not finite, or there is nothing to resume, or it is damaged.
@@ -78,7 +80,7 @@ def fit(
     if resume:
         read_checkpoint(last)
     data.check_model(model)
-    module = ClassificationModule(model.train(), optim, data.num_classes, data.metrics)
+    module = ClassificationModule(model.train(), optim, data.num_classes, data.metrics, compiled=compiled)
     timer = Timer(verbose=False)
     trainer = build_trainer(folder, trainer_args, loggers, [SeedEpochs(seed), timer, *callbacks], monitor, mode)
     with _interruptible():

@@ -48,13 +48,22 @@ class ClassificationModule(L.LightningModule):
         optim: the optimiser's settings.
         num_classes: number of classes or tokens; 1 for regression.
         metrics: what is measured besides the loss, a name of METRICS each.
+        compiled: run the model through `torch.compile`.
     """
 
     def __init__(
-        self, model: nn.Module, optim: OptimConfig, num_classes: int, metrics: Sequence[str] = ("accuracy",)
+        self,
+        model: nn.Module,
+        optim: OptimConfig,
+        num_classes: int,
+        metrics: Sequence[str] = ("accuracy",),
+        *,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
+        # the function, not the model: what is trained and saved stays an ordinary model
+        self._logits = torch.compile(logits) if compiled else logits
         self.optim = optim
         self.metrics = nn.ModuleDict(
             {f"{stage}_{name}": METRICS[name](num_classes) for stage in ("train", "val", "test") for name in metrics}
@@ -62,7 +71,7 @@ class ClassificationModule(L.LightningModule):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """The logits [B, classes] or [B, T, tokens] of a batch."""
-        return logits(self.model, batch)
+        return self._logits(self.model, batch)
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         """The loss of a training batch.

@@ -179,11 +179,12 @@ def test_a_missing_column(tmp_path: Path, columns: dict[str, Any], words: str) -
         (DataConfig(channels=2), "data.channels must be 1 or 3, not 2"),
         (DataConfig(calibration=1397), "data.calibration is 1397, but only 1397 training samples are left"),
         (DataConfig(validation=-1), "data.validation is -1"),
+        (DataConfig(on_device=True, num_workers=2), "data.on_device needs data.num_workers 0, not 2"),
     ],
 )
 def test_a_config_that_cannot_be_served(config: DataConfig, words: str) -> None:
     with pytest.raises(FusionError, match=words):
-        ImageDataModule(config).dataset("train")
+        ImageDataModule(config).train_dataloader()
 
 
 @pytest.mark.parametrize(

@@ -45,12 +45,19 @@ class Stop(Callback):
 
 
 def trained(
-    folder: Path, *, lr: float = 1e-2, resume: bool = False, callbacks: Sequence[Callback] = (), **args: Any
+    folder: Path,
+    *,
+    lr: float = 1e-2,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+    data: DataConfig = DATA,
+    compiled: bool = False,
+    **args: Any,
 ) -> FitResult:
     torch.manual_seed(0)
     return fit(
         build_model(MODEL, num_classes=10),
-        ImageDataModule(DATA, seed=5),
+        ImageDataModule(data, seed=5),
         OptimConfig(lr=lr),
         {"max_epochs": 4, "accelerator": "cpu", **args},
         folder,
@@ -58,6 +65,7 @@ def trained(
         loggers=make_loggers("csv", folder, name="test", resume=resume),
         callbacks=callbacks,
         resume=resume,
+        compiled=compiled,
     )
 
 
@@ -86,6 +94,26 @@ def test_a_result_is_what_the_returned_model_does(whole: tuple[FitResult, Path])
     assert accuracies[result.best_epoch - 1] == max(accuracies)
     assert (result.epochs, len(accuracies)) == (4, 4)
     assert not result.model.training
+
+
+def test_where_the_images_are_and_how_the_model_runs_changes_nothing(
+    whole: tuple[FitResult, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    result = trained(tmp_path, data=dataclasses.replace(DATA, on_device=True), compiled=True)
+    assert len(compiled) == 1
+    assert result.figures == whole[0].figures
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_images_on_the_gpu_train_like_images_on_the_cpu(tmp_path: Path) -> None:
+    found = [
+        trained(tmp_path / str(on_device), data=dataclasses.replace(DATA, on_device=on_device), accelerator="gpu")
+        for on_device in (False, True)
+    ]
+    assert found[0].figures == pytest.approx(found[1].figures, abs=1e-3)
 
 
 def test_the_learning_rate_rises_and_falls_to_nothing(whole: tuple[FitResult, Path]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from torch import nn
 
-from benchmarks.common import PAIRS, Parents, finetuned, markdown, mean_and_deviation
+from benchmarks.common import PAIRS, Figures, Parents, finetuned, markdown, mean_and_deviation
 from fusionpl.calibration import CalibrationConfig
 from fusionpl.cli.common import CONF, quiet
 from fusionpl.evaluation import evaluate, evaluate_ensemble
@@ -76,11 +76,11 @@ def main() -> None:
     print(text)
 
 
-def measured(parents: Parents, pair: tuple[int, int], epochs: int) -> dict[str, dict[str, float]]:
+def measured(parents: Parents, pair: tuple[int, int], epochs: int) -> dict[str, Figures]:
     data = parents.data(pair[0])
     test, calibration = list(data.test_dataloader()), list(data.calibration_dataloader())
     models = parents.models(pair)
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, Figures] = {}
 
     def add(name: str, model: Any, *, finetune: bool = False) -> None:
         def measure() -> dict[str, float]:

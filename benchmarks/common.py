@@ -3,7 +3,7 @@
 import copy
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from fusionpl.cli import train
 from fusionpl.cli.common import CONF, settings_in
 from fusionpl.datamodules import FixedSplits
 from fusionpl.models import load_model, load_tokenizer, with_classifier
-from fusionpl.training import TASKS, OptimConfig, TaskName, fit
+from fusionpl.training import TASKS, ClassificationModule, OptimConfig, TaskName, fit
 
+Figures = Mapping[str, float]  # column -> figure
+Maker = Callable[[], nn.Module]
 # Three parents make three pairs: each parent is in two of them.
 PAIRS = ((1, 2), (2, 3), (3, 1))
 
@@ -55,15 +57,15 @@ class Parents:
         task = TASKS[settings.get("task", "image-classification")]
         return task.datamodule(task.data(**settings["data"] | changes), seed, load_tokenizer(run))
 
-    def cell(self, name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def cell(self, name: str, measure: Callable[[], Figures]) -> Figures:
         """What `measure` returns; measured once and kept in `runs`/cells."""
         file = self.runs / "cells" / f"{name.replace('/', '-')}.json"
         if not file.is_file():
             found = measure()
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(found))
+            file.write_text(json.dumps(dict(found)))
             print(f"{name}: {found}", flush=True)
-        kept: dict[str, float] = json.loads(file.read_text())
+        kept: Figures = json.loads(file.read_text())
         return kept
 
 
@@ -76,16 +78,32 @@ def finetuned(
     *,
     seed: int,
     epochs: int | None = None,
+    trainer: Mapping[str, Any] | None = None,
+    module: Callable[..., ClassificationModule] = ClassificationModule,
 ) -> dict[str, float]:
-    """Test figures of a copy of `model` after the finetuning of a file of conf/finetune."""
+    """Test figures of a copy of `model` after the finetuning of a file of conf/finetune.
+
+    Args:
+        model: of a timm or transformers class.
+        data: what it is finetuned and tested on.
+        task: for text classification it gets a new head.
+        preset: the file's name.
+        folder: for checkpoints.
+        seed: decides the new head and augmentation.
+        epochs: others than the file's.
+        trainer: arguments of Lightning's Trainer beside the file's.
+        module: see `fit`.
+    """
     settings = yaml.safe_load((CONF / "finetune" / preset).read_text())
     L.seed_everything(seed, verbose=False)
     model = copy.deepcopy(model)
     if TASKS[task].new_head:
         model = with_classifier(model, data.num_classes, data.class_names, seed=seed)
-    trainer = {**settings["trainer"], "enable_progress_bar": False} | ({"max_epochs": epochs} if epochs else {})
-    optim = OptimConfig(**settings["optim"])
-    found = fit(model, data, optim, trainer, folder, seed=seed, monitor=TASKS[task].monitor, mode=TASKS[task].mode)
+    arguments = {**settings["trainer"], "enable_progress_bar": False, **(trainer or {})}
+    found = fit(
+        model, data, OptimConfig(**settings["optim"]), arguments | ({"max_epochs": epochs} if epochs else {}), folder,
+        seed=seed, monitor=TASKS[task].monitor, mode=TASKS[task].mode, module=module,
+    )  # fmt: skip
     return dict(found.figures)
 
 

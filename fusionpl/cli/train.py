@@ -1,5 +1,6 @@
 """`python train.py --seed 1`: trains one parent."""
 
+import functools
 import json
 import os
 import shlex
@@ -27,7 +28,17 @@ from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError, flattened
 from fusionpl.evaluation import readable
 from fusionpl.models import ModelConfig, build_model, save_model
-from fusionpl.training import TASKS, FitResult, LoggerName, OptimConfig, TaskName, finish_loggers, fit, make_loggers
+from fusionpl.training import (
+    TASKS,
+    ClassificationModule,
+    FitResult,
+    LoggerName,
+    OptimConfig,
+    TaskName,
+    finish_loggers,
+    fit,
+    make_loggers,
+)
 
 PRESET = CONF / "train" / "vit-digits.yaml"
 LAST = "checkpoints/last.ckpt"
@@ -112,7 +123,7 @@ def _train(parser: ArgumentParser, options: Namespace, folder: Path) -> None:
         resume=options.resume,
         monitor=task.monitor,
         mode=task.mode,
-        compiled=options.compile,
+        module=functools.partial(ClassificationModule, compiled=options.compile),
     )
     if is_main_process():
         _export(result, data, settings, folder)

@@ -1,7 +1,7 @@
 """Training a model to its best checkpoint: what the train and the finetune command share."""
 
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +52,7 @@ def fit(
     resume: bool = False,
     monitor: str = "val/accuracy",
     mode: Literal["min", "max"] = "max",
-    compiled: bool = False,
+    module: Callable[..., ClassificationModule] = ClassificationModule,
 ) -> FitResult:
     """Trains `model` in place, keeps the weights of the best epoch and tests them.
 
@@ -70,7 +70,7 @@ def fit(
         callbacks: more of Lightning's callbacks.
         resume: continue from last.ckpt; the run ends with the numbers an uninterrupted one would have had.
         monitor, mode: the validation figure that the best epoch is chosen by, and whether more of it is better.
-        compiled: run the model through `torch.compile`: a minute at the start, less for every step.
+        module: makes what Lightning trains from (model, optim, number of classes, metrics).
 
     Raises:
         FusionError: the loss is not finite, or there is nothing to resume, or it is damaged.
@@ -80,22 +80,22 @@ def fit(
     if resume:
         read_checkpoint(last)
     data.check_model(model)
-    module = ClassificationModule(model.train(), optim, data.num_classes, data.metrics, compiled=compiled)
+    trained = module(model.train(), optim, data.num_classes, data.metrics)
     timer = Timer(verbose=False)
     trainer = build_trainer(folder, trainer_args, loggers, [SeedEpochs(seed), timer, *callbacks], monitor, mode)
     with _interruptible():
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=last if resume else None, weights_only=True)
+            trainer.fit(trained, datamodule=data, ckpt_path=last if resume else None, weights_only=True)
         except MisconfigurationException as error:
             raise FusionError(f"Lightning's Trainer refuses its options: {error}") from error
     best_epoch = trainer.current_epoch
     # A fast_dev_run writes no checkpoints, and max_steps may end before the first epoch does.
     if best.is_file():
         checkpoint = read_checkpoint(best)
-        module.load_state_dict(checkpoint["state_dict"])
+        trained.load_state_dict(checkpoint["state_dict"])
         best_epoch = checkpoint["epoch"] + 1
     with _interruptible():
-        figures = trainer.test(module, datamodule=data, verbose=False)[0]
+        figures = trainer.test(trained, datamodule=data, verbose=False)[0]
     return FitResult(
         model=model.cpu().eval(),
         # the loss last: the metrics are what a reader looks for

@@ -44,9 +44,9 @@ def make_corpus(folder: Path, splits: tuple[str, ...] = ("train", "test"), docum
     return folder
 
 
-def make_sentences(folder: Path, *, text: str = "sentence", validation: bool = False) -> Path:
+def make_sentences(folder: Path, *, text: str = "sentence", validation: bool = False, train: int = 160) -> Path:
     """A folder of parquet files of sentences labelled 1 where they have a cat, else 0."""
-    for number, (split, count) in enumerate({"train": 160, "test": 60, "validation": 40}.items()):
+    for number, (split, count) in enumerate({"train": train, "test": 60, "validation": 40}.items()):
         if split == "validation" and not validation:
             continue
         generator = torch.Generator().manual_seed(number)

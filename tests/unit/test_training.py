@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from fusionpl.datamodules import DataConfig, ImageDataModule
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import evaluate
 from fusionpl.models import ModelConfig, build_model
-from fusionpl.training import FitResult, OptimConfig, finish_loggers, fit, make_loggers
+from fusionpl.training import ClassificationModule, FitResult, OptimConfig, finish_loggers, fit, make_loggers
 from fusionpl.training.callbacks import SeedEpochs
 from fusionpl.training.loggers import MetricsFile, has_wandb_key
 
@@ -65,7 +66,7 @@ def trained(
         loggers=make_loggers("csv", folder, name="test", resume=resume),
         callbacks=callbacks,
         resume=resume,
-        compiled=compiled,
+        module=functools.partial(ClassificationModule, compiled=compiled),
     )
 
 

@@ -1,0 +1,192 @@
+"""A table is a list of cells; a cell is measured once and kept."""
+
+import csv
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+
+from benchmarks.common import Figures, markdown, mean_and_deviation
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one repeat of a row measures.
+
+    Attributes:
+        row: the row's name.
+        repeat: which pair of seeds, or which seed.
+        measure: returns column -> figure.
+        metric: what the figures are.
+    """
+
+    row: str
+    repeat: str
+    measure: Callable[[], Figures]
+    metric: Literal["accuracy", "loss"] = "accuracy"
+
+    def kept_in(self, folder: Path) -> Path:
+        """The file of its figures."""
+        return folder / f"{self.row} ({self.repeat}).json".replace("/", "-")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper.
+
+    Attributes:
+        title: what it shows.
+        cells: in the order of the rows.
+        curve: columns are epochs; the picture is a line a row.
+        lines: rows of one figure that the picture shows as lines across.
+    """
+
+    title: str
+    cells: Sequence[Cell]
+    curve: bool = False
+    lines: tuple[str, ...] = ("parents, mean", "ensemble")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cell's figures, and what they cost."""
+
+    figures: Figures
+    seconds: float
+
+
+def known(cell: Cell, folder: Path) -> Measured | None:
+    """What was measured before."""
+    file = cell.kept_in(folder)
+    return Measured(**json.loads(file.read_text())) if file.is_file() else None
+
+
+def measure(cell: Cell, folder: Path) -> None:
+    """Measures a cell and keeps it."""
+    start = time.monotonic()
+    figures = dict(cell.measure())
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = cell.kept_in(folder).with_suffix(".tmp")
+    temporary.write_text(json.dumps({"figures": figures, "seconds": time.monotonic() - start}))
+    temporary.replace(cell.kept_in(folder))
+
+
+def write(name: str, table: Table, folder: Path, output: Path, command: str) -> str:
+    """Writes `output`/NAME.md, .csv and .png from the cells that are there; returns the Markdown."""
+    found = [(cell, one) for cell in table.cells if (one := known(cell, folder))]
+    figures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for cell, one in found:
+        for column, value in one.figures.items():
+            figures[cell.row][column].append(value)
+    metrics = {cell.row: cell.metric for cell, _ in found}
+    columns = list(dict.fromkeys(column for row in figures.values() for column in row))
+    rows = [[row, *(mean_and_deviation(of.get(column, []), metrics[row]) for column in columns)]
+            for row, of in figures.items()]  # fmt: skip
+    missing = len(table.cells) - len(found)
+    hours = sum(one.seconds for _, one in found) / 3600
+    text = "\n".join([
+        f"{table.title} Mean ± standard deviation over {len({cell.repeat for cell, _ in found})} repeats.",
+        "",
+        markdown(["", *columns], rows),
+        "",
+        f"`{command}`, {machine()}, {time.strftime('%Y-%m-%d')}, commit {commit()}; {hours:.1f} hours for the cells, "
+        "parents that were trained for them included" + (f"; {missing} cells are missing." if missing else "."),
+        "",
+    ])  # fmt: skip
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"{name}.md").write_text(text)
+    with (output / f"{name}.csv").open("w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["row", "repeat", "column", "metric", "value"])
+        lines.writerows(
+            [cell.row, cell.repeat, column, cell.metric, f"{value:.6f}"]
+            for cell, one in found
+            for column, value in one.figures.items()
+        )
+    plot(table, figures, columns, metrics, output / f"{name}.png")
+    return text
+
+
+def plot(
+    table: Table, figures: Mapping[str, Mapping[str, list[float]]], columns: list[str],
+    metrics: Mapping[str, str], file: Path,
+) -> None:  # fmt: skip
+    """Bars of the columns by row, or a line a row over the columns' epochs; one panel a metric."""
+    kinds = list(dict.fromkeys(metrics.values()))
+    if not kinds:
+        return
+    height = 4.0 if table.curve else 1.2 + 0.3 * len(figures)
+    panels, every = plt.subplots(1, len(kinds), figsize=(8 * len(kinds), height), layout="constrained", squeeze=False)
+    for kind, axes in zip(kinds, every[0], strict=True):
+        scale = 100 if kind == "accuracy" else 1
+        rows = {
+            name: {column: [scale * value for value in row[column]] for column in columns if column in row}
+            for name, row in figures.items()
+            if metrics[name] == kind
+        }
+        (_curves if table.curve else _bars)(axes, table, rows)
+        label = "test accuracy (%)" if kind == "accuracy" else "test loss (nats)"
+        (axes.set_ylabel if table.curve else axes.set_xlabel)(label)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels.savefig(file, dpi=150)
+    plt.close(panels)
+
+
+def _spread(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _curves(axes: Axes, table: Table, rows: Mapping[str, Mapping[str, list[float]]]) -> None:
+    for name, row in rows.items():
+        means = [statistics.mean(values) for values in row.values()]
+        if name in table.lines:
+            axes.axhline(means[0], color="0.3", linestyle="--" if "parents" in name else ":", linewidth=1, label=name)
+        else:
+            errors = [_spread(values) for values in row.values()]
+            axes.errorbar([int(column) for column in row], means, errors, marker="o", capsize=2, label=name)
+    axes.set_xlabel("epochs of finetuning")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _bars(axes: Axes, table: Table, rows: Mapping[str, Mapping[str, list[float]]]) -> None:
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    thickness = 0.8 / max(len(columns), 1)
+    for place, column in enumerate(columns):
+        at = [index for index, row in enumerate(rows.values()) if column in row]
+        values = [row[column] for row in rows.values() if column in row]
+        bars = axes.barh(
+            [index + (place + 0.5) * thickness - 0.4 for index in at], [statistics.mean(one) for one in values],
+            thickness, xerr=[_spread(one) for one in values], label=column,
+        )  # fmt: skip
+        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=7)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    if len(columns) > 1:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def machine() -> str:
+    """The processor, or the GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def commit() -> str:
+    """The commit that measures, with a + where files differ from it."""
+    words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,138 @@
+"""What a scale fixes: the data, the model, how long its parents and the fused models are trained."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import PAIRS, Parents
+from benchmarks.text import PRESETS
+from fusionpl.datamodules import ImageDataModule
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SEEDS = (1, 2, 3, 4, 5)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One size of every table.
+
+    Attributes:
+        preset: file of conf/train for the image models.
+        options: further options of train.py for them.
+        narrow: what a narrow parent adds to `options`.
+        finetuning: epochs of the finetuning curve.
+        short: epochs of finetuning in the other tables: at most a tenth of a parent's, if that is one or more.
+        pairs: of seeds.
+        many: numbers of parents.
+        samples: calibration samples of the ablation.
+        accelerated: trained on a GPU, in bf16.
+        corpus, text: the language models' corpus and further options of train.py for them.
+        sentences: finetune on at most this many of SST-2 and TREC; None for all.
+    """
+
+    preset: str
+    options: tuple[str, ...]
+    narrow: tuple[str, ...]
+    finetuning: tuple[int, ...]
+    short: int
+    pairs: Sequence[tuple[int, int]] = PAIRS
+    many: tuple[int, ...] = (2, 3, 4, 5)
+    samples: tuple[int, ...] = (25, 50, 100, 200, 500, 1000, 2000)
+    accelerated: bool = False
+    corpus: str = "wikitext2"
+    text: tuple[str, ...] = ()
+    sentences: int | None = None
+
+    @property
+    def trainer(self) -> dict[str, Any]:
+        """Arguments of Lightning's Trainer for finetuning on this scale's device."""
+        return {"precision": "bf16-mixed"} if self.accelerated else {}
+
+
+SCALES = {
+    "digits": Scale(
+        preset="vit-digits.yaml",
+        options=(),
+        narrow=("--model.args.embed_dim", "64"),
+        finetuning=(1, 2, 5, 10),
+        short=3,
+        samples=(25, 50, 100),
+        corpus="pydoc",
+        sentences=2000,
+    ),
+    # A small ViT on a sixth of CIFAR-10: about an hour a table on 2 cores.
+    "small": Scale(
+        preset="vit-cifar10-small.yaml",
+        options=("--data.train_limit", "8000", "--trainer.max_epochs", "12", "--data.calibration", "2000"),
+        narrow=("--model.args.embed_dim", "64"),
+        finetuning=(1, 2, 5),
+        short=1,
+        sentences=2000,
+    ),
+    # The paper's model on all of CIFAR-10, for one GPU: the images live on it.
+    "paper": Scale(
+        preset="vit-cifar10.yaml",
+        options=(
+            "--data.on_device", "true", "--data.num_workers", "0", "--data.batch_size", "512", "--compile", "true",
+            "--trainer.precision", "bf16-mixed", "--trainer.max_epochs", "100", "--optim.lr", "1e-3",
+        ),
+        narrow=("--model.args.embed_dim", "192"),
+        finetuning=(1, 2, 5, 10, 20),
+        short=10,
+        accelerated=True,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Lab:
+    """The parents of a scale and where things are kept.
+
+    Attributes:
+        scale: what is trained.
+        runs: parents, checkpoints and measured cells.
+        paths: data set -> a local folder; the hub's otherwise. Names: images, corpus, sst2, trec.
+    """
+
+    scale: Scale
+    runs: Path
+    paths: dict[str, str] = field(default_factory=dict)
+
+    def parents(self, group: str = "wide", *options: str) -> Parents:
+        """Parents of the image model; those of a group share a folder and options beyond the scale's."""
+        words = [*self.scale.options, *options]
+        if "images" in self.paths and "--data.path" not in options:
+            words += ["--data.path", self.paths["images"]]
+        return Parents(self.scale.preset, self.runs / group, tuple(words))
+
+    @cached_property
+    def data(self) -> ImageDataModule:
+        """What every fused model is calibrated, finetuned and tested on."""
+        data = self.parents().data(SEEDS[0])
+        assert isinstance(data, ImageDataModule)
+        return data
+
+    @cached_property
+    def test(self) -> list[Any]:
+        """The test batches."""
+        return list(self.data.test_dataloader())
+
+    @cached_property
+    def calibration(self) -> list[Any]:
+        """The calibration batches."""
+        return list(self.data.calibration_dataloader())
+
+    @property
+    def narrow(self) -> Parents:
+        """Parents of a smaller width."""
+        return self.parents("narrow", *self.scale.narrow)
+
+    @property
+    def text(self) -> Parents:
+        """Parents of the language model."""
+        path = ("--data.path", self.paths["corpus"]) if "corpus" in self.paths else ()
+        return Parents(PRESETS[self.scale.corpus], self.runs / "text", (*self.scale.text, *path))

@@ -1,0 +1,154 @@
+"""The tables: which cells each has."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from benchmarks import text
+from benchmarks.ablation import BLOCKS
+from benchmarks.paper.cells import Cell, Table
+from benchmarks.paper.scales import SEEDS, Lab
+from benchmarks.paper.shards import parts, write_shards
+from benchmarks.paper.team import DEFAULT, PAPER, Team
+from fusionpl.fusion import load_config
+
+
+def of_seeds(lab: Lab, seeds: Sequence[int]) -> Team:
+    wide = lab.parents()
+    return Team(lab, tuple((wide, seed) for seed in seeds))
+
+
+def pairs(lab: Lab) -> Iterator[tuple[str, Team]]:
+    for pair in lab.scale.pairs:
+        yield "-".join(map(str, pair)), of_seeds(lab, pair)
+
+
+def one_shot(lab: Lab) -> Table:
+    """Parents, ensemble, vanilla and every variant."""
+    cells: list[Cell] = []
+    for repeat, team in pairs(lab):
+        cells += team.references(repeat)
+        cells += [Cell(name, repeat, partial(team.one_shot, make)) for name, make in team.makers().items()]
+    return Table("One-shot test accuracy: nothing is trained after the average.", cells)
+
+
+def finetune(lab: Lab) -> Table:
+    """The same models after epochs of finetuning, each number of epochs a run with its own schedule."""
+    cells: list[Cell] = []
+    for repeat, team in pairs(lab):
+        cells += team.references(repeat, "0")
+        for name, make in {"best parent": team.best, **team.makers()}.items():
+            cells.append(Cell(name, f"{repeat}, 0", partial(team.one_shot, make, "0")))
+            cells += [
+                Cell(name, f"{repeat}, {epochs}", partial(team.finetuned, make, epochs, str(epochs)))
+                for epochs in lab.scale.finetuning
+            ]
+    return Table("Test accuracy by epochs of finetuning.", cells, curve=True)
+
+
+def parents(lab: Lab) -> Table:
+    """More than two parents."""
+    cells: list[Cell] = []
+    for count in lab.scale.many:
+        for first in range(len(lab.scale.pairs)):
+            seeds = [SEEDS[(first + index) % len(SEEDS)] for index in range(count)]
+            team, repeat, column = of_seeds(lab, seeds), "-".join(map(str, seeds)), f"{count} parents"
+            cells += team.references(repeat, column)
+            cells += [Cell(name, repeat, partial(team.one_shot, make, column)) for name, make in team.makers().items()]
+    return Table("One-shot test accuracy by number of parents.", cells)
+
+
+def widths(lab: Lab) -> Table:
+    """A wide and a narrow parent, fused into either; and what else the narrow one could have done."""
+    cells: list[Cell] = []
+    column = f"after {lab.scale.short} epochs"
+    for wide, narrow in lab.scale.pairs:
+        repeat = f"{wide}-{narrow}"
+        team = Team(lab, ((lab.parents(), wide), (lab.narrow, narrow)))
+        cells += [
+            Cell("wide parent", repeat, partial(team.both, partial(team.parent, 0), column)),
+            Cell("narrow parent", repeat, partial(team.both, partial(team.parent, 1), column)),
+            Cell("narrow parent, taught by the wide one", repeat, partial(team.taught, column)),
+            Cell("ensemble", repeat, team.ensemble),
+        ]
+        for anchor, direction in ((1, "wide into narrow"), (0, "narrow into wide")):
+            changes = {"anchor": anchor, "align.scaling": "two_sided"}
+            for name, file in (("OT activations soft", PAPER), ("default", DEFAULT)):
+                make = partial(team.fused, load_config(file, changes))
+                cells.append(Cell(f"{direction}, {name}", repeat, partial(team.both, make, column)))
+    return Table("Test accuracy of parents of different width and of their fusion.", cells, lines=())
+
+
+def ablation(lab: Lab) -> Table:
+    """Every choice of the paper, and the calibration samples of the paper's setting and of ours."""
+    cells: list[Cell] = []
+    named = {f"{block}: {name.strip()}": load_config(PAPER, changes)
+             for block, rows in BLOCKS.items() for name, changes in rows.items()}  # fmt: skip
+    for preset, file in (("paper", PAPER), ("default", DEFAULT)):
+        for samples in lab.scale.samples:
+            named[f"Calibration samples, {preset}: {samples}"] = load_config(file, {"calibration.samples": samples})
+    for repeat, team in pairs(lab):
+        cells += team.references(repeat)
+        cells.append(Cell("vanilla", repeat, partial(team.one_shot, team.vanilla)))
+        cells += [
+            Cell(name, repeat, partial(team.one_shot, partial(team.fused, config))) for name, config in named.items()
+        ]
+    return Table("One-shot test accuracy by every choice of the fusion.", cells)
+
+
+def shards(lab: Lab) -> Table:
+    """Parents that saw disjoint halves of the data, fused and finetuned on the union."""
+    cells: list[Cell] = []
+    column = f"after {lab.scale.short} epochs on the union"
+    for kind, skewed in (("IID", False), ("80:20", True)):
+        for pair in lab.scale.pairs:
+            repeat, team = f"{pair[0]}-{pair[1]}", _of_shards(lab, pair, kind.replace(":", "-"), skewed=skewed)
+            cells += [
+                Cell(f"{kind}: parents, mean", repeat, team.mean),
+                Cell(f"{kind}: ensemble", repeat, team.ensemble),
+            ]
+            makers = {"best parent": team.best, **team.makers()}
+            cells += [
+                Cell(f"{kind}: {name}", repeat, partial(team.both, makers[name], column))
+                for name in ("best parent", "vanilla", "OT activations soft", "default")
+            ]
+    for repeat, team in pairs(lab):
+        cells.append(Cell("a parent of all the data", repeat, partial(team.one_shot, partial(team.parent, 0))))
+    return Table("Test accuracy of parents of disjoint halves of the data.", cells, lines=())
+
+
+def _of_shards(lab: Lab, pair: tuple[int, int], kind: str, *, skewed: bool) -> Team:
+    """One parent for each half; the first of the pair decides which samples are in which."""
+    folder = lab.runs / f"shards-{kind}-{pair[0]}"
+
+    def cut() -> None:
+        write_shards(lab.data, folder, skewed=skewed, seed=pair[0])
+
+    halves = [
+        lab.parents(f"{folder.name}/half-{index}", "--data.path", str(place), "--data.calibration", "0")
+        for index, place in enumerate(parts(folder))
+    ]
+    return Team(lab, tuple(zip(halves, pair, strict=True)), cut)
+
+
+def bert(lab: Lab) -> Table:
+    """The language models: masked-LM loss, then SST-2 and TREC."""
+    cells: list[Cell] = []
+    for pair in lab.scale.pairs:
+        repeat = "-".join(map(str, pair))
+        cells += [Cell(name, repeat, measure, "loss") for name, measure in text.language(lab.text, pair).items()]
+        for task in ("sst2", "trec"):
+            if task in lab.paths:
+                found = text.classification(lab.text, pair, task, lab.paths[task], lab.scale.sentences)
+                cells += [Cell(f"{task}: {name}", repeat, measure) for name, measure in found.items()]
+    return Table("Masked-language-model loss, and accuracy of classifiers on the encoders.", cells)
+
+
+TABLES: dict[str, Callable[[Lab], Table]] = {
+    "one-shot": one_shot,
+    "finetune": finetune,
+    "parents": parents,
+    "widths": widths,
+    "ablation": ablation,
+    "shards": shards,
+    "bert": bert,
+}

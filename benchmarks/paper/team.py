@@ -1,0 +1,103 @@
+"""Parents that are fused together, and what can be measured of them."""
+
+import copy
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+from torch import nn
+
+from benchmarks.common import Figures, Maker, Parents, finetuned
+from benchmarks.paper.cells import Cell
+from benchmarks.paper.distillation import Distillation
+from benchmarks.paper.scales import DEVICE, Lab
+from fusionpl.cli.common import CONF
+from fusionpl.evaluation import evaluate, evaluate_ensemble
+from fusionpl.fusion import FuseConfig, fuse, load_config, vanilla
+from fusionpl.training import ClassificationModule
+
+PAPER, DEFAULT = CONF / "fuse" / "paper.yaml", CONF / "fuse" / "default.yaml"
+VARIANTS: dict[str, FuseConfig] = {
+    "OT weights soft": load_config(PAPER, {"align.evidence": "weights", "align.reg": 0.06}),
+    "OT activations soft": load_config(PAPER),
+    "OT activations EMD": load_config(PAPER, {"align.solver": "emd"}),
+    "default": load_config(DEFAULT),
+}
+ONE_SHOT = "one-shot"
+
+
+@dataclass(frozen=True)
+class Team:
+    """Parents that are fused together, trained and loaded when they are first needed.
+
+    Attributes:
+        lab: the scale and its folders.
+        runs: (parents, seed) of each.
+        prepare: called before a parent is trained.
+    """
+
+    lab: Lab
+    runs: tuple[tuple[Parents, int], ...]
+    prepare: Callable[[], None] = lambda: None
+
+    @cached_property
+    def models(self) -> list[nn.Module]:
+        self.prepare()
+        return [model.to(DEVICE) for parents, seed in self.runs for model in parents.models([seed])]
+
+    @cached_property
+    def accuracies(self) -> list[float]:
+        return [evaluate(model, self.lab.test)["accuracy"] for model in self.models]
+
+    def mean(self, column: str = ONE_SHOT) -> Figures:
+        return {column: statistics.mean(self.accuracies)}
+
+    def ensemble(self, column: str = ONE_SHOT) -> Figures:
+        return {column: evaluate_ensemble(self.models, self.lab.test)["accuracy"]}
+
+    def one_shot(self, make: Maker, column: str = ONE_SHOT) -> Figures:
+        return {column: evaluate(make(), self.lab.test)["accuracy"]}
+
+    def finetuned(
+        self, make: Maker, epochs: int, column: str, module: Callable[..., ClassificationModule] = ClassificationModule
+    ) -> Figures:
+        figures = finetuned(
+            make(), self.lab.data, "image-classification", "default.yaml", self.lab.runs / "finetuned",
+            seed=self.runs[0][1], epochs=epochs, trainer=self.lab.scale.trainer, module=module,
+        )  # fmt: skip
+        return {column: figures["accuracy"]}
+
+    def both(self, make: Maker, column: str) -> Figures:
+        model = make()
+        return {**self.one_shot(lambda: model), **self.finetuned(lambda: model, self.lab.scale.short, column)}
+
+    def taught(self, column: str) -> Figures:
+        """The second parent, taught by the first for as many epochs as others are finetuned."""
+        module = partial(Distillation, teacher=copy.deepcopy(self.models[0]))
+        return self.finetuned(partial(self.parent, 1), self.lab.scale.short, column, module)
+
+    def parent(self, index: int) -> nn.Module:
+        return self.models[index]
+
+    def best(self) -> nn.Module:
+        return self.models[self.accuracies.index(max(self.accuracies))]
+
+    def vanilla(self) -> nn.Module:
+        model = vanilla(self.models, [1 / len(self.models)] * len(self.models))
+        assert model is not None, "parents of different width have no plain average"
+        return model
+
+    def fused(self, config: FuseConfig) -> nn.Module:
+        return fuse(self.models, self.lab.calibration, config).model
+
+    def makers(self) -> dict[str, Maker]:
+        """Vanilla and every variant."""
+        return {"vanilla": self.vanilla, **{name: partial(self.fused, config) for name, config in VARIANTS.items()}}
+
+    def references(self, repeat: str, column: str = ONE_SHOT) -> list[Cell]:
+        """The rows that every other is judged by."""
+        return [
+            Cell("parents, mean", repeat, partial(self.mean, column)),
+            Cell("ensemble", repeat, partial(self.ensemble, column)),
+        ]

@@ -1,0 +1,124 @@
+"""Every table of the paper at a size of seconds: the path that a GPU takes at full size."""
+
+import csv
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+from benchmarks.paper import __main__ as command
+from benchmarks.paper.cells import Cell, Table, known, measure, write
+from benchmarks.paper.scales import SCALES
+from benchmarks.paper.shards import halves
+from benchmarks.paper.tables import TABLES
+from tests.integration.runs import make_corpus, make_sentences
+
+MODEL = {"img_size": 24, "embed_dim": 16, "depth": 2, "num_heads": 2}
+BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+BERT_DATA = {"vocab_size": 90, "block_size": 12}
+
+
+def options(section: str, values: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(word for key, value in values.items() for word in (f"--{section}.{key}", str(value)))
+
+
+TINY = dataclasses.replace(
+    SCALES["digits"],
+    options=(
+        *options("model.args", MODEL), *options("trainer", {"max_epochs": 1}),
+        *options("data", {"image_size": 24, "train_limit": 200, "batch_size": 50}),
+    ),
+    narrow=("--model.args.embed_dim", "8"),
+    finetuning=(1,),
+    short=1,
+    pairs=((1, 2),),
+    many=(2, 3),
+    samples=(25,),
+    text=(*options("model.args", BERT), *options("trainer", {"max_epochs": 1}), *options("data", BERT_DATA)),
+    sentences=40,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(autouse=True)
+def _tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCALES, "digits", TINY)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def rows(file: Path) -> dict[str, set[str]]:
+    with file.open(newline="") as lines:
+        found: dict[str, set[str]] = {}
+        for line in csv.DictReader(lines):
+            assert 0 <= float(line["value"]) <= 1 or line["metric"] == "loss"
+            found.setdefault(line["row"], set()).add(line["column"])
+        return found
+
+
+ROWS = {
+    "one-shot": {"parents, mean", "ensemble", "vanilla", "OT weights soft", "OT activations EMD", "default"},
+    "finetune": {"best parent", "vanilla", "OT activations soft", "default"},
+    "parents": {"ensemble", "vanilla", "default"},
+    "widths": {"wide parent", "narrow parent, taught by the wide one", "wide into narrow, default"},
+    "ablation": {"Heads: matched", "Calibration samples, default: 25"},
+    "shards": {"IID: best parent", "80:20: default", "a parent of all the data"},
+    "bert": {"ensemble", "permutations", "default", "sst2: parents, mean", "trec: vanilla"},
+}
+COLUMNS = {
+    "finetune": ("default", {"0", "1"}),
+    "parents": ("default", {"2 parents", "3 parents"}),
+    "widths": ("wide parent", {"one-shot", "after 1 epochs"}),
+    "bert": ("vanilla", {"one-shot", "after 3 epochs"}),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_measured_and_written(runs: Path, tmp_path: Path, name: str) -> None:
+    words = [name, "--scale", "digits", "--output", str(tmp_path), "--runs", str(runs)]
+    if name == "bert":
+        words += ["--corpus", str(make_corpus(tmp_path / "corpus"))]
+        words += ["--sst2", str(make_sentences(tmp_path / "sst2", train=900))]
+        words += ["--trec", str(make_sentences(tmp_path / "trec", text="text", train=900))]
+    command.run(words)
+    found = rows(tmp_path / f"{name}.csv")
+    assert ROWS[name] <= set(found)
+    row, columns = COLUMNS.get(name, (next(iter(found)), {"one-shot"}))
+    assert found[row] == columns
+    text = (tmp_path / f"{name}.md").read_text()
+    assert f"python -m benchmarks.paper {name} --scale digits" in text
+    assert "missing" not in text
+    assert (tmp_path / f"{name}.png").stat().st_size > 1000
+
+
+def test_a_cell_is_measured_once_and_what_is_missing_is_told(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def figure(repeat: str) -> dict[str, float]:
+        asked.append(repeat)
+        return {"one-shot": 0.5 + 0.1 * len(asked)}
+
+    cells = [Cell("vanilla", repeat, lambda repeat=repeat: figure(repeat)) for repeat in ("1-2", "2-3", "3-1")]
+    for _ in range(2):
+        for cell in cells[:2]:
+            if not known(cell, tmp_path):
+                measure(cell, tmp_path)
+    assert asked == ["1-2", "2-3"]
+    text = write("small", Table("A table.", cells), tmp_path, tmp_path / "out", "the command")
+    assert "| vanilla | 65.0 ± 7.1 % |" in text
+    assert "1 cells are missing" in text
+
+
+def test_halves_are_disjoint_and_skewed_as_asked() -> None:
+    labels = torch.arange(10).repeat_interleave(50)
+    for skewed, expected in ((False, [25] * 10), (True, [40] * 5 + [10] * 5)):
+        first, second = halves(labels, 10, skewed=skewed, seed=0)
+        assert sorted(torch.cat([first, second]).tolist()) == list(range(500))
+        assert torch.bincount(labels[first]).tolist() == expected
+    assert not torch.equal(first, halves(labels, 10, skewed=True, seed=1)[0])

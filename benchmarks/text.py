@@ -27,7 +27,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "permutations": {**TEXT, **EXACT},
     "OT weights soft (0.06)": {**TEXT, "align.evidence": "weights", "align.reg": 0.06},
 }
-FINETUNED = ("best parent", "vanilla", "OT soft (paper)", "OT hard (EMD)", "permutations", "default")
+FINETUNED = (
+    "best parent",
+    "vanilla",
+    "OT soft (paper)",
+    "OT hard (EMD)",
+    "permutations",
+    "default",
+    "default, residual tie",
+)
 CLASSIFIERS = ("vanilla", "OT soft (paper)", "default")
 EPOCHS = 3
 ONE_SHOT, AFTER = "one-shot", f"after {EPOCHS} epochs"
@@ -48,6 +56,7 @@ def fused_models(parents: Parents, pair: tuple[int, int]) -> dict[str, Maker]:
     configs |= {f"{name} + refit": load_config(PAPER, {**VARIANTS[name], "refit.method": "ridge"})
                 for name in ("OT soft (paper)", "permutations")}  # fmt: skip
     configs["default"] = load_config(DEFAULT)
+    configs["default, residual tie"] = load_config(DEFAULT, {"align.residual": "tie"})
     made: dict[str, Maker] = {
         name: partial(lambda config: fuse(models(), calibration(), config).model, config)
         for name, config in configs.items()

@@ -14,6 +14,7 @@ from benchmarks.paper.scales import SCALES, Lab
 from benchmarks.paper.tables import TABLES
 from fusionpl.cli.common import main as run_command
 from fusionpl.cli.common import quiet
+from fusionpl.errors import FusionError
 
 DATA_SETS = {"images": "the images", "corpus": "the text corpus", "sst2": "SST-2", "trec": "TREC"}
 
@@ -44,8 +45,11 @@ def run(argv: Sequence[str]) -> None:
                 bar.set_postfix_str(f"{cell.row} ({cell.repeat})")
                 measure(cell, folder)
     finally:
-        command = shlex.join(["python", "-m", "benchmarks.paper", *argv])
-        print(write(args.table, table, folder, args.output, command))
+        if any(known(cell, folder) for cell in table.cells):
+            command = shlex.join(["python", "-m", "benchmarks.paper", *argv])
+            print(write(args.table, table, folder, args.output, command))
+        elif args.render:
+            raise FusionError(f"no cell of {args.table} is in {folder}; leave out --render to measure them")
 
 
 if __name__ == "__main__":

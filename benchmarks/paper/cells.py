@@ -100,7 +100,7 @@ def write(name: str, table: Table, folder: Path, output: Path, command: str) -> 
         markdown(["", *columns], rows),
         "",
         f"`{command}`, {machine()}, {time.strftime('%Y-%m-%d')}, commit {commit()}; {hours:.1f} hours for the cells, "
-        "parents that were trained for them included" + (f"; {missing} cells are missing." if missing else "."),
+        "parents that were trained for them included" + (f"; missing cells: {missing}." if missing else "."),
         "",
     ])  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)

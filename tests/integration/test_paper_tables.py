@@ -14,6 +14,7 @@ from benchmarks.paper.cells import Cell, Table, known, measure, write
 from benchmarks.paper.scales import SCALES
 from benchmarks.paper.shards import halves
 from benchmarks.paper.tables import TABLES
+from fusionpl.errors import FusionError
 from tests.integration.runs import make_corpus, make_sentences
 
 MODEL = {"img_size": 24, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -112,7 +113,14 @@ def test_a_cell_is_measured_once_and_what_is_missing_is_told(tmp_path: Path) -> 
     assert asked == ["1-2", "2-3"]
     text = write("small", Table("A table.", cells), tmp_path, tmp_path / "out", "the command")
     assert "| vanilla | 65.0 ± 7.1 % |" in text
-    assert "1 cells are missing" in text
+    assert "missing cells: 1" in text
+
+
+def test_nothing_to_render(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(FusionError, match=r"no cell of one-shot is in .*; leave out --render"):
+        command.run(["one-shot", "--render", "--output", str(output), "--runs", str(tmp_path / "runs")])
+    assert not output.exists()
 
 
 def test_halves_are_disjoint_and_skewed_as_asked() -> None:

@@ -30,7 +30,7 @@ TINY = dataclasses.replace(
     SCALES["digits"],
     options=(
         *options("model.args", MODEL), *options("trainer", {"max_epochs": 1}),
-        *options("data", {"image_size": 24, "train_limit": 200, "batch_size": 50}),
+        *options("data", {"image_size": 24, "train_limit": 200, "batch_size": 50, "on_device": "true"}),
     ),
     narrow=("--model.args.embed_dim", "8"),
     finetuning=(1,),
@@ -40,6 +40,7 @@ TINY = dataclasses.replace(
     samples=(25,),
     text=(*options("model.args", BERT), *options("trainer", {"max_epochs": 1}), *options("data", BERT_DATA)),
     sentences=40,
+    accelerated=True,
 )  # fmt: skip
 
 

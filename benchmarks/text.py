@@ -27,15 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "permutations": {**TEXT, **EXACT},
     "OT weights soft (0.06)": {**TEXT, "align.evidence": "weights", "align.reg": 0.06},
 }
-FINETUNED = (
-    "best parent",
-    "vanilla",
-    "OT soft (paper)",
-    "OT hard (EMD)",
-    "permutations",
-    "default",
-    "default, residual tie",
-)
+FINETUNED = ("best parent", "vanilla", "OT soft (paper)", "OT hard (EMD)", "default")
 CLASSIFIERS = ("vanilla", "OT soft (paper)", "default")
 EPOCHS = 3
 ONE_SHOT, AFTER = "one-shot", f"after {EPOCHS} epochs"

@@ -130,13 +130,13 @@ def plot(one_shot: dict[str, list[float]], file: Path) -> None:
         heights = [100 * statistics.mean(found) for found in values]
         spread = [100 * (statistics.stdev(found) if len(found) > 1 else 0.0) for found in values]
         bars = axes.bar([index + offset for index in range(len(names))], heights, 0.38, yerr=spread, label=label)
-        axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
+        axes.bar_label(bars, fmt="%.0f", label_type="center", color="white", fontsize=8)
     for name, style in (("parents, mean", "--"), ("ensemble", ":")):
         axes.axhline(100 * statistics.mean(one_shot[name]), color="0.3", linestyle=style, linewidth=1, label=name)
     axes.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=8)
     axes.set_ylabel("one-shot test accuracy (%)")
-    axes.set_ylim(0, 115)
-    axes.legend(ncols=4, loc="upper center", frameon=False, fontsize=8)
+    axes.margins(y=0.02)
+    figure.legend(ncols=4, loc="outside upper center", frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)

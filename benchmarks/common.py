@@ -108,13 +108,12 @@ def finetuned(
 
 
 def mean_and_deviation(values: Sequence[float], metric: str = "accuracy") -> str:
-    """`97.3 ± 0.4 %` of accuracies, `3.214 ± 0.021` of losses."""
+    """`97.3 ± 0.4 %` of accuracies, `3.214 ± 0.021` of losses; of one value, the value."""
     if not values:
         return ""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    if metric == "accuracy":
-        return f"{100 * statistics.mean(values):.1f} ± {100 * deviation:.1f} %"
-    return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
+    scale, digits, unit = (100, 1, " %") if metric == "accuracy" else (1, 3, "")
+    deviation = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{scale * statistics.mean(values):.{digits}f}{deviation}{unit}"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

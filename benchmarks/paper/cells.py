@@ -48,13 +48,11 @@ class Table:
         title: what it shows.
         cells: in the order of the rows.
         curve: columns are epochs; the picture is a line a row.
-        lines: rows of one figure that the picture shows as lines across.
     """
 
     title: str
     cells: Sequence[Cell]
     curve: bool = False
-    lines: tuple[str, ...] = ("parents, mean", "ensemble")
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ def plot(
             for name, row in figures.items()
             if metrics[name] == kind
         }
-        (_curves if table.curve else _bars)(axes, table, rows)
+        (_curves if table.curve else _bars)(axes, rows)
         label = "test accuracy (%)" if kind == "accuracy" else "test loss (nats)"
         (axes.set_ylabel if table.curve else axes.set_xlabel)(label)
         axes.spines[["top", "right"]].set_visible(False)
@@ -146,10 +144,10 @@ def _spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _curves(axes: Axes, table: Table, rows: Mapping[str, Mapping[str, list[float]]]) -> None:
+def _curves(axes: Axes, rows: Mapping[str, Mapping[str, list[float]]]) -> None:
     for name, row in rows.items():
         means = [statistics.mean(values) for values in row.values()]
-        if name in table.lines:
+        if len(means) == 1:  # not finetuned: the parents' mean, the ensemble
             axes.axhline(means[0], color="0.3", linestyle="--" if "parents" in name else ":", linewidth=1, label=name)
         else:
             errors = [_spread(values) for values in row.values()]
@@ -158,7 +156,7 @@ def _curves(axes: Axes, table: Table, rows: Mapping[str, Mapping[str, list[float
     axes.legend(frameon=False, fontsize=8)
 
 
-def _bars(axes: Axes, table: Table, rows: Mapping[str, Mapping[str, list[float]]]) -> None:
+def _bars(axes: Axes, rows: Mapping[str, Mapping[str, list[float]]]) -> None:
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     thickness = 0.8 / max(len(columns), 1)
     for place, column in enumerate(columns):

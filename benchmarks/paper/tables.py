@@ -75,7 +75,7 @@ def widths(lab: Lab) -> Table:
             for name, file in (("OT activations soft", PAPER), ("default", DEFAULT)):
                 make = partial(team.fused, load_config(file, changes))
                 cells.append(Cell(f"{direction}, {name}", repeat, partial(team.both, make, column)))
-    return Table("Test accuracy of parents of different width and of their fusion.", cells, lines=())
+    return Table("Test accuracy of parents of different width and of their fusion.", cells)
 
 
 def ablation(lab: Lab) -> Table:
@@ -113,7 +113,7 @@ def shards(lab: Lab) -> Table:
             ]
     for repeat, team in pairs(lab):
         cells.append(Cell("a parent of all the data", repeat, partial(team.one_shot, partial(team.parent, 0))))
-    return Table("Test accuracy of parents of disjoint halves of the data.", cells, lines=())
+    return Table("Test accuracy of parents of disjoint halves of the data.", cells)
 
 
 def _of_shards(lab: Lab, pair: tuple[int, int], kind: str, *, skewed: bool) -> Team:

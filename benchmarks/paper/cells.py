@@ -178,7 +178,7 @@ def machine() -> str:
     """The processor, or the GPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"CPU ({platform.machine()}, threads: {torch.get_num_threads()})"
 
 
 def commit() -> str:

@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> None:
                 measure(cell, folder)
     finally:
         if any(known(cell, folder) for cell in table.cells):
-            command = shlex.join(["python", "-m", "benchmarks.paper", *argv])
+            command = shlex.join(["python", "-m", "benchmarks.paper", *(word for word in argv if word != "--render")])
             print(write(args.table, table, folder, args.output, command))
         elif args.render:
             raise FusionError(f"no cell of {args.table} is in {folder}; leave out --render to measure them")

@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -57,10 +57,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Measured:
-    """A cell's figures, and what they cost."""
+    """A cell's figures, what they cost, and where, when and by which commit they were measured."""
 
     figures: Figures
     seconds: float
+    machine: str
+    date: str
+    commit: str
 
 
 def known(cell: Cell, folder: Path) -> Measured | None:
@@ -75,7 +78,8 @@ def measure(cell: Cell, folder: Path) -> None:
     figures = dict(cell.measure())
     folder.mkdir(parents=True, exist_ok=True)
     temporary = cell.kept_in(folder).with_suffix(".tmp")
-    temporary.write_text(json.dumps({"figures": figures, "seconds": time.monotonic() - start}))
+    found = Measured(figures, time.monotonic() - start, machine(), time.strftime("%Y-%m-%d"), commit())
+    temporary.write_text(json.dumps(asdict(found)))
     temporary.replace(cell.kept_in(folder))
 
 
@@ -91,13 +95,17 @@ def write(name: str, table: Table, folder: Path, output: Path, command: str) -> 
     rows = [[row, *(mean_and_deviation(of.get(column, []), metrics[row]) for column in columns)]
             for row, of in figures.items()]  # fmt: skip
     missing = len(table.cells) - len(found)
+
+    def told(what: str) -> str:
+        return ", ".join(dict.fromkeys(getattr(one, what) for _, one in found))
+
     hours = sum(one.seconds for _, one in found) / 3600
     text = "\n".join([
         f"{table.title} Mean ± standard deviation over {len({cell.repeat for cell, _ in found})} repeats.",
         "",
         markdown(["", *columns], rows),
         "",
-        f"`{command}`, {machine()}, {time.strftime('%Y-%m-%d')}, commit {commit()}; {hours:.1f} hours for the cells, "
+        f"`{command}`, {told('machine')}, {told('date')}, commit {told('commit')}; {hours:.1f} hours for the cells, "
         "parents that were trained for them included" + (f"; missing cells: {missing}." if missing else "."),
         "",
     ])  # fmt: skip
@@ -132,7 +140,10 @@ def plot(
             for name, row in figures.items()
             if metrics[name] == kind
         }
-        (_curves if table.curve else _bars)(axes, rows)
+        if table.curve:
+            _curves(axes, rows)
+        else:
+            _bars(axes, rows, "%.1f" if kind == "accuracy" else "%.2f")
         label = "test accuracy (%)" if kind == "accuracy" else "test loss (nats)"
         (axes.set_ylabel if table.curve else axes.set_xlabel)(label)
         axes.spines[["top", "right"]].set_visible(False)
@@ -156,7 +167,7 @@ def _curves(axes: Axes, rows: Mapping[str, Mapping[str, list[float]]]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _bars(axes: Axes, rows: Mapping[str, Mapping[str, list[float]]]) -> None:
+def _bars(axes: Axes, rows: Mapping[str, Mapping[str, list[float]]], digits: str) -> None:
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     thickness = 0.8 / max(len(columns), 1)
     for place, column in enumerate(columns):
@@ -166,7 +177,7 @@ def _bars(axes: Axes, rows: Mapping[str, Mapping[str, list[float]]]) -> None:
             [index + (place + 0.5) * thickness - 0.4 for index in at], [statistics.mean(one) for one in values],
             thickness, xerr=[_spread(one) for one in values], label=column,
         )  # fmt: skip
-        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=7)
+        axes.bar_label(bars, fmt=digits, padding=3, fontsize=7)
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.1)

@@ -182,7 +182,7 @@ def _bars(axes: Axes, rows: Mapping[str, Mapping[str, list[float]]], digits: str
     axes.invert_yaxis()
     axes.margins(x=0.1)
     if len(columns) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, ncols=len(columns), loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def machine() -> str:

@@ -57,25 +57,28 @@ def parents(lab: Lab) -> Table:
     return Table("One-shot test accuracy by number of parents.", cells)
 
 
+def _epochs(lab: Lab) -> str:
+    return f"{lab.scale.short} epoch{'s' if lab.scale.short > 1 else ''}"
+
+
 def widths(lab: Lab) -> Table:
     """A wide and a narrow parent, fused into either; and what else the narrow one could have done."""
     cells: list[Cell] = []
-    column = f"after {lab.scale.short} epochs"
     for wide, narrow in lab.scale.pairs:
         repeat = f"{wide}-{narrow}"
         team = Team(lab, ((lab.parents(), wide), (lab.narrow, narrow)))
         cells += [
-            Cell("wide parent", repeat, partial(team.both, partial(team.parent, 0), column)),
-            Cell("narrow parent", repeat, partial(team.both, partial(team.parent, 1), column)),
-            Cell("narrow parent, taught by the wide one", repeat, partial(team.taught, column)),
+            Cell("wide parent", repeat, partial(team.both, partial(team.parent, 0))),
+            Cell("narrow parent", repeat, partial(team.both, partial(team.parent, 1))),
+            Cell("narrow parent, taught by the wide one", repeat, team.taught),
             Cell("ensemble", repeat, team.ensemble),
         ]
         for anchor, direction in ((1, "wide into narrow"), (0, "narrow into wide")):
             changes = {"anchor": anchor, "align.scaling": "two_sided"}
             for name, file in (("OT activations soft", PAPER), ("default", DEFAULT)):
                 make = partial(team.fused, load_config(file, changes))
-                cells.append(Cell(f"{direction}, {name}", repeat, partial(team.both, make, column)))
-    return Table("Test accuracy of parents of different width and of their fusion.", cells)
+                cells.append(Cell(f"{direction}, {name}", repeat, partial(team.both, make)))
+    return Table(f"Parents of different width and their fusion: test accuracy, finetuned for {_epochs(lab)}.", cells)
 
 
 def ablation(lab: Lab) -> Table:
@@ -98,7 +101,6 @@ def ablation(lab: Lab) -> Table:
 def shards(lab: Lab) -> Table:
     """Parents that saw disjoint halves of the data, fused and finetuned on the union."""
     cells: list[Cell] = []
-    column = f"after {lab.scale.short} epochs on the union"
     for kind, skewed in (("IID", False), ("80:20", True)):
         for pair in lab.scale.pairs:
             repeat, team = f"{pair[0]}-{pair[1]}", _of_shards(lab, pair, kind.replace(":", "-"), skewed=skewed)
@@ -108,12 +110,14 @@ def shards(lab: Lab) -> Table:
             ]
             makers = {"best parent": team.best, **team.makers()}
             cells += [
-                Cell(f"{kind}: {name}", repeat, partial(team.both, makers[name], column))
+                Cell(f"{kind}: {name}", repeat, partial(team.both, makers[name]))
                 for name in ("best parent", "vanilla", "OT activations soft", "default")
             ]
     for repeat, team in pairs(lab):
         cells.append(Cell("a parent of all the data", repeat, partial(team.one_shot, partial(team.parent, 0))))
-    return Table("Test accuracy of parents of disjoint halves of the data.", cells)
+    return Table(
+        f"Parents of disjoint halves of the data: test accuracy, finetuned on the union for {_epochs(lab)}.", cells
+    )
 
 
 def _of_shards(lab: Lab, pair: tuple[int, int], kind: str, *, skewed: bool) -> Team:

@@ -24,7 +24,7 @@ VARIANTS: dict[str, FuseConfig] = {
     "OT activations EMD": load_config(PAPER, {"align.solver": "emd"}),
     "default": load_config(DEFAULT),
 }
-ONE_SHOT = "one-shot"
+ONE_SHOT, FINETUNED = "one-shot", "finetuned"
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,11 @@ class Team:
         return {column: evaluate(make(), self.lab.test)["accuracy"]}
 
     def finetuned(
-        self, make: Maker, epochs: int, column: str, module: Callable[..., ClassificationModule] = ClassificationModule
+        self,
+        make: Maker,
+        epochs: int,
+        column: str = FINETUNED,
+        module: Callable[..., ClassificationModule] = ClassificationModule,
     ) -> Figures:
         figures = finetuned(
             make(), self.lab.data, "image-classification", "default.yaml", self.lab.runs / "finetuned",
@@ -68,14 +72,14 @@ class Team:
         )  # fmt: skip
         return {column: figures["accuracy"]}
 
-    def both(self, make: Maker, column: str) -> Figures:
+    def both(self, make: Maker) -> Figures:
         model = make()
-        return {**self.one_shot(lambda: model), **self.finetuned(lambda: model, self.lab.scale.short, column)}
+        return {**self.one_shot(lambda: model), **self.finetuned(lambda: model, self.lab.scale.short)}
 
-    def taught(self, column: str) -> Figures:
+    def taught(self) -> Figures:
         """The second parent, taught by the first for as many epochs as others are finetuned."""
         module = partial(Distillation, teacher=copy.deepcopy(self.models[0]))
-        return self.finetuned(partial(self.parent, 1), self.lab.scale.short, column, module)
+        return self.finetuned(partial(self.parent, 1), self.lab.scale.short, module=module)
 
     def parent(self, index: int) -> nn.Module:
         return self.models[index]

@@ -76,7 +76,7 @@ ROWS = {
 COLUMNS = {
     "finetune": ("default", {"0", "1"}),
     "parents": ("default", {"2 parents", "3 parents"}),
-    "widths": ("wide parent", {"one-shot", "after 1 epochs"}),
+    "widths": ("wide parent", {"one-shot", "finetuned"}),
     "bert": ("vanilla", {"one-shot", "after 3 epochs"}),
 }
 

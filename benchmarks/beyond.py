@@ -88,7 +88,7 @@ def measured(parents: Parents, pair: tuple[int, int], epochs: int) -> dict[str, 
             figures = {"accuracy": evaluate(one, test)["accuracy"]}
             if finetune:
                 after = finetuned(
-                    one, data, "image-classification", "default.yaml", parents.runs / "finetuned",
+                    one, data, "image-classification", "default.yaml",
                     seed=pair[0], epochs=epochs,
                 )  # fmt: skip
                 figures["finetuned"] = after["accuracy"]

@@ -3,6 +3,7 @@
 import copy
 import json
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,6 @@ def finetuned(
     data: FixedSplits,
     task: TaskName,
     preset: str,
-    folder: Path,
     *,
     seed: int,
     epochs: int | None = None,
@@ -88,7 +88,6 @@ def finetuned(
         data: what it is finetuned and tested on.
         task: for text classification it gets a new head.
         preset: the file's name.
-        folder: for checkpoints.
         seed: decides the new head and augmentation.
         epochs: others than the file's.
         trainer: arguments of Lightning's Trainer beside the file's.
@@ -100,10 +99,14 @@ def finetuned(
     if TASKS[task].new_head:
         model = with_classifier(model, data.num_classes, data.class_names, seed=seed)
     arguments = {**settings["trainer"], "enable_progress_bar": False, **(trainer or {})}
-    found = fit(
-        model, data, OptimConfig(**settings["optim"]), arguments | ({"max_epochs": epochs} if epochs else {}), folder,
-        seed=seed, monitor=TASKS[task].monitor, mode=TASKS[task].mode, module=module,
-    )  # fmt: skip
+    optim = OptimConfig(**settings["optim"])
+    arguments |= {"max_epochs": epochs} if epochs else {}
+    # a folder of its own: two benchmarks may run side by side
+    with tempfile.TemporaryDirectory() as folder:
+        found = fit(
+            model, data, optim, arguments, Path(folder),
+            seed=seed, monitor=TASKS[task].monitor, mode=TASKS[task].mode, module=module,
+        )  # fmt: skip
     return dict(found.figures)
 
 

@@ -67,8 +67,7 @@ def language(parents: Parents, pair: tuple[int, int]) -> dict[str, Measure]:
         model = make()
         figures = {ONE_SHOT: evaluate(model, test())["loss"]}
         if name in FINETUNED:
-            place = parents.runs / "finetuned"
-            after = finetuned(model, data(), "masked-lm", "default.yaml", place, seed=pair[0], epochs=EPOCHS)
+            after = finetuned(model, data(), "masked-lm", "default.yaml", seed=pair[0], epochs=EPOCHS)
             figures[AFTER] = after["loss"]
         return figures
 
@@ -88,8 +87,7 @@ def classification(
     data = cache(lambda: TextClassificationDataModule(config, 0, load_tokenizer(parents.folder(pair[0]))))
 
     def accuracy(make: Maker) -> float:
-        place = parents.runs / "finetuned"
-        return finetuned(make(), data(), "text-classification", f"{task}.yaml", place, seed=0)["accuracy"]
+        return finetuned(make(), data(), "text-classification", f"{task}.yaml", seed=0)["accuracy"]
 
     def of_parent(seed: int) -> Figures:
         return {task: accuracy(lambda: parents.models([seed])[0])}

@@ -99,9 +99,10 @@ def write(name: str, table: Table, folder: Path, output: Path, command: str) -> 
     def told(what: str) -> str:
         return ", ".join(dict.fromkeys(getattr(one, what) for _, one in found))
 
+    repeats = max((len(values) for row in figures.values() for values in row.values()), default=0)
     hours = sum(one.seconds for _, one in found) / 3600
     text = "\n".join([
-        f"{table.title} Mean ± standard deviation over {len({cell.repeat for cell, _ in found})} repeats.",
+        f"{table.title} Mean ± standard deviation over {repeats} repeats.",
         "",
         markdown(["", *columns], rows),
         "",

@@ -67,7 +67,7 @@ class Team:
         module: Callable[..., ClassificationModule] = ClassificationModule,
     ) -> Figures:
         figures = finetuned(
-            make(), self.lab.data, "image-classification", "default.yaml", self.lab.runs / "finetuned",
+            make(), self.lab.data, "image-classification", "default.yaml",
             seed=self.runs[0][1], epochs=epochs, trainer=self.lab.scale.trainer, module=module,
         )  # fmt: skip
         return {column: figures["accuracy"]}

@@ -11,14 +11,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import PAIRS, Parents, mean_and_deviation
-from fusionpl.cli.common import CONF, quiet
+from benchmarks.common import EXACT, PAIRS, PAPER, WEIGHTS, Parents, mean_and_deviation, plain_average
+from fusionpl.cli.common import quiet
 from fusionpl.cli.sweep import passes
 from fusionpl.evaluation import evaluate, evaluate_ensemble
-from fusionpl.fusion import Calibrated, load_config, vanilla
+from fusionpl.fusion import Calibrated, load_config
 
-PAPER = CONF / "fuse" / "paper.yaml"
-WEIGHTS: dict[str, Any] = {"align.evidence": "weights", "align.reg": 0.06}
 HARD: dict[str, Any] = {"align.solver": "emd"}
 RESIDUALS = ("average", "branch", "skip", "identity", "weighted_scalar", "weighted_matrix", "tie")
 BLOCKS: dict[str, dict[str, dict[str, Any]]] = {
@@ -46,12 +44,8 @@ BLOCKS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "Tokens": {name: {"calibration.tokens": name} for name in ("all", "class", "mean", "window:6", "window:2")},
     "Functions preserved exactly": {
-        "tie, matched heads, assignment": {
-            "align.residual": "tie", "align.heads": "matched", "align.solver": "assignment",
-        },
-        "the same from weights": {
-            **WEIGHTS, "align.residual": "tie", "align.heads": "matched", "align.solver": "assignment",
-        },
+        "tie, matched heads, assignment": EXACT,
+        "the same from weights": {**WEIGHTS, **EXACT},
     },
 }  # fmt: skip
 
@@ -74,9 +68,7 @@ def main() -> None:
         parents = trained.models(pair)
         scores["parents, mean"].append(statistics.mean(evaluate(model, test)["accuracy"] for model in parents))
         scores["ensemble"].append(evaluate_ensemble(parents, test)["accuracy"])
-        plain = vanilla(parents, [0.5, 0.5])
-        assert plain is not None
-        scores["vanilla"].append(evaluate(plain, test)["accuracy"])
+        scores["vanilla"].append(evaluate(plain_average(parents), test)["accuracy"])
         labels = {str(key): key for key in cells}
         for group in passes({label: cells[key] for label, key in labels.items()}, 2):
             calibrated = Calibrated(parents, calibration, list(group.values()), names=names)

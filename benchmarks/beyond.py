@@ -1,7 +1,7 @@
 """Beyond the paper: alignment x refit, one-shot and after a short finetuning, over pairs of seeds.
 
-    python -m benchmarks.beyond digits --runs runs/benchmark --output docs/results/beyond-digits.md
-    python -m benchmarks.beyond cifar10 --runs runs/cifar10 --output docs/results/beyond-cifar10.md \
+    python -m benchmarks.beyond digits --runs runs/benchmark --output docs/results/digits.md
+    python -m benchmarks.beyond cifar10 --runs runs/cifar10 --output docs/results/cifar10.md \
         --data.path ../shared/data/cifar10
 
 Parents and cells that are in --runs are used as they are, so a run that was stopped goes on.
@@ -10,7 +10,9 @@ Parents and cells that are in --runs are used as they are, so a run that was sto
 import argparse
 import copy
 import platform
+import shlex
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,26 @@ from typing import Any
 import matplotlib.pyplot as plt
 from torch import nn
 
-from benchmarks.common import PAIRS, Figures, Parents, finetuned, markdown, mean_and_deviation
+from benchmarks.common import (
+    DEFAULT,
+    EXACT,
+    PAIRS,
+    PAPER,
+    Figures,
+    Parents,
+    finetuned,
+    markdown,
+    mean_and_deviation,
+    plain_average,
+)
 from fusionpl.calibration import CalibrationConfig
-from fusionpl.cli.common import CONF, quiet
+from fusionpl.cli.common import quiet
 from fusionpl.evaluation import evaluate, evaluate_ensemble
 from fusionpl.families import bind
-from fusionpl.fusion import AlignedParent, fuse, load_config, vanilla
+from fusionpl.fusion import AlignedParent, fuse, load_config
 from fusionpl.fusion.refit import refit
 from fusionpl.training import fuse as fuse_and_refine
 
-PAPER, DEFAULT = CONF / "fuse" / "paper.yaml", CONF / "fuse" / "default.yaml"
-EXACT: dict[str, Any] = {"align.residual": "tie", "align.heads": "matched", "align.solver": "assignment"}
 TOKENS: dict[str, Any] = {"anchor": 0, "calibration.tokens": "all", "calibration.samples": 100_000}
 ALIGNMENTS: dict[str, dict[str, Any]] = {
     "paper, soft": {"calibration.samples": 100_000},
@@ -66,8 +77,8 @@ def main() -> None:
     rows = [[name, mean_and_deviation(one_shot[name]), mean_and_deviation(finally_[name])] for name in one_shot]
     text = (
         f"Test accuracy on {args.setting}, mean ± standard deviation over {len(pairs)} pair(s) of seeds. Refits use "
-        f"all calibration samples where no number is given; no labels, no gradients. {platform.processor() or 'CPU'}, "
-        f"`python -m benchmarks.beyond {args.setting} {' '.join(options)}`\n\n"
+        f"all calibration samples where no number is given (default.yaml: at most 512); no labels, no gradients. {platform.processor() or 'CPU'}, "
+        f"`{shlex.join(['python', '-m', 'benchmarks.beyond', *sys.argv[1:]])}`\n\n"
         + markdown(["", "one-shot", f"after {epochs} epochs of finetuning"], rows)
     )
     plot(one_shot, args.output.parent.parent / "img" / f"beyond-{args.setting}.png")
@@ -103,8 +114,7 @@ def measured(parents: Parents, pair: tuple[int, int], epochs: int) -> dict[str, 
     found["ensemble"] = parents.cell(f"{pair[0]}-{pair[1]} ensemble", lambda: evaluate_ensemble(models, test))
     best = max(models, key=lambda model: evaluate(model, test)["accuracy"])
     add("best parent", best, finetune=True)
-    plain = vanilla(models, [0.5, 0.5])
-    add("vanilla", plain, finetune=True)
+    add("vanilla", plain_average(models), finetune=True)
     add("vanilla + refit", lambda: unaligned(models, calibration))
     for name, changes in ALIGNMENTS.items():
         config = load_config(PAPER, changes)
@@ -145,8 +155,7 @@ def plot(one_shot: dict[str, list[float]], file: Path) -> None:
 
 def unaligned(models: list[nn.Module], calibration: list[Any]) -> nn.Module:
     """The refit alone: what it is worth without any alignment."""
-    model = vanilla(models, [0.5, 0.5])
-    assert model is not None
+    model = plain_average(models)
     parents = [AlignedParent(copy.deepcopy(parent), bind(parent), None, 0.5) for parent in models]
     refit(model, bind(model), parents, calibration, CalibrationConfig(samples=100_000))
     return model

@@ -16,11 +16,16 @@ from torch import nn
 from fusionpl.cli import train
 from fusionpl.cli.common import CONF, settings_in
 from fusionpl.datamodules import FixedSplits
+from fusionpl.fusion import vanilla
 from fusionpl.models import load_model, load_tokenizer, with_classifier
 from fusionpl.training import TASKS, ClassificationModule, OptimConfig, TaskName, fit
 
 Figures = Mapping[str, float]  # column -> figure
 Maker = Callable[[], nn.Module]
+PAPER, DEFAULT = CONF / "fuse" / "paper.yaml", CONF / "fuse" / "default.yaml"
+# Options under which an aligned parent keeps its function.
+EXACT: dict[str, Any] = {"align.residual": "tie", "align.heads": "matched", "align.solver": "assignment"}
+WEIGHTS: dict[str, Any] = {"align.evidence": "weights", "align.reg": 0.06}
 # Three parents make three pairs: each parent is in two of them.
 PAIRS = ((1, 2), (2, 3), (3, 1))
 
@@ -68,6 +73,13 @@ class Parents:
             print(f"{name}: {found}", flush=True)
         kept: Figures = json.loads(file.read_text())
         return kept
+
+
+def plain_average(models: Sequence[nn.Module]) -> nn.Module:
+    """Vanilla fusion with equal weights, of parents of one width."""
+    model = vanilla(models, [1 / len(models)] * len(models))
+    assert model is not None, "parents of different width have no plain average"
+    return model
 
 
 def finetuned(

@@ -5,19 +5,14 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-from torch import nn
-
-from benchmarks.common import Figures, Maker, Parents, finetuned
-from fusionpl.cli.common import CONF
+from benchmarks.common import DEFAULT, EXACT, PAPER, WEIGHTS, Figures, Maker, Parents, finetuned, plain_average
 from fusionpl.datamodules import TextClassificationConfig, TextClassificationDataModule
 from fusionpl.evaluation import evaluate, evaluate_ensemble
-from fusionpl.fusion import fuse, load_config, vanilla
+from fusionpl.fusion import fuse, load_config
 from fusionpl.models import load_tokenizer
 
 Measure = Callable[[], Figures]
-PAPER, DEFAULT = CONF / "fuse" / "paper.yaml", CONF / "fuse" / "default.yaml"
 TEXT: dict[str, Any] = {"calibration.tokens": "all", "anchor": 0}
-EXACT: dict[str, Any] = {"align.residual": "tie", "align.heads": "matched", "align.solver": "assignment"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "OT soft (paper)": TEXT,
     "OT hard (EMD)": {**TEXT, "align.solver": "emd"},
@@ -25,7 +20,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "OT soft, residual branch": {**TEXT, "align.residual": "branch"},
     "OT soft, residual tie": {**TEXT, "align.residual": "tie"},
     "permutations": {**TEXT, **EXACT},
-    "OT weights soft (0.06)": {**TEXT, "align.evidence": "weights", "align.reg": 0.06},
+    "OT weights soft (0.06)": {**TEXT, **WEIGHTS},
 }
 FINETUNED = ("best parent", "vanilla", "OT soft (paper)", "OT hard (EMD)", "default")
 CLASSIFIERS = ("vanilla", "OT soft (paper)", "default")
@@ -39,11 +34,6 @@ def fused_models(parents: Parents, pair: tuple[int, int]) -> dict[str, Maker]:
     models = cache(lambda: parents.models(pair))
     calibration = cache(lambda: list(parents.data(pair[0]).calibration_dataloader()))
 
-    def plain() -> nn.Module:
-        model = vanilla(models(), [0.5, 0.5])
-        assert model is not None, "parents of one preset are of one width"
-        return model
-
     configs = {name: load_config(PAPER, changes) for name, changes in VARIANTS.items()}
     configs |= {f"{name} + refit": load_config(PAPER, {**VARIANTS[name], "refit.method": "ridge"})
                 for name in ("OT soft (paper)", "permutations")}  # fmt: skip
@@ -53,7 +43,7 @@ def fused_models(parents: Parents, pair: tuple[int, int]) -> dict[str, Maker]:
         name: partial(lambda config: fuse(models(), calibration(), config).model, config)
         for name, config in configs.items()
     }
-    return {"vanilla": plain, **made}
+    return {"vanilla": lambda: plain_average(models()), **made}
 
 
 def language(parents: Parents, pair: tuple[int, int]) -> dict[str, Measure]:

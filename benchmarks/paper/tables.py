@@ -5,10 +5,11 @@ from functools import partial
 
 from benchmarks import text
 from benchmarks.ablation import BLOCKS
+from benchmarks.common import DEFAULT, PAPER
 from benchmarks.paper.cells import Cell, Table
 from benchmarks.paper.scales import SEEDS, Lab
 from benchmarks.paper.shards import parts, write_shards
-from benchmarks.paper.team import DEFAULT, PAPER, Team
+from benchmarks.paper.team import Team
 from fusionpl.fusion import load_config
 
 

@@ -8,18 +8,16 @@ from functools import cached_property, partial
 
 from torch import nn
 
-from benchmarks.common import Figures, Maker, Parents, finetuned
+from benchmarks.common import DEFAULT, PAPER, WEIGHTS, Figures, Maker, Parents, finetuned, plain_average
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.distillation import Distillation
 from benchmarks.paper.scales import DEVICE, Lab
-from fusionpl.cli.common import CONF
 from fusionpl.evaluation import evaluate, evaluate_ensemble
-from fusionpl.fusion import FuseConfig, fuse, load_config, vanilla
+from fusionpl.fusion import FuseConfig, fuse, load_config
 from fusionpl.training import ClassificationModule
 
-PAPER, DEFAULT = CONF / "fuse" / "paper.yaml", CONF / "fuse" / "default.yaml"
 VARIANTS: dict[str, FuseConfig] = {
-    "OT weights soft": load_config(PAPER, {"align.evidence": "weights", "align.reg": 0.06}),
+    "OT weights soft": load_config(PAPER, WEIGHTS),
     "OT activations soft": load_config(PAPER),
     "OT activations EMD": load_config(PAPER, {"align.solver": "emd"}),
     "default": load_config(DEFAULT),
@@ -88,9 +86,7 @@ class Team:
         return self.models[self.accuracies.index(max(self.accuracies))]
 
     def vanilla(self) -> nn.Module:
-        model = vanilla(self.models, [1 / len(self.models)] * len(self.models))
-        assert model is not None, "parents of different width have no plain average"
-        return model
+        return plain_average(self.models)
 
     def fused(self, config: FuseConfig) -> nn.Module:
         return fuse(self.models, self.lab.calibration, config).model

@@ -77,7 +77,8 @@ def main() -> None:
     rows = [[name, mean_and_deviation(one_shot[name]), mean_and_deviation(finally_[name])] for name in one_shot]
     text = (
         f"Test accuracy on {args.setting}, mean ± standard deviation over {len(pairs)} pair(s) of seeds. Refits use "
-        f"all calibration samples where no number is given (default.yaml: at most 512); no labels, no gradients. {platform.processor() or 'CPU'}, "
+        f"all calibration samples where no number is given (default.yaml: at most 512); no labels, "
+        f"no gradients. {platform.processor() or 'CPU'}, "
         f"`{shlex.join(['python', '-m', 'benchmarks.beyond', *sys.argv[1:]])}`\n\n"
         + markdown(["", "one-shot", f"after {epochs} epochs of finetuning"], rows)
     )

@@ -1,7 +1,6 @@
-"""What the benchmarks share: parents that are trained once, cells that are measured once, tables."""
+"""What the benchmarks share: presets, parents that are trained once, finetuning, Markdown."""
 
 import copy
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,7 +35,7 @@ class Parents:
 
     Attributes:
         preset: file of conf/train.
-        runs: where the runs and the measured cells are kept.
+        runs: where the runs are kept.
         options: further options of train.py.
     """
 
@@ -62,17 +61,6 @@ class Parents:
         settings = settings_in(run)
         task = TASKS[settings.get("task", "image-classification")]
         return task.datamodule(task.data(**settings["data"] | changes), seed, load_tokenizer(run))
-
-    def cell(self, name: str, measure: Callable[[], Figures]) -> Figures:
-        """What `measure` returns; measured once and kept in `runs`/cells."""
-        file = self.runs / "cells" / f"{name.replace('/', '-')}.json"
-        if not file.is_file():
-            found = measure()
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(dict(found)))
-            print(f"{name}: {found}", flush=True)
-        kept: Figures = json.loads(file.read_text())
-        return kept
 
 
 def plain_average(models: Sequence[nn.Module]) -> nn.Module:

@@ -2,10 +2,11 @@
 
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-from benchmarks.common import DEFAULT, EXACT, PAPER, WEIGHTS, Figures, Maker, Parents, finetuned, plain_average
+from benchmarks.common import DEFAULT, EXACT, PAIRS, PAPER, WEIGHTS, Figures, Maker, Parents, finetuned, plain_average
 from fusionpl.datamodules import TextClassificationConfig, TextClassificationDataModule
 from fusionpl.evaluation import evaluate, evaluate_ensemble
 from fusionpl.fusion import fuse, load_config
@@ -69,26 +70,39 @@ def language(parents: Parents, pair: tuple[int, int]) -> dict[str, Measure]:
     }
 
 
-def classification(
-    parents: Parents, pair: tuple[int, int], task: str, path: str, limit: int | None
-) -> dict[str, Measure]:
-    """Name -> what measures the test accuracy after finetuning on a task: the parents, vanilla and fused."""
-    config = TextClassificationConfig(path=path, train_limit=limit)
-    data = cache(lambda: TextClassificationDataModule(config, 0, load_tokenizer(parents.folder(pair[0]))))
+@dataclass(frozen=True)
+class Classifying:
+    """A task that language models are finetuned on.
 
-    def accuracy(make: Maker) -> float:
-        return finetuned(make(), data(), "text-classification", f"{task}.yaml", seed=0)["accuracy"]
+    Attributes:
+        parents: the language models.
+        task: sst2 or trec.
+        path: its data.
+        limit: training sentences; None for all.
+    """
 
-    def of_parent(seed: int) -> Figures:
-        return {task: accuracy(lambda: parents.models([seed])[0])}
+    parents: Parents
+    task: str
+    path: str
+    limit: int | None
 
-    def own() -> list[float]:
-        # every parent is in two pairs
-        return [parents.cell(f"{task} parent {seed}", partial(of_parent, seed))[task] for seed in pair]
+    def accuracy(self, make: Maker) -> Figures:
+        """Test accuracy after finetuning."""
+        tokenizer = load_tokenizer(self.parents.folder(PAIRS[0][0]))
+        config = TextClassificationConfig(path=self.path, train_limit=self.limit)
+        data = TextClassificationDataModule(config, 0, tokenizer)
+        figures = finetuned(make(), data, "text-classification", f"{self.task}.yaml", seed=0)
+        return {self.task: figures["accuracy"]}
 
-    made = fused_models(parents, pair)
-    return {
-        "parents, mean": lambda: {task: statistics.mean(own())},
-        "best parent": lambda: {task: max(own())},
-        **{name: partial(lambda make: {task: accuracy(make)}, made[name]) for name in CLASSIFIERS},
-    }
+    @cache  # noqa: B019 -- every parent is in two pairs, and the process ends with the table
+    def of_parent(self, seed: int) -> float:
+        return self.accuracy(lambda: self.parents.models([seed])[0])[self.task]
+
+    def measures(self, pair: tuple[int, int]) -> dict[str, Measure]:
+        """Name -> what measures the parents, vanilla and fused models."""
+        made = fused_models(self.parents, pair)
+        return {
+            "parents, mean": lambda: {self.task: statistics.mean(map(self.of_parent, pair))},
+            "best parent": lambda: {self.task: max(map(self.of_parent, pair))},
+            **{name: partial(self.accuracy, made[name]) for name in CLASSIFIERS},
+        }

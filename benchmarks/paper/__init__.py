@@ -1,4 +1,4 @@
-"""The paper's tables on real data, each by one command.
+"""The paper's tables and what lies beyond, each by one command.
 
     python -m benchmarks.paper one-shot --scale small --output docs/results/small
 

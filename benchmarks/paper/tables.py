@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from benchmarks import text
-from benchmarks.ablation import BLOCKS
-from benchmarks.common import DEFAULT, PAPER
+from benchmarks.common import DEFAULT, PAPER, Maker
 from benchmarks.paper.cells import Cell, Table
+from benchmarks.paper.choices import ALIGNMENTS, BLOCKS
 from benchmarks.paper.scales import SEEDS, Lab
 from benchmarks.paper.shards import parts, write_shards
 from benchmarks.paper.team import Team
@@ -99,6 +99,32 @@ def ablation(lab: Lab) -> Table:
     return Table("One-shot test accuracy by every choice of the fusion.", cells)
 
 
+def beyond(lab: Lab) -> Table:
+    """Every alignment, averaged and refitted; the default, and what learned refinement adds."""
+    cells: list[Cell] = []
+    after = f", after {_epochs(lab)}"
+
+    def add(name: str, repeat: str, team: Team, make: Maker, column: str, *, finetune: bool = False) -> None:
+        cells.append(Cell(name, f"{repeat}, {column}", partial(team.one_shot, make, column)))
+        if finetune:
+            column += after
+            cells.append(Cell(name, f"{repeat}, {column}", partial(team.finetuned, make, lab.scale.short, column)))
+
+    for repeat, team in pairs(lab):
+        cells += team.references(repeat, "average")
+        add("best parent", repeat, team, team.best, "average", finetune=True)
+        add("vanilla", repeat, team, team.vanilla, "average", finetune=True)
+        add("vanilla", repeat, team, team.refitted_vanilla, "refitted")
+        for name, changes in ALIGNMENTS.items():
+            for column, more in (("average", {}), ("refitted", {"refit.method": "ridge"})):
+                make = partial(team.fused, load_config(PAPER, {**changes, **more}))
+                add(name, repeat, team, make, column, finetune=column == "average" and name.startswith("paper"))
+        for name, more in (("default", {}), ("default + refine", {"refine.method": "gradient"})):
+            make = partial(team.fused, load_config(DEFAULT, more))
+            add(name, repeat, team, make, "refitted", finetune=True)
+    return Table("Test accuracy of every alignment, averaged and refitted without labels or gradients.", cells)
+
+
 def shards(lab: Lab) -> Table:
     """Parents that saw disjoint halves of the data, fused and finetuned on the union."""
     cells: list[Cell] = []
@@ -143,8 +169,8 @@ def bert(lab: Lab) -> Table:
         cells += [Cell(name, repeat, measure, "loss") for name, measure in text.language(lab.text, pair).items()]
         for task in ("sst2", "trec"):
             if task in lab.paths:
-                found = text.classification(lab.text, pair, task, lab.paths[task], lab.scale.sentences)
-                cells += [Cell(f"{task}: {name}", repeat, measure) for name, measure in found.items()]
+                task_of = text.Classifying(lab.text, task, lab.paths[task], lab.scale.sentences)
+                cells += [Cell(f"{task}: {name}", repeat, one) for name, one in task_of.measures(pair).items()]
     return Table("Masked-language-model loss, and accuracy of classifiers on the encoders.", cells)
 
 
@@ -154,6 +180,7 @@ TABLES: dict[str, Callable[[Lab], Table]] = {
     "parents": parents,
     "widths": widths,
     "ablation": ablation,
+    "beyond": beyond,
     "shards": shards,
     "bert": bert,
 }

@@ -70,6 +70,7 @@ ROWS = {
     "parents": {"ensemble", "vanilla", "default"},
     "widths": {"wide parent", "narrow parent, taught by the wide one", "wide into narrow, default"},
     "ablation": {"Heads: matched", "Calibration samples, default: 25"},
+    "beyond": {"vanilla", "rotation", "default + refine"},
     "shards": {"IID: best parent", "80:20: default", "a parent of all the data"},
     "bert": {"ensemble", "permutations", "default", "sst2: parents, mean", "trec: vanilla"},
 }
@@ -77,6 +78,7 @@ COLUMNS = {
     "finetune": ("default", {"0", "1"}),
     "parents": ("default", {"2 parents", "3 parents"}),
     "widths": ("wide parent", {"one-shot", "finetuned"}),
+    "beyond": ("paper, soft", {"average", "average, after 1 epoch", "refitted"}),
     "bert": ("vanilla", {"one-shot", "after 3 epochs"}),
 }
 

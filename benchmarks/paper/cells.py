@@ -106,6 +106,8 @@ def write(name: str, table: Table, folder: Path, output: Path, command: str) -> 
         "",
         markdown(["", *columns], rows),
         "",
+        f"![{name}]({name}.png)",
+        "",
         f"`{command}`, {told('machine')}, {told('date')}, commit {told('commit')}; {hours:.1f} hours for the cells, "
         "parents that were trained for them included" + (f"; missing cells: {missing}." if missing else "."),
         "",
@@ -132,7 +134,7 @@ def plot(
     kinds = list(dict.fromkeys(metrics.values()))
     if not kinds:
         return
-    height = 4.0 if table.curve else 1.2 + 0.3 * len(figures)
+    height = 4.0 if table.curve else 1.2 + len(figures) * max(0.3, 0.12 * len(columns))
     panels, every = plt.subplots(1, len(kinds), figsize=(8 * len(kinds), height), layout="constrained", squeeze=False)
     for kind, axes in zip(kinds, every[0], strict=True):
         scale = 100 if kind == "accuracy" else 1

@@ -11,7 +11,16 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from transformers import get_cosine_schedule_with_warmup
 
-from fusionpl.calibration import CalibrationConfig, Progress, batches, eval_mode, logits, no_progress, recorded
+from fusionpl.calibration import (
+    CalibrationConfig,
+    Progress,
+    batches,
+    device_of,
+    eval_mode,
+    logits,
+    no_progress,
+    recorded,
+)
 from fusionpl.families import Binding
 from fusionpl.fusion import AlignedParent, FuseConfig, FusionResult, RefineConfig
 from fusionpl.fusion import fuse as fuse_once
@@ -90,7 +99,7 @@ def refine(
         seed: decides the order of the batches.
         trainer_args: for Lightning's Trainer: accelerator, devices, strategy, precision.
     """
-    config = result.config
+    config, home = result.config, device_of(result.model)
     sizes = CalibrationConfig(samples=config.calibration.samples, batch_size=config.refine.batch_size)
     data = [batch for _, batch in batches(calibration, sizes)]
     if config.refit.method == "none":
@@ -108,7 +117,7 @@ def refine(
     module = Refinement(result.model.train(), result.binding, result.parents, config.refine)
     with eval_mode(*(parent.model for parent in result.parents)):
         L.Trainer(**{**(trainer_args or {}), **own}).fit(module, loader)
-    result.model.cpu().eval()
+    result.model.to(home).eval()
 
 
 def fuse(

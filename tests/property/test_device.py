@@ -1,0 +1,77 @@
+"""Parents on a device are fused there, to what they are fused to on the CPU."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusionpl
+from fusionpl.cli.common import CONF
+from fusionpl.evaluation import evaluate, evaluate_ensemble
+from tests.models_for_tests import CLASSES, VOCABULARY, images, sentences, text_model, timm_vit
+from tests.pretend_device import DEVICE, PretendDevice
+
+EXACT = {"align.residual": "tie", "align.heads": "matched", "align.solver": "assignment"}
+# model, preset, changes: between them every path that makes tensors
+SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "default": ("vit", "default", {}),
+    "EMD": ("vit", "paper", {"calibration.tokens": "class", "align.solver": "emd", "align.normalize": "median"}),
+    "weights": ("vit", "default", {"align.evidence": "weights"}),
+    "joint Q and K": ("vit", "paper", {"calibration.tokens": "all", "align.qk": "joint"}),
+    "rotation": ("vit", "default", {**EXACT, "align.stream": "rotation"}),
+    "weighted residual": ("vit", "default", {"align.residual": "weighted_matrix", "align.metric": "correlation"}),
+    "text": ("bert", "default", {}),
+    "text, permutations": ("bert", "default", EXACT),
+    "text, refinement": ("bert", "default", {"refine.method": "gradient", "refine.steps": 2}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _wrappable(monkeypatch: pytest.MonkeyPatch) -> None:
+    # an inference tensor can't be wrapped
+    monkeypatch.setattr(torch._C, "_InferenceMode", lambda mode: torch.set_grad_enabled(not mode))
+
+
+def labelled(batch: dict[str, Tensor], classes: int) -> list[dict[str, Tensor]]:
+    shape = batch["attention_mask"].shape if "attention_mask" in batch else (24,)
+    labels = torch.randint(classes, shape, generator=torch.Generator().manual_seed(0))
+    return [{key: value[rows] for key, value in {**batch, "labels": labels}.items()}
+            for rows in torch.arange(24).split(8)]  # fmt: skip
+
+
+def moved(model: nn.Module) -> nn.Module:
+    model = model.to(DEVICE)
+    if hasattr(model, "tie_weights"):  # nn.Module.to makes new parameters for tensors of another class
+        model.tie_weights()
+    return model
+
+
+def test_the_pretended_device_refuses_a_mix_and_computes() -> None:
+    with PretendDevice():
+        there = torch.arange(3.0).to(DEVICE)
+        with pytest.raises(RuntimeError, match="tensors on lazy and on the CPU"):
+            there + torch.ones(3)
+        assert (there + torch.ones(3, device=DEVICE)).cpu().tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_fusion_stays_on_its_parents_device(setting: str) -> None:
+    kind, preset, changes = SETTINGS[setting]
+    if kind == "vit":
+        parents = [timm_vit(seed, depth=1) for seed in range(2)]
+        batches = labelled({"pixel_values": images()}, CLASSES)
+    else:
+        parents = [text_model("bert masked-lm", seed, depth=1) for seed in range(2)]
+        batches = labelled(sentences(), VOCABULARY)
+    config = fusionpl.load_config(CONF / "fuse" / f"{preset}.yaml", {"anchor": 0, **changes})
+    expected = fusionpl.fuse(parents, batches, config).model
+    with PretendDevice():
+        parents = [moved(parent) for parent in parents]
+        fused = fusionpl.fuse(parents, batches, config).model
+        assert {tensor.device for tensor in fused.state_dict().values()} == {DEVICE}
+        for name, tensor in expected.state_dict().items():
+            torch.testing.assert_close(fused.state_dict()[name].cpu(), tensor, rtol=1e-3, atol=1e-3)
+        there = [{key: value.to(DEVICE) for key, value in batch.items()} for batch in batches]
+        assert evaluate(fused, there)["loss"] == pytest.approx(evaluate(expected, batches)["loss"], rel=1e-3)
+        assert evaluate_ensemble(parents, batches) == evaluate_ensemble(parents, there)

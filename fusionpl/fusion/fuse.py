@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 from fusionpl.alignment import ActivationEvidence, AlignConfig, Alignment, WeightEvidence, align, evidence_keys
-from fusionpl.calibration import Key, Moments, Progress, calibrate, no_progress
+from fusionpl.calibration import Key, Moments, Progress, calibrate, device_of, no_progress
 from fusionpl.errors import FusionError
 from fusionpl.families import (
     Binding,
@@ -235,6 +235,8 @@ def check_parents(parents: Sequence[nn.Module], names: Sequence[str]) -> list[Bi
         raise FusionError(f"fusion needs at least two parents, not {len(parents)}; give --parents A B")
     for parent, name in zip(parents, names, strict=True):
         check_finite(parent, name)
+        if (device := device_of(parent)) != (home := device_of(parents[0])):
+            raise FusionError(f"{names[0]} is on {home}, {name} on {device}; move them to one with parent.to(device)")
     bindings = [bind(parent) for parent in parents]
     check_compatible(dict(zip(names, bindings, strict=True)))
     classes = {name: labels for name, parent in zip(names, parents, strict=True) if (labels := class_names(parent))}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import fusionpl
 from fusionpl.cli.common import CONF
+from fusionpl.errors import FusionError
 from fusionpl.evaluation import evaluate, evaluate_ensemble
 from tests.models_for_tests import CLASSES, VOCABULARY, images, sentences, text_model, timm_vit
 from tests.pretend_device import DEVICE, PretendDevice
@@ -75,3 +76,9 @@ def test_a_fusion_stays_on_its_parents_device(setting: str) -> None:
         there = [{key: value.to(DEVICE) for key, value in batch.items()} for batch in batches]
         assert evaluate(fused, there)["loss"] == pytest.approx(evaluate(expected, batches)["loss"], rel=1e-3)
         assert evaluate_ensemble(parents, batches) == evaluate_ensemble(parents, there)
+
+
+def test_parents_on_two_devices_are_refused() -> None:
+    near, far = timm_vit(0, depth=1), timm_vit(1, depth=1)
+    with PretendDevice(), pytest.raises(FusionError, match=r"^a is on cpu, b on lazy; move them to one"):
+        fusionpl.fuse([near, moved(far)], [images()], names=["a", "b"])

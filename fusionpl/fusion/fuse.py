@@ -235,9 +235,11 @@ def check_parents(parents: Sequence[nn.Module], names: Sequence[str]) -> list[Bi
         raise FusionError(f"fusion needs at least two parents, not {len(parents)}; give --parents A B")
     for parent, name in zip(parents, names, strict=True):
         check_finite(parent, name)
-        if (device := device_of(parent)) != (home := device_of(parents[0])):
-            raise FusionError(f"{names[0]} is on {home}, {name} on {device}; move them to one with parent.to(device)")
     bindings = [bind(parent) for parent in parents]
+    homes = [device_of(parent) for parent in parents]
+    for home, name in zip(homes, names, strict=True):
+        if home != homes[0]:
+            raise FusionError(f"{names[0]} is on {homes[0]}, {name} on {home}; move them to one with parent.to(device)")
     check_compatible(dict(zip(names, bindings, strict=True)))
     classes = {name: labels for name, parent in zip(names, parents, strict=True) if (labels := class_names(parent))}
     first, reference = next(iter(classes.items()), ("", ()))

@@ -134,7 +134,7 @@ def plot(
     kinds = list(dict.fromkeys(metrics.values()))
     if not kinds:
         return
-    height = 4.0 if table.curve else 1.2 + len(figures) * max(0.3, 0.12 * len(columns))
+    height = 4.0 if table.curve else 1.2 + len(figures) * max(0.3, 0.15 * max(map(len, figures.values())))
     panels, every = plt.subplots(1, len(kinds), figsize=(8 * len(kinds), height), layout="constrained", squeeze=False)
     for kind, axes in zip(kinds, every[0], strict=True):
         scale = 100 if kind == "accuracy" else 1
@@ -172,12 +172,14 @@ def _curves(axes: Axes, rows: Mapping[str, Mapping[str, list[float]]]) -> None:
 
 def _bars(axes: Axes, rows: Mapping[str, Mapping[str, list[float]]], digits: str) -> None:
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    thickness = 0.8 / max(len(columns), 1)
-    for place, column in enumerate(columns):
-        at = [index for index, row in enumerate(rows.values()) if column in row]
+    thickness = 0.8 / max(map(len, rows.values()))
+    for column in columns:
+        # the bars of a row stand side by side around its name, also where it lacks a column
+        at = [index + (list(row).index(column) + 0.5 - len(row) / 2) * thickness
+              for index, row in enumerate(rows.values()) if column in row]  # fmt: skip
         values = [row[column] for row in rows.values() if column in row]
         bars = axes.barh(
-            [index + (place + 0.5) * thickness - 0.4 for index in at], [statistics.mean(one) for one in values],
+            at, [statistics.mean(one) for one in values],
             thickness, xerr=[_spread(one) for one in values], label=column,
         )  # fmt: skip
         axes.bar_label(bars, fmt=digits, padding=3, fontsize=7)

@@ -185,7 +185,7 @@ def _bars(axes: Axes, rows: Mapping[str, Mapping[str, list[float]]], digits: str
         axes.bar_label(bars, fmt=digits, padding=3, fontsize=7)
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes.invert_yaxis()
-    axes.margins(x=0.1)
+    axes.margins(x=0.1, y=0.02)
     if len(columns) > 1:
         axes.legend(frameon=False, fontsize=8, ncols=len(columns), loc="lower left", bbox_to_anchor=(0, 1))
 

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 from benchmarks.common import DEFAULT, EXACT, PAIRS, PAPER, WEIGHTS, Figures, Maker, Parents, finetuned, plain_average
@@ -86,12 +86,16 @@ class Classifying:
     path: str
     limit: int | None
 
+    @cached_property
+    def data(self) -> TextClassificationDataModule:
+        tokenizer = load_tokenizer(self.parents.folder(PAIRS[0][0]))
+        return TextClassificationDataModule(
+            TextClassificationConfig(path=self.path, train_limit=self.limit), 0, tokenizer
+        )
+
     def accuracy(self, make: Maker) -> Figures:
         """Test accuracy after finetuning."""
-        tokenizer = load_tokenizer(self.parents.folder(PAIRS[0][0]))
-        config = TextClassificationConfig(path=self.path, train_limit=self.limit)
-        data = TextClassificationDataModule(config, 0, tokenizer)
-        figures = finetuned(make(), data, "text-classification", f"{self.task}.yaml", seed=0)
+        figures = finetuned(make(), self.data, "text-classification", f"{self.task}.yaml", seed=0)
         return {self.task: figures["accuracy"]}
 
     @cache  # noqa: B019 -- every parent is in two pairs, and the process ends with the table

@@ -23,7 +23,7 @@ BLOCKS: dict[str, dict[str, dict[str, Any]]] = {
         "assignment": {"align.solver": "assignment"},
     },
     "Evidence": {
-        "activations, Sinkhorn 0.08 ": {},
+        "activations, Sinkhorn 0.08": {},
         "activations, EMD": HARD,
         "weights, Sinkhorn 0.06": WEIGHTS,
         "weights, EMD": {**WEIGHTS, **HARD},

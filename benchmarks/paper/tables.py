@@ -85,7 +85,7 @@ def widths(lab: Lab) -> Table:
 def ablation(lab: Lab) -> Table:
     """Every choice of the paper, and the calibration samples of the paper's setting and of ours."""
     cells: list[Cell] = []
-    named = {f"{block}: {name.strip()}": load_config(PAPER, changes)
+    named = {f"{block}: {name}": load_config(PAPER, changes)
              for block, rows in BLOCKS.items() for name, changes in rows.items()}  # fmt: skip
     for preset, file in (("paper", PAPER), ("default", DEFAULT)):
         for samples in lab.scale.samples:

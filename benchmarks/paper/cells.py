@@ -159,13 +159,16 @@ def _spread(values: list[float]) -> float:
 
 
 def _curves(axes: Axes, rows: Mapping[str, Mapping[str, list[float]]]) -> None:
+    axes.set_xticks([int(column) for column in max(rows.values(), key=len)])
     for name, row in rows.items():
         means = [statistics.mean(values) for values in row.values()]
         if len(means) == 1:  # not finetuned: the parents' mean, the ensemble
             axes.axhline(means[0], color="0.3", linestyle="--" if "parents" in name else ":", linewidth=1, label=name)
         else:
             errors = [_spread(values) for values in row.values()]
-            axes.errorbar([int(column) for column in row], means, errors, marker="o", capsize=2, label=name)
+            axes.errorbar(
+                [int(column) for column in row], means, errors, marker="o", markersize=4, capsize=2, label=name
+            )
     axes.set_xlabel("epochs of finetuning")
     axes.legend(frameon=False, fontsize=8)
 

@@ -144,7 +144,7 @@ def plot(
             if metrics[name] == kind
         }
         if table.curve:
-            _curves(axes, rows)
+            _curves(axes, rows, columns)
         else:
             _bars(axes, rows, "%.1f" if kind == "accuracy" else "%.2f")
         label = "test accuracy (%)" if kind == "accuracy" else "test loss (nats)"
@@ -158,8 +158,8 @@ def _spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _curves(axes: Axes, rows: Mapping[str, Mapping[str, list[float]]]) -> None:
-    axes.set_xticks([int(column) for column in max(rows.values(), key=len)])
+def _curves(axes: Axes, rows: Mapping[str, Mapping[str, list[float]]], columns: Sequence[str]) -> None:
+    axes.set_xticks([int(column) for column in columns])
     for name, row in rows.items():
         means = [statistics.mean(values) for values in row.values()]
         if len(means) == 1:  # not finetuned: the parents' mean, the ensemble

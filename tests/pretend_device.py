@@ -38,10 +38,19 @@ class Wrapper(Tensor):
 
 
 class PretendDevice(TorchDispatchMode):
-    """Inside, tensors can be made on `DEVICE` and moved there and back."""
+    """Inside, tensors can be made on `DEVICE` and moved there and back, those of float64 only if it has that."""
+
+    def __init__(self, *, float64: bool = True) -> None:
+        super().__init__()
+        self.float64 = float64
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(operation, args, kwargs or {})
+        found = _run(operation, args, kwargs or {})
+        if not self.float64 and any(
+            isinstance(one, Wrapper) and one.dtype == torch.float64 for one in tree_leaves(found)
+        ):
+            raise TypeError(f"{DEVICE} has no float64")
+        return found
 
 
 def _run(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

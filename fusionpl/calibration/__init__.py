@@ -2,7 +2,7 @@
 
 from fusionpl.calibration.calibrate import Key, Progress, batches, calibrate, no_progress
 from fusionpl.calibration.config import CalibrationConfig, Scale
-from fusionpl.calibration.forward import Batch, device_of, eval_mode, inputs_of, logits
+from fusionpl.calibration.forward import Batch, device_of, eval_mode, has_float64, inputs_of, logits
 from fusionpl.calibration.moments import Moments
 from fusionpl.calibration.taps import parameter_units, recorded
 
@@ -17,6 +17,7 @@ __all__ = [
     "calibrate",
     "device_of",
     "eval_mode",
+    "has_float64",
     "inputs_of",
     "logits",
     "no_progress",

@@ -22,6 +22,15 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64, in which a fusion adds up its statistics; Apple's GPUs don't."""
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
     """Puts `models` in eval mode and gives every submodule its own mode back at the end."""

@@ -217,10 +217,10 @@ def _report(
     device: torch.device,
     settings: dict[str, Any],
 ) -> Report:
+    plain = vanilla(list(parents.values()), mixing_weights(result.config.weights, len(parents)))
     models = [parent.to(device) for parent in parents.values()]
     batches = list(data.test_dataloader())
     sample = batches[0]
-    plain = vanilla(models, mixing_weights(result.config.weights, len(models)))
     candidates = {f"parent {name}": model for name, model in zip(parents, models, strict=True)}
     rows = [_row(name, evaluate(model, batches), [model], sample) for name, model in candidates.items()]
     rows.append(_row("ensemble", evaluate_ensemble(models, batches), models, sample))

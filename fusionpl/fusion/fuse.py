@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 from fusionpl.alignment import ActivationEvidence, AlignConfig, Alignment, WeightEvidence, align, evidence_keys
-from fusionpl.calibration import Key, Moments, Progress, calibrate, device_of, no_progress
+from fusionpl.calibration import Key, Moments, Progress, calibrate, device_of, has_float64, no_progress
 from fusionpl.errors import FusionError
 from fusionpl.families import (
     Binding,
@@ -233,13 +233,17 @@ def check_parents(parents: Sequence[nn.Module], names: Sequence[str]) -> list[Bi
     """
     if len(parents) < 2:
         raise FusionError(f"fusion needs at least two parents, not {len(parents)}; give --parents A B")
-    for parent, name in zip(parents, names, strict=True):
-        check_finite(parent, name)
-    bindings = [bind(parent) for parent in parents]
     homes = [device_of(parent) for parent in parents]
     for home, name in zip(homes, names, strict=True):
         if home != homes[0]:
             raise FusionError(f"{names[0]} is on {homes[0]}, {name} on {home}; move them to one with parent.to(device)")
+    if not has_float64(homes[0]):
+        raise FusionError(
+            f"the parents are on {homes[0]}, which has no float64; fuse them on the CPU: parent.to('cpu')"
+        )
+    for parent, name in zip(parents, names, strict=True):
+        check_finite(parent, name)
+    bindings = [bind(parent) for parent in parents]
     check_compatible(dict(zip(names, bindings, strict=True)))
     classes = {name: labels for name, parent in zip(names, parents, strict=True) if (labels := class_names(parent))}
     first, reference = next(iter(classes.items()), ("", ()))

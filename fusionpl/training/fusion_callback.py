@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
+import torch
 from torch import nn
 
-from fusionpl.calibration import Progress, no_progress
+from fusionpl.calibration import Progress, has_float64, no_progress
 from fusionpl.errors import FusionError
 from fusionpl.fusion import FuseConfig, FusionResult, fuse
 from fusionpl.models import load_model
@@ -17,7 +18,8 @@ class OTFusion(L.Callback):
 
     `L.Trainer(callbacks=[OTFusion(parents)]).fit(module, datamodule)` finetunes a fused model; `validate` and `test`
     evaluate it. Calibration uses `datamodule.calibration_dataloader()`. Under DDP every rank calibrates on its share of
-    the batches and the moments are summed, so all ranks hold the same fused model.
+    the batches and the moments are summed, so all ranks hold the same fused model. It fuses on the Trainer's device, or
+    on the CPU where that device has no float64 (Apple's GPUs).
 
     Args:
         parents: models, or anything `fusionpl.load_model` takes.
@@ -55,6 +57,8 @@ class OTFusion(L.Callback):
                 "OTFusion needs calibration data: give the Trainer a datamodule with calibration_dataloader()"
             )
         device = trainer.strategy.root_device
+        if not has_float64(device):
+            device = torch.device("cpu")
         parents = [parent if isinstance(parent, nn.Module) else load_model(parent) for parent in self.parents]
         homes = [next(parent.parameters()).device for parent in parents]
         self.result = fuse(

@@ -17,6 +17,7 @@ from fusionpl.calibration import (
     batches,
     device_of,
     eval_mode,
+    has_float64,
     logits,
     no_progress,
     recorded,
@@ -116,8 +117,14 @@ def refine(
     }  # fmt: skip
     module = Refinement(result.model.train(), result.binding, result.parents, config.refine)
     with eval_mode(*(parent.model for parent in result.parents)):
-        L.Trainer(**{**(trainer_args or {}), **own}).fit(module, loader)
+        _trainer({**(trainer_args or {}), **own}).fit(module, loader)
     result.model.to(home).eval()
+
+
+def _trainer(args: Mapping[str, Any]) -> L.Trainer:
+    """A Trainer on a device that has the float64 of the targets."""
+    trainer = L.Trainer(**args)
+    return trainer if has_float64(trainer.strategy.root_device) else L.Trainer(**{**args, "accelerator": "cpu"})
 
 
 def fuse(

@@ -1,7 +1,13 @@
 """Learned refinement: nearer to the parents' mean, the same twice, and no labels."""
 
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import lightning as L
 import pytest
 import torch
+from lightning import Trainer
 from torch import nn
 
 import fusionpl
@@ -37,6 +43,21 @@ def test_text_is_refined_without_its_padding(name: str) -> None:
     other = batch | {"input_ids": torch.where(batch["attention_mask"].bool(), batch["input_ids"], 7)}
     first, second = (fusionpl.fuse(parents, [one], CONFIG).model for one in (batch, other))
     assert largest_difference(first, second) < 1e-3
+
+
+def test_refinement_runs_on_the_cpu_where_the_device_has_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def trainer(**args: Any) -> L.Trainer:
+        asked.append(args.get("accelerator"))
+        return Trainer(**args)
+
+    monkeypatch.setattr(L, "Trainer", trainer)
+    monkeypatch.setattr(import_module("fusionpl.training.refine"), "has_float64", lambda _: False)
+    fusionpl.fuse(
+        [timm_vit(seed) for seed in range(2)], [images()], replace(CONFIG, refine=RefineConfig("gradient", 1))
+    )
+    assert asked[-1] == "cpu"
 
 
 def test_the_callback_says_that_it_cannot_refine() -> None:

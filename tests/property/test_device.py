@@ -1,5 +1,6 @@
 """Parents on a device are fused there, to what they are fused to on the CPU."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,6 +77,23 @@ def test_a_fusion_stays_on_its_parents_device(setting: str) -> None:
         there = [{key: value.to(DEVICE) for key, value in batch.items()} for batch in batches]
         assert evaluate(fused, there)["loss"] == pytest.approx(evaluate(expected, batches)["loss"], rel=1e-3)
         assert evaluate_ensemble(parents, batches) == evaluate_ensemble(parents, there)
+
+
+def test_parents_on_a_device_without_float64_are_refused() -> None:
+    parents = [timm_vit(seed, depth=1) for seed in range(2)]
+    with PretendDevice(float64=False), pytest.raises(FusionError, match=r"on lazy, which has no float64; fuse them on"):
+        fusionpl.fuse([moved(parent) for parent in parents], [images()])
+
+
+def test_the_callback_fuses_on_the_cpu_where_the_device_has_no_float64() -> None:
+    parents, batches = [timm_vit(seed, depth=1) for seed in range(2)], [images()]
+    expected = fusionpl.fuse(parents, batches).model.state_dict()
+    data = SimpleNamespace(calibration_dataloader=lambda: batches)
+    trainer: Any = SimpleNamespace(datamodule=data, strategy=SimpleNamespace(root_device=DEVICE), is_global_zero=True)
+    module: Any = SimpleNamespace()
+    with PretendDevice(float64=False):
+        fusionpl.OTFusion(parents).setup(trainer, module, "fit")
+    torch.testing.assert_close(module.model.state_dict(), expected, rtol=0, atol=0)
 
 
 def test_parents_on_two_devices_are_refused() -> None:

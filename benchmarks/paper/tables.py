@@ -122,7 +122,11 @@ def beyond(lab: Lab) -> Table:
         for name, more in (("default", {}), ("default + refine", {"refine.method": "gradient"})):
             make = partial(team.fused, load_config(DEFAULT, more))
             add(name, repeat, team, make, "refitted", finetune=True)
-    return Table("Test accuracy of every alignment, averaged and refitted without labels or gradients.", cells)
+    return Table(
+        "Test accuracy of every alignment, averaged and refitted without labels or gradients from all calibration "
+        "samples (the default: from 512 at most).",
+        cells,
+    )
 
 
 def shards(lab: Lab) -> Table:

@@ -124,7 +124,7 @@ def beyond(lab: Lab) -> Table:
             add(name, repeat, team, make, "refitted", finetune=True)
     return Table(
         "Test accuracy of every alignment, averaged and refitted without labels or gradients from all calibration "
-        "samples (the default: from 512 at most).",
+        f"samples (the default: from {load_config(DEFAULT).calibration.samples} at most).",
         cells,
     )
 

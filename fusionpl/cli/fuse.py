@@ -217,6 +217,7 @@ def _report(
     device: torch.device,
     settings: dict[str, Any],
 ) -> Report:
+    # before the parents move: averages are in float64, which `device` may lack
     plain = vanilla(list(parents.values()), mixing_weights(result.config.weights, len(parents)))
     models = [parent.to(device) for parent in parents.values()]
     batches = list(data.test_dataloader())

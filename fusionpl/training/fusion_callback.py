@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch import nn
 
-from fusionpl.calibration import Progress, has_float64, no_progress
+from fusionpl.calibration import Progress, device_of, has_float64, no_progress
 from fusionpl.errors import FusionError
 from fusionpl.fusion import FuseConfig, FusionResult, fuse
 from fusionpl.models import load_model
@@ -60,7 +60,7 @@ class OTFusion(L.Callback):
         if not has_float64(device):
             device = torch.device("cpu")
         parents = [parent if isinstance(parent, nn.Module) else load_model(parent) for parent in self.parents]
-        homes = [next(parent.parameters()).device for parent in parents]
+        homes = [device_of(parent) for parent in parents]
         self.result = fuse(
             [parent.to(device) for parent in parents],
             calibration(),

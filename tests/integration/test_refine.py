@@ -7,7 +7,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning import Trainer
 from torch import nn
 
 import fusionpl
@@ -47,10 +46,11 @@ def test_text_is_refined_without_its_padding(name: str) -> None:
 
 def test_refinement_runs_on_the_cpu_where_the_device_has_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str | None] = []
+    real = L.Trainer
 
     def trainer(**args: Any) -> L.Trainer:
         asked.append(args.get("accelerator"))
-        return Trainer(**args)
+        return real(**args)
 
     monkeypatch.setattr(L, "Trainer", trainer)
     monkeypatch.setattr(import_module("fusionpl.training.refine"), "has_float64", lambda _: False)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fusionpl
+from fusionpl.calibration import has_float64
 from fusionpl.cli.common import CONF
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import evaluate, evaluate_ensemble
@@ -94,6 +95,15 @@ def test_the_callback_fuses_on_the_cpu_where_the_device_has_no_float64() -> None
     with PretendDevice(float64=False):
         fusionpl.OTFusion(parents).setup(trainer, module, "fit")
     torch.testing.assert_close(module.model.state_dict(), expected, rtol=0, atol=0)
+
+
+def test_a_device_out_of_memory_is_not_taken_for_one_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        has_float64(torch.device("cpu"))
 
 
 def test_parents_on_two_devices_are_refused() -> None:

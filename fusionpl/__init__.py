@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fusionpl.errors import FusionError
-    from fusionpl.fusion import FuseConfig, FusionResult, load_config
+    from fusionpl.fusion import FuseConfig, FusionResult, fuse, load_config
     from fusionpl.models import load_model
-    from fusionpl.training import OTFusion, fuse
+    from fusionpl.training import OTFusion
 
 __all__ = ["FuseConfig", "FusionError", "FusionResult", "OTFusion", "fuse", "load_config", "load_model"]
 
@@ -20,7 +20,7 @@ _HOMES = {
     "FusionError": "fusionpl.errors",
     "FusionResult": "fusionpl.fusion",
     "OTFusion": "fusionpl.training",
-    "fuse": "fusionpl.training",
+    "fuse": "fusionpl.fusion",
     "load_config": "fusionpl.fusion",
     "load_model": "fusionpl.models",
 }

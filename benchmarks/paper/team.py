@@ -8,17 +8,14 @@ from functools import cached_property, partial
 
 from torch import nn
 
-from benchmarks.common import Figures, Maker, Parents, finetuned, plain_average
+from benchmarks.common import DEFAULT, Figures, Maker, Parents, finetuned, plain_average
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.choices import ALL, VARIANTS
 from benchmarks.paper.distillation import Distillation
 from benchmarks.paper.scales import DEVICE, Lab
-from fusionpl.calibration import CalibrationConfig
 from fusionpl.evaluation import evaluate, evaluate_ensemble
-from fusionpl.families import bind
-from fusionpl.fusion import AlignedParent, FuseConfig
-from fusionpl.fusion.refit import refit
-from fusionpl.training import ClassificationModule, fuse
+from fusionpl.fusion import FuseConfig, fuse, load_config
+from fusionpl.training import ClassificationModule
 
 ONE_SHOT, FINETUNED = "one-shot", "finetuned"
 
@@ -91,11 +88,7 @@ class Team:
 
     def refitted_vanilla(self) -> nn.Module:
         """The plain average, refitted as if its parents were aligned: what the refit is worth alone."""
-        model = self.vanilla()
-        weight = 1 / len(self.models)
-        parents = [AlignedParent(copy.deepcopy(parent), bind(parent), None, weight) for parent in self.models]
-        refit(model, bind(model), parents, self.lab.calibration, CalibrationConfig(samples=ALL))
-        return model
+        return self.fused(load_config(DEFAULT, {"align.solver": "identity", "calibration.samples": ALL}))
 
     def makers(self) -> dict[str, Maker]:
         """Vanilla and every variant."""

@@ -1,5 +1,6 @@
 """Options of alignment; the names are those of the paper's ablations."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,7 +47,9 @@ class AlignConfig:
     classifier: bool = True
 
     def __post_init__(self) -> None:
-        """Raises FusionError for options that contradict each other."""
+        """Raises FusionError for options that are out of range or contradict each other."""
+        if not (math.isfinite(self.reg) and self.reg > 0):
+            raise FusionError(f"align.reg must be above 0, not {self.reg}; for an exact plan use align.solver emd")
         if self.stream != "rotation":
             return
         needed = {"evidence": "activations", "residual": "tie", "heads": "matched", "scaling": "two_sided"}

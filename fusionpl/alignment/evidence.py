@@ -1,18 +1,22 @@
 """What describes the units of an axis: their activations, or their incoming weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusionpl.calibration import Key, Moments, Scale
-from fusionpl.families import Binding, Slot, move
-from fusionpl.transport import Gram, TransportMap, gram
+from fusionpl.families import Binding, Slot, State, move, section_of
+from fusionpl.transport import Gram, TransportMap
 
 
 class Evidence(Protocol):
     """Inner products between the units of a parent and of the anchor."""
+
+    def needs(self, axis: str) -> tuple[str, ...]:
+        """The axes whose maps must be known before the units of `axis` are compared."""
 
     def alike(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:
         """One set of units described by all `axes` of one size together."""
@@ -20,59 +24,66 @@ class Evidence(Protocol):
     def beside(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:
         """The units of all `axes`, one after the other, as one set."""
 
-    def magnitude(self, axis: str) -> Tensor:
-        """[n_anchor], the mean absolute activation of the anchor's units."""
-
 
 class ActivationEvidence:
-    """Activations over the calibration set, each axis scaled by itself. Parameters tapped as such stay raw."""
+    """Activations over the calibration set, each axis scaled by itself. Parameters tapped as such stay raw.
+
+    Args:
+        moments: of the parent with the anchor.
+        anchor: the anchor's binding.
+        scale: what is done to each unit's activations.
+        centred: whether their mean is taken away in any case.
+    """
 
     def __init__(self, moments: Mapping[Key, Moments], anchor: Binding, scale: Scale, *, centred: bool) -> None:
         self.moments, self.anchor = moments, anchor
         self.scale: Scale = "center" if centred and scale in ("none", "normalize") else scale
         self.raw: Scale = "center" if centred else "none"
 
+    def needs(self, axis: str) -> tuple[str, ...]:
+        """None: activations are compared as they are."""
+        return ()
+
     def alike(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:
         """Activations of all `axes`, each scaled by itself, stacked along the samples."""
-        first, *rest = (self.beside((axis,), maps) for axis in axes)
-        return sum(rest, start=first)
+        return reduce(Gram.__add__, (self.beside((axis,), maps) for axis in axes))
 
     def beside(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:
         """Activations of the units of all `axes` over the same samples."""
-        raw = self.anchor.taps[axes[0]].kind == "parameter"
+        tap = self.anchor.taps.get(axes[0])
+        raw = tap is not None and tap.kind == "parameter"
         return self.moments[tuple(axes)].gram(self.raw if raw else self.scale)
 
     def unscaled(self, axes: Sequence[str]) -> Gram:
         """Activations of all `axes` as they are, stacked along the samples, those of each axis with unit total norm."""
-        grams = (self.moments[axis,].gram("none") for axis in axes)
-        first, *rest = (one.normalized() for one in grams)
-        return sum(rest, start=first)
-
-    def magnitude(self, axis: str) -> Tensor:
-        """[n_anchor], the mean absolute activation of the anchor's units."""
-        return self.moments[axis,].magnitude()
+        return reduce(Gram.__add__, (self.moments[axis,].gram("none").normalized() for axis in axes))
 
 
 class WeightEvidence:
-    """Rows of the weights that write an axis, after aligning what they read; without biases and norms."""
+    """Rows of the weights that write an axis, after aligning what they read; without biases and norms.
+
+    Args:
+        parent, anchor: give the parameters of a section.
+        binding, anchor_binding: theirs.
+        scale: `none` leaves the rows as they are, anything else scales them to unit length.
+        centred: whether the mean of each row is taken away.
+    """
 
     def __init__(
         self,
-        parent: nn.Module,
+        parent: Callable[[str], State],
         binding: Binding,
-        anchor: nn.Module,
+        anchor: Callable[[str], State],
         anchor_binding: Binding,
         scale: Scale,
         *,
         centred: bool,
-        magnitudes: Mapping[Key, Moments],
     ) -> None:
-        self.source, self.target = dict(parent.named_parameters()), dict(anchor.named_parameters())
-        self.binding, self.anchor_binding = binding, anchor_binding
-        self.scale, self.centred, self.magnitudes = scale, centred, magnitudes
+        self.parent, self.binding, self.anchor, self.anchor_binding = parent, binding, anchor, anchor_binding
+        self.scale, self.centred = scale, centred
 
     def needs(self, axis: str) -> tuple[str, ...]:
-        """The free axes whose maps must be known first: those that the rows of `axis` read."""
+        """The free axes that the rows of `axis` read."""
         read = {
             name
             for slot in self.binding.writers(axis)
@@ -83,35 +94,36 @@ class WeightEvidence:
 
     def alike(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:
         """Each unit's rows of all `axes` side by side, then scaled as one vector."""
-        rows = [self._rows(axis, maps) for axis in axes]
-        return self._gram(*(torch.cat(side, dim=1) for side in zip(*rows, strict=True)))
+        return self._gram(self._rows((axis,), maps) for axis in axes)
 
     def beside(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:
         """The rows of all `axes`, one unit a row."""
-        rows = [self._rows(axis, maps) for axis in axes]
-        return self._gram(*(torch.cat(side, dim=0) for side in zip(*rows, strict=True)))
+        return self._gram([self._rows(axes, maps)])
 
-    def magnitude(self, axis: str) -> Tensor:
-        """[n_anchor], the mean absolute activation of the anchor's units."""
-        return self.magnitudes[axis,].magnitude()
-
-    def _gram(self, a: Tensor, b: Tensor) -> Gram:
-        if self.centred and a.shape[1] > 1:
-            a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-        inner = gram(a, b)
+    def _gram(self, rows: Iterable[tuple[Tensor, Tensor]]) -> Gram:
+        """The Gram of features that come in parts: [n_parent, features] and [n_anchor, features] each."""
+        moments: Moments | None = None
+        for ours, theirs in rows:
+            moments = moments or Moments.zeros(len(ours), len(theirs), device=ours.device)
+            moments.update(ours.T, theirs.T)
+        assert moments is not None
+        inner = moments.gram("center" if self.centred and float(moments.count) > 1 else "none")
         return inner if self.scale == "none" or inner.scalar else inner.unit()
 
-    def _rows(self, axis: str, maps: Mapping[str, TransportMap]) -> tuple[Tensor, Tensor]:
-        inputs = {name: maps[name] for name in self.needs(axis)}
-        ours = [
-            _as_rows(move(slot.of(self.source[slot.parameter].detach()).double(), slot, inputs), slot, axis)
-            for slot in self.binding.writers(axis)
-        ]
-        theirs = [
-            _as_rows(slot.of(self.target[slot.parameter].detach()).double(), slot, axis)
-            for slot in self.anchor_binding.writers(axis)
-        ]
-        return torch.cat(ours, dim=1), torch.cat(theirs, dim=1)
+    def _rows(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> tuple[Tensor, Tensor]:
+        ours = [self._described(axis, self.binding, self.parent, maps) for axis in axes]
+        theirs = [self._described(axis, self.anchor_binding, self.anchor, None) for axis in axes]
+        return torch.cat(ours), torch.cat(theirs)
+
+    def _described(
+        self, axis: str, binding: Binding, read: Callable[[str], State], maps: Mapping[str, TransportMap] | None
+    ) -> Tensor:
+        inputs = {} if maps is None else {name: maps[name] for name in self.needs(axis)}
+        state = read(section_of(axis))
+        return torch.cat([
+            _as_rows(move(slot.of(state[slot.parameter]).double(), slot, inputs), slot, axis)
+            for slot in binding.writers(axis)
+        ], dim=1)  # fmt: skip
 
 
 def _as_rows(tensor: Tensor, slot: Slot, axis: str) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fusionpl.transport import Gram, TransportMap, procrustes
+from fusionpl.transport import Gram, TransportMap, procrustes, procrustes_batch
 
 
 def rotate_stream(inner: Gram) -> TransportMap:
@@ -31,15 +31,18 @@ def rotate_stream(inner: Gram) -> TransportMap:
     return replace(found, gain=scale, read_gain=1 / scale)
 
 
-def dissimilarity(inner: Gram) -> float:
-    """1 minus the cosine of two heads after the best rotation: 0 where they are rotations of each other."""
-    norms = (inner.parent.sum() * inner.anchor.sum()).sqrt().clamp_min(1e-300)
-    return 1 - float(torch.linalg.svdvals(inner.cross).sum() / norms)
+def dissimilarity(pairs: list[list[Gram]]) -> Tensor:
+    """1 minus the cosine of two heads after the best rotation, for each pair: 0 where they are rotations of each
+    other."""
+    norms = torch.stack([torch.stack([(one.parent.sum() * one.anchor.sum()).sqrt() for one in row]) for row in pairs])
+    crosses = torch.stack([torch.stack([one.cross for one in row]) for row in pairs])
+    alike: Tensor = torch.linalg.svdvals(crosses).sum(-1) / norms.clamp_min(1e-300)
+    return 1 - alike
 
 
-def rotate_units(inner: Gram) -> TransportMap:
-    """The rotation of one head's circuit."""
-    return procrustes(inner.cross)
+def rotate_units(pairs: list[Gram]) -> list[TransportMap]:
+    """The rotation of each pair of heads' circuit."""
+    return procrustes_batch(torch.stack([one.cross for one in pairs]))
 
 
 def _centred(matrix: Tensor, dim: int) -> Tensor:

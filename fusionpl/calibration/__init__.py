@@ -1,26 +1,47 @@
-"""Calibration: activations of all parents on the same batches, reduced to streaming moments."""
+"""Calibration: networks run section by section over the same batches, their activations reduced to moments."""
 
-from fusionpl.calibration.calibrate import Key, Progress, batches, calibrate, no_progress
+from fusionpl.calibration.batches import Progress, batches, no_progress
 from fusionpl.calibration.config import CalibrationConfig, Scale
+from fusionpl.calibration.flow import CalibrationSet, Flow, Passage, places_of, sum_over_ranks
 from fusionpl.calibration.forward import Batch, device_of, eval_mode, has_float64, inputs_of, logits
-from fusionpl.calibration.moments import Moments
-from fusionpl.calibration.taps import parameter_units, recorded
+from fusionpl.calibration.kept import Kept, budget, bytes_of, free_memory
+from fusionpl.calibration.moments import Key, Moments
+from fusionpl.calibration.network import Network
+from fusionpl.calibration.observe import Statistics, Target, Wanted, observe
+from fusionpl.calibration.taps import Place, captured, parameter_units, recorded
+from fusionpl.calibration.tokens import select
 
 __all__ = [
     "Batch",
     "CalibrationConfig",
+    "CalibrationSet",
+    "Flow",
+    "Kept",
     "Key",
     "Moments",
+    "Network",
+    "Passage",
+    "Place",
     "Progress",
     "Scale",
+    "Statistics",
+    "Target",
+    "Wanted",
     "batches",
-    "calibrate",
+    "budget",
+    "bytes_of",
+    "captured",
     "device_of",
     "eval_mode",
+    "free_memory",
     "has_float64",
     "inputs_of",
     "logits",
     "no_progress",
     "parameter_units",
+    "observe",
+    "places_of",
     "recorded",
+    "select",
+    "sum_over_ranks",
 ]

@@ -44,8 +44,23 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def arguments(model: nn.Module, batch: Batch, like: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """How `model` is called with a batch: a timm model takes an image tensor, a transformers model keywords.
+
+    Args:
+        model: of either library.
+        batch: an image tensor, or a mapping of model inputs; `labels` are ignored.
+        like: one of the model's parameters; inputs move to its device, floating-point ones to its type.
+    """
+    inputs = {
+        key: value.to(like.device, like.dtype if value.is_floating_point() else None)
+        for key, value in inputs_of(batch).items()
+    }
+    return ((), inputs) if hasattr(model, "config_class") else (tuple(inputs.values()), {})
+
+
 def logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Runs `model` on `batch` on the model's own device.
+    """Runs `model` on `batch` on the model's own device and in its own type.
 
     Args:
         model: a timm model (takes an image tensor, returns logits) or a transformers model (takes keywords,
@@ -55,6 +70,11 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
     Returns:
         The logits, [B, classes] or, for masked language models, [B, T, vocabulary].
     """
-    inputs = {key: value.to(device_of(model)) for key, value in inputs_of(batch).items()}
-    output = model(**inputs) if hasattr(model, "config_class") else model(*inputs.values())
-    return output if isinstance(output, Tensor) else output.logits
+    args, keywords = arguments(model, batch, next(model.parameters()))
+    return scores(model(*args, **keywords))
+
+
+def scores(output: Any) -> Tensor:
+    """The logits in what a model of either library returns."""
+    found: Tensor = output if isinstance(output, Tensor) else output.logits
+    return found

@@ -1,59 +1,88 @@
-"""Records the activations of named axes while a model runs."""
+"""Sees what passes through the modules of a model while it runs."""
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from fusionpl.families import Binding, Tap
 
-Activations = dict[str, Tensor]
+
+class Place(NamedTuple):
+    """The input or the output of a module, by its path."""
+
+    module: str
+    side: Literal["input", "output"]
+
+
+class Reached(Exception):  # noqa: N818  # a signal, not an error
+    """The part of a forward pass that is needed is over."""
+
+
+@contextlib.contextmanager
+def captured(
+    model: nn.Module, places: Iterable[Place], *, stop: bool = False, gradients: bool = False
+) -> Iterator[dict[Place, Tensor]]:
+    """Hooks `model` so that each forward pass leaves what passes at `places` in the yielded dict.
+
+    Args:
+        model: whose modules the places name.
+        places: where to look.
+        stop: end the forward pass, and the `with` block, behind the last place.
+        gradients: keep the graph.
+    """
+    wanted = set(places)
+    seen: dict[Place, Tensor] = {}
+
+    def keep(place: Place, tensor: Tensor) -> None:
+        seen[place] = tensor if gradients else tensor.detach()
+        if stop and len(seen) == len(wanted):
+            raise Reached
+
+    def hook(place: Place) -> Any:
+        module = model.get_submodule(place.module)
+        if place.side == "input":
+            return module.register_forward_pre_hook(lambda _, args: keep(place, args[0]))
+        return module.register_forward_hook(lambda _, args, output: keep(place, output))
+
+    with contextlib.ExitStack() as stack:
+        for place in wanted:
+            stack.callback(hook(place).remove)
+        with contextlib.suppress(Reached) if stop else contextlib.nullcontext():
+            yield seen
 
 
 @contextlib.contextmanager
 def recorded(
     model: nn.Module, binding: Binding, axes: Iterable[str], *, gradients: bool = False
-) -> Iterator[Activations]:
-    """Hooks `model` so that each forward pass leaves the activations of `axes` in the yielded dict.
+) -> Iterator[dict[str, Tensor]]:
+    """Fills the yielded dict, when the `with` block ends, with the activations of `axes` in the last forward pass.
 
-    Only the latest batch is held, without its graph unless `gradients` are wanted. Axes whose tap is a parameter are
-    not recorded: see `parameter_units`.
+    Axes whose tap is a parameter are not recorded: see `parameter_units`.
 
     Yields:
-        axis -> [B, T, n], [B, n] or, from a convolution, [B, n, h, w]; on the model's device.
+        axis -> [B, T, n], [B, n] or, from a convolution, [B, n, h, w]; on the model's device, without their graph
+        unless `gradients` are wanted.
     """
-    places: dict[tuple[str, str], list[Tap]] = defaultdict(list)
-    for axis in axes:
-        tap = binding.taps[axis]
-        if tap.kind != "parameter":
-            places[tap.target, tap.kind].append(tap)
-    seen: Activations = {}
-
-    def keep(taps: list[Tap], tensor: Tensor) -> None:
-        for tap in taps:
-            index = (slice(None), tap.units) if tensor.ndim == 4 else (..., tap.units)
-            seen[tap.axis] = (tensor if gradients else tensor.detach())[index]
-
-    def on_input(taps: list[Tap]) -> Any:
-        return lambda module, args: keep(taps, args[0])
-
-    def on_output(taps: list[Tap]) -> Any:
-        return lambda module, args, output: keep(taps, output)
-
-    with contextlib.ExitStack() as stack:
-        for (target, kind), taps in places.items():
-            module = model.get_submodule(target)
-            hook = (
-                module.register_forward_pre_hook(on_input(taps))
-                if kind == "input"
-                else module.register_forward_hook(on_output(taps))
-            )
-            stack.callback(hook.remove)
-        yield seen
+    taps = [tap for axis in axes if (tap := binding.taps[axis]).kind != "parameter"]
+    found: dict[str, Tensor] = {}
+    with captured(model, map(place_of, taps), gradients=gradients) as seen:
+        yield found
+    found.update({tap.axis: units_of(seen, tap) for tap in taps})
 
 
-def parameter_units(model: nn.Module, tap: Tap) -> Tensor:
+def place_of(tap: Tap) -> Place:
+    """Where the activations of a tap that is no parameter pass."""
+    return Place(tap.target, "input" if tap.kind == "input" else "output")
+
+
+def units_of(seen: dict[Place, Tensor], tap: Tap) -> Tensor:
+    """The units of a tap in what passed at its place."""
+    tensor = seen[place_of(tap)]
+    return tensor[:, tap.units] if tensor.ndim == 4 else tensor[..., tap.units]
+
+
+def parameter_units(parameter: Tensor, tap: Tap) -> Tensor:
     """The values of a tapped parameter as rows: [rows, n], one row a position or token."""
-    return model.get_parameter(tap.target).detach().flatten(0, -2)
+    return parameter.detach().flatten(0, -2)[..., tap.units]

@@ -1,18 +1,11 @@
 """Which tokens of a sequence of activations count as evidence."""
 
 import math
-import re
 
 import torch
 from torch import Tensor
 
 from fusionpl.errors import FusionError
-
-
-def check_tokens(tokens: str) -> None:
-    """Raises FusionError unless `tokens` is all, class, mean or window:N."""
-    if tokens not in ("all", "class", "mean") and not re.fullmatch(r"window:[1-9]\d*", tokens):
-        raise FusionError(f"calibration.tokens '{tokens}': use all, class, mean or window:N (for example window:6)")
 
 
 def select(activations: Tensor, tokens: str, mask: Tensor | None = None) -> Tensor:

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from fusionpl.errors import FusionError, nearest
+from fusionpl.options import explain
 from fusionpl.training.tasks import TASKS, TaskName
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -66,7 +66,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str], preset: Path) -> Namespac
     try:
         return parser.parse_args(words)
     except ArgumentError as error:
-        raise FusionError(_explain(str(error), parser)) from error
+        raise FusionError(explain(str(error), parser)) from error
 
 
 def task_of(argv: Sequence[str], default: TaskName = "image-classification") -> TaskName:
@@ -210,20 +210,3 @@ def settings_of(parser: ArgumentParser, options: Namespace) -> dict[str, Any]:
         kept.pop(key, None)
     settings: dict[str, Any] = yaml.safe_load(parser.dump(kept, skip_validation=True))
     return settings
-
-
-def _explain(message: str, parser: ArgumentParser) -> str:
-    """jsonargparse's words in one line, with the nearest known name for an unknown one."""
-    known = list(parser.get_defaults(skip_validation=True).keys())
-    if found := re.match(r"unrecognized arguments: -*(\S+)", message):
-        name = found[1].split("=")[0]
-        return f"unknown option {message.split()[2]}{nearest(name, known)}"
-    if found := re.match(r"Group '(.+)' does not accept option '(.+)'", message):
-        name = f"{found[1]}.{found[2]}"
-        return f"unknown key {name}{nearest(name, known)}"
-    if found := re.match(r"Option '(.+)' is not accepted", message):
-        return f"unknown key {found[1]}{nearest(found[1], known)}"
-    if found := re.match(r'Parser key "(.+?)":\s*(.*)', message, flags=re.DOTALL):
-        reason = re.sub(r"<class '(?:builtins\.)?(\w+)'>", r"\1", found[2])
-        return f"{found[1]}: {reason[0].lower()}{reason[1:]}"
-    return message

@@ -1,11 +1,10 @@
 """`python fuse.py --parents A B`: align, average, evaluate, report."""
 
 import argparse
-import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ import lightning as L
 import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from torch import nn
 from tqdm import tqdm
 
-from fusionpl.calibration import logits
+from fusionpl.calibration import Network, logits
 from fusionpl.cli.common import (
     CONF,
     add_trainer_options,
     check_output,
+    is_main_process,
     new_parser,
     parse,
     quiet,
@@ -29,97 +28,140 @@ from fusionpl.cli.common import (
     staged,
     task_of,
 )
+from fusionpl.cli.measuring import Depth, card, measure
 from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError
-from fusionpl.evaluation import Curve, Report, Row, evaluate, evaluate_ensemble, flops, interpolation, parameters
 from fusionpl.families import permutation_error
 from fusionpl.fusion import (
     FuseConfig,
-    FusionResult,
-    RefineConfig,
     check_parents,
-    fuse,
+    describe,
     load_config,
+    make_plan,
     mixing_weights,
-    plan,
+    open_parents,
     resolve_anchor,
-    vanilla,
 )
-from fusionpl.models import check_tokenizers, load_model, load_tokenizer
-from fusionpl.training import (
-    TASKS,
-    ClassificationModule,
-    LoggerName,
-    OptimConfig,
-    OTFusion,
-    TaskName,
-    finish_loggers,
-    log_report,
-    make_loggers,
-    refine,
-)
+from fusionpl.models import check_tokenizers, library_of, load_model, load_tokenizer, write_card
+from fusionpl.training import TASKS, LoggerName, OTFusion, TaskName, finish_loggers, log_report, make_loggers
 
 PRESET = CONF / "fuse" / "default.yaml"
-CURVE_BATCHES = 4
 PROOF_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a command line asks for, checked, with no weight read.
+
+    Attributes:
+        args: the options.
+        settings: those that decide the result, as plain values.
+        config: how to fuse.
+        parents: short name -> where the parent comes from.
+        networks: the parents.
+        anchor: index of the anchor.
+        data: to calibrate and test on.
+        tokenizer: that the parents share, or None.
+    """
+
+    args: Namespace
+    settings: dict[str, Any]
+    config: FuseConfig
+    parents: Mapping[str, str]
+    networks: Sequence[Network]
+    anchor: int
+    data: FixedSplits
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, argv: Sequence[str]) -> "Job":
+        """Reads a command line: options first, then configurations of models.
+
+        Raises:
+            FusionError: a user's mistake.
+        """
+        parser, args = arguments(argv)
+        settings = {key: value for key, value in settings_of(parser, args).items() if key not in ("check", "dry_run")}
+        chosen = parser.instantiate(args)
+        config, parents = fuse_config(chosen), named(args.parents)
+        anchor = resolve_anchor(config, len(parents))
+        mixing_weights(config.weights, len(parents))
+        networks = [network for network, _ in open_parents(list(parents.values()), list(parents))]
+        check_parents(networks)
+        tokenizer = common_tokenizer(parents)
+        data = TASKS[args.task].datamodule(chosen.data, 0, tokenizer)
+        return cls(args, settings, config, parents, networks, anchor, data, tokenizer)
 
 
 def run(argv: Sequence[str]) -> None:
     """The command; see `--help`."""
     quiet()
     started = time.monotonic()
-    parser, args = arguments(argv)
-    settings = {key: value for key, value in settings_of(parser, args).items() if key not in ("check", "dry_run")}
-    chosen = parser.instantiate(args)
-    config = fuse_config(chosen)
+    job = Job.of(argv)
+    names, args = list(job.parents), job.args
     beside = {path: load_config(path) for path in args.compare}
-    parents = load_parents(args.parents)
-    names, models = list(parents), list(parents.values())
-    bindings = check_parents(models, names)
-    anchor = resolve_anchor(config, len(models))
-    tokenizer = common_tokenizer(dict(zip(names, args.parents, strict=True)))
-    data = TASKS[args.task].datamodule(chosen.data, 0, tokenizer)
-    data.check_model(models[anchor])
+    bindings = [network.binding for network in job.networks]
+    plan = make_plan(bindings, job.anchor, job.config, names)
     if args.dry_run:
-        print(plan(bindings, anchor, config, names))
+        print(describe(plan, bindings, job.anchor, job.config, names))
         return
+    job.data.check_model(job.networks[job.anchor].module, job.networks[job.anchor].logits)
     if args.check:
-        _check(parents, data)
+        _check(job)
         return
     output = Path(args.output or _default_output(args.parents))
     check_output(output, args.overwrite)
-    family = bindings[anchor].family.name
-    print(f"parents: {', '.join(names)} ({family}, {bindings[anchor].depth} blocks); anchor: {names[anchor]}")
-    fusion = OTFusion(models, replace(config, refine=RefineConfig()), names=names, progress=progress_bar)
-    trainer = L.Trainer(
-        callbacks=[fusion], **(args.trainer.as_dict() | {"logger": False, "enable_progress_bar": False})
+    print(
+        f"parents: {', '.join(names)} ({bindings[0].family.name}, {bindings[0].depth} blocks); "
+        f"anchor: {names[job.anchor]}"
     )
-    module = ClassificationModule(copy.deepcopy(models[anchor]), OptimConfig(), data.num_classes, data.metrics)
-    trainer.test(module, datamodule=data, verbose=False)
-    assert fusion.result is not None
-    result = fusion.result
-    if config.refine.method != "none":
-        result.config = config
-        refine(result, data.calibration_dataloader(), trainer_args=args.trainer.as_dict())
-    others = {
-        f"fused ({Path(path).stem})": fuse(models, data.calibration_dataloader(), other, names=names).model
-        for path, other in beside.items()
-    }
-    if not trainer.is_global_zero:
-        return
-    report = _report(parents, anchor, result, others, data, trainer.strategy.root_device, settings)
-    with staged(output, args.overwrite) as folder:
-        result.save(folder, tokenizer=tokenizer, card=_card(report, names))
-        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    with staged(output, args.overwrite) if is_main_process() else nullcontext(output) as folder:
+        fusion = _Fusion(list(job.parents.values()), job.config, names=names, output=folder, progress=progress_bar)
+        trainer = L.Trainer(callbacks=[fusion], **_launching(args.trainer))
+        trainer.test(_Nothing(), datamodule=job.data, verbose=False)
+        assert fusion.result is not None
+        device = trainer.strategy.root_device
+        others = {
+            f"fused ({Path(path).stem})": OTFusion(fusion.parents, other, names=names).fuse(trainer).model
+            for path, other in beside.items()
+        }
+        if not trainer.is_global_zero:
+            return
+        (folder / "config.yaml").write_text(yaml.safe_dump(job.settings, sort_keys=False))
+        if job.tokenizer is not None:
+            job.tokenizer.save_pretrained(folder / "model")
+        report = measure(job.parents, fusion.result, others, job.data, device, job.settings, args.report)
         report.save(folder / "report")
-    for line in result.warnings:
+        write_card(folder / "model", library_of(job.networks[job.anchor].module), card(report, names))
+    for line in fusion.result.warnings:
         print(f"warning: {line}")
     print(f"\n{report.table()}\n")
-    loggers = make_loggers(args.logger, output, name=f"fuse {output.name}", config=settings)
+    loggers = make_loggers(args.logger, output, name=f"fuse {output.name}", config=job.settings)
     log_report(loggers, report, output, parents=args.parents)
     finish_loggers(loggers)
     print(f"{output}: model/, report/report.md, maps.safetensors; {time.monotonic() - started:.0f} s")
     print(f"next: python finetune.py --model {output}")
+
+
+class _Fusion(OTFusion):
+    """Fuses in the processes that a Trainer starts, and leaves the result on disk."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Fuses."""
+        self.result = self.fuse(trainer)
+
+
+class _Nothing(L.LightningModule):
+    """A module that a Trainer has nothing to do with."""
+
+    def test_step(self, batch: Any, index: int) -> None:
+        """Is never called."""
+
+
+def _launching(options: Namespace) -> dict[str, Any]:
+    """Trainer arguments that start the processes and then run no batch."""
+    quietly = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    return {**options.as_dict(), **quietly, "limit_test_batches": 0}
 
 
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
@@ -131,8 +173,10 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     parser.add_argument("--logger", type=LoggerName, default="wandb", help="metrics.csv is always written")
     parser.add_argument("--compare", nargs="+", type=str, default=[], help="more fuse presets, for rows in the report")
+    parser.add_argument("--report", type=Depth, default="full", help="rows: no curves and aligned average, which hold "
+                        "several models in memory at once; none: measure nothing")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="prove the family on the parents; fuse nothing")
-    parser.add_argument("--dry-run", action="store_true", help="print axes, sizes, maps and joins; fuse nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, with time and memory")
     parser.add_class_arguments(FuseConfig)
     parser.add_class_arguments(TASKS[task].data, "data")
     add_trainer_options(parser)
@@ -168,12 +212,12 @@ def fuse_config(options: Namespace) -> FuseConfig:
     return FuseConfig(**{field.name: options[field.name] for field in fields(FuseConfig)})
 
 
-def load_parents(paths: Sequence[str]) -> dict[str, nn.Module]:
-    """Loads the parents and gives each the shortest name that tells it from the others."""
+def named(paths: Sequence[str]) -> dict[str, str]:
+    """Gives each parent the shortest name that tells it from the others: name -> path."""
     names = [Path(path).name for path in paths]
     if len(set(names)) < len(names):
         names = [f"{name}#{index + 1}" for index, name in enumerate(names)]
-    return {name: load_model(path) for name, path in zip(names, paths, strict=True)}
+    return dict(zip(names, paths, strict=True))
 
 
 def common_tokenizer(parents: Mapping[str, str]) -> Any:
@@ -194,9 +238,10 @@ def progress_bar(steps: Iterable[Any], label: str) -> Iterable[Any]:
     return bar
 
 
-def _check(parents: Mapping[str, nn.Module], data: FixedSplits) -> None:
-    batch = next(iter(data.calibration_dataloader(16)))
-    for name, model in parents.items():
+def _check(job: Job) -> None:
+    batch = next(iter(job.data.calibration_dataloader(16)))
+    for name, path in job.parents.items():
+        model = load_model(path)
         with torch.inference_mode():
             size = float(logits(model, batch).abs().max())
         error = permutation_error(model, lambda one: logits(one, batch))
@@ -206,73 +251,3 @@ def _check(parents: Mapping[str, nn.Module], data: FixedSplits) -> None:
                 "its family file does not describe this model"
             )
         print(f"{name}: ok; renumbering all units at random changes outputs by {error:.1e} (outputs up to {size:.1f})")
-
-
-def _report(
-    parents: Mapping[str, nn.Module],
-    anchor: int,
-    result: FusionResult,
-    others: Mapping[str, nn.Module],
-    data: FixedSplits,
-    device: torch.device,
-    settings: dict[str, Any],
-) -> Report:
-    # before the parents move: averages are in float64, which `device` may lack
-    plain = vanilla(list(parents.values()), mixing_weights(result.config.weights, len(parents)))
-    models = [parent.to(device) for parent in parents.values()]
-    batches = list(data.test_dataloader())
-    sample = batches[0]
-    candidates = {f"parent {name}": model for name, model in zip(parents, models, strict=True)}
-    rows = [_row(name, evaluate(model, batches), [model], sample) for name, model in candidates.items()]
-    rows.append(_row("ensemble", evaluate_ensemble(models, batches), models, sample))
-    fused = {
-        "vanilla": plain,
-        **others,
-        "aligned average": result.averaged,
-        "refitted": result.refitted,
-        "fused": result.model,
-    }
-    for name, model in fused.items():
-        if model is not None:
-            rows.append(_row(name, evaluate(model.to(device), batches), [model], sample))
-    other = next(index for index in range(len(models)) if index != anchor)
-    ends = {"aligned": (result.aligned_parent(other), result.aligned_parent(anchor))}
-    if plain is not None:
-        ends = {"vanilla": (models[other], models[anchor])} | ends
-    few = list(islice(data.val_dataloader(), CURVE_BATCHES))
-    if rows[0].accuracy is None:  # the curve of a regression has no accuracy to show
-        ends = {}
-    barrier: dict[str, Curve] = {
-        name: interpolation(models[anchor], end.state_dict(), start.state_dict(), few)
-        for name, (end, start) in progress_bar(list(ends.items()), "loss barrier")
-    }
-    return Report(rows, settings, barrier, dict(_shown_maps(result)))
-
-
-def _row(name: str, metrics: dict[str, Any], models: Sequence[nn.Module], sample: Any) -> Row:
-    return Row(
-        name=name,
-        parameters=sum(parameters(model) for model in models),
-        flops=sum(flops(model, sample) for model in models),
-        **metrics,
-    )
-
-
-def _shown_maps(result: FusionResult) -> Iterator[tuple[str, torch.Tensor]]:
-    """A few maps that tell the story: the embedding, one block in the middle, the last of the stream."""
-    names = [name for name in result.maps if name.startswith("stem.")]
-    sections = list(dict.fromkeys(name.rpartition(".")[0] for name in result.maps if not name.startswith("stem.")))
-    middle = sections[(len(sections) - 1) // 2]
-    names = [*names[-1:], *(f"{middle}.{axis}" for axis in ("q", "v", "attn", "ffn")), f"{sections[-1]}.out"]
-    for name in names:
-        if name in result.maps:
-            yield name, result.maps[name].plan
-
-
-def _card(report: Report, names: Sequence[str]) -> str:
-    return (
-        f"# Fused from {', '.join(names)}\n\n"
-        "Aligned with optimal transport and averaged by fusionpl "
-        "([Transformer Fusion with Optimal Transport](https://arxiv.org/abs/2310.05719)).\n\n"
-        + report.markdown().partition("\n")[2].lstrip()
-    )

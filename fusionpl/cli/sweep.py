@@ -9,7 +9,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from fusionpl.cli.common import check_output, main, quiet, settings_of, staged
-from fusionpl.cli.fuse import arguments, common_tokenizer, fuse_config, load_parents, progress_bar
+from fusionpl.cli.fuse import arguments, common_tokenizer, fuse_config, named, progress_bar
 from fusionpl.errors import FusionError, flattened
 from fusionpl.evaluation import Report, Row, evaluate
-from fusionpl.fusion import Calibrated, FuseConfig, check_parents, load_config, resolve_anchor
+from fusionpl.fusion import Calibrated, FuseConfig, load_config, resolve_anchor
+from fusionpl.models import load_model
 from fusionpl.training import TASKS, finish_loggers, log_report, make_loggers
 
 Cell = dict[str, Any]
@@ -41,19 +42,17 @@ def run(argv: Sequence[str]) -> None:
     configs = {label(cell): load_config(None, {**flattened(base), **cell}) for cell in cells}
     output = Path(args.output or Path(args.parents[0]).parent / "sweep")
     check_output(output, args.overwrite)
-    parents = load_parents(args.parents)
-    models, names = list(parents.values()), list(parents)
-    check_parents(models, names)
-    tokenizer = common_tokenizer(dict(zip(names, args.parents, strict=True)))
-    data = TASKS[args.task].datamodule(chosen.data, 0, tokenizer)
+    parents = named(args.parents)
+    models = [load_model(path) for path in parents.values()]
+    data = TASKS[args.task].datamodule(chosen.data, 0, common_tokenizer(parents))
     data.check_model(models[0])
     test = list(data.test_dataloader())
     report = Report(config=settings)
-    for name, model in parents.items():
+    for name, model in zip(parents, models, strict=True):
         report.add(Row(f"parent {name}", **_scores(evaluate(model, test))))
     for group in passes(configs, len(models)):
         calibrated = Calibrated(
-            models, data.calibration_dataloader(), list(group.values()), names=names, progress=progress_bar
+            models, data.calibration_dataloader(), list(group.values()), names=list(parents), progress=progress_bar
         )
         for name, config in progress_bar(group.items(), f"sweep, {len(configs)} cells"):
             started = time.monotonic()
@@ -104,7 +103,7 @@ def passes(configs: Mapping[str, FuseConfig], count: int) -> list[dict[str, Fuse
     groups: dict[tuple[Any, ...], dict[str, FuseConfig]] = defaultdict(dict)
     for name, config in configs.items():
         anchor = resolve_anchor(config, count)
-        collected = config.calibration.samples, config.calibration.tokens, config.align.stream
+        collected = replace(config.calibration, scale="none"), config.align.stream
         groups[anchor, *collected][name] = config
     return list(groups.values())
 

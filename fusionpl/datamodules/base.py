@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from fusionpl.calibration import eval_mode, logits
@@ -15,6 +15,7 @@ from fusionpl.errors import FusionError
 EVALUATION_BATCH = 256
 IGNORED = -100  # the label of a token that is not scored, as in transformers and cross_entropy
 Collate = Callable[[Any], Any]
+Run = Callable[[dict[str, Any]], Tensor]
 
 
 class ShareSampler(DistributedSampler[Any]):
@@ -76,8 +77,12 @@ class FixedSplits(L.LightningDataModule):
         """Figures of a trivial predictor on the test part, for comparison."""
         return {}
 
-    def check_model(self, model: nn.Module) -> None:
+    def check_model(self, model: nn.Module, run: Run | None = None) -> None:
         """Checks that `model` reads the data and has an output for each class.
+
+        Args:
+            model: of either library.
+            run: gives its logits for a batch; by default it is run.
 
         Raises:
             FusionError: naming the model and what does not fit.
@@ -89,7 +94,7 @@ class FixedSplits(L.LightningDataModule):
         batch = next(iter(self._loader("test", 1, None, 0)))
         try:
             with torch.no_grad(), eval_mode(model):
-                found = logits(model, batch)
+                found = run(batch) if run else logits(model, batch)
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:  # each library has its own
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise FusionError(f"the {name} can't read the data of '{path}': {reason}") from error

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
-from fusionpl.datamodules.base import IGNORED, Collate, FixedSplits, as_it_is
+from fusionpl.datamodules.base import IGNORED, Collate, FixedSplits, Run, as_it_is
 from fusionpl.datamodules.corpora import blocks_of, corpus
 from fusionpl.errors import FusionError
 from fusionpl.models import load_tokenizer, train_wordpiece
@@ -120,10 +120,10 @@ class MaskedTextDataModule(FixedSplits):
         """The vocabulary's size and the padding token."""
         return {"vocab_size": len(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id}
 
-    def check_model(self, model: Any) -> None:
+    def check_model(self, model: Any, run: Run | None = None) -> None:
         """Raises FusionError where blocks are longer than the model's positions; else see `FixedSplits`."""
         check_length(model, self.config.block_size, "data.block_size")
-        super().check_model(model)
+        super().check_model(model, run)
 
     def dataset(self, part: str) -> Blocks:
         """The blocks of a part, tokenised and cut on first use.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fusionpl.datamodules.base import Collate, FixedSplits
+from fusionpl.datamodules.base import Collate, FixedSplits, Run
 from fusionpl.datamodules.sources import Indices, load
 from fusionpl.datamodules.splits import labelled_parts
 from fusionpl.datamodules.text import check_length
@@ -126,10 +126,10 @@ class TextClassificationDataModule(FixedSplits):
         """Number of training sentences."""
         return f"{len(self.dataset('train')):,} sentences"
 
-    def check_model(self, model: Any) -> None:
+    def check_model(self, model: Any, run: Run | None = None) -> None:
         """Raises FusionError where sentences may be longer than the model's positions; else see `FixedSplits`."""
         check_length(model, self.config.max_length, "data.max_length")
-        super().check_model(model)
+        super().check_model(model, run)
 
     def dataset(self, part: str) -> Sentences:
         """The sentences of a part, tokenised on first use."""

@@ -1,9 +1,19 @@
 """What an architecture is: axis grammar, binding to a model, application of maps, and the permutation proof."""
 
-from fusionpl.families.apply import State, aligned_state, load_parameters, move
-from fusionpl.families.binding import Axis, Binding, Join, Slot, Tap, bind, check_compatible, check_finite
-from fusionpl.families.canonical import canonical, without_scales
-from fusionpl.families.family import Family, family_of, library, parse_family
+from fusionpl.families.apply import (
+    State,
+    aligned_state,
+    in_float32,
+    load_parameters,
+    move,
+    own_state,
+    with_parameters,
+)
+from fusionpl.families.axes import Axis, Binding, Join, Slot, Tap, boundary, section_of
+from fusionpl.families.binding import bind
+from fusionpl.families.canonical import canonical, check_rotatable, without_scales
+from fusionpl.families.compatible import check_compatible, check_finite
+from fusionpl.families.family import STEM, TAIL, Family, family_of, library, parse_family
 from fusionpl.families.grammar import GrammarError, parse
 from fusionpl.families.proof import permutation_error, permuted, random_permutations
 
@@ -13,22 +23,30 @@ __all__ = [
     "Family",
     "GrammarError",
     "Join",
+    "STEM",
     "Slot",
     "State",
+    "TAIL",
     "Tap",
     "aligned_state",
     "bind",
+    "boundary",
     "canonical",
     "check_compatible",
     "check_finite",
+    "check_rotatable",
     "family_of",
+    "in_float32",
     "library",
     "load_parameters",
     "move",
+    "own_state",
     "parse",
     "parse_family",
     "permutation_error",
     "permuted",
     "random_permutations",
+    "section_of",
+    "with_parameters",
     "without_scales",
 ]

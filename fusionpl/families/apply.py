@@ -1,11 +1,13 @@
 """Moves the parameters of a model along transport maps: the same lines for every tensor of every architecture."""
 
+import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fusionpl.families.binding import Binding, Slot
+from fusionpl.families.axes import Binding, Slot
 from fusionpl.transport import TransportMap
 
 State = dict[str, Tensor]
@@ -13,8 +15,18 @@ State = dict[str, Tensor]
 Pair = tuple[str, str]
 
 
+def own_state(model: nn.Module) -> State:
+    """The model's own parameters; tied ones once."""
+    return {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+
+def in_float32(state: Mapping[str, Tensor]) -> State:
+    """The same parameters in float32, or in float64 where they are that."""
+    return {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in state.items()}
+
+
 def move(tensor: Tensor, slot: Slot, maps: Mapping[str, TransportMap], skip: frozenset[str] = frozenset()) -> Tensor:
-    """Moves one slot's tensor (float64) from the parent's units to the anchor's, dimension by dimension.
+    """Moves one slot's tensor from the parent's units to the anchor's, dimension by dimension, in its own type.
 
     Axes without a map, and those in `skip`, stay as they are.
     """
@@ -26,38 +38,45 @@ def move(tensor: Tensor, slot: Slot, maps: Mapping[str, TransportMap], skip: fro
 
 
 def aligned_state(
-    model: nn.Module,
+    source: Mapping[str, Tensor],
     binding: Binding,
-    anchor: nn.Module,
-    anchor_binding: Binding,
+    target: Mapping[str, Tensor],
+    goal: Binding,
     maps: Mapping[str, TransportMap],
     joint: Mapping[Pair, TransportMap] | None = None,
 ) -> State:
-    """The parameters of `model` in the units of `anchor`.
+    """Parameters in the units of the anchor.
 
     Args:
+        source: the parameters to move, all of a model or those of whole sections; half precision is moved in float32.
+        binding: the model's.
+        target: the anchor's parameters of the same names.
+        goal: the anchor's binding.
         maps: axis -> map [n_parent, n_anchor]; axes without one stay.
         joint: (q, k) -> one map over the units of both, [2 n_parent, 2 n_anchor]; rows may move between the two.
 
     Returns:
-        Parameter name -> tensor with the anchor's shape and type. Tied parameters appear once.
+        Parameter name -> tensor with the anchor's shape, in the type that it was moved in.
     """
-    source, target = dict(model.named_parameters()), dict(anchor.named_parameters())
-    state = {name: torch.empty_like(tensor, requires_grad=False) for name, tensor in target.items()}
+    source = in_float32(source)
+    state = {name: torch.empty_like(target[name], dtype=tensor.dtype) for name, tensor in source.items()}
     pairs = joint or {}
     paired = frozenset(axis for pair in pairs for axis in pair)
-    for slot, goal in zip(binding.slots, anchor_binding.slots, strict=True):
-        moved = move(slot.of(source[slot.parameter].detach()).double(), slot, maps, skip=paired)
+
+    def moved(slot: Slot) -> Tensor:
+        return move(slot.of(source[slot.parameter]), slot, maps, skip=paired)
+
+    for slot, place in zip(binding.slots, goal.slots, strict=True):
+        if slot.parameter not in source or any(second in slot.axes for _, second in pairs):
+            continue
+        found = moved(slot)
         for first, second in pairs:
             if first in slot.axes:
-                partner = _partner(binding, slot, first, second)
-                other = move(partner.of(source[partner.parameter].detach()).double(), partner, maps, skip=paired)
-                both = _mixed(torch.cat([moved, other]), pairs[first, second])
-                moved, other = both.split([len(both) // 2] * 2)
-                mate = _partner(anchor_binding, goal, first, second)
+                both = _mixed(torch.cat([found, moved(_partner(binding, slot, first, second))]), pairs[first, second])
+                found, other = both.split([len(both) // 2] * 2)
+                mate = _partner(goal, place, first, second)
                 mate.of(state[mate.parameter]).copy_(other)
-        if not any(second in slot.axes for _, second in pairs):
-            goal.of(state[goal.parameter]).copy_(moved)
+        place.of(state[place.parameter]).copy_(found)
     return state
 
 
@@ -77,3 +96,12 @@ def load_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         for name, tensor in state.items():
             parameters[name].copy_(tensor)
     return model
+
+
+def with_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of `model` that holds `state` in the type of its own parameters, which are not copied (ties stay ties)."""
+    held = {
+        id(parameter): nn.Parameter(state[name].to(parameter.dtype), requires_grad=parameter.requires_grad)
+        for name, parameter in model.named_parameters()
+    }
+    return copy.deepcopy(model, dict[int, Any](held))

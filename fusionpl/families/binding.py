@@ -1,129 +1,18 @@
 """Binds a family to one model: every parameter's dimensions become named axes with sizes."""
 
-import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fusionpl.errors import FusionError
+from fusionpl.families.axes import Axis, Binding, Join, Slot, Tap
 from fusionpl.families.family import STEM, TAIL, Family, Section, family_of
 from fusionpl.families.grammar import Dim
 
 _Resolved = tuple[tuple[str, ...], ...]  # axis names, one tuple of segments a dimension
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A set of units. `heads` > 1: the units come in that many equal groups, one a head, head by head."""
-
-    name: str
-    size: int
-    heads: int = 1
-    fixed: bool = False
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The part of a parameter in which every dimension is one axis (None for a dimension of size one)."""
-
-    parameter: str
-    index: tuple[slice, ...]
-    axes: tuple[str | None, ...]
-    reads: tuple[bool, ...]
-    section: str
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The slot's view of its parameter."""
-        return tensor[self.index]
-
-    def writes(self, axis: str) -> bool:
-        """Whether the slot produces `axis`: it has it as a dimension and does not read it."""
-        return any(a == axis and not r for a, r in zip(self.axes, self.reads, strict=True))
-
-
-@dataclass(frozen=True)
-class Tap:
-    """Where the units of an axis are seen: `units` of the last dimension of a module's output or input,
-    or of a parameter."""
-
-    axis: str
-    target: str
-    kind: str
-    units: slice
-
-
-@dataclass(frozen=True)
-class Join:
-    """A residual addition: the stream that arrives, the branch added to it, and those that move on their own."""
-
-    skip: str
-    branch: str
-    aside: tuple[str, ...] = ()
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        """All axes added into the stream."""
-        return (self.skip, self.branch, *self.aside)
-
-
-@dataclass(frozen=True)
-class Binding:
-    """A family bound to one model.
-
-    Attributes:
-        axes: every axis by name, in the order of the forward pass.
-        slots: the parameters, cut so that each dimension is one axis; tied parameters appear once.
-        taps: axis -> where its activations are seen.
-        joins: axis -> the axes added into it, in the order of the forward pass.
-        circuits: axes that must move alike although they are seen apart (Q and K).
-        attention: for each block, the axes whose units come in heads.
-        depth: the number of blocks.
-    """
-
-    family: Family
-    axes: Mapping[str, Axis]
-    slots: tuple[Slot, ...]
-    taps: Mapping[str, Tap]
-    joins: Mapping[str, Join]
-    circuits: tuple[tuple[str, ...], ...]
-    attention: tuple[tuple[str, ...], ...]
-    depth: int
-
-    @property
-    def free(self) -> tuple[str, ...]:
-        """Axes that a map may move."""
-        return tuple(name for name, axis in self.axes.items() if not axis.fixed)
-
-    def tied(self) -> dict[str, str]:
-        """Free axis -> the representative of all axes that must move alike to keep the function."""
-        root = {name: name for name in self.free}
-
-        def find(name: str) -> str:
-            while root[name] != name:
-                name = root[name]
-            return name
-
-        groups = [(axis, *join.members) for axis, join in self.joins.items()] + list(self.circuits)
-        for first, *rest in groups:
-            for other in rest:
-                root[find(other)] = find(first)
-        return {name: find(name) for name in self.free}
-
-    def streams(self) -> list[list[str]]:
-        """The residual streams: for each, the joined axes and all that is added into them."""
-        tied = self.tied()
-        roots = dict.fromkeys(tied[axis] for axis in self.joins)
-        return [[axis for axis in self.free if tied[axis] == root] for root in roots]
-
-    def writers(self, axis: str) -> tuple[Slot, ...]:
-        """The slots whose rows describe the units of `axis` by their incoming weights (no biases, no norms)."""
-        section = next((s.section for s in self.slots if s.writes(axis)), None)
-        return tuple(s for s in self.slots if s.section == section and s.writes(axis) and len(s.axes) > 1)
 
 
 def bind(model: nn.Module, family: Family | None = None) -> Binding:
@@ -185,7 +74,7 @@ class _Binder:
             self.family, axes, slots, taps, joins,
             circuits=tuple(c for c in circuits if all(member in axes for member in c)),
             attention=tuple(group for group in attention if group),
-            depth=self.depth,
+            depth=self.depth, uses=self._uses(dims),
         )  # fmt: skip
 
     def _sections(self) -> Iterator[tuple[str, Section]]:
@@ -214,6 +103,13 @@ class _Binder:
                 f"{self.family.name}: '{name}' has {tensor.ndim} dimensions, the family says {len(matches[0][1])}"
             )
         return matches[0]
+
+    def _uses(self, dims: Mapping[str, tuple[str, tuple[Dim, ...]]]) -> dict[str, tuple[str, ...]]:
+        first: dict[int, str] = {}
+        names: dict[str, dict[str, None]] = {section: {} for section, _ in self._sections()}
+        for name, (section, _) in dims.items():
+            names[section][first.setdefault(id(self.parameters[name]), name)] = None
+        return {section: tuple(found) for section, found in names.items()}
 
     def _name(self, section: str, local: str) -> str:
         """The global name of an axis: `in` is what the section before leaves as `out`."""
@@ -356,40 +252,3 @@ def _spans(axes: tuple[str, ...], sizes: Mapping[str, int]) -> Iterator[tuple[st
     for axis in axes:
         yield axis, slice(start, start + sizes[axis])
         start += sizes[axis]
-
-
-def check_compatible(bindings: Mapping[str, Binding]) -> None:
-    """Checks that parents (name -> binding) can be fused: one family, one depth, equal fixed axes.
-
-    Raises:
-        FusionError: naming both parents and what differs.
-    """
-    (first, reference), *others = bindings.items()
-    for name, binding in others:
-        if binding.family.name != reference.family.name:
-            raise FusionError(
-                f"parents of different families: {first} is {reference.family.name}, {name} is {binding.family.name}"
-            )
-        if binding.depth != reference.depth:
-            raise FusionError(
-                f"parents of different depth: {first} has {reference.depth} blocks, {name} has {binding.depth}; "
-                "train parents of one depth"
-            )
-        parts, others_parts = ({slot.parameter: slot.axes for slot in one.slots} for one in (reference, binding))
-        for parameter in (*parts, *others_parts):
-            if parts.get(parameter) != others_parts.get(parameter):
-                has, lacks = (first, name) if parameter in parts else (name, first)
-                raise FusionError(f"parents of different architecture: {has} has '{parameter}', {lacks} has not")
-        for axis in reference.axes.values():
-            other = binding.axes[axis.name]
-            if axis.fixed and other.size != axis.size:
-                raise FusionError(
-                    f"parents differ on the fixed axis '{axis.name}': {first} has {axis.size}, {name} has {other.size}"
-                )
-
-
-def check_finite(model: nn.Module, name: str) -> None:
-    """Raises FusionError naming the first tensor of `model` that holds a NaN or an infinity."""
-    for key, tensor in model.named_parameters():
-        if not math.isfinite(float(torch.sum(tensor.detach().double()))):
-            raise FusionError(f"{name}: tensor '{key}' holds NaN or infinite values; train that parent again")

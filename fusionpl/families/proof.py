@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fusionpl.families.apply import aligned_state, load_parameters
-from fusionpl.families.binding import Binding, bind
+from fusionpl.families.apply import aligned_state, load_parameters, own_state
+from fusionpl.families.axes import Binding
+from fusionpl.families.binding import bind
 from fusionpl.transport import TransportMap, permutation
 
 
@@ -42,7 +43,8 @@ def random_permutations(binding: Binding, generator: torch.Generator) -> dict[st
 def permuted(model: nn.Module, generator: torch.Generator, binding: Binding | None = None) -> nn.Module:
     """A copy of `model` with every free axis renumbered at random: other weights, the same function."""
     binding = binding or bind(model)
-    state = aligned_state(model, binding, model, binding, random_permutations(binding, generator))
+    own = own_state(model)
+    state = aligned_state(own, binding, own, binding, random_permutations(binding, generator))
     return load_parameters(copy.deepcopy(model), state)
 
 

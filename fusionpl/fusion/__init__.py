@@ -1,11 +1,11 @@
 """Fusion: align parents to an anchor and average them into one model."""
 
-from fusionpl.fusion.average import mixing_weights
-from fusionpl.fusion.baselines import vanilla
+from fusionpl.fusion.average import mixing_weights, vanilla
 from fusionpl.fusion.config import FuseConfig, RefineConfig, RefitConfig, load_config
-from fusionpl.fusion.fuse import Calibrated, FusionResult, check_parents, fuse, resolve_anchor
-from fusionpl.fusion.plan import plan
-from fusionpl.fusion.refit import AlignedParent
+from fusionpl.fusion.fuse import Calibrated, check_parents, fuse, open_parents, resolve_anchor
+from fusionpl.fusion.parents import AlignedParent
+from fusionpl.fusion.plan import describe, make_plan
+from fusionpl.fusion.result import FusionResult
 
 __all__ = [
     "AlignedParent",
@@ -15,10 +15,12 @@ __all__ = [
     "RefineConfig",
     "RefitConfig",
     "check_parents",
+    "describe",
     "fuse",
     "load_config",
+    "make_plan",
     "mixing_weights",
-    "plan",
+    "open_parents",
     "resolve_anchor",
     "vanilla",
 ]

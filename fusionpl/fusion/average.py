@@ -1,17 +1,13 @@
-"""The weighted mean of parameters that live in the same units."""
+"""The weighted mean of parents' parameters, in the anchor's units or, for comparison, as they are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fusionpl.errors import FusionError
-from fusionpl.families import State
-
-
-def own_state(model: nn.Module) -> State:
-    """The model's own parameters; tied ones once."""
-    return {name: tensor.detach() for name, tensor in model.named_parameters()}
+from fusionpl.families import State, own_state, with_parameters
+from fusionpl.fusion.parents import AlignedParent
 
 
 def mixing_weights(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -26,14 +22,50 @@ def mixing_weights(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def average(
-    states: Sequence[State], weights: Sequence[float], kept: frozenset[str] = frozenset(), anchor: int = 0
+    states: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[float],
+    kept: frozenset[str] = frozenset(),
+    anchor: int = 0,
 ) -> State:
-    """The weighted mean of parameters; those named in `kept` are the anchor's."""
+    """The weighted mean of parameters, in the anchor's types; those named in `kept` are the anchor's."""
 
     def mean(name: str) -> Tensor:
         if name in kept:
-            return states[anchor][name]
-        terms = [weight * state[name].double() for weight, state in zip(weights, states, strict=True)]
-        return torch.stack(terms).sum(0).to(states[anchor][name].dtype)
+            return states[anchor][name].clone()
+        total = torch.zeros_like(states[anchor][name], dtype=torch.float64)
+        for weight, state in zip(weights, states, strict=True):
+            total.add_(state[name], alpha=weight)
+        return total.to(states[anchor][name].dtype)
 
     return {name: mean(name) for name in states[anchor]}
+
+
+def averaged(parents: Sequence[AlignedParent], anchor: int, states: Sequence[State], kept: frozenset[str]) -> State:
+    """The mean of the aligned parents' parameters, in the types of the anchor's module.
+
+    Args:
+        parents: with the maps that these parameters need.
+        anchor: index of the anchor.
+        states: each parent's parameters of whole sections.
+        kept: those that are the anchor's.
+    """
+    reference = parents[anchor].network
+    aligned = [
+        parent.aligned(state, states[anchor], reference.binding) for parent, state in zip(parents, states, strict=True)
+    ]
+    found = average(aligned, [parent.weight for parent in parents], kept, anchor)
+    types = {name: tensor.dtype for name, tensor in reference.module.named_parameters()}
+    return {name: tensor.to(types[name]) for name, tensor in found.items()}
+
+
+def vanilla(parents: Sequence[nn.Module], weights: Sequence[float]) -> nn.Module | None:
+    """Vanilla fusion: the entry-by-entry weighted mean of the parents' parameters.
+
+    Returns:
+        A new model in eval mode, or None when the parents' tensors differ in shape.
+    """
+    states = [own_state(parent) for parent in parents]
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
+    if any(other != shapes[0] for other in shapes[1:]):
+        return None
+    return with_parameters(parents[0], average(states, weights)).eval()

@@ -1,18 +1,17 @@
 """The configuration of a fusion: `conf/fuse/*.yaml`."""
 
-import dataclasses
-import types
-import typing
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
-import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 
 from fusionpl.alignment import AlignConfig
 from fusionpl.calibration import CalibrationConfig
-from fusionpl.errors import FusionError, flattened, nearest
+from fusionpl.errors import FusionError, flattened
+from fusionpl.options import explain, read_yaml
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,14 @@ class RefineConfig:
     steps: int = 300
     batch_size: int = 32
     lr: float = 1e-4
+
+    def __post_init__(self) -> None:
+        """Raises FusionError for values out of range."""
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise FusionError(f"refine.{name} must be at least 1, not {getattr(self, name)}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise FusionError(f"refine.lr must be above 0, not {self.lr}")
 
 
 @dataclass(frozen=True)
@@ -73,61 +80,20 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         overrides: dotted keys, for example `{"align.solver": "emd"}`.
 
     Raises:
-        FusionError: no such file, a key that does not exist (names the nearest), a value of the wrong type.
+        FusionError: no such file, a key that does not exist (names the nearest), a value of the wrong type or out of
+            range.
     """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(FuseConfig)
     tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            tree = yaml.safe_load(Path(path).read_text()) or {}
-        except FileNotFoundError as error:
-            raise FusionError(f"there is no configuration file {path}") from error
-        except yaml.YAMLError as error:
-            raise FusionError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    flat = flattened(tree) | dict(overrides or {})
-    known = _types(FuseConfig)
-    for key, value in flat.items():
-        if key not in known:
-            raise FusionError(f"unknown key {key}{nearest(key, known)}")
-        if not _fits(value, known[key]):
-            raise FusionError(f"{key}: {value!r} is not {_readable(known[key])}")
-    config: FuseConfig = _built(FuseConfig, flat)
-    return config
-
-
-def _types(cls: type, prefix: str = "") -> dict[str, Any]:
-    known: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(cls).items():
-        known |= (
-            _types(typing.cast(type, kind), f"{prefix}{name}.")
-            if dataclasses.is_dataclass(kind)
-            else {f"{prefix}{name}": kind}
-        )
-    return known
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) in (types.UnionType, typing.Union):
-        return any(_fits(value, one) for one in get_args(kind))
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-
-
-def _readable(kind: Any) -> str:
-    return (
-        " or ".join(map(str, get_args(kind))) if get_origin(kind) is Literal else getattr(kind, "__name__", str(kind))
-    )
-
-
-def _built(cls: type, flat: Mapping[str, Any], prefix: str = "") -> Any:
-    values: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(kind):
-            values[name] = _built(typing.cast(type, kind), flat, f"{prefix}{name}.")
-        elif f"{prefix}{name}" in flat:
-            values[name] = flat[f"{prefix}{name}"]
-    return cls(**values)
+    for key, value in (flattened(read_yaml(path) if path is not None else {}) | dict(overrides or {})).items():
+        *groups, leaf = key.split(".")
+        place = tree
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[leaf] = value
+    try:
+        chosen = parser.instantiate(parser.parse_object(tree))
+    except ArgumentError as error:
+        raise FusionError(explain(str(error), parser)) from error
+    return FuseConfig(**{field.name: chosen[field.name] for field in fields(FuseConfig)})

@@ -1,13 +1,116 @@
-"""What a fusion would do, as text: `fuse.py --dry-run`."""
+"""What a fusion will do, before any weight is read: `fuse.py --dry-run` prints it, the sweep carries it out."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from fusionpl.alignment import AlignConfig
-from fusionpl.families import Binding
+from fusionpl.alignment import AlignConfig, Problem, problems
+from fusionpl.calibration import Key
+from fusionpl.families import STEM, TAIL, Binding, check_rotatable, section_of
 from fusionpl.fusion.config import FuseConfig
+from fusionpl.fusion.stages import Stage, stages
 
 
-def plan(bindings: Sequence[Binding], anchor: int, config: FuseConfig, names: Sequence[str]) -> str:
+@dataclass(frozen=True)
+class SectionPlan:
+    """What happens in one section.
+
+    Attributes:
+        name: of the section.
+        problems: the alignment problems that are solved here.
+        keys: the activations that they compare.
+        magnitudes: the anchor's axes whose mean absolute activation is needed.
+        stages: what is fitted afterwards.
+    """
+
+    name: str
+    problems: tuple[Problem, ...]
+    keys: tuple[Key, ...]
+    magnitudes: tuple[str, ...]
+    stages: tuple[Stage, ...]
+
+    @property
+    def observes(self) -> bool:
+        """Whether the parents have to be run through the section for what they show there."""
+        return bool(self.keys or self.magnitudes or self.stages)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The work of a fusion, in order.
+
+    Attributes:
+        whole: problems that look at all sections; they are solved first.
+        sections: stem, blocks, tail.
+        keep: parameters that stay the anchor's.
+    """
+
+    whole: tuple[Problem, ...]
+    sections: tuple[SectionPlan, ...]
+    keep: frozenset[str]
+
+    @property
+    def survey(self) -> tuple[Key, ...]:
+        """The activations that are compared before any section is fused."""
+        return tuple(dict.fromkeys(key for problem in self.whole for key in problem.keys))
+
+    @property
+    def observes(self) -> bool:
+        """Whether there is anything to run the parents for."""
+        return bool(self.survey) or any(section.observes for section in self.sections)
+
+
+def make_plan(bindings: Sequence[Binding], anchor: int, config: FuseConfig, names: Sequence[str]) -> Plan:
+    """The plan of a fusion.
+
+    Args:
+        bindings: of the parents, which fit together.
+        anchor: index of the anchor.
+        config: what is asked for.
+        names: how messages call the parents.
+
+    Raises:
+        FusionError: options that don't fit the family, the widths or the head counts.
+    """
+    reference = bindings[anchor]
+    if config.align.stream == "rotation":
+        for binding, name in zip(bindings, names, strict=True):
+            check_rotatable(binding, name)
+    found = problems(reference, config.align)
+    for problem in found:
+        for index, binding in enumerate(bindings):
+            if index != anchor:
+                problem.check(binding, reference, config.align)
+    keep = anchor_only(reference, config.align)
+    sections = []
+    for name in reference.sections:
+        own = tuple(problem for problem in found if not problem.whole and problem.section == name)
+        sections.append(
+            SectionPlan(
+                name,
+                own,
+                keys=tuple(dict.fromkeys(key for problem in own for key in problem.keys)),
+                magnitudes=tuple(
+                    dict.fromkeys(axis for problem in found for axis in problem.magnitudes if section_of(axis) == name)
+                ),
+                stages=stages(reference, name, keep) if config.refit.method != "none" else (),
+            )
+        )
+    return Plan(tuple(problem for problem in found if problem.whole), tuple(sections), keep)
+
+
+def anchor_only(binding: Binding, config: AlignConfig) -> frozenset[str]:
+    """The parameters that `align.embeddings` and `align.classifier` leave to the anchor."""
+    stem = {slot.parameter for slot in binding.slots if slot.section == STEM}
+    classifier = {
+        slot.parameter
+        for slot in binding.slots
+        if slot.section == TAIL
+        and all(axis in binding.family.fixed for axis, reads in zip(slot.axes, slot.reads, strict=True) if not reads)
+    }
+    return frozenset((set() if config.embeddings else stem) | (set() if config.classifier else classifier))
+
+
+def describe(plan: Plan, bindings: Sequence[Binding], anchor: int, config: FuseConfig, names: Sequence[str]) -> str:
     """A table of axes with their sizes (parents in order), and how each gets its map."""
     reference = bindings[anchor]
     align = config.align
@@ -16,14 +119,18 @@ def plan(bindings: Sequence[Binding], anchor: int, config: FuseConfig, names: Se
         f"{len(reference.free)} free axes; anchor: {names[anchor]}; {_solver(align)}, {align.metric} cost / "
         f"{align.normalize}" + (f"; refit: {config.refit.method}" if config.refit.method != "none" else "")
     )
+    problem_of = {
+        axis: problem
+        for problem in (*plan.whole, *(problem for section in plan.sections for problem in section.problems))
+        for axis in problem.axes
+    }
     rows = [("axis", "units", "heads", "map")]
     for name in reference.free:
         axes = [binding.axes[name] for binding in bindings]
         sizes = dict.fromkeys(str(axis.size) for axis in axes)
         heads = dict.fromkeys(str(axis.heads) for axis in axes)
-        rows.append(
-            (name, " / ".join(sizes), " / ".join(heads) if heads != {"1": None} else "", _how(name, reference, align))
-        )
+        told = problem_of[name].told(name, reference)
+        rows.append((name, " / ".join(sizes), " / ".join(heads) if heads != {"1": None} else "", told))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     fixed = ", ".join(f"{axis.name} ({axis.size})" for axis in reference.axes.values() if axis.fixed)
@@ -32,24 +139,3 @@ def plan(bindings: Sequence[Binding], anchor: int, config: FuseConfig, names: Se
 
 def _solver(align: AlignConfig) -> str:
     return f"{align.solver} {align.reg:g}" if align.solver == "sinkhorn" else align.solver
-
-
-def _how(name: str, binding: Binding, align: AlignConfig) -> str:
-    if align.stream == "rotation" and any(name in members for members in binding.streams()):
-        return "rotation of the stream"
-    if name in binding.joins:
-        join = binding.joins[name]
-        return f"join ({align.residual}) of " + " + ".join((join.skip, join.branch))
-    if align.evidence == "weights":
-        how = "rows of " + ", ".join(slot.parameter for slot in binding.writers(name))
-    else:
-        tap = binding.taps[name]
-        how = f"{tap.kind} of {tap.target}" if tap.kind != "parameter" else f"values of {tap.target}"
-    in_heads = any(name in group for group in binding.attention)
-    circuit = next((circuit for circuit in binding.circuits if name in circuit), None)
-    if in_heads and align.heads == "matched":
-        verb = "rotated" if align.stream == "rotation" else "matched"
-        return how + f", heads {verb} in pairs" + (f", with {' and '.join(set(circuit) - {name})}" if circuit else "")
-    if circuit and align.qk != "separate":
-        return how + f", {align.qk} with {' and '.join(set(circuit) - {name})}"
-    return how

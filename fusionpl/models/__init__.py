@@ -1,19 +1,28 @@
 """Build, load and save the transformers of two libraries, timm and transformers."""
 
 from fusionpl.models.build import ModelConfig, build_model
+from fusionpl.models.folders import ModelFolder, open_model
 from fusionpl.models.heads import with_classifier
 from fusionpl.models.load import load_model
-from fusionpl.models.save import class_names, save_model
+from fusionpl.models.save import class_names, library_of, save_model, write_card
+from fusionpl.models.tensors import TensorFile
 from fusionpl.models.tokenizers import check_tokenizers, load_tokenizer, train_wordpiece
+from fusionpl.models.writer import ModelWriter
 
 __all__ = [
     "ModelConfig",
+    "ModelFolder",
+    "ModelWriter",
+    "TensorFile",
     "build_model",
     "check_tokenizers",
     "class_names",
     "load_model",
+    "library_of",
     "load_tokenizer",
+    "open_model",
     "save_model",
     "train_wordpiece",
     "with_classifier",
+    "write_card",
 ]

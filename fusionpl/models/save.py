@@ -43,25 +43,43 @@ def save_model(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         staged = Path(temporary) / "model"
         if isinstance(model, transformers.PreTrainedModel):
-            library = "transformers"
             if names is not None:
                 model.config.id2label = dict(enumerate(names))
                 model.config.label2id = {name: index for index, name in enumerate(names)}
             with quiet_transformers():
                 model.save_pretrained(staged)
         else:
-            library = "timm"
             _save_timm(model, staged, names)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
-        data = huggingface_hub.ModelCardData(library_name=library, tags=["fusionpl"])
-        content = f"---\n{data.to_yaml()}\n---\n\n{card or '# ' + folder.parent.name}\n"
-        huggingface_hub.ModelCard(content).save(staged / "README.md")
-        replaced = Path(temporary) / "replaced"
-        if folder.exists():
-            folder.rename(replaced)
-        staged.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        write_card(staged, library_of(model), card or f"# {folder.parent.name}")
+        put_in_place(staged, folder)
+
+
+def put_in_place(staged: Path, folder: Path) -> None:
+    """Moves a finished folder, inside a temporary one beside `folder`, to where it goes; what is there is replaced."""
+    replaced = staged.with_name("replaced")
+    if folder.exists():
+        folder.rename(replaced)
+    staged.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_card(folder: Path, library: str, card: str) -> None:
+    """Writes the model card of a model folder.
+
+    Args:
+        folder: the model folder.
+        library: timm or transformers.
+        card: its Markdown body.
+    """
+    data = huggingface_hub.ModelCardData(library_name=library, tags=["fusionpl"])
+    huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card}\n").save(folder / "README.md")
+
+
+def library_of(model: nn.Module) -> str:
+    """The library that a model is of, as model cards name it."""
+    return "transformers" if isinstance(model, transformers.PreTrainedModel) else "timm"
 
 
 def class_names(model: nn.Module) -> tuple[str, ...] | None:

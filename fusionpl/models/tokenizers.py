@@ -10,7 +10,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fusionpl.errors import FusionError
-from fusionpl.models.load import model_folder
+from fusionpl.models.folders import model_folder
 
 ALPHABET = 1000  # letters, the most frequent ones, as in BERT
 SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}

@@ -5,7 +5,6 @@ from fusionpl.training.fit import FitResult, build_trainer, fit
 from fusionpl.training.fusion_callback import OTFusion
 from fusionpl.training.loggers import LoggerName, finish_loggers, make_loggers
 from fusionpl.training.module import ClassificationModule, OptimConfig
-from fusionpl.training.refine import fuse, refine
 from fusionpl.training.tasks import TASKS, Task, TaskName
 
 __all__ = [
@@ -20,8 +19,6 @@ __all__ = [
     "build_trainer",
     "finish_loggers",
     "fit",
-    "fuse",
     "log_report",
     "make_loggers",
-    "refine",
 ]

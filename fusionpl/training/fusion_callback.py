@@ -10,7 +10,6 @@ from torch import nn
 from fusionpl.calibration import Progress, device_of, has_float64, no_progress
 from fusionpl.errors import FusionError
 from fusionpl.fusion import FuseConfig, FusionResult, fuse
-from fusionpl.models import load_model
 
 
 class OTFusion(L.Callback):
@@ -25,6 +24,7 @@ class OTFusion(L.Callback):
         parents: models, or anything `fusionpl.load_model` takes.
         config: see FuseConfig.
         names: how messages call the parents.
+        output: a run folder that the fused model goes to; see `fusionpl.fuse`. Written by rank 0.
         progress: wraps loops for a progress bar; used on rank 0.
 
     Attributes:
@@ -37,20 +37,28 @@ class OTFusion(L.Callback):
         config: FuseConfig | None = None,
         *,
         names: Sequence[str] | None = None,
+        output: str | Path | None = None,
         progress: Progress = no_progress,
     ) -> None:
         self.parents = parents
         self.config = config or FuseConfig()
         self.names = names
+        self.output = output
         self.progress = progress
         self.result: FusionResult | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Fuses once, whichever of fit, validate or test comes first."""
-        if self.result is not None:
-            return
-        if self.config.refine.method != "none":
-            raise FusionError("OTFusion runs inside a Trainer, refine.method needs its own; use fusionpl.fuse")
+        if self.result is None:
+            self.result = self.fuse(trainer)
+            pl_module.model = self.result.model.train(stage == "fit")
+
+    def fuse(self, trainer: L.Trainer) -> FusionResult:
+        """Fuses on the device of `trainer`, with the calibration data of its data module.
+
+        Raises:
+            FusionError: the data module has none; see `fusionpl.fuse` for the rest.
+        """
         calibration = getattr(trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]
         if calibration is None:
             raise FusionError(
@@ -59,15 +67,17 @@ class OTFusion(L.Callback):
         device = trainer.strategy.root_device
         if not has_float64(device):
             device = torch.device("cpu")
-        parents = [parent if isinstance(parent, nn.Module) else load_model(parent) for parent in self.parents]
-        homes = [device_of(parent) for parent in parents]
-        self.result = fuse(
-            [parent.to(device) for parent in parents],
+        models = [parent for parent in self.parents if isinstance(parent, nn.Module)]
+        homes = [device_of(model) for model in models]
+        result = fuse(
+            [parent.to(device) if isinstance(parent, nn.Module) else parent for parent in self.parents],
             calibration(),
             self.config,
             names=self.names,
+            device=device,
+            output=self.output if trainer.is_global_zero else None,
             progress=self.progress if trainer.is_global_zero else no_progress,
         )
-        for parent, home in zip(parents, homes, strict=True):
-            parent.to(home)
-        pl_module.model = self.result.model.train(stage == "fit")
+        for model, home in zip(models, homes, strict=True):
+            model.to(home)
+        return result

@@ -3,7 +3,8 @@
 from fusionpl.transport.costs import Gram, Metric, Normalize, gram, ground_metric
 from fusionpl.transport.least_squares import NormalEquations, fit_ridge
 from fusionpl.transport.maps import Scaling, TransportMap, identity, permutation
-from fusionpl.transport.solvers import Solver, procrustes, solve
+from fusionpl.transport.products import cross_product, full_float32, self_product
+from fusionpl.transport.solvers import Solver, check_one_width, procrustes, procrustes_batch, solve
 
 __all__ = [
     "Gram",
@@ -13,11 +14,16 @@ __all__ = [
     "Scaling",
     "Solver",
     "TransportMap",
+    "check_one_width",
+    "cross_product",
     "fit_ridge",
+    "full_float32",
     "gram",
     "ground_metric",
     "identity",
     "permutation",
     "procrustes",
+    "procrustes_batch",
+    "self_product",
     "solve",
 ]

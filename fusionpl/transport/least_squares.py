@@ -1,10 +1,13 @@
 """Ridge regression from streamed normal equations: memory does not grow with the rows."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fusionpl.transport.products import cross_product, self_product
 
 # In units of the inputs' mean energy; the largest all but keeps the prior. Below the smallest, the rounding errors of
 # float32 activations would decide the directions in which the inputs hardly vary.
@@ -17,58 +20,65 @@ class NormalEquations:
 
     Attributes:
         count: number of rows, a scalar tensor.
-        xx: [n, n], the sum of x x^T.
-        xy: [n, m], the sum of x y^T.
-        yy: a scalar tensor, the sum of |y|^2.
+        xx: [n + 1, n + 1], the sum of x x^T.
+        xy: [n + 1, m], the sum of x y^T.
     """
 
     count: Tensor
     xx: Tensor
     xy: Tensor
-    yy: Tensor
 
     @classmethod
     def zeros(cls, n: int, m: int, *, device: torch.device | str = "cpu") -> "NormalEquations":
         """The empty sums of n inputs, the constant not counted, and m targets."""
-        sizes: tuple[tuple[int, ...], ...] = ((), (n + 1, n + 1), (n + 1, m), ())
+        sizes: tuple[tuple[int, ...], ...] = ((), (n + 1, n + 1), (n + 1, m))
         return cls(*(torch.zeros(size, dtype=torch.float64, device=device) for size in sizes))
 
     def tensors(self) -> list[Tensor]:
         """All sums; they are additive over rows, batches and ranks."""
-        return [self.count, self.xx, self.xy, self.yy]
+        return [self.count, self.xx, self.xy]
 
-    def update(self, x: Tensor, y: Tensor) -> None:
-        """Adds rows: x [rows, n] without the constant, y [rows, m]."""
-        x, y = x.to(self.xx), y.to(self.xy)
-        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+    def update(self, x: Tensor, *targets: Tensor) -> None:
+        """Adds rows: x [rows, n] without the constant; the targets [rows, m_i] stand side by side.
+
+        A batch is multiplied in float32 (in float64 if it is that) and added up in float64.
+        """
         self.count += len(x)
-        self.xx.addmm_(x.T, x)
-        self.xy.addmm_(x.T, y)
-        self.yy += y.square().sum()
+        self.xx[:-1, :-1] += self_product(x)
+        sums = x.sum(0, dtype=self.xx.dtype)
+        self.xx[:-1, -1] += sums
+        self.xx[-1, :-1] += sums
+        self.xx[-1, -1] += len(x)
+        start = 0
+        for y in targets:
+            columns = slice(start, start + y.shape[1])
+            self.xy[:-1, columns] += cross_product(x, y)
+            self.xy[-1, columns] += y.sum(0, dtype=self.xy.dtype)
+            start = columns.stop
 
     def __add__(self, other: "NormalEquations") -> "NormalEquations":
         """The sums over both sets of rows."""
         return NormalEquations(*(a + b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
 
+    def to_targets(self, map_targets: Callable[[Tensor], Tensor]) -> "NormalEquations":
+        """The same rows with targets that are a linear function of these: `map_targets` takes [n + 1, m]."""
+        return NormalEquations(self.count, self.xx, map_targets(self.xy))
+
     def ridge(self, prior: Tensor, penalty: float) -> Tensor:
         """The W [n + 1, m] that minimises sum |W^T x - y|^2 + penalty * e * |W - prior|^2, e the mean energy of x."""
-        values, vectors = self._spectrum
-        shift = penalty * self.xx.diagonal().mean()
-        return prior + vectors @ ((vectors.T @ (self.xy - self.xx @ prior)) / (values + shift)[:, None])
+        shifted = self.xx.clone()
+        shifted.diagonal().add_(penalty * self.xx.diagonal().mean())
+        return prior + torch.cholesky_solve(self.xy - self.xx @ prior, torch.linalg.cholesky(shifted))
 
     def error(self, solution: Tensor) -> float:
-        """The mean squared error of W [n + 1, m] over the rows, summed over the targets."""
-        fitted = (solution * (self.xx @ solution - 2 * self.xy)).sum()
-        return float((fitted + self.yy) / self.count)
-
-    @functools.cached_property
-    def _spectrum(self) -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(self.xx)
-        return values.clamp_min(0), vectors
+        """The mean over the rows of |W^T x - y|^2 - |y|^2: the squared error of W [n + 1, m] but for a constant."""
+        return float((solution * (self.xx @ solution - 2 * self.xy)).sum() / self.count)
 
 
 def fit_ridge(rows: NormalEquations, held_out: NormalEquations, prior: Tensor) -> tuple[Tensor, float]:
     """Ridge regression shrunk towards `prior`, with the penalty that predicts the held-out rows best.
+
+    The held-out error falls and then rises with the penalty, so it is followed downhill instead of computed for all.
 
     Args:
         rows, held_out: two parts of the data; the returned solution uses both.
@@ -79,7 +89,15 @@ def fit_ridge(rows: NormalEquations, held_out: NormalEquations, prior: Tensor) -
     """
     if not float(held_out.count) or not float(rows.count):
         return prior, float("inf")
-    errors = {penalty: held_out.error(rows.ridge(prior, penalty)) for penalty in PENALTIES}
-    errors[float("inf")] = held_out.error(prior)
-    best = min(errors, key=lambda penalty: errors[penalty])
-    return (prior if best == float("inf") else (rows + held_out).ridge(prior, best)), best
+
+    @functools.cache
+    def error(index: int) -> float:
+        return held_out.error(rows.ridge(prior, PENALTIES[index]))
+
+    best = len(PENALTIES) // 2
+    for step in (-1, 1):
+        while 0 <= best + step < len(PENALTIES) and error(best + step) < error(best):
+            best += step
+    if held_out.error(prior) <= error(best):
+        return prior, float("inf")
+    return (rows + held_out).ridge(prior, PENALTIES[best]), PENALTIES[best]

@@ -64,11 +64,11 @@ class TransportMap:
 def permutation(order: Tensor) -> TransportMap:
     """The hard map that makes anchor unit j from parent unit `order[j]`; `order` is [n], integer."""
     n = len(order)
-    plan = torch.zeros(n, n, dtype=torch.float64)
-    plan[order, torch.arange(n)] = 1 / n
+    plan = torch.zeros(n, n, dtype=torch.float64, device=order.device)
+    plan[order, torch.arange(n, device=order.device)] = 1 / n
     return TransportMap(plan, "permutation")
 
 
-def identity(n: int) -> TransportMap:
+def identity(n: int, *, device: torch.device | str = "cpu") -> TransportMap:
     """The map that moves nothing."""
-    return permutation(torch.arange(n))
+    return permutation(torch.arange(n, device=device))

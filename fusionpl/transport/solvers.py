@@ -1,18 +1,18 @@
 """Discrete optimal transport between two sets of units with uniform marginals: Sinkhorn, EMD, assignment."""
 
 import warnings
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
-import numpy as np
 import ot
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fusionpl.errors import FusionError
-from fusionpl.transport.maps import Scaling, TransportMap
+from fusionpl.transport.maps import Scaling, TransportMap, identity
 
-Solver = Literal["sinkhorn", "emd", "assignment"]
+Solver = Literal["sinkhorn", "emd", "assignment", "identity"]
 
 SINKHORN_ITERATIONS = 1000
 SINKHORN_TOLERANCE = 1e-9
@@ -26,31 +26,40 @@ _KERNEL_RANGE = 500.0
 def solve(cost: Tensor, solver: Solver, *, reg: float = 0.08, scaling: Scaling = "two_sided") -> TransportMap:
     """Solves one transport problem between uniform marginals.
 
+    Sinkhorn runs where the cost is, through POT's backends; on the CPU that is NumPy's, which is faster there. The hard
+    solvers run on the CPU.
+
     Args:
         cost: ground metric [n_parent, n_anchor].
-        solver: `sinkhorn` (entropic, regularisation `reg` in units of the cost), `emd` (exact linear programme) or
-            `assignment` (scipy's; equal sizes only).
+        solver: `sinkhorn` (entropic, regularisation `reg` in units of the cost), `emd` (exact linear programme),
+            `assignment` (scipy's; equal sizes only) or `identity` (unit i to unit i whatever the cost; equal sizes).
         scaling: see TransportMap.
+
+    Returns:
+        TransportMap; its plan is on the device of the cost.
 
     Raises:
         FusionError: `assignment` between different sizes, a non-positive `reg`, a cost that is not finite.
     """
-    matrix = np.ascontiguousarray(cost.detach().cpu().double().numpy())
-    if not np.isfinite(matrix).all():
+    cost = cost.detach().double()
+    if not bool(cost.isfinite().all()):
         raise FusionError("the ground metric holds NaN or infinite values; check calibration data and parents")
     if solver == "assignment":
-        return _assignment(matrix, scaling)
-    n, m = matrix.shape
-    mu, nu = np.full(n, 1 / n), np.full(m, 1 / m)
-    plan, iterations, converged = _sinkhorn(mu, nu, matrix, reg) if solver == "sinkhorn" else _emd(mu, nu, matrix)
+        return _assignment(cost, scaling)
+    n, m = cost.shape
+    if solver == "identity":
+        check_one_width(solver, n, m)
+        return replace(identity(n, device=cost.device), solver=solver, scaling=scaling)
+    mu, nu = (torch.full((size,), 1 / size, dtype=cost.dtype, device=cost.device) for size in (n, m))
+    plan, iterations, converged = _sinkhorn(mu, nu, cost, reg) if solver == "sinkhorn" else _emd(mu, nu, cost)
     return TransportMap(
-        torch.from_numpy(plan),
+        plan,
         solver,
         scaling,
-        cost=float((plan * matrix).sum()),
+        cost=float((plan * cost).sum()),
         iterations=iterations,
         converged=converged,
-        marginal_error=float(np.linalg.norm(plan.sum(0) - nu)),
+        marginal_error=float(torch.linalg.vector_norm(plan.sum(0) - nu)),
     )
 
 
@@ -62,37 +71,58 @@ def procrustes(cross: Tensor) -> TransportMap:
     Raises:
         FusionError: `cross` is not finite.
     """
-    if not bool(cross.isfinite().all()):
+    return procrustes_batch(cross[None])[0]
+
+
+def procrustes_batch(crosses: Tensor) -> list[TransportMap]:
+    """Procrustes problems of one size, [problems, n_parent, n_anchor], solved as one batch on their device.
+
+    Raises:
+        FusionError: `crosses` are not finite.
+    """
+    if not bool(crosses.isfinite().all()):
         raise FusionError("the cross-covariance holds NaN or infinite values; check calibration data and parents")
-    u, values, vt = torch.linalg.svd(cross.detach().cpu().double(), full_matrices=False)
-    return TransportMap(u @ vt, "procrustes", "orthogonal", cost=-float(values.sum()))
+    u, values, vt = torch.linalg.svd(crosses.detach().double(), full_matrices=False)
+    return [
+        TransportMap(plan, "procrustes", "orthogonal", cost=-float(sum_))
+        for plan, sum_ in zip(u @ vt, values.sum(-1), strict=True)
+    ]
 
 
-def _assignment(matrix: np.ndarray, scaling: Scaling) -> TransportMap:
-    n, m = matrix.shape
-    if n != m:
+def check_one_width(solver: Solver, n: int, m: int) -> None:
+    """Raises FusionError where a solver that pairs units one by one meets n of a parent and m of the anchor."""
+    if solver in ("assignment", "identity") and n != m:
         raise FusionError(
-            f"align.solver assignment needs parents of one width, here {n} and {m} units; use emd or sinkhorn"
+            f"align.solver {solver} needs parents of one width, here {n} and {m} units; use emd or sinkhorn"
         )
+
+
+def _assignment(cost: Tensor, scaling: Scaling) -> TransportMap:
+    check_one_width("assignment", *cost.shape)
+    n = len(cost)
+    matrix = cost.cpu().numpy()
     rows, columns = linear_sum_assignment(matrix)
     plan = torch.zeros(n, n, dtype=torch.float64)
     plan[torch.from_numpy(rows), torch.from_numpy(columns)] = 1 / n
-    return TransportMap(plan, "assignment", scaling, cost=float(matrix[rows, columns].mean()))
+    return TransportMap(plan.to(cost.device), "assignment", scaling, cost=float(matrix[rows, columns].mean()))
 
 
-def _emd(mu: np.ndarray, nu: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, int | None, bool]:
-    plan, log = ot.emd(mu, nu, matrix, numItermax=EMD_ITERATIONS, log=True)
-    return plan, None, log["warning"] is None
+def _emd(mu: Tensor, nu: Tensor, cost: Tensor) -> tuple[Tensor, int | None, bool]:
+    plan, log = ot.emd(mu.cpu().numpy(), nu.cpu().numpy(), cost.cpu().numpy(), numItermax=EMD_ITERATIONS, log=True)
+    return torch.from_numpy(plan).to(cost.device), None, log["warning"] is None
 
 
-def _sinkhorn(mu: np.ndarray, nu: np.ndarray, matrix: np.ndarray, reg: float) -> tuple[np.ndarray, int | None, bool]:
+def _sinkhorn(mu: Tensor, nu: Tensor, cost: Tensor, reg: float) -> tuple[Tensor, int | None, bool]:
     if not reg > 0:
         raise FusionError(f"align.reg must be above 0, not {reg}; for an exact plan use align.solver emd")
-    method = "sinkhorn" if np.ptp(matrix) / reg < _KERNEL_RANGE else "sinkhorn_log"
-    shifted = matrix - matrix.min()  # a constant moves no mass, and keeps the kernel away from underflow
+    shifted = cost - cost.min()  # a constant moves no mass, and keeps the kernel away from underflow
+    method = "sinkhorn" if float(shifted.max()) / reg < _KERNEL_RANGE else "sinkhorn_log"
+    problem: tuple[Any, ...] = (mu, nu, shifted)
+    if cost.device.type == "cpu":
+        problem = tuple(one.numpy() for one in problem)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the caller reports non-convergence with the name of the axis
         plan, log = ot.sinkhorn(
-            mu, nu, shifted, reg, method=method, numItermax=SINKHORN_ITERATIONS, stopThr=SINKHORN_TOLERANCE, log=True
+            *problem, reg, method=method, numItermax=SINKHORN_ITERATIONS, stopThr=SINKHORN_TOLERANCE, log=True
         )
-    return plan, int(log["niter"]), bool(log["err"][-1] < SINKHORN_TOLERANCE)
+    return torch.as_tensor(plan), int(log["niter"]), bool(log["err"][-1] < SINKHORN_TOLERANCE)

@@ -159,8 +159,13 @@ def test_fuse_on_two_processes_gives_the_same_model(fused: Path, parents: list[s
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, *extra], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    one, two = (safetensors.torch.load_file(run / "model/model.safetensors") for run in (fused, output))
-    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    one, two = (safetensors.torch.load_file(run / "maps.safetensors") for run in (fused, output))
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+    # Batches are multiplied in float32: where a refit's inputs hardly vary, weights differ more than the function.
+    images = torch.randn(64, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        first, second = (load_model(run)(images) for run in (fused, output))
+    assert float((first - second).abs().max()) < 1e-3 * float(first.abs().max())
 
 
 def test_sweep_shares_calibration_and_writes_a_table(parents: list[str], tmp_path: Path) -> None:

@@ -1,17 +1,17 @@
 """Learned refinement: nearer to the parents' mean, the same twice, and no labels."""
 
-from dataclasses import replace
-from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch import nn
 
 import fusionpl
+from fusionpl.calibration import CalibrationConfig, CalibrationSet, Kept
 from fusionpl.errors import FusionError
 from fusionpl.fusion import FuseConfig, RefineConfig
+from fusionpl.fusion.refine import _drawn
 from fusionpl.training import OTFusion
 from tests.models_for_tests import TEXT_MODELS, images, largest_difference, outputs, sentences, text_model, timm_vit
 
@@ -27,8 +27,9 @@ def test_refinement_draws_the_model_to_the_ensemble_and_repeats() -> None:
     parents: list[nn.Module] = [timm_vit(seed) for seed in range(2)]
     before = [[tensor.clone() for tensor in parent.parameters()] for parent in parents]
     first, second = (fusionpl.fuse(parents, [images(64)], CONFIG) for _ in range(2))
-    assert first.averaged is not None
-    assert distance(first.model, parents) < 0.5 * distance(first.averaged, parents)
+    assert distance(first.model, parents) < 0.5 * distance(first.average(), parents)
+    assert first.refitted is not None
+    assert largest_difference(first.refitted, first.average()) == 0
     assert largest_difference(first.model, second.model) == 0
     assert not first.model.training
     for parent, tensors in zip(parents, before, strict=True):
@@ -44,23 +45,24 @@ def test_text_is_refined_without_its_padding(name: str) -> None:
     assert largest_difference(first, second) < 1e-3
 
 
-def test_refinement_runs_on_the_cpu_where_the_device_has_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str | None] = []
-    real = L.Trainer
-
-    def trainer(**args: Any) -> L.Trainer:
-        asked.append(args.get("accelerator"))
-        return real(**args)
-
-    monkeypatch.setattr(L, "Trainer", trainer)
-    monkeypatch.setattr(import_module("fusionpl.training.refine"), "has_float64", lambda _: False)
-    fusionpl.fuse(
-        [timm_vit(seed) for seed in range(2)], [images()], replace(CONFIG, refine=RefineConfig("gradient", 1))
-    )
-    assert asked[-1] == "cpu"
+def test_the_callback_refines() -> None:
+    parents: list[nn.Module] = [timm_vit(seed) for seed in range(2)]
+    data = SimpleNamespace(calibration_dataloader=lambda: [images(64)])
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer: Any = SimpleNamespace(datamodule=data, strategy=strategy, is_global_zero=True)
+    module: Any = SimpleNamespace()
+    OTFusion(parents, CONFIG).setup(trainer, module, "test")
+    assert largest_difference(module.model, fusionpl.fuse(parents, [images(64)], CONFIG).model) == 0
 
 
-def test_the_callback_says_that_it_cannot_refine() -> None:
-    callback = OTFusion([timm_vit(0), timm_vit(1)], CONFIG)
-    with pytest.raises(FusionError, match=r"refine\.method needs its own; use fusionpl\.fuse"):
-        callback.setup(None, None, "fit")  # type: ignore[arg-type]
+def test_a_rank_without_batches_takes_part() -> None:
+    """More processes than batches: those without one add nothing to the gradient."""
+    empty = CalibrationSet([images(4)], CalibrationConfig(), Kept(10**6))
+    empty.firsts.clear()
+    assert next(_drawn(empty, 4, seed=0)) is None
+
+
+@pytest.mark.parametrize(("option", "value"), [("steps", 0), ("batch_size", 0), ("lr", 0.0), ("lr", float("nan"))])
+def test_options_out_of_range_are_refused(option: str, value: float) -> None:
+    with pytest.raises(FusionError, match=f"refine.{option} must be"):
+        RefineConfig("gradient", **{option: value})

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
 from fusionpl.alignment import AlignConfig
+from fusionpl.calibration import Network
 from fusionpl.errors import FusionError
-from fusionpl.families import aligned_state, bind, canonical, load_parameters, permuted
+from fusionpl.families import aligned_state, bind, canonical, load_parameters, own_state, permuted
 from fusionpl.fusion import FuseConfig, FusionResult, fuse
 from fusionpl.transport import TransportMap
 from tests.models_for_tests import FAMILIES, images, largest_difference, outputs, timm_vit
@@ -36,6 +37,10 @@ def aligned_outputs(result: FusionResult, index: int) -> Tensor:
 
 def everything(name: str) -> list[nn.Module]:
     return [timm_vit(2, **options) for options in VARIANTS.values()] if name == "vit_timm" else [FAMILIES[name](2)]
+
+
+def in_canonical_form(model: nn.Module) -> Any:
+    return Network(model, bind(model), prepare=canonical).whole()
 
 
 def orthogonal(n: int, generator: torch.Generator) -> Tensor:
@@ -66,14 +71,15 @@ def rotation_of(model: nn.Module, seed: int) -> nn.Module:
             for _ in range(2)
         )
         maps.update({name: vo if name.endswith(".v") else qk for name in group})
-    return load_parameters(model, aligned_state(model, binding, model, binding, maps))
+    own = own_state(model)
+    return load_parameters(model, aligned_state(own, binding, own, binding, maps))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_canonical_form_keeps_the_function_and_centres_the_stream(name: str) -> None:
     for model in everything(name):
         binding = bind(model)
-        found = canonical(model, binding)
+        found = in_canonical_form(model)
         torch.testing.assert_close(outputs(found), outputs(model), atol=1e-4, rtol=1e-5)
         assert largest_difference(found, model) > 0
         for key, tensor in found.named_parameters():
@@ -90,7 +96,7 @@ def test_the_canonical_form_keeps_the_function_and_centres_the_stream(name: str)
 
 def test_the_canonical_form_splits_circuits_evenly() -> None:
     model = timm_vit(3)
-    found = canonical(model, bind(model)).blocks[0].attn
+    found = in_canonical_form(model).blocks[0].attn
     weight, bias = found.qkv.weight.double(), found.qkv.bias.double()
     rows = torch.cat([weight, bias[:, None]], dim=1).view(3, 4, 4, -1)
     grams = rows @ rows.transpose(-1, -2)
@@ -110,13 +116,14 @@ def test_an_aligned_parent_computes_its_own_function(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_planted_rotation_is_recovered(name: str) -> None:
-    model = canonical(FAMILIES[name](4), bind(FAMILIES[name](4)))
+    model = in_canonical_form(FAMILIES[name](4))
     other = rotation_of(permuted(model, torch.Generator().manual_seed(1)), seed=2)
     torch.testing.assert_close(outputs(other), outputs(model), atol=1e-4, rtol=1e-5)
     assert max(float((a - b).abs().max()) for a, b in zip(other.parameters(), model.parameters(), strict=True)) > 0.1
     result = rotated([model, other])
-    for key, tensor in result.aligned[1].items():
-        torch.testing.assert_close(tensor, result.aligned[0][key], atol=1e-4, rtol=0, msg=lambda text: f"{key}: {text}")  # noqa: B023
+    anchor = result.aligned(0)
+    for key, tensor in result.aligned(1).items():
+        torch.testing.assert_close(tensor, anchor[key], atol=1e-4, rtol=0, msg=lambda text: f"{key}: {text}")  # noqa: B023
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -49,7 +49,7 @@ def test_the_papers_preset_is_the_papers() -> None:
         ({"align.solvr": "emd"}, "unknown key align.solvr; did you mean 'align.solver'?"),
         ({"align.solver": "magic"}, "align.solver: 'magic' is not sinkhorn or emd or assignment"),
         ({"anchor": "last"}, "anchor: 'last' is not int"),
-        ({"align.embeddings": 1}, "align.embeddings: 1 is not bool"),
+        ({"align.embeddings": 1}, "align.embeddings: '1' is not bool"),
         ({"weights": ["a"]}, "weights"),
     ],
 )

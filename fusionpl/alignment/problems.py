@@ -1,0 +1,303 @@
+"""What has to be solved for an alignment: which axes take their maps together, of which kind, from what evidence."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusionpl.alignment.aligner import Aligner
+from fusionpl.alignment.config import AlignConfig, Residual
+from fusionpl.alignment.evidence import WeightEvidence
+from fusionpl.alignment.heads import match_heads
+from fusionpl.alignment.rotation import dissimilarity, rotate_stream, rotate_units
+from fusionpl.calibration import Key
+from fusionpl.errors import FusionError
+from fusionpl.families import Binding, Join, section_of
+from fusionpl.transport import Gram, Solver, TransportMap, check_one_width, ground_metric, identity, solve
+
+# With weights as evidence a tied stream needs the maps that depend on it: rounds of coordinate descent.
+_TIE_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Problem(ABC):
+    """Axes that take their maps together.
+
+    Attributes:
+        axes: the axes.
+        keys: whose activations are compared; each puts the units of its axes side by side. None where weights are the
+            evidence.
+        magnitudes: the anchor's axes whose mean absolute activation is needed.
+    """
+
+    axes: tuple[str, ...]
+    keys: tuple[Key, ...] = ()
+    magnitudes: tuple[str, ...] = ()
+
+    @property
+    def section(self) -> str:
+        """The section in which it is solved."""
+        return section_of(self.axes[0])
+
+    @property
+    def whole(self) -> bool:
+        """Whether it looks at the whole network, so that it must be solved before any section is fused."""
+        return False
+
+    @abstractmethod
+    def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
+        """Raises FusionError where the options do not fit the widths or head counts."""
+
+    @abstractmethod
+    def solve(self, work: Aligner) -> None:
+        """Gives the axes of `work` their maps."""
+
+    @abstractmethod
+    def told(self, axis: str, binding: Binding) -> str:
+        """How `axis` gets its map, for a person."""
+
+
+class Units(Problem):
+    """One map from the units of one axis, or of all axes of a circuit together."""
+
+    def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
+        """Solvers that pair units one by one need as many on both sides; flat heads need equal numbers of heads."""
+        check_one_width(config.solver, parent.axes[self.axes[0]].size, anchor.axes[self.axes[0]].size)
+        _check_heads(self.axes[0], parent, anchor)
+
+    def solve(self, work: Aligner) -> None:
+        """Compares the units by what describes them."""
+        found = work.solved(work.alike(self.axes))
+        work.maps.give(self.axes, work.rescaled(self.axes[0], found) if work.in_circuit(self.axes[0]) else found)
+
+    def told(self, axis: str, binding: Binding) -> str:
+        """Where the units are seen."""
+        others = [other for other in self.axes if other != axis]
+        return _seen(axis, binding, self.keys) + (f", shared with {' and '.join(others)}" if others else "")
+
+
+class Joint(Problem):
+    """One map over the units of both axes of a circuit, which may exchange them."""
+
+    def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
+        """See Units."""
+        check_one_width(
+            config.solver, *(sum(one.axes[axis].size for axis in self.axes) for one in (parent, anchor))
+        )  # fmt: skip
+        _check_heads(self.axes[0], parent, anchor)
+
+    def solve(self, work: Aligner) -> None:
+        """Compares all units with all."""
+        first, second = self.axes
+        found = work.rescaled(first, work.solved(work.beside(self.axes)))
+        work.alignment.joint[first, second] = found
+        n, m = work.parent.axes[first].size, work.anchor.axes[first].size
+        work.maps.give([first], found.block(slice(n), slice(m)))
+        work.maps.give([second], found.block(slice(n, None), slice(m, None)))
+
+    def told(self, axis: str, binding: Binding) -> str:
+        """Where the units are seen, and with which."""
+        others = [other for other in self.axes if other != axis]
+        return f"{_seen(axis, binding, self.keys)}, joint with {' and '.join(others)}"
+
+
+@dataclass(frozen=True)
+class Heads(Problem):
+    """Heads matched first, then the units inside each pair: one map a circuit.
+
+    Attributes:
+        circuits: the axes, those that must move alike together.
+        rotation: each pair's map is a rotation.
+    """
+
+    circuits: tuple[tuple[str, ...], ...] = ()
+    rotation: bool = False
+
+    def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
+        """Solvers that pair units one by one need as many units in a head on both sides."""
+        if not self.rotation:
+            sizes = (one.axes[self.axes[0]] for one in (parent, anchor))
+            check_one_width(config.solver, *(axis.size // axis.heads for axis in sizes))
+
+    def solve(self, work: Aligner) -> None:
+        """Assigns heads by the cost of their best alignment."""
+        ours, theirs = (one.axes[self.axes[0]].heads for one in (work.parent, work.anchor))
+        if self.rotation:
+            grams = {circuit[0]: work.activations.unscaled(circuit) for circuit in self.circuits}
+            found = match_heads(grams, (ours, theirs), compare=dissimilarity, solve_units=rotate_units)
+        else:
+            grams = {circuit[0]: work.alike(circuit) for circuit in self.circuits}
+            found = match_heads(
+                grams, (ours, theirs), compare=lambda pairs: _costs(pairs, work.config),
+                solve_units=lambda pairs: [work.solved(pair) for pair in pairs],
+            )  # fmt: skip
+        for circuit in self.circuits:
+            one = found[circuit[0]]
+            work.maps.give(circuit, work.rescaled(circuit[0], one) if len(circuit) > 1 else one)
+
+    def told(self, axis: str, binding: Binding) -> str:
+        """Where the units are seen, and with which."""
+        others = [other for circuit in self.circuits if axis in circuit for other in circuit if other != axis]
+        verb = "rotated" if self.rotation else "matched"
+        return f"{_seen(axis, binding, self.keys)}, heads {verb} in pairs" + (
+            f", with {' and '.join(others)}" if others else ""
+        )
+
+
+@dataclass(frozen=True)
+class Stream(Problem):
+    """One map for a whole residual stream, from all its joins (activations) or all its members (weights).
+
+    Attributes:
+        joins: where the stream is seen.
+        rotation: the map is a rotation.
+    """
+
+    joins: tuple[str, ...] = ()
+    rotation: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """The stream goes through all sections."""
+        return True
+
+    def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
+        """Solvers that pair units one by one need as many units on both sides."""
+        if not self.rotation:
+            check_one_width(config.solver, parent.axes[self.axes[0]].size, anchor.axes[self.axes[0]].size)
+
+    def solve(self, work: Aligner) -> None:
+        """Compares the units of the stream wherever it is seen."""
+        if self.rotation:
+            work.maps.give(self.axes, rotate_stream(work.activations.unscaled(self.joins)))
+        elif isinstance(work.evidence, WeightEvidence):
+            written = [axis for axis in self.axes if axis not in work.parent.joins]
+            described = [axis for axis in written if not work.evidence.needs(axis)]
+            for _ in range(_TIE_ROUNDS):
+                one = work.solved(work.alike(described))
+                work.maps.clear()
+                work.alignment.joint.clear()
+                work.maps.give(self.axes, one)
+                described = written
+        else:
+            work.maps.give(self.axes, work.solved(work.alike(self.joins)))
+
+    def told(self, axis: str, binding: Binding) -> str:
+        """One map for all."""
+        what = "rotation of the stream" if self.rotation else "tied to the stream"
+        return what if self.keys else f"{what}, from all rows that write it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined(Problem):
+    """The map of a residual addition, from the maps of what is added.
+
+    Attributes:
+        join: what is added.
+        policy: how its maps make one.
+    """
+
+    join: Join
+    policy: Residual = "average"
+
+    def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
+        """`identity` needs one width."""
+        (axis,) = self.axes
+        n, m = parent.axes[axis].size, anchor.axes[axis].size
+        if self.policy == "identity" and n != m:
+            raise FusionError(f"align.residual identity needs parents of one width; '{axis}' has {n} and {m} units")
+
+    def solve(self, work: Aligner) -> None:
+        """Joins the maps of skip and branch."""
+        work.maps.give(self.axes, self._found(work))
+
+    def _found(self, work: Aligner) -> TransportMap:
+        if self.policy == "identity":
+            return identity(work.anchor.axes[self.axes[0]].size, device=work.device)
+        if self.policy in ("skip", "branch"):
+            return work.map_of(self.join.skip if self.policy == "skip" else self.join.branch)
+        skip, branch = work.map_of(self.join.skip).plan, work.map_of(self.join.branch).plan
+        share: float | Tensor = 0.5
+        if self.policy in ("weighted_scalar", "weighted_matrix"):
+            s, b = (work.magnitudes[axis] for axis in (self.join.skip, self.join.branch))
+            if self.policy == "weighted_scalar":
+                s, b = s.mean(), b.mean()
+            share = (s / (s + b).clamp_min(1e-300)).to(skip)
+        return TransportMap(share * skip + (1 - share) * branch, f"join:{self.policy}", work.config.scaling)
+
+    def told(self, axis: str, binding: Binding) -> str:
+        """What is added."""
+        return f"join ({self.policy}) of {self.join.skip} + {self.join.branch}"
+
+
+def problems(binding: Binding, config: AlignConfig) -> list[Problem]:
+    """All problems of an alignment with `config`, in the order of the axes; each free axis is in one of them.
+
+    This is where what a family allows meets what the configuration asks for.
+
+    Args:
+        binding: the anchor's; parents of one family and depth have the same problems.
+        config: solver, metric and policies.
+    """
+    seen = config.evidence == "activations"
+
+    def alone(*axes: str) -> tuple[Key, ...]:
+        return tuple((axis,) for axis in axes) if seen else ()
+
+    found: dict[str, Problem] = {}
+    if config.residual == "tie":  # a rotation of the stream is tied too
+        for members in binding.streams():
+            seen_at = [axis for axis in members if binding.on_boundary(axis) or axis in binding.taps]
+            joins = tuple(axis for axis in seen_at if axis in binding.joins)
+            stream = Stream(tuple(members), alone(*joins), joins=joins, rotation=config.stream == "rotation")
+            found |= dict.fromkeys(members, stream)
+    circuit_of = {axis: circuit for circuit in binding.circuits for axis in circuit}
+    group_of = {axis: group for group in binding.attention for axis in group}
+    for axis in binding.free:
+        if axis in found:
+            continue
+        problem: Problem
+        circuit = circuit_of.get(axis, (axis,))
+        if axis in binding.joins:
+            join = binding.joins[axis]
+            weighted = config.residual in ("weighted_scalar", "weighted_matrix")
+            magnitudes = (join.skip, join.branch) if weighted else ()
+            problem = Joined(axes=(axis,), magnitudes=magnitudes, join=join, policy=config.residual)
+        elif config.heads == "matched" and axis in group_of:
+            circuits = tuple(dict.fromkeys(circuit_of.get(one, (one,)) for one in group_of[axis]))
+            problem = Heads(
+                group_of[axis], alone(*group_of[axis]), circuits=circuits, rotation=config.stream == "rotation"
+            )
+        elif config.qk == "joint" and len(circuit) > 1:
+            problem = Joint(circuit, (circuit,) if seen else ())
+        elif config.qk == "shared":
+            problem = Units(circuit, alone(*circuit))
+        else:
+            problem = Units((axis,), alone(axis))
+        found |= dict.fromkeys(problem.axes, problem)
+    return list({id(problem): problem for problem in found.values()}.values())
+
+
+def _costs(pairs: list[list[Gram]], config: AlignConfig) -> Tensor:
+    """The cost of each pair of heads at its best hard alignment."""
+    sizes = pairs[0][0].cross.shape
+    solver: Solver = "assignment" if sizes[0] == sizes[1] else "emd"
+    costs = [[solve(ground_metric(one, config.metric, "none"), solver).cost for one in row] for row in pairs]
+    return torch.tensor(costs, dtype=torch.float64).to(pairs[0][0].cross.device)
+
+
+def _check_heads(axis: str, parent: Binding, anchor: Binding) -> None:
+    ours, theirs = (binding.axes[axis].heads for binding in (parent, anchor))
+    if ours != theirs:
+        raise FusionError(
+            f"parents of different head count: {ours} and {theirs} heads; train parents of one head count, or "
+            "use align.heads matched, which transports whole heads"
+        )
+
+
+def _seen(axis: str, binding: Binding, keys: tuple[Key, ...]) -> str:
+    if not keys:
+        return "rows of " + ", ".join(slot.parameter for slot in binding.writers(axis))
+    tap = binding.taps[axis]
+    return f"values of {tap.target}" if tap.kind == "parameter" else f"{tap.kind} of {tap.target}"

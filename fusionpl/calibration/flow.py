@@ -1,0 +1,151 @@
+"""A calibration set and the hidden states of networks over it, kept where a sweep stands."""
+
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusionpl.calibration.batches import batches
+from fusionpl.calibration.config import CalibrationConfig
+from fusionpl.calibration.kept import Kept
+from fusionpl.calibration.network import Network, Seen
+from fusionpl.calibration.taps import Place, place_of, units_of
+from fusionpl.families import STEM, TAIL, Binding, State, boundary
+
+
+class CalibrationSet:
+    """This rank's calibration batches, which are iterated once and kept.
+
+    Args:
+        calibration: any iterable of batches.
+        config: samples and batch size.
+        kept: where the batches are kept, and all that is made of them.
+
+    Attributes:
+        firsts: the number of each batch's first sample.
+        masks: for each batch [B, T], true for real tokens, or None.
+
+    Raises:
+        FusionError: the iterable is empty.
+    """
+
+    def __init__(self, calibration: Iterable[Any], config: CalibrationConfig, kept: Kept) -> None:
+        self.kept = kept
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
+        self.firsts: list[int] = []
+        self.masks: list[Tensor | None] = []
+        for index, (first, batch) in enumerate(batches(calibration, config)):
+            mask = batch.get("attention_mask")
+            self.firsts.append(first)
+            self.masks.append(None if mask is None else mask.bool())
+            kept["batch", index] = batch
+
+    def __len__(self) -> int:
+        return len(self.firsts)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """The model inputs of a batch."""
+        batch: dict[str, Tensor] = self.kept["batch", index]
+        return batch
+
+    def keep(self, key: Hashable, tensor: Tensor) -> None:
+        """Keeps activations, in the type that was asked for; float64 stays what it is where that is float32."""
+        kind = self.dtype if self.dtype != torch.float32 else torch.promote_types(tensor.dtype, torch.float32)
+        self.kept[key] = tensor.to(kind)
+
+    def __iter__(self) -> Iterator[int]:
+        """The numbers of this rank's batches."""
+        return iter(range(len(self)))
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What one batch showed on its way through one section.
+
+    Attributes:
+        binding, section: of the network, and where.
+        seen: what passed at the places that were asked for.
+        entry: the stream before the section, [B, T, n]; None in the stem.
+        out: the stream behind it; None in the tail and where the way ended inside.
+    """
+
+    binding: Binding
+    section: str
+    seen: Seen
+    entry: Tensor | None
+    out: Tensor | None
+
+    def units(self, axis: str) -> Tensor:
+        """The activations of an axis that the section touches."""
+        if axis == boundary(self.section):
+            assert self.out is not None
+            return self.out
+        if self.binding.on_boundary(axis):
+            assert self.entry is not None
+            return self.entry
+        return units_of(self.seen, self.binding.taps[axis])
+
+
+def places_of(binding: Binding, axes: Iterable[str]) -> set[Place]:
+    """Where activations of axes are seen inside a section; those on its boundary need no looking."""
+    return {place_of(binding.taps[axis]) for axis in axes if not binding.on_boundary(axis)}
+
+
+class Flow:
+    """The hidden states of a network over a calibration set, kept at the boundary that it has reached.
+
+    Args:
+        network: the network.
+        data: the calibration set.
+        name: tells its hidden states from those of other networks.
+    """
+
+    def __init__(self, network: Network, data: CalibrationSet, name: str) -> None:
+        self.network, self.data, self.name = network, data, name
+
+    def states(self, section: str) -> State:
+        """The parameters that `step` needs there."""
+        if section != TAIL:
+            return self.network.parameters(section)
+        return self.network.parameters(STEM) | self.network.parameters(TAIL)
+
+    def step(
+        self, section: str, state: State, index: int, places: Iterable[Place] = (), *, stop: bool = False
+    ) -> Passage:
+        """Takes one batch through a section, which stands before it.
+
+        Args:
+            section: the next section.
+            state: its parameters, from `states` or other ones of the same shapes.
+            index: the batch.
+            places: where to look on the way.
+            stop: go no further than the last of `places`; the batch then still stands before the section.
+        """
+        kept, binding = self.data.kept, self.network.binding
+        entry = out = None
+        if section == STEM:
+            out, calls, seen = self.network.enter(state, self.data[index], places)
+            kept[self.name, "calls", index] = calls
+        else:
+            entry = kept[self.name, "hidden", index]
+            if section == TAIL:
+                _, seen = self.network.leave(state, self.data[index], entry, places, stop=stop)
+            else:
+                call = kept[self.name, "calls", index][binding.blocks.index(section)]
+                out, seen = self.network.through(section, state, entry, call, places, stop=stop)
+        if out is not None and not stop:
+            self.data.keep((self.name, "hidden", index), out)
+        return Passage(binding, section, seen, entry, out)
+
+
+def sum_over_ranks(tensors: list[Tensor]) -> None:
+    """Adds up tensors of one type over all ranks, in place and in one all-reduce."""
+    if not dist.is_initialized() or not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(summed.view_as(tensor))

@@ -1,0 +1,211 @@
+"""A model that is read and run one section at a time: the stem, each block, the tail."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fusionpl.calibration.forward import Batch, arguments, device_of, scores
+from fusionpl.calibration.taps import Place, Reached, captured
+from fusionpl.families import STEM, TAIL, Binding, State, check_finite, with_parameters
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with behind the hidden states
+Seen = dict[Place, Tensor]
+Prepare = Callable[[Mapping[str, Tensor], Binding, str, str], State]
+
+
+class Network:
+    """A bound model, read and run section by section.
+
+    Its modules only say how to compute: parameters are handed to them for each call, so nothing in the model changes,
+    and they may be on the meta device and lie in files.
+
+    Args:
+        module: the model.
+        binding: its binding.
+        name: how messages call it.
+        read: gives a parameter by its name, in its own type; by default the module's own.
+        device: where the parameters are moved; by default they stay where they are.
+        prepare: what is done to the parameters of a section when they are read: `canonical`, `without_scales`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        binding: Binding,
+        name: str = "the model",
+        *,
+        read: Callable[[str], Tensor] | None = None,
+        device: torch.device | None = None,
+        prepare: Prepare | None = None,
+    ) -> None:
+        self.module, self.binding, self.name = module, binding, name
+        self.read = read or (lambda parameter: module.get_parameter(parameter).detach())
+        self.device = device or device_of(module)
+        self.prepare = prepare
+        self._blocks = [module.get_submodule(path) for path in binding.blocks]
+
+    def prepared(self, prepare: Prepare | None) -> "Network":
+        """The same model with other preparation."""
+        return Network(
+            self.module, self.binding, self.name, read=self.read, device=self.device, prepare=prepare
+        )  # fmt: skip
+
+    def parameters(self, section: str) -> State:
+        """The parameters that a section uses, prepared.
+
+        Raises:
+            FusionError: one of them holds NaN or infinite values.
+        """
+        owners: dict[str, list[str]] = {}
+        for name in self.binding.uses[section]:
+            owners.setdefault(self.binding.owners[name], []).append(name)
+        found: State = {}
+        for owner, names in owners.items():
+            if owner == section:
+                own = {name: self.read(name).to(self.device) for name in names}
+                check_finite(own, self.name)
+                found |= self.prepare(own, self.binding, section, self.name) if self.prepare else own
+            else:  # a tied one
+                others = self.parameters(owner)
+                found |= {name: others[name] for name in names}
+        return found
+
+    def state(self) -> State:
+        """All parameters, prepared."""
+        found: State = {}
+        for section in self.binding.sections:
+            found = self.parameters(section) | found
+        return found
+
+    def whole(self) -> nn.Module:
+        """The model with all its prepared parameters, in eval mode."""
+        return with_parameters(self.module, self.state()).eval()
+
+    def enter(self, state: State, batch: Batch, places: Iterable[Place] = ()) -> tuple[Tensor, list[Call], Seen]:
+        """Runs the stem.
+
+        Args:
+            state: the stem's parameters.
+            batch: model inputs.
+            places: where to look on the way.
+
+        Returns:
+            The hidden states that the first block takes, what else each block is called with, and what was seen.
+        """
+        hidden: list[Tensor] = []
+        calls: list[Call] = []
+
+        def arrive(args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            states, call = _parted(args, keywords)
+            hidden[:] = hidden or [states]
+            calls.append(call)
+            if len(calls) == len(self._blocks):
+                raise Reached
+            return states
+
+        steps = [arrive] * len(self._blocks)
+        with captured(self.module, places) as seen, self._blocks_replaced(steps), suppress(Reached):
+            self._run(state, batch)
+        return hidden[0], calls, seen
+
+    def through(
+        self,
+        section: str,
+        state: State,
+        hidden: Tensor,
+        call: Call,
+        places: Iterable[Place] = (),
+        *,
+        stop: bool = False,
+    ) -> tuple[Tensor | None, Seen]:
+        """Runs one block.
+
+        Args:
+            section: its name.
+            state: its parameters.
+            hidden: the hidden states before it.
+            call: what else it is called with.
+            places: where to look on the way.
+            stop: go no further than the last of `places`.
+
+        Returns:
+            The hidden states behind it (None if stopped), and what was seen.
+        """
+        found = None
+        local = {name.removeprefix(f"{section}."): tensor for name, tensor in state.items()}
+        hidden = hidden.to(next(iter(state.values())).dtype)
+        with captured(self.module, places, stop=stop) as seen:
+            found = functional_call(self.module.get_submodule(section), local, (hidden, *call[0]), call[1])
+        return found, seen
+
+    def leave(
+        self, state: State, batch: Batch, hidden: Tensor, places: Iterable[Place] = (), *, stop: bool = False
+    ) -> tuple[Tensor | None, Seen]:
+        """Runs the tail.
+
+        Args:
+            state: the parameters of stem and tail.
+            batch: model inputs.
+            hidden: the hidden states behind the last block.
+            places: where to look on the way.
+            stop: go no further than the last of `places`.
+
+        Returns:
+            The logits (None if stopped), and what was seen.
+        """
+        hidden = hidden.to(next(iter(state.values())).dtype)
+
+        def skip(args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            return _parted(args, keywords)[0]
+
+        def resume(args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            return hidden
+
+        found = None
+        with (
+            self._blocks_replaced([skip] * (len(self._blocks) - 1) + [resume]),
+            captured(self.module, places, stop=stop) as seen,
+        ):
+            found = scores(self._run(state, batch))
+        return found, seen
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Runs the whole network on a batch, with one section in memory at a time; the logits."""
+        with torch.no_grad():
+            hidden, calls, _ = self.enter(self.parameters(STEM), batch)
+            for section, call in zip(self.binding.blocks, calls, strict=True):
+                hidden, _ = self.through(section, self.parameters(section), hidden, call)  # type: ignore[assignment]
+            found, _ = self.leave(self.parameters(STEM) | self.parameters(TAIL), batch, hidden)
+        assert found is not None
+        return found
+
+    def _run(self, state: State, batch: Batch) -> Any:
+        args, keywords = arguments(self.module, batch, next(iter(state.values())))
+        return functional_call(self.module, state, args, keywords)
+
+    @contextmanager
+    def _blocks_replaced(self, steps: Sequence[Callable[[tuple[Any, ...], dict[str, Any]], Any]]) -> Iterator[None]:
+        """Lets `steps` take the place of what the blocks compute."""
+        with ExitStack() as stack:
+            for block, step in zip(self._blocks, steps, strict=True):
+                own = block.__dict__.get("forward")  # libraries that dispatch modules put theirs there too
+                block.forward = lambda *args, step=step, **keywords: step(args, keywords)
+                stack.callback(_give_back, block, own)
+            yield
+
+
+def _give_back(block: nn.Module, forward: Any) -> None:
+    del block.forward
+    if forward is not None:
+        block.forward = forward
+
+
+def _parted(args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Tensor, Call]:
+    """The hidden states that a block is called with, and the rest."""
+    if args:
+        return args[0], (args[1:], keywords)
+    return keywords["hidden_states"], ((), {key: value for key, value in keywords.items() if key != "hidden_states"})

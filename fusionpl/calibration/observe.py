@@ -1,0 +1,150 @@
+"""Runs networks through one section of the calibration set and collects what is asked for."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusionpl.calibration.flow import CalibrationSet, Flow, Passage, places_of, sum_over_ranks
+from fusionpl.calibration.moments import Key, Moments
+from fusionpl.calibration.taps import Place, parameter_units
+from fusionpl.calibration.tokens import select
+from fusionpl.families import TAIL, Binding, State
+
+
+class Target(NamedTuple):
+    """The output of a module, with the stream that it is added to, if it is: what a refit fits to."""
+
+    module: str
+    skip: str | None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to collect in a section.
+
+    Attributes:
+        section: its name.
+        keys: axes whose joint moments with the anchor's are needed.
+        magnitudes: axes of the anchor whose mean absolute activation is needed.
+        targets: outputs that are kept, of all networks.
+        tokens: which tokens count as evidence.
+    """
+
+    section: str
+    keys: Sequence[Key] = ()
+    magnitudes: Sequence[str] = ()
+    targets: Sequence[Target] = ()
+    tokens: str = "all"
+
+
+@dataclass
+class Statistics:
+    """What a section showed.
+
+    Attributes:
+        moments: for each network, key -> its moments with the anchor; none for the anchor itself.
+        magnitudes: axis of the anchor -> mean absolute activation, [n].
+    """
+
+    moments: list[dict[Key, Moments]]
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
+
+
+def observe(
+    flows: Sequence[Flow], anchor: int, states: Sequence[State], data: CalibrationSet, wanted: Wanted
+) -> Statistics:
+    """Takes all batches through a section; behind it all networks stand at its end.
+
+    Args:
+        flows: of the networks, which stand before the section.
+        anchor: index of the anchor.
+        states: the networks' parameters of the section.
+        data: the calibration set; targets are kept with it as ("target", network, module, batch).
+        wanted: what to collect. Moments and magnitudes are those of all ranks.
+    """
+    bindings = [flow.network.binding for flow in flows]
+    device = flows[anchor].network.device
+    seen, values = _parted(wanted.keys, bindings[anchor])
+    moments: list[dict[Key, Moments]] = [
+        {} if index == anchor else {key: _empty(binding, bindings[anchor], key, device) for key in wanted.keys}
+        for index, binding in enumerate(bindings)
+    ]
+    found = Statistics(moments)
+    shown, raw = _parted([(axis,) for axis in wanted.magnitudes], bindings[anchor])
+    sums = {axis: torch.zeros(bindings[anchor].axes[axis].size + 1, dtype=torch.float64, device=device)
+            for (axis,) in shown}  # fmt: skip
+    axes = list(dict.fromkeys(axis for key in seen for axis in key))
+    order = [anchor, *(index for index in range(len(flows)) if index != anchor)]
+    for batch in data:
+        theirs: dict[str, Tensor] = {}
+        for index in order:
+            looked_at = [*axes, *(sums if index == anchor else ())]
+            passage = _pass(flows[index], states[index], batch, looked_at, wanted)
+            for target in wanted.targets:
+                data.keep(("target", index, target.module, batch), _target(passage, target))
+            rows = {axis: select(passage.units(axis), wanted.tokens, data.masks[batch]) for axis in looked_at}
+            if index == anchor:
+                theirs = rows
+                for axis, total in sums.items():
+                    total[:-1] += rows[axis].abs().sum(0, dtype=total.dtype)
+                    total[-1] += len(rows[axis])
+            else:
+                for key in seen:
+                    moments[index][key].update(_beside(rows, key), _beside(theirs, key))
+    _sum(found, seen, sums)
+    for (axis,) in values:
+        tap = bindings[anchor].taps[axis]
+        for ours, state in zip(moments, states, strict=True):
+            if (axis,) in ours:
+                ours[axis,].update(parameter_units(state[tap.target], tap),
+                                   parameter_units(states[anchor][tap.target], tap))  # fmt: skip
+    for (axis,) in raw:
+        tap = bindings[anchor].taps[axis]
+        found.magnitudes[axis] = parameter_units(states[anchor][tap.target], tap).double().abs().mean(0)
+    return found
+
+
+def _parted(keys: Iterable[Key], binding: Binding) -> tuple[list[Key], list[Key]]:
+    """The keys that are seen on the way, and those that are values of a parameter."""
+    seen: list[Key] = []
+    values: list[Key] = []
+    for key in keys:
+        tap = binding.taps.get(key[0])
+        is_value = tap is not None and tap.kind == "parameter" and not binding.on_boundary(key[0])
+        (values if is_value else seen).append(key)
+    return seen, values
+
+
+def _empty(binding: Binding, anchor: Binding, key: Key, device: torch.device) -> Moments:
+    n, m = (sum(bound.axes[axis].size for axis in key) for bound in (binding, anchor))
+    return Moments.zeros(n, m, device=device)
+
+
+def _pass(flow: Flow, state: State, batch: int, axes: Sequence[str], wanted: Wanted) -> Passage:
+    binding = flow.network.binding
+    skips = [target.skip for target in wanted.targets if target.skip is not None]
+    places = places_of(binding, (*axes, *skips)) | {Place(target.module, "output") for target in wanted.targets}
+    return flow.step(wanted.section, state, batch, places, stop=wanted.section == TAIL)
+
+
+def _target(passage: Passage, target: Target) -> Tensor:
+    output = passage.seen[Place(target.module, "output")]
+    return output if target.skip is None else output + passage.units(target.skip).to(output)
+
+
+def _beside(rows: Mapping[str, Tensor], key: Key) -> Tensor:
+    return rows[key[0]] if len(key) == 1 else torch.cat([rows[axis] for axis in key], dim=-1)
+
+
+def _sum(found: Statistics, keys: Sequence[Key], sums: Mapping[str, Tensor]) -> None:
+    """Adds up what all ranks saw, in one all-reduce, and turns sums of magnitudes into means."""
+    if dist.is_initialized():
+        for ours in found.moments:
+            ours.update({key: ours[key].unshifted() for key in keys if key in ours})
+        tensors = [tensor for ours in found.moments for key in keys if key in ours for tensor in ours[key].tensors()]
+        sum_over_ranks([*tensors, *sums.values()])
+    found.magnitudes |= {axis: total[:-1] / total[-1] for axis, total in sums.items()}

@@ -1,0 +1,116 @@
+"""What fuse.py measures: a fused model, its parents, and what it is compared with, whole models on the test data."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fusionpl.datamodules import FixedSplits
+from fusionpl.evaluation import Curve, Report, Row, evaluate_ensemble, flops, interpolation, parameters
+from fusionpl.fusion import FusionResult, mixing_weights, vanilla
+from fusionpl.models import load_model
+
+Depth = Literal["full", "rows", "none"]
+CURVE_BATCHES = 4
+
+
+def measure(
+    parents: Mapping[str, str],
+    result: FusionResult,
+    others: Mapping[str, nn.Module],
+    data: FixedSplits,
+    device: torch.device,
+    settings: dict[str, Any],
+    depth: Depth = "full",
+) -> Report:
+    """Measures parents, their ensemble, the plain average, other fusions and the fused model.
+
+    Args:
+        parents: name -> where it comes from.
+        result: of the fusion.
+        others: row -> a model to compare with.
+        data: its test split decides the rows, its validation split the curves.
+        device: where models are run.
+        settings: shown in the report.
+        depth: `full` adds what is made of aligned parents: their average, the curves and the maps; `none` measures
+            nothing.
+    """
+    report = Report(config=settings)
+    if depth == "none":
+        return report
+    batches = list(data.test_dataloader())
+
+    def add(name: str, models: Sequence[nn.Module]) -> None:
+        models = [model.to(device) for model in models]
+        metrics: dict[str, Any] = evaluate_ensemble(models, batches)
+        report.add(
+            Row(
+                name=name,
+                parameters=sum(parameters(model) for model in models),
+                flops=sum(flops(model, batches[0]) for model in models),
+                **metrics,
+            )
+        )
+
+    models = {name: load_model(path) for name, path in parents.items()}
+    plain = vanilla(list(models.values()), mixing_weights(result.config.weights, len(models)))  # where float64 is
+    for name, model in models.items():
+        add(f"parent {name}", [model])
+    add("ensemble", list(models.values()))
+    models.clear()
+    for name, found in {"vanilla": plain, **others}.items():
+        if found is not None:
+            add(name, [found])
+    if depth == "full" and (result.config.refit.method != "none" or result.refitted is not None):
+        add("aligned average", [result.average()])
+    if result.refitted is not None and result.config.refit.method != "none":
+        add("refitted", [result.refitted])
+    add("fused", [result.model])
+    if depth == "full":
+        report.maps = dict(_shown_maps(result))
+        if report.rows[0].accuracy is not None:  # the curve of a regression has no accuracy to show
+            report.barrier = _curves(parents, result, list(islice(data.val_dataloader(), CURVE_BATCHES)), device, plain)
+    return report
+
+
+def card(report: Report, names: Sequence[str]) -> str:
+    """The model card of a fused model."""
+    return (
+        f"# Fused from {', '.join(names)}\n\n"
+        "Aligned with optimal transport and averaged by fusionpl "
+        "([Transformer Fusion with Optimal Transport](https://arxiv.org/abs/2310.05719)).\n\n"
+        + report.markdown().partition("\n")[2].lstrip()
+    )
+
+
+def _curves(
+    parents: Mapping[str, str],
+    result: FusionResult,
+    batches: Iterable[Mapping[str, Any]],
+    device: torch.device,
+    plain: nn.Module | None,
+) -> dict[str, Curve]:
+    """The way from the anchor to the first other parent, as it is (if the widths agree) and aligned."""
+    other = next(index for index in range(len(parents)) if index != result.anchor)
+    paths = list(parents.values())
+    ends: dict[str, Callable[[int], nn.Module]] = {"aligned": result.aligned_parent}
+    if plain is not None:
+        ends = {"vanilla": lambda index: load_model(paths[index])} | ends
+    found = {}
+    for name, end in ends.items():
+        a, b = (end(index).to(device) for index in (other, result.anchor))
+        found[name] = interpolation(a, a.state_dict(), b.state_dict(), batches)
+    return found
+
+
+def _shown_maps(result: FusionResult) -> Iterator[tuple[str, Tensor]]:
+    """A few maps that tell the story: the embedding, one block in the middle, the last of the stream."""
+    names = [name for name in result.maps if name.startswith("stem.")]
+    sections = list(dict.fromkeys(name.rpartition(".")[0] for name in result.maps if not name.startswith("stem.")))
+    middle = sections[(len(sections) - 1) // 2]
+    names = [*names[-1:], *(f"{middle}.{axis}" for axis in ("q", "v", "attn", "ffn")), f"{sections[-1]}.out"]
+    for name in names:
+        if name in result.maps:
+            yield name, result.maps[name].plan

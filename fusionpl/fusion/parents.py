@@ -1,0 +1,58 @@
+"""A parent with its alignment: its activations and its parameters in the anchor's units."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusionpl.alignment import Alignment
+from fusionpl.calibration import Network
+from fusionpl.families import Binding, State, aligned_state
+
+
+@dataclass(frozen=True)
+class AlignedParent:
+    """A parent with what brings it into the anchor's units.
+
+    Attributes:
+        network: the parent.
+        alignment: its maps; None for the anchor.
+        weight: its share.
+    """
+
+    network: Network
+    alignment: Alignment | None
+    weight: float
+
+    @property
+    def binding(self) -> Binding:
+        """The parent's."""
+        return self.network.binding
+
+    def moved(self, seen: Mapping[str, Tensor], axis: str) -> Tensor:
+        """The activations of `axis` in the anchor's units, [..., n_anchor], or anything else that is linear in them.
+
+        Args:
+            seen: axis -> activations; with `align.qk joint` those of the whole circuit.
+            axis: which of them.
+        """
+        if self.alignment is None or axis not in self.alignment.maps:
+            return seen[axis]
+        for circuit, plan in self.alignment.joint.items():
+            if axis in circuit:
+                both = torch.cat([seen[member] for member in circuit], dim=-1)
+                return (both @ plan.to_output.to(both)).chunk(2, dim=-1)[circuit.index(axis)]
+        return seen[axis] @ self.alignment.maps[axis].to_output.to(seen[axis])
+
+    def aligned(self, state: State, target: State, anchor: Binding) -> State:
+        """Parameters in the anchor's units.
+
+        Args:
+            state: the parameters of whole sections.
+            target: the anchor's of the same names.
+            anchor: the anchor's binding.
+        """
+        if self.alignment is None:
+            return state
+        return aligned_state(state, self.binding, target, anchor, self.alignment.maps, self.alignment.joint)

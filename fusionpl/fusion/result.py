@@ -1,0 +1,148 @@
+"""What a fusion made, and where it was put."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from fusionpl.alignment import Alignment
+from fusionpl.calibration import Network
+from fusionpl.families import Binding, State, with_parameters
+from fusionpl.fusion.average import averaged
+from fusionpl.fusion.config import FuseConfig
+from fusionpl.fusion.parents import AlignedParent
+from fusionpl.models import TensorFile, save_model
+from fusionpl.transport import TransportMap
+
+MAPS = "maps.safetensors"
+
+
+class Sink(Protocol):
+    """Takes the fused parameters, section by section, and makes the model of them."""
+
+    def write(self, state: State) -> None:
+        """Takes the parameters of a section, in the anchor's types."""
+
+    def read(self, name: str) -> Tensor:
+        """Gives a parameter back that was written."""
+
+    def finish(self) -> None:
+        """All are written."""
+
+    def model(self) -> nn.Module:
+        """The fused model."""
+
+
+class InMemory:
+    """A sink that keeps the parameters and makes a model like the anchor of them."""
+
+    def __init__(self, anchor: Network) -> None:
+        self._anchor, self._state = anchor, State()
+
+    def write(self, state: State) -> None:
+        """Keeps the parameters of a section."""
+        self._state |= state
+
+    def read(self, name: str) -> Tensor:
+        """A parameter that was written."""
+        return self._state[name]
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def model(self) -> nn.Module:
+        """A new model, which owns what was written."""
+        return with_parameters(self._anchor.module, self._state).eval()
+
+
+class FusionResult:
+    """What a fusion made.
+
+    Args:
+        sink: holds the fused parameters.
+        parents: in order, each with its alignment; for a rotation they are in canonical form.
+        anchor: index of the anchor.
+        config: what was asked for.
+        kept: parameters that stayed the anchor's.
+
+    Attributes:
+        refitted: the model before it was refined, where it was; else None.
+        warnings: what a reader should know, for example solvers that did not converge, by axis.
+    """
+
+    def __init__(
+        self, sink: Sink, parents: Sequence[AlignedParent], anchor: int, config: FuseConfig, kept: frozenset[str]
+    ) -> None:
+        self._sink, self.parents, self.anchor, self.config, self._kept = sink, list(parents), anchor, config, kept
+        self.refitted: nn.Module | None = None
+        self.warnings: list[str] = []
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The fused model, with the anchor's architecture; in eval mode."""
+        return self._sink.model()
+
+    @property
+    def alignments(self) -> list[Alignment | None]:
+        """One a parent, in order; None for the anchor, whose units stay."""
+        return [parent.alignment for parent in self.parents]
+
+    @property
+    def binding(self) -> Binding:
+        """The model's: it has the anchor's architecture."""
+        return self.parents[self.anchor].binding
+
+    @property
+    def maps(self) -> Mapping[str, TransportMap]:
+        """Axis -> map of the first parent that is not the anchor."""
+        return next((alignment.maps for alignment in self.alignments if alignment), {})
+
+    def aligned(self, index: int) -> State:
+        """The parameters of parent `index` in the anchor's units, made anew at each call."""
+        anchor, parent = self.parents[self.anchor], self.parents[index]
+        with torch.no_grad():
+            return parent.aligned(parent.network.state(), anchor.network.state(), anchor.binding)
+
+    def aligned_parent(self, index: int) -> nn.Module:
+        """Parent `index` in the anchor's units, as a model of its own."""
+        return with_parameters(self.parents[self.anchor].network.module, self.aligned(index)).eval()
+
+    def average(self) -> nn.Module:
+        """The mean of the aligned parents, without refit and refinement; made anew at each call."""
+        with torch.no_grad():
+            states = [parent.network.state() for parent in self.parents]
+            return with_parameters(
+                self.parents[self.anchor].network.module, averaged(self.parents, self.anchor, states, self._kept)
+            ).eval()
+
+    def save(self, folder: str | Path, *, tokenizer: Any = None, card: str = "") -> None:
+        """Writes model/ (the fused model in its own library's format), maps.safetensors and config.yaml.
+
+        Args:
+            folder: a run folder; what is there of the same name is replaced.
+            tokenizer: of a language model, kept beside it.
+            card: Markdown body of the model card.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.model, folder / "model", tokenizer=tokenizer, card=card)
+        self.save_maps(folder)
+
+    def save_maps(self, folder: Path) -> None:
+        """Writes maps.safetensors (`parent0/AXIS` -> plan [n_parent, n_anchor]) and config.yaml."""
+        maps = {
+            f"parent{index}/{axis}": (alignment.maps, axis)
+            for index, alignment in enumerate(self.alignments)
+            if alignment
+            for axis in alignment.maps
+        }
+        layout = {name: (found.shape(axis), torch.float32) for name, (found, axis) in maps.items()}
+        file = TensorFile(folder / MAPS, layout)
+        for name, (found, axis) in maps.items():
+            file.write(name, found[axis].plan)
+        (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))

@@ -1,0 +1,83 @@
+"""What the least-squares refit fits, in forward order; known before any weight is read."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fusionpl.calibration import Place, places_of
+from fusionpl.families import STEM, TAIL, Binding, Slot
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Linear modules that read the same tensor, or one norm that writes the stream: fitted together.
+
+    Attributes:
+        modules: module -> the axes that it writes, in the order of its output.
+        norm: whether the module is a norm.
+        skips: axis that is added to the stream -> (axis of the sum, axis of the stream that it is added to).
+    """
+
+    modules: Mapping[str, tuple[str, ...]]
+    norm: bool
+    skips: Mapping[str, tuple[str, str]]
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """All axes that are written, in the order of the modules."""
+        return tuple(axis for axes in self.modules.values() for axis in axes)
+
+    def inputs(self, binding: Binding) -> set[Place]:
+        """Where the fused network shows what the modules read (of a norm, what comes out) and what is to be added."""
+        first = next(iter(self.modules))
+        return {Place(first, "output" if self.norm else "input")} | self._added(binding)
+
+    def outputs(self, binding: Binding) -> set[Place]:
+        """Where a parent shows what the modules put out and what is to be added."""
+        return {Place(module, "output") for module in self.modules} | self._added(binding)
+
+    def _added(self, binding: Binding) -> set[Place]:
+        return places_of(binding, (skip for _, skip in self.skips.values()))
+
+
+def stages(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Stage, ...]:
+    """The stages of a section, in forward order.
+
+    The stem has none: it reads the same input in every parent, so its average is its least-squares solution. Modules of
+    a block that read one axis read one tensor; in the tail one may read all tokens and another the first.
+
+    Args:
+        binding: the anchor's.
+        section: its name.
+        keep: parameters that stay as they are.
+    """
+    if section == STEM:
+        return ()
+    norms = {tap.target: axis for axis, tap in binding.taps.items() if axis in binding.joins and tap.kind == "output"}
+    linear: dict[str, list[Slot]] = defaultdict(list)
+    for slot in binding.slots:
+        if slot.section == section and any(slot.reads) and slot.parameter not in keep:
+            linear[slot.parameter.rpartition(".")[0]].append(slot)
+    places: list[tuple[Any, str, tuple[str, ...]]] = []
+    for name in binding.uses[section]:
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module in linear:
+            key = module if section == TAIL else _axes(linear[module][0], reads=True)
+            writes = dict.fromkeys(axis for slot in linear[module] for axis in _axes(slot, reads=False))
+            places.append((key, module, tuple(writes)))
+        elif leaf == "weight" and module in norms:
+            places.append((module, module, (norms[module],)))
+    branches = {join.branch: (axis, join.skip) for axis, join in binding.joins.items()}
+    found = []
+    for _, group in itertools.groupby(places, key=lambda place: place[0]):
+        modules = {module: axes for _, module, axes in group}
+        norm = next(iter(modules)) in norms
+        written = [axis for axes in modules.values() for axis in axes if axis in branches]
+        found.append(Stage(modules, norm, {} if norm else {axis: branches[axis] for axis in written}))
+    return tuple(found)
+
+
+def _axes(slot: Slot, *, reads: bool) -> tuple[str, ...]:
+    return tuple(axis for axis, read in zip(slot.axes, slot.reads, strict=True) if axis and read == reads)

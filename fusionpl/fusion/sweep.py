@@ -1,0 +1,208 @@
+"""One walk through the parents and the fused network, section by section: observe, align, average, refit, write."""
+
+from collections import ChainMap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+
+from fusionpl.alignment import ActivationEvidence, Aligner, Evidence, Problem, WeightEvidence
+from fusionpl.calibration import (
+    CalibrationSet,
+    Flow,
+    Kept,
+    Key,
+    Network,
+    Progress,
+    Statistics,
+    Target,
+    Wanted,
+    eval_mode,
+    observe,
+)
+from fusionpl.families import STEM, TAIL, State, section_of
+from fusionpl.fusion.average import averaged
+from fusionpl.fusion.config import FuseConfig
+from fusionpl.fusion.parents import AlignedParent
+from fusionpl.fusion.plan import Plan, SectionPlan
+from fusionpl.fusion.refit import Refit
+from fusionpl.fusion.result import Sink
+from fusionpl.fusion.survey import Survey
+from fusionpl.transport import full_float32
+
+
+class Team:
+    """Parents over one calibration set.
+
+    Args:
+        parents: the networks, prepared as the configurations need them.
+        anchor: index of the anchor.
+        data: the calibration set; None where nothing is run.
+        survey: what is known of whole networks.
+        progress: wraps the sections of each walk.
+    """
+
+    def __init__(
+        self, parents: Sequence[Network], anchor: int, data: CalibrationSet | None, survey: Survey, progress: Progress
+    ) -> None:
+        self.parents, self.anchor, self.survey, self.progress = parents, anchor, survey, progress
+        self.bindings = [parent.binding for parent in parents]
+        self.binding = self.bindings[anchor]
+        self._data = data
+        self.readers = [lru_cache(maxsize=1)(parent.parameters) for parent in parents]
+        self.flows = [Flow(parent, data, f"parent {index}") for index, parent in enumerate(parents)] if data else []
+
+    @property
+    def data(self) -> CalibrationSet:
+        """The calibration set."""
+        assert self._data is not None  # the plan says whether anything is run
+        return self._data
+
+    def states(self, section: str) -> list[State]:
+        """The parameters that a section uses, of every parent."""
+        return [read(section) for read in self.readers]
+
+    def own(self, section: str, state: State) -> State:
+        """Of the parameters that a section uses, those that belong to it."""
+        return {name: tensor for name, tensor in state.items() if self.binding.owners[name] == section}
+
+    def observe(self, wanted: Wanted, states: Sequence[State], *, others: bool) -> Statistics:
+        """Takes the batches through a section; where nothing is asked of the others, the anchor goes alone."""
+        if wanted.section == TAIL:
+            states = [parent.parameters(STEM) | state for parent, state in zip(self.parents, states, strict=True)]
+        if others:
+            return observe(self.flows, self.anchor, states, self.data, wanted)
+        return observe([self.flows[self.anchor]], 0, [states[self.anchor]], self.data, wanted)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Where networks are run: without gradients and dropout, products in full float32."""
+        with torch.no_grad(), full_float32(), eval_mode(*(parent.module for parent in self.parents)):
+            yield
+
+
+def look(team: Team, keys: Sequence[Key], magnitudes: Sequence[str], tokens: str) -> None:
+    """Walks through the parents alone; the survey learns the moments of `keys`, and magnitudes of the anchor's axes."""
+    wanted = [
+        Wanted(
+            name,
+            tuple(key for key in keys if section_of(key[0]) == name),
+            tuple(axis for axis in magnitudes if section_of(axis) == name),
+            tokens=tokens,
+        )
+        for name in team.binding.sections
+    ]
+    last = max((index for index, one in enumerate(wanted) if one.keys or one.magnitudes), default=-1)
+    with team.at_work():
+        for one in team.progress(wanted[: last + 1], "look"):
+            team.survey.add(team.observe(one, team.states(one.section), others=bool(keys)))
+
+
+class Sweep:
+    """The walk that fuses, under one configuration.
+
+    Args:
+        team: the parents.
+        plan: of the configuration.
+        config: what is asked for.
+        weights: one number a parent.
+        sink: takes the fused parameters.
+        maps: where maps are kept.
+
+    Attributes:
+        aligned: the parents, with the maps found so far.
+    """
+
+    def __init__(
+        self, team: Team, plan: Plan, config: FuseConfig, weights: Sequence[float], sink: Sink, maps: Kept
+    ) -> None:
+        self.team, self.plan, self.config, self.weights, self.sink = team, plan, config, weights, sink
+        found = [problem for each in (plan.whole, *(one.problems for one in plan.sections)) for problem in each]
+        anchor = team.parents[team.anchor]
+        self.aligners = {
+            index: Aligner(binding, team.binding, config.align, found, maps, index, anchor.device)
+            for index, binding in enumerate(team.bindings)
+            if index != team.anchor
+        }
+        self.aligned = [
+            AlignedParent(parent, self.aligners[index].alignment if index in self.aligners else None, weights[index])
+            for index, parent in enumerate(team.parents)
+        ]
+        self._magnitudes = dict(team.survey.magnitudes)
+        self._wanted = [self._wanted_in(section) for section in plan.sections]
+        self._others = any(one.keys or one.targets for one in self._wanted)
+        self._fused = Network(anchor.module, team.binding, "the fused model", read=sink.read, device=anchor.device)
+
+    def run(self) -> None:
+        """Walks from the stem to the tail."""
+        last = max((at for at, one in enumerate(self._wanted) if one.keys or one.magnitudes or one.targets), default=-1)
+        fitted = max((at for at, one in enumerate(self.plan.sections) if one.stages), default=-1)
+        with self.team.at_work():
+            self._solve(self.plan.whole, self._nothing())
+            for at, section in enumerate(self.team.progress(self.plan.sections, "fuse")):
+                states = self.team.states(section.name)
+                found = self._nothing()
+                if at <= last:
+                    found = self.team.observe(self._wanted[at], states, others=self._others)
+                self._magnitudes |= found.magnitudes
+                self._solve(section.problems, found)
+                fused = self._averaged(section.name, states)
+                if at <= fitted:
+                    fused = self._fitted(section, fused, onward=at < fitted)
+                self.sink.write(fused)
+
+    def _nothing(self) -> Statistics:
+        return Statistics([{} for _ in self.team.parents])
+
+    def _wanted_in(self, section: SectionPlan) -> Wanted:
+        known = self.team.survey
+        targets = [
+            Target(module, next((stage.skips[axis][1] for axis in axes if axis in stage.skips), None))
+            for stage in section.stages
+            for module, axes in stage.modules.items()
+        ]
+        return Wanted(
+            section.name,
+            tuple(key for key in section.keys if not known.has(key)),
+            tuple(axis for axis in section.magnitudes if axis not in known.magnitudes),
+            targets,
+            self.config.calibration.tokens,
+        )
+
+    def _solve(self, problems: Sequence[Problem], found: Statistics) -> None:
+        for index, aligner in self.aligners.items():
+            aligner.magnitudes = self._magnitudes
+            aligner.evidence = self._evidence(index, found)
+            for problem in problems:
+                aligner.solve(problem)
+
+    def _evidence(self, index: int, found: Statistics) -> Evidence:
+        scale, centred = self.config.calibration.scale, self.config.align.metric == "correlation"
+        team = self.team
+        if self.config.align.evidence == "weights":
+            readers = team.readers[index], team.readers[team.anchor]
+            return WeightEvidence(
+                readers[0], team.bindings[index], readers[1], team.binding, scale, centred=centred
+            )  # fmt: skip
+        moments = ChainMap(found.moments[index], team.survey.of(index))  # type: ignore[arg-type]  # reads only
+        return ActivationEvidence(moments, team.binding, scale, centred=centred)
+
+    def _averaged(self, section: str, states: Sequence[State]) -> State:
+        own = [self.team.own(section, state) for state in states]
+        return averaged(self.aligned, self.team.anchor, own, self.plan.keep)
+
+    def _fitted(self, section: SectionPlan, own: State, *, onward: bool) -> State:
+        """Fits the stages of a section, and takes the fused network's batches through it if there is more to fit."""
+        flow = Flow(self._fused, self.team.data, "fused")
+        others = [name for name in self.team.binding.uses[section.name] if name not in own]
+        state = own | {name: self.sink.read(name) for name in others}
+        if section.name == TAIL:
+            state = self._fused.parameters(STEM) | state
+        refit = Refit(flow, self.aligned, self.team.data)
+        for stage in section.stages:
+            refit.fit(section.name, stage, state)
+        if onward:
+            for batch in self.team.data:
+                flow.step(section.name, state, batch)
+        return {name: state[name] for name in own}

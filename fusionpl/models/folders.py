@@ -1,0 +1,217 @@
+"""Model folders: opened without reading a weight, read tensor by tensor."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import huggingface_hub
+import timm
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from fusionpl.errors import FusionError
+from fusionpl.models.build import transformers_class
+from fusionpl.models.tensors import Tensors
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# What makes a model besides its weights: configuration, tokenizer, templates.
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+HUB_FILES = [*SMALL_FILES, "*.safetensors"]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model whose weights are still in its files.
+
+    Attributes:
+        path: the folder.
+        module: the model, with its buffers, in evaluation mode; its parameters are on the meta device, in the files'
+            types.
+        tensors: what the files hold.
+        names: parameter -> its name in the files.
+        buffers: the names there of what is kept besides.
+    """
+
+    path: Path
+    module: nn.Module
+    tensors: Tensors
+    names: Mapping[str, str]
+    buffers: tuple[str, ...]
+
+    def read(self, parameter: str) -> Tensor:
+        """A parameter, in the type it is kept in."""
+        return self.tensors[self.names[parameter]]
+
+
+def open_model(source: str | Path) -> ModelFolder | None:
+    """Opens a model folder without reading a weight.
+
+    Args:
+        source: see `load_model`.
+
+    Returns:
+        The model, or None where its library does more on loading than rename tensors (merges or quantises them, say).
+
+    Raises:
+        FusionError: see `load_model`.
+    """
+    path = model_folder(str(source))
+    config = model_config(path)
+    tensors = Tensors(path)
+    if "quantization_config" in config:
+        return None
+    module = _timm_skeleton(path, config) if "architecture" in config else _transformers_skeleton(path, config)
+    if "architecture" in config:
+        names: dict[str, str] | None = {name: name for name in tensors}
+        strange = sorted(tensors.keys() - module.state_dict().keys())
+        if strange:
+            raise FusionError(f"{path}/model.safetensors holds {strange[0]}, which {config['architecture']} has not")
+    else:
+        names = _renamed(cast(Any, module), tensors)
+    if names is None:
+        return None
+    sources = _complete(path, module, tensors, names)
+    _settle(module, tensors, sources, names)
+    kept = tuple(names[name] for name in module.state_dict() if name in names and name not in sources)
+    return ModelFolder(path, module.eval(), tensors, sources, kept)
+
+
+def model_folder(source: str) -> Path:
+    """The folder with a model's files; a hub id is downloaded. Raises FusionError as `load_model` does."""
+    path = Path(source).expanduser()
+    if (path / "model").is_dir():
+        return path / "model"
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise FusionError(f"{path} is a file; give the folder that holds config.json and model.safetensors")
+    if not HUB_ID.fullmatch(source) or (path.parent != Path(".") and path.parent.is_dir()):
+        raise FusionError(f"no model at {path}; {_siblings(path)}")
+    try:
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FusionError(f"'{source}' is neither a folder nor a model the hub gives out: {reason}") from error
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """What config.json says. Raises FusionError where it is missing, damaged, or names no architecture."""
+    file = folder / "config.json"
+    if not file.is_file():
+        unfinished = (folder / "checkpoints").is_dir()
+        hint = "the run did not finish, continue it with --resume" if unfinished else "is this a model folder?"
+        raise FusionError(f"{folder} has no config.json; {hint}")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise FusionError(f"{file} is damaged: {error}") from error
+    if not isinstance(config, dict) or not ("architecture" in config or config.get("architectures")):
+        raise FusionError(f"{file} names no architecture, so it is neither a timm nor a transformers config")
+    return cast(dict[str, Any], config)
+
+
+def misfit(folder: Path, name: str, held: Any, wanted: Any) -> FusionError:
+    """The error of a tensor whose shape is not the one that config.json asks for."""
+    return FusionError(f"{folder}/model.safetensors: {name} is {tuple(held)}, but by config.json it is {tuple(wanted)}")
+
+
+def _siblings(path: Path) -> str:
+    parent = next(folder for folder in path.absolute().parents if folder.is_dir())
+    found = sorted({file.parent for pattern in ("*", "*/*", "*/*/*") for file in parent.glob(f"{pattern}/config.json")})
+    runs = [folder.parent if folder.name == "model" else folder for folder in found]
+    names = ", ".join(str(run.relative_to(parent)) for run in runs[:10])
+    return f"under {parent} there are: {names}" if names else f"there are none under {parent}"
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, modules are made without memory for their parameters; buffers are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _timm_skeleton(folder: Path, config: Mapping[str, Any]) -> nn.Module:
+    try:
+        with _parameters_on_meta():
+            model: nn.Module = timm.create_model(f"local-dir:{folder}")
+    except Exception as error:  # whatever a broken config makes a constructor raise
+        raise FusionError(f"{folder}/config.json: timm cannot build {config['architecture']}: {error}") from error
+    return model
+
+
+def _transformers_skeleton(folder: Path, config: Mapping[str, Any]) -> nn.Module:
+    cls: Any = transformers_class(config["architectures"][0])
+    try:
+        with _parameters_on_meta():
+            model: nn.Module = cls(cls.config_class.from_pretrained(folder))
+    except Exception as error:  # whatever a broken config makes a constructor raise
+        raise FusionError(f"{folder}: transformers cannot load it: {error}") from error
+    return model
+
+
+def _renamed(module: Any, tensors: Tensors) -> dict[str, str] | None:
+    """Name in memory -> name in the files, where transformers does no more than rename."""
+    transforms = get_model_conversion_mapping(module)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    wanted = module.state_dict()
+    names: dict[str, str] = {}
+    for name in tensors:
+        found, converter = rename_source_key(name, renamings, converters, module.base_model_prefix, wanted)
+        if converter is not None:
+            return None
+        names[found] = name
+    return {name: source for name, source in names.items() if name in wanted}
+
+
+def _complete(folder: Path, module: nn.Module, tensors: Tensors, names: Mapping[str, str]) -> dict[str, str]:
+    """Name of every parameter -> its name in the files, under whichever of its own names it stands there.
+
+    Raises:
+        FusionError: a parameter is not there or has another shape.
+    """
+    groups: dict[int, list[str]] = {}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name, parameter in sorted(parameters.items()):
+        groups.setdefault(id(parameter), []).append(name)
+    found: dict[str, str] = {}
+    for group in groups.values():
+        source = next((names[name] for name in group if name in names), None)
+        if source is None:
+            raise FusionError(f"{folder}/model.safetensors lacks {group[0]}")
+        held, wanted = tensors.entries[source].shape, parameters[group[0]].shape
+        if held != wanted:
+            raise misfit(folder, source, held, wanted)
+        found |= dict.fromkeys(group, source)
+    return found
+
+
+def _settle(module: nn.Module, tensors: Tensors, sources: Mapping[str, str], names: Mapping[str, str]) -> None:
+    """Gives parameters on the meta device the types of the files, and buffers the values that are kept there."""
+    made: dict[str, nn.Parameter] = {}
+    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+        source = sources[name]
+        if source not in made:
+            empty = torch.empty(parameter.shape, dtype=tensors.entries[source].dtype, device="meta")
+            made[source] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner)._parameters[leaf] = made[source]
+    for name, buffer in module.named_buffers():
+        if name in names and tensors.entries[names[name]].shape == buffer.shape:
+            buffer.copy_(tensors[names[name]])

@@ -1,0 +1,59 @@
+"""Writes a model folder parameter by parameter, with the configuration of one that is there."""
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from fusionpl.models.folders import SMALL_FILES, ModelFolder
+from fusionpl.models.load import load_model
+from fusionpl.models.save import library_of, put_in_place, write_card
+from fusionpl.models.tensors import TensorFile
+
+
+class ModelWriter:
+    """A new model folder with the architecture of another, whose weights come one after the other.
+
+    It grows beside its place and moves there when it is finished, so a crash leaves nothing half written.
+
+    Args:
+        like: the model whose configuration and tokenizer it takes.
+        folder: where it goes; what is there is replaced.
+    """
+
+    def __init__(self, like: ModelFolder, folder: Path) -> None:
+        self.like, self.folder = like, folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
+        self._new = Path(self._temporary.name) / "new"
+        self._new.mkdir()
+        for file in (file for pattern in SMALL_FILES for file in like.path.glob(pattern)):
+            if not file.name.endswith(".index.json"):
+                shutil.copy(file, self._new)
+        kept = [*dict.fromkeys(like.names.values()), *like.buffers]
+        layout = {name: (like.tensors.entries[name].shape, like.tensors.entries[name].dtype) for name in kept}
+        self._file = TensorFile(self._new / "model.safetensors", layout)
+        for name in like.buffers:
+            self._file.write(name, like.tensors[name])
+
+    def write(self, state: Mapping[str, Tensor]) -> None:
+        """Writes some of the parameters, by their names in memory."""
+        for name, tensor in state.items():
+            self._file.write(self.like.names[name], tensor)
+
+    def read(self, name: str) -> Tensor:
+        """A parameter that was written."""
+        return self._file.read(self.like.names[name])
+
+    def finish(self) -> None:
+        """Moves the folder into its place."""
+        assert not self._file.missing, self._file.missing
+        write_card(self._new, library_of(self.like.module), f"# {self.folder.parent.name}")
+        put_in_place(self._new, self.folder)
+        self._temporary.cleanup()
+
+    def model(self) -> nn.Module:
+        """The finished model: see `load_model`."""
+        return load_model(self.folder)

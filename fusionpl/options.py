@@ -1,0 +1,62 @@
+"""Reading options: mistakes in one line, whether they come from a command line, a file or a call."""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from fusionpl.errors import FusionError, nearest
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file.
+
+    Raises:
+        FusionError: there is no such file, it is not YAML, or it holds no settings but a list, a number, ...
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise FusionError(f"there is no configuration file {path}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FusionError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if tree is not None and not isinstance(tree, dict):
+        raise FusionError(f"{path} holds a {type(tree).__name__}, not settings like `align: {{solver: emd}}`")
+    return tree or {}
+
+
+def explain(message: str, parser: ArgumentParser) -> str:
+    """jsonargparse's words in one line, with the nearest known name for an unknown one."""
+    known = list(parser.get_defaults(skip_validation=True).keys())
+    if found := re.match(r"unrecognized arguments: -*(\S+)", message):
+        name = found[1].split("=")[0]
+        return f"unknown option {message.split()[2]}{nearest(name, known)}"
+    if found := re.match(r"Group '(.+)' does not accept option '(.+)'", message):
+        name = f"{found[1]}.{found[2]}"
+        return f"unknown key {name}{nearest(name, known)}"
+    if found := re.match(r"Option '(.+)' is not accepted", message):
+        return f"unknown key {found[1]}{nearest(found[1], known)}"
+    if found := re.match(r'Parser key "(.+?)":\s*(.*)', message, flags=re.DOTALL):
+        return f"{found[1]}: {_misfit(found[2])}"
+    return message
+
+
+def _misfit(reason: str) -> str:
+    """What is wrong with a value: `'magic' is not sinkhorn or emd or assignment`."""
+    if found := re.fullmatch(r"Expected a (.+?)\. Got value: (.*)", reason, flags=re.DOTALL):
+        return f"{found[2]!r} is not {_readable(found[1])}"
+    if found := re.search(r"Subtypes: \[(.+)\]\n.*Given value: (.*)", reason, flags=re.DOTALL):
+        kinds = re.split(r", (?![^\[]*\])", found[1].partition("\n")[0].removesuffix("]"))
+        return f"{found[2].strip()} is not {' or '.join(map(_readable, kinds))}"
+    reason = reason.partition("\n")[0]
+    return reason[:1].lower() + reason[1:]
+
+
+def _readable(kind: str) -> str:
+    if found := re.fullmatch(r"(?:typing\.)?Literal(\[.+\])", kind):
+        return " or ".join(map(str, ast.literal_eval(found[1])))
+    name = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", kind)
+    return {"NoneType": "null"}.get(name, name)

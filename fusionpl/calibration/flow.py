@@ -1,6 +1,6 @@
 """A calibration set and the hidden states of networks over it, kept where a sweep stands."""
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +113,14 @@ class Flow:
         return self.network.parameters(STEM) | self.network.parameters(TAIL)
 
     def step(
-        self, section: str, state: State, index: int, places: Iterable[Place] = (), *, stop: bool = False
+        self,
+        section: str,
+        state: State,
+        index: int,
+        places: Iterable[Place] = (),
+        *,
+        stop: bool = False,
+        given: Mapping[str, Tensor] | None = None,
     ) -> Passage:
         """Takes one batch through a section, which stands before it.
 
@@ -123,6 +130,7 @@ class Flow:
             index: the batch.
             places: where to look on the way.
             stop: go no further than the last of `places`; the batch then still stands before the section.
+            given: what modules of a block put out, who are not run then.
         """
         kept, binding = self.data.kept, self.network.binding
         entry = out = None
@@ -135,7 +143,7 @@ class Flow:
                 _, seen = self.network.leave(state, self.data[index], entry, places, stop=stop)
             else:
                 call = kept[self.name, "calls", index][binding.blocks.index(section)]
-                out, seen = self.network.through(section, state, entry, call, places, stop=stop)
+                out, seen = self.network.through(section, state, entry, call, places, stop=stop, given=given)
         if out is not None and not stop:
             self.data.keep((self.name, "hidden", index), out)
         return Passage(binding, section, seen, entry, out)

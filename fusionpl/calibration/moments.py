@@ -57,15 +57,14 @@ class Moments:
             return
         a, b = (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (a, b))
         if not self.started:
-            means = (rows.mean(0, dtype=torch.float64).to(rows.dtype) for rows in (a, b))
-            self.shift_a, self.shift_b = (mean.double() for mean in means)
+            self.shift_a, self.shift_b = a.mean(0).double(), b.mean(0).double()
             self.started = True
         a, b = a - self.shift_a.to(a.dtype), b - self.shift_b.to(b.dtype)
         self.count += len(a)
-        self.sum_a += a.sum(0, dtype=torch.float64)
-        self.square_a += a.square().sum(0, dtype=torch.float64)
-        self.sum_b += b.sum(0, dtype=torch.float64)
-        self.square_b += b.square().sum(0, dtype=torch.float64)
+        self.sum_a += a.sum(0)
+        self.square_a += a.square().sum(0)
+        self.sum_b += b.sum(0)
+        self.square_b += b.square().sum(0)
         self.cross += cross_product(a, b)
 
     def unshifted(self) -> "Moments":

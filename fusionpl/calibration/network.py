@@ -1,6 +1,6 @@
 """A model that is read and run one section at a time: the stem, each block, the tail."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -10,10 +10,11 @@ from torch.func import functional_call
 
 from fusionpl.calibration.forward import Batch, arguments, device_of, scores
 from fusionpl.calibration.taps import Place, Reached, captured
-from fusionpl.families import STEM, TAIL, Binding, State, check_finite, with_parameters
+from fusionpl.families import STEM, TAIL, Binding, State, check_finite, in_float32, with_parameters
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with behind the hidden states
 Seen = dict[Place, Tensor]
+Step = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 Prepare = Callable[[Mapping[str, Tensor], Binding, str, str], State]
 
 
@@ -29,6 +30,8 @@ class Network:
         name: how messages call it.
         read: gives a parameter by its name, in its own type; by default the module's own.
         device: where the parameters are moved; by default they stay where they are.
+        float32: compute in float32 where parameters are kept in half precision, which the CPU always does: products
+            of half precision are many times slower there.
         prepare: what is done to the parameters of a section when they are read: `canonical`, `without_scales`.
     """
 
@@ -40,18 +43,21 @@ class Network:
         *,
         read: Callable[[str], Tensor] | None = None,
         device: torch.device | None = None,
+        float32: bool = False,
         prepare: Prepare | None = None,
     ) -> None:
         self.module, self.binding, self.name = module, binding, name
         self.read = read or (lambda parameter: module.get_parameter(parameter).detach())
         self.device = device or device_of(module)
+        self.float32 = float32 or self.device.type == "cpu"
         self.prepare = prepare
         self._blocks = [module.get_submodule(path) for path in binding.blocks]
 
     def prepared(self, prepare: Prepare | None) -> "Network":
         """The same model with other preparation."""
         return Network(
-            self.module, self.binding, self.name, read=self.read, device=self.device, prepare=prepare
+            self.module, self.binding, self.name,
+            read=self.read, device=self.device, float32=self.float32, prepare=prepare,
         )  # fmt: skip
 
     def parameters(self, section: str) -> State:
@@ -68,6 +74,7 @@ class Network:
             if owner == section:
                 own = {name: self.read(name).to(self.device) for name in names}
                 check_finite(own, self.name)
+                own = in_float32(own) if self.float32 else own
                 found |= self.prepare(own, self.binding, section, self.name) if self.prepare else own
             else:  # a tied one
                 others = self.parameters(owner)
@@ -107,8 +114,8 @@ class Network:
                 raise Reached
             return states
 
-        steps = [arrive] * len(self._blocks)
-        with captured(self.module, places) as seen, self._blocks_replaced(steps), suppress(Reached):
+        steps = dict.fromkeys(self._blocks, arrive)
+        with captured(self.module, places) as seen, _replaced(steps), suppress(Reached):
             self._run(state, batch)
         return hidden[0], calls, seen
 
@@ -121,6 +128,7 @@ class Network:
         places: Iterable[Place] = (),
         *,
         stop: bool = False,
+        given: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor | None, Seen]:
         """Runs one block.
 
@@ -131,6 +139,7 @@ class Network:
             call: what else it is called with.
             places: where to look on the way.
             stop: go no further than the last of `places`.
+            given: module -> what it puts out; it is not run.
 
         Returns:
             The hidden states behind it (None if stopped), and what was seen.
@@ -138,7 +147,8 @@ class Network:
         found = None
         local = {name.removeprefix(f"{section}."): tensor for name, tensor in state.items()}
         hidden = hidden.to(next(iter(state.values())).dtype)
-        with captured(self.module, places, stop=stop) as seen:
+        steps = {self.module.get_submodule(module): _giving(output) for module, output in (given or {}).items()}
+        with _replaced(steps), captured(self.module, places, stop=stop) as seen:
             found = functional_call(self.module.get_submodule(section), local, (hidden, *call[0]), call[1])
         return found, seen
 
@@ -166,10 +176,8 @@ class Network:
             return hidden
 
         found = None
-        with (
-            self._blocks_replaced([skip] * (len(self._blocks) - 1) + [resume]),
-            captured(self.module, places, stop=stop) as seen,
-        ):
+        steps = dict.fromkeys(self._blocks, skip) | {self._blocks[-1]: resume}
+        with _replaced(steps), captured(self.module, places, stop=stop) as seen:
             found = scores(self._run(state, batch))
         return found, seen
 
@@ -187,21 +195,26 @@ class Network:
         args, keywords = arguments(self.module, batch, next(iter(state.values())))
         return functional_call(self.module, state, args, keywords)
 
-    @contextmanager
-    def _blocks_replaced(self, steps: Sequence[Callable[[tuple[Any, ...], dict[str, Any]], Any]]) -> Iterator[None]:
-        """Lets `steps` take the place of what the blocks compute."""
-        with ExitStack() as stack:
-            for block, step in zip(self._blocks, steps, strict=True):
-                own = block.__dict__.get("forward")  # libraries that dispatch modules put theirs there too
-                block.forward = lambda *args, step=step, **keywords: step(args, keywords)
-                stack.callback(_give_back, block, own)
-            yield
+
+@contextmanager
+def _replaced(steps: Mapping[nn.Module, Step]) -> Iterator[None]:
+    """Lets a step take the place of what each module computes."""
+    with ExitStack() as stack:
+        for module, step in steps.items():
+            own = module.__dict__.get("forward")  # libraries that dispatch modules put theirs there too
+            module.forward = lambda *args, step=step, **keywords: step(args, keywords)
+            stack.callback(_give_back, module, own)
+        yield
 
 
-def _give_back(block: nn.Module, forward: Any) -> None:
-    del block.forward
+def _giving(output: Tensor) -> Step:
+    return lambda args, keywords: output
+
+
+def _give_back(module: nn.Module, forward: Any) -> None:
+    del module.forward
     if forward is not None:
-        block.forward = forward
+        module.forward = forward
 
 
 def _parted(args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Tensor, Call]:

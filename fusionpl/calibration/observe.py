@@ -90,7 +90,7 @@ def observe(
             if index == anchor:
                 theirs = rows
                 for axis, total in sums.items():
-                    total[:-1] += rows[axis].abs().sum(0, dtype=total.dtype)
+                    total[:-1] += rows[axis].abs().sum(0)
                     total[-1] += len(rows[axis])
             else:
                 for key in seen:

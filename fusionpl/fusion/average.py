@@ -41,7 +41,7 @@ def average(
 
 
 def averaged(parents: Sequence[AlignedParent], anchor: int, states: Sequence[State], kept: frozenset[str]) -> State:
-    """The mean of the aligned parents' parameters, in the types of the anchor's module.
+    """The mean of the aligned parents' parameters, in the type that they were moved in.
 
     Args:
         parents: with the maps that these parameters need.
@@ -53,9 +53,7 @@ def averaged(parents: Sequence[AlignedParent], anchor: int, states: Sequence[Sta
     aligned = [
         parent.aligned(state, states[anchor], reference.binding) for parent, state in zip(parents, states, strict=True)
     ]
-    found = average(aligned, [parent.weight for parent in parents], kept, anchor)
-    types = {name: tensor.dtype for name, tensor in reference.module.named_parameters()}
-    return {name: tensor.to(types[name]) for name, tensor in found.items()}
+    return average(aligned, [parent.weight for parent in parents], kept, anchor)
 
 
 def vanilla(parents: Sequence[nn.Module], weights: Sequence[float]) -> nn.Module | None:

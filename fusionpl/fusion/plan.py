@@ -54,6 +54,11 @@ class Plan:
         return tuple(dict.fromkeys(key for problem in self.whole for key in problem.keys))
 
     @property
+    def fits(self) -> bool:
+        """Whether anything is fitted, so that the fused network is run."""
+        return any(section.stages for section in self.sections)
+
+    @property
     def observes(self) -> bool:
         """Whether there is anything to run the parents for."""
         return bool(self.survey) or any(section.observes for section in self.sections)

@@ -20,14 +20,14 @@ HOLD_OUT = 5
 
 
 class Refit:
-    """Fits the stages of one section after the other.
+    """Fits the stages of one section after the other, and those of a block after those of the block before.
 
     The target of a map that writes into the residual stream is the mean of the parents' aligned streams behind the
     addition minus what the fused stream already holds, so errors of earlier layers are corrected. Post-LN norms are
     fitted too, a gain and a shift a unit. All tokens but padding count, whatever `calibration.tokens` says.
 
     Args:
-        flow: of the fused network, which stands before the section that is fitted.
+        flow: of the fused network, which stands before the section that is fitted next.
         parents: all of them, the anchor too.
         data: the calibration set, with the parents' targets of the section.
     """
@@ -36,6 +36,8 @@ class Refit:
         self.flow, self.data = flow, data
         self.binding = flow.network.binding
         self.parents = dict(enumerate(parents))
+        self._penalties: dict[tuple[str, ...], float] = {}  # of the same stage in the block before
+        self._done: dict[str, list[Stage]] = {}
 
     def fit(self, section: str, stage: Stage, state: State) -> None:
         """Fits the modules of a stage, from what the fused network itself puts into them.
@@ -46,23 +48,52 @@ class Refit:
             state: the fused network's parameters of the section; the new ones take their places.
         """
         (self._fit_norm if stage.norm else self._fit_linear)(section, stage, state)
+        if section in self.binding.blocks:
+            self._done.setdefault(section, []).append(stage)
+
+    def onward(self, section: str, state: State) -> None:
+        """Takes the fused network's batches through a section whose stages are fitted."""
+        for batch in self.data:
+            self._step(section, None, state, batch)
+
+    def _step(self, section: str, stage: Stage | None, state: State, batch: int) -> Passage:
+        """Takes a batch up to the input of a stage, or without one to the end of the section.
+
+        In a block nothing is computed twice: what modules of earlier stages put out is kept from the first step that
+        ran them as they are now.
+        """
+        kept, before = self.data.kept, self._done.get(section, [])
+        given = {
+            module: kept["given", module.removeprefix(section), batch] for one in before[:-1] for module in one.modules
+        }
+        fresh = [module for one in before[-1:] for module in one.modules]
+        places = {Place(module, "output") for module in fresh} | (stage.inputs(self.binding) if stage else set())
+        passage = self.flow.step(section, state, batch, places, stop=stage is not None, given=given)
+        if stage is not None:
+            for module in fresh:
+                kept["given", module.removeprefix(section), batch] = passage.seen[Place(module, "output")]
+        return passage
 
     def _fit_linear(self, section: str, stage: Stage, state: State) -> None:
         maps = [_LinearMap(self.binding, state, module) for module in stage.modules]
         here, prior = Place(maps[0].module, "input"), torch.cat([one.matrix for one in maps], dim=1)
-        # Products with the parents' activations are moved, not the activations: maps are linear, and these are fewer.
-        moving = {index: parent for index, parent in self.parents.items() if parent.alignment is not None}
-        widths = [_width(parent.binding, stage) for parent in moving.values()]
+        # Maps are linear: they move a parent's activations, or the products with these where they are fewer.
+        later = {
+            index: parent
+            for index, parent in self.parents.items()
+            if parent.alignment is not None and _moves_later(self.binding, parent.binding, stage, len(prior) - 1)
+        }
+        widths = [_width(parent.binding, stage) for parent in later.values()]
         columns = prior.shape[1] + sum(widths)
         parts = [NormalEquations.zeros(len(prior) - 1, columns, device=prior.device) for _ in range(2)]
         for batch in self.data:
-            passage = self.flow.step(section, state, batch, stage.inputs(self.binding), stop=True)
+            passage = self._step(section, stage, state, batch)
             x = passage.seen[here]
             still = self._lacking(passage, stage, x)
             for index, parent in self.parents.items():
-                if index not in moving:
-                    still = still + parent.weight * self._target(index, stage, batch)
-            targets = [still, *(self._target(index, stage, batch) for index in moving)]
+                if index not in later:
+                    still = still + parent.weight * _moved(parent, stage, self._target(index, stage, batch))
+            targets = [still, *(self._target(index, stage, batch) for index in later)]
             for part, rows in zip(parts, self._rows(x, batch), strict=True):
                 part.update(*(tensor.flatten(0, -2)[rows] for tensor in (x, *targets)))
         sum_over_ranks([tensor for part in parts for tensor in part.tensors()])
@@ -70,12 +101,13 @@ class Refit:
         def moved(xy: Tensor) -> Tensor:
             total: Tensor
             total, *others = xy.split([prior.shape[1], *widths], dim=1)
-            for parent, other in zip(moving.values(), others, strict=True):
+            for parent, other in zip(later.values(), others, strict=True):
                 total = total + parent.weight * _moved(parent, stage, other.float()).double()
             return total
 
         fit, choose = (part.to_targets(moved) for part in parts)
-        solution, _ = fit_ridge(fit, choose, prior)
+        kind = tuple(axis.rpartition(".")[2] for axis in stage.axes)
+        solution, self._penalties[kind] = fit_ridge(fit, choose, prior, self._penalties.get(kind))
         for one, found in zip(maps, solution.split([one.matrix.shape[1] for one in maps], dim=1), strict=True):
             one.replace(found)
 
@@ -86,9 +118,7 @@ class Refit:
         count = torch.zeros((), dtype=torch.float64, device=gain.device)
         x, xx, y, xy = sums = [torch.zeros_like(gain, dtype=torch.float64) for _ in range(4)]
         for batch in self.data:
-            out = self.flow.step(section, state, batch, stage.inputs(self.binding), stop=True).seen[
-                Place(module, "output")
-            ]
+            out = self._step(section, stage, state, batch).seen[Place(module, "output")]
             target = torch.zeros_like(out)
             for index, parent in self.parents.items():
                 target = target + parent.weight * _moved(parent, stage, self._target(index, stage, batch))
@@ -124,6 +154,12 @@ class Refit:
         real = torch.ones_like(held) if mask is None or tensor.ndim == 2 else mask.cpu()
         fit, choose = ((real & rows).flatten().nonzero()[:, 0].to(tensor.device) for rows in (~held, held))
         return fit, choose
+
+
+def _moves_later(anchor: Binding, parent: Binding, stage: Stage, inputs: int) -> bool:
+    """Whether it takes fewer products to move the products of a parent's outputs with the inputs than the outputs."""
+    sizes = [(parent.axes[axis].size, anchor.axes[axis].size) for axis in stage.axes]
+    return sum(ours * theirs for ours, theirs in sizes) >= inputs * sum(ours for ours, _ in sizes)
 
 
 def _width(binding: Binding, stage: Stage) -> int:

@@ -26,7 +26,7 @@ class Sink(Protocol):
     """Takes the fused parameters, section by section, and makes the model of them."""
 
     def write(self, state: State) -> None:
-        """Takes the parameters of a section, in the anchor's types."""
+        """Takes the parameters of a section; the model has them in the anchor's types."""
 
     def read(self, name: str) -> Tensor:
         """Gives a parameter back that was written."""

@@ -21,7 +21,7 @@ from fusionpl.calibration import (
     eval_mode,
     observe,
 )
-from fusionpl.families import STEM, TAIL, State, section_of
+from fusionpl.families import STEM, TAIL, State, in_float32, section_of
 from fusionpl.fusion.average import averaged
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.parents import AlignedParent
@@ -132,7 +132,10 @@ class Sweep:
         self._magnitudes = dict(team.survey.magnitudes)
         self._wanted = [self._wanted_in(section) for section in plan.sections]
         self._others = any(one.keys or one.targets for one in self._wanted)
-        self._fused = Network(anchor.module, team.binding, "the fused model", read=sink.read, device=anchor.device)
+        self._fused = Network(
+            anchor.module, team.binding, "the fused model", read=sink.read, device=anchor.device, float32=True
+        )
+        self._refit = Refit(Flow(self._fused, team.data, "fused"), self.aligned, team.data) if plan.fits else None
 
     def run(self) -> None:
         """Walks from the stem to the tail."""
@@ -194,15 +197,13 @@ class Sweep:
 
     def _fitted(self, section: SectionPlan, own: State, *, onward: bool) -> State:
         """Fits the stages of a section, and takes the fused network's batches through it if there is more to fit."""
-        flow = Flow(self._fused, self.team.data, "fused")
+        assert self._refit is not None
         others = [name for name in self.team.binding.uses[section.name] if name not in own]
-        state = own | {name: self.sink.read(name) for name in others}
+        state = own | in_float32({name: self.sink.read(name).to(self._fused.device) for name in others})
         if section.name == TAIL:
             state = self._fused.parameters(STEM) | state
-        refit = Refit(flow, self.aligned, self.team.data)
         for stage in section.stages:
-            refit.fit(section.name, stage, state)
+            self._refit.fit(section.name, stage, state)
         if onward:
-            for batch in self.team.data:
-                flow.step(section.name, state, batch)
+            self._refit.onward(section.name, state)
         return {name: state[name] for name in own}

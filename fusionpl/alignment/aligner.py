@@ -39,7 +39,8 @@ class Aligner:
 
     Attributes:
         alignment: the maps found so far.
-        evidence: what describes the units of the section that is solved; whoever calls `solve` sets it.
+        evidence: what describes the units of the section that is solved; whoever calls `solve` sets it, and takes it
+            away afterwards.
         magnitudes: anchor's axis -> mean absolute activation [n], for the weighted residual policies.
     """
 

@@ -1,7 +1,9 @@
 """What has to be solved for an alignment: which axes take their maps together, of which kind, from what evidence."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +20,14 @@ from fusionpl.transport import Gram, Solver, TransportMap, check_one_width, grou
 
 # With weights as evidence a tied stream needs the maps that depend on it: rounds of coordinate descent.
 _TIE_ROUNDS = 3
+
+
+class Size(NamedTuple):
+    """A problem for a solver: a transport plan or a singular value decomposition, [n, m]."""
+
+    kind: Literal["transport", "svd"]
+    n: int
+    m: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,10 @@ class Problem(ABC):
         """Gives the axes of `work` their maps."""
 
     @abstractmethod
+    def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
+        """The problems that a solver is given."""
+
+    @abstractmethod
     def told(self, axis: str, binding: Binding) -> str:
         """How `axis` gets its map, for a person."""
 
@@ -70,6 +84,10 @@ class Units(Problem):
         """Compares the units by what describes them."""
         found = work.solved(work.alike(self.axes))
         work.maps.give(self.axes, work.rescaled(self.axes[0], found) if work.in_circuit(self.axes[0]) else found)
+
+    def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
+        """One."""
+        yield Size("transport", *_sizes(self.axes[:1], parent, anchor))
 
     def told(self, axis: str, binding: Binding) -> str:
         """Where the units are seen."""
@@ -95,6 +113,10 @@ class Joint(Problem):
         n, m = work.parent.axes[first].size, work.anchor.axes[first].size
         work.maps.give([first], found.block(slice(n), slice(m)))
         work.maps.give([second], found.block(slice(n, None), slice(m, None)))
+
+    def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
+        """One over all units."""
+        yield Size("transport", *_sizes(self.axes, parent, anchor))
 
     def told(self, axis: str, binding: Binding) -> str:
         """Where the units are seen, and with which."""
@@ -135,6 +157,12 @@ class Heads(Problem):
         for circuit in self.circuits:
             one = found[circuit[0]]
             work.maps.give(circuit, work.rescaled(circuit[0], one) if len(circuit) > 1 else one)
+
+    def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
+        """One a circuit and pair of heads."""
+        heads = [one.axes[self.axes[0]].heads for one in (parent, anchor)]
+        n, m = (size // count for size, count in zip(_sizes(self.axes[:1], parent, anchor), heads, strict=True))
+        return [Size("svd" if self.rotation else "transport", n, m)] * (max(heads) * len(self.circuits))
 
     def told(self, axis: str, binding: Binding) -> str:
         """Where the units are seen, and with which."""
@@ -183,6 +211,10 @@ class Stream(Problem):
         else:
             work.maps.give(self.axes, work.solved(work.alike(self.joins)))
 
+    def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
+        """One for the whole stream."""
+        yield Size("svd" if self.rotation else "transport", *_sizes(self.axes[:1], parent, anchor))
+
     def told(self, axis: str, binding: Binding) -> str:
         """One map for all."""
         what = "rotation of the stream" if self.rotation else "tied to the stream"
@@ -225,6 +257,10 @@ class Joined(Problem):
                 s, b = s.mean(), b.mean()
             share = (s / (s + b).clamp_min(1e-300)).to(skip)
         return TransportMap(share * skip + (1 - share) * branch, f"join:{self.policy}", work.config.scaling)
+
+    def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
+        """None."""
+        return ()
 
     def told(self, axis: str, binding: Binding) -> str:
         """What is added."""
@@ -285,6 +321,11 @@ def _costs(pairs: list[list[Gram]], config: AlignConfig) -> Tensor:
     solver: Solver = "assignment" if sizes[0] == sizes[1] else "emd"
     costs = [[solve(ground_metric(one, config.metric, "none"), solver).cost for one in row] for row in pairs]
     return torch.tensor(costs, dtype=torch.float64).to(pairs[0][0].cross.device)
+
+
+def _sizes(axes: Iterable[str], parent: Binding, anchor: Binding) -> tuple[int, int]:
+    n, m = (sum(one.axes[axis].size for axis in axes) for one in (parent, anchor))
+    return n, m
 
 
 def _check_heads(axis: str, parent: Binding, anchor: Binding) -> None:

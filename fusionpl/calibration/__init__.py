@@ -4,7 +4,7 @@ from fusionpl.calibration.batches import Progress, batches, no_progress
 from fusionpl.calibration.config import CalibrationConfig, Scale
 from fusionpl.calibration.flow import CalibrationSet, Flow, Passage, places_of, sum_over_ranks
 from fusionpl.calibration.forward import Batch, device_of, eval_mode, has_float64, inputs_of, logits
-from fusionpl.calibration.kept import Kept, budget, bytes_of, free_memory
+from fusionpl.calibration.kept import GIB, Kept, budget, bytes_of, free_memory
 from fusionpl.calibration.moments import Key, Moments
 from fusionpl.calibration.network import Network
 from fusionpl.calibration.observe import Statistics, Target, Wanted, observe
@@ -12,6 +12,7 @@ from fusionpl.calibration.taps import Place, captured, parameter_units, recorded
 from fusionpl.calibration.tokens import select
 
 __all__ = [
+    "GIB",
     "Batch",
     "CalibrationConfig",
     "CalibrationSet",

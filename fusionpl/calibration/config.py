@@ -23,8 +23,8 @@ class CalibrationConfig:
         scale: what is done to each unit's activations: `standardize` ((a - mean) / (std + 1e-9)), `center`,
             `normalize` (unit length over all rows), `none`. With weights as evidence: `none` = raw rows, any other =
             rows of unit length.
-        memory: GiB that activations kept between blocks may take; what exceeds it goes to a temporary file. null: a
-            quarter of what is free.
+        memory: GiB that activations kept between blocks, and maps, may take; what exceeds it goes to a temporary
+            file. null: a quarter of what is free.
         dtype: type of the kept activations.
     """
 

@@ -14,6 +14,7 @@ from fusionpl.errors import FusionError
 
 GIB = 2**30
 _SHARE = 0.25  # of the free memory, by default
+_KINDS = 2  # activations, maps
 
 
 def free_memory(device: torch.device | str = "cpu") -> int:
@@ -38,10 +39,15 @@ def free_memory(device: torch.device | str = "cpu") -> int:
 
 
 def budget(gibibytes: float | None, device: torch.device | str = "cpu") -> int:
-    """Bytes that kept tensors may take: as said, or a quarter of what is free, shared by the processes here."""
+    """Bytes that kept activations, and kept maps, may take in this process.
+
+    Args:
+        gibibytes: of both together; None for a quarter of what is free, shared by the processes here.
+        device: where they are.
+    """
     if gibibytes is not None:
-        return int(gibibytes * GIB)
-    return int(_SHARE * free_memory(device)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return int(gibibytes * GIB) // _KINDS
+    return int(_SHARE * free_memory(device)) // _KINDS // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 class Kept:

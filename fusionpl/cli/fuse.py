@@ -33,9 +33,12 @@ from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError
 from fusionpl.families import permutation_error
 from fusionpl.fusion import (
+    Estimate,
     FuseConfig,
+    Plan,
     check_parents,
     describe,
+    estimate,
     load_config,
     make_plan,
     mixing_weights,
@@ -92,6 +95,12 @@ class Job:
         data = TASKS[args.task].datamodule(chosen.data, 0, tokenizer)
         return cls(args, settings, config, parents, networks, anchor, data, tokenizer)
 
+    def estimate(self, plan: Plan, device: torch.device) -> Estimate:
+        """What the fusion will take."""
+        calibration = self.data.calibration_dataloader(self.config.calibration.batch_size)
+        batch, samples = next(iter(calibration)), len(calibration.dataset)  # type: ignore[arg-type]  # all have a length
+        return estimate(plan, self.networks, self.anchor, self.config, batch, samples, device)
+
 
 def run(argv: Sequence[str]) -> None:
     """The command; see `--help`."""
@@ -102,15 +111,17 @@ def run(argv: Sequence[str]) -> None:
     beside = {path: load_config(path) for path in args.compare}
     bindings = [network.binding for network in job.networks]
     plan = make_plan(bindings, job.anchor, job.config, names)
+    device, output = _device(args.trainer), Path(args.output or _default_output(args.parents))
+    expected = job.estimate(plan, device)
     if args.dry_run:
-        print(describe(plan, bindings, job.anchor, job.config, names))
+        print(describe(plan, bindings, job.anchor, job.config, names), expected.told(device), sep="\n")
         return
     job.data.check_model(job.networks[job.anchor].module, job.networks[job.anchor].logits)
     if args.check:
         _check(job)
         return
-    output = Path(args.output or _default_output(args.parents))
     check_output(output, args.overwrite)
+    expected.check(device, output)
     print(
         f"parents: {', '.join(names)} ({bindings[0].family.name}, {bindings[0].depth} blocks); "
         f"anchor: {names[job.anchor]}"
@@ -162,6 +173,11 @@ def _launching(options: Namespace) -> dict[str, Any]:
     """Trainer arguments that start the processes and then run no batch."""
     quietly = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     return {**options.as_dict(), **quietly, "limit_test_batches": 0}
+
+
+def _device(options: Namespace) -> torch.device:
+    """Where a Trainer with these options fuses: on a GPU if there is one, and the options don't name the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() and options.accelerator != "cpu" else "cpu")
 
 
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:

@@ -2,20 +2,24 @@
 
 from fusionpl.fusion.average import mixing_weights, vanilla
 from fusionpl.fusion.config import FuseConfig, RefineConfig, RefitConfig, load_config
+from fusionpl.fusion.estimate import Estimate, estimate
 from fusionpl.fusion.fuse import Calibrated, check_parents, fuse, open_parents, resolve_anchor
 from fusionpl.fusion.parents import AlignedParent
-from fusionpl.fusion.plan import describe, make_plan
+from fusionpl.fusion.plan import Plan, describe, make_plan
 from fusionpl.fusion.result import FusionResult
 
 __all__ = [
     "AlignedParent",
     "Calibrated",
+    "Estimate",
     "FuseConfig",
     "FusionResult",
+    "Plan",
     "RefineConfig",
     "RefitConfig",
     "check_parents",
     "describe",
+    "estimate",
     "fuse",
     "load_config",
     "make_plan",

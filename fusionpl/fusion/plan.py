@@ -49,6 +49,11 @@ class Plan:
     keep: frozenset[str]
 
     @property
+    def problems(self) -> tuple[Problem, ...]:
+        """All alignment problems."""
+        return (*self.whole, *(problem for section in self.sections for problem in section.problems))
+
+    @property
     def survey(self) -> tuple[Key, ...]:
         """The activations that are compared before any section is fused."""
         return tuple(dict.fromkeys(key for problem in self.whole for key in problem.keys))
@@ -124,11 +129,7 @@ def describe(plan: Plan, bindings: Sequence[Binding], anchor: int, config: FuseC
         f"{len(reference.free)} free axes; anchor: {names[anchor]}; {_solver(align)}, {align.metric} cost / "
         f"{align.normalize}" + (f"; refit: {config.refit.method}" if config.refit.method != "none" else "")
     )
-    problem_of = {
-        axis: problem
-        for problem in (*plan.whole, *(problem for section in plan.sections for problem in section.problems))
-        for axis in problem.axes
-    }
+    problem_of = {axis: problem for problem in plan.problems for axis in problem.axes}
     rows = [("axis", "units", "heads", "map")]
     for name in reference.free:
         axes = [binding.axes[name] for binding in bindings]

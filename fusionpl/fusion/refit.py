@@ -83,7 +83,7 @@ class Refit:
             for index, parent in self.parents.items()
             if parent.alignment is not None and _moves_later(self.binding, parent.binding, stage, len(prior) - 1)
         }
-        widths = [_width(parent.binding, stage) for parent in later.values()]
+        widths = [stage.width(parent.binding) for parent in later.values()]
         columns = prior.shape[1] + sum(widths)
         parts = [NormalEquations.zeros(len(prior) - 1, columns, device=prior.device) for _ in range(2)]
         for batch in self.data:
@@ -160,10 +160,6 @@ def _moves_later(anchor: Binding, parent: Binding, stage: Stage, inputs: int) ->
     """Whether it takes fewer products to move the products of a parent's outputs with the inputs than the outputs."""
     sizes = [(parent.axes[axis].size, anchor.axes[axis].size) for axis in stage.axes]
     return sum(ours * theirs for ours, theirs in sizes) >= inputs * sum(ours for ours, _ in sizes)
-
-
-def _width(binding: Binding, stage: Stage) -> int:
-    return sum(binding.axes[axis].size for axis in stage.axes)
 
 
 def _moved(parent: AlignedParent, stage: Stage, outputs: Tensor) -> Tensor:

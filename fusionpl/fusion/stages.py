@@ -29,6 +29,10 @@ class Stage:
         """All axes that are written, in the order of the modules."""
         return tuple(axis for axes in self.modules.values() for axis in axes)
 
+    def width(self, binding: Binding) -> int:
+        """Number of units that are written."""
+        return sum(binding.axes[axis].size for axis in self.axes)
+
     def inputs(self, binding: Binding) -> set[Place]:
         """Where the fused network shows what the modules read (of a norm, what comes out) and what is to be added."""
         first = next(iter(self.modules))

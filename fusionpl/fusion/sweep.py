@@ -118,10 +118,9 @@ class Sweep:
         self, team: Team, plan: Plan, config: FuseConfig, weights: Sequence[float], sink: Sink, maps: Kept
     ) -> None:
         self.team, self.plan, self.config, self.weights, self.sink = team, plan, config, weights, sink
-        found = [problem for each in (plan.whole, *(one.problems for one in plan.sections)) for problem in each]
         anchor = team.parents[team.anchor]
         self.aligners = {
-            index: Aligner(binding, team.binding, config.align, found, maps, index, anchor.device)
+            index: Aligner(binding, team.binding, config.align, plan.problems, maps, index, anchor.device)
             for index, binding in enumerate(team.bindings)
             if index != team.anchor
         }
@@ -150,6 +149,7 @@ class Sweep:
                     found = self.team.observe(self._wanted[at], states, others=self._others)
                 self._magnitudes |= found.magnitudes
                 self._solve(section.problems, found)
+                del found  # a fit needs the memory
                 fused = self._averaged(section.name, states)
                 if at <= fitted:
                     fused = self._fitted(section, fused, onward=at < fitted)
@@ -179,6 +179,7 @@ class Sweep:
             aligner.evidence = self._evidence(index, found)
             for problem in problems:
                 aligner.solve(problem)
+            del aligner.evidence
 
     def _evidence(self, index: int, found: Statistics) -> Evidence:
         scale, centred = self.config.calibration.scale, self.config.align.metric == "correlation"

@@ -1,12 +1,13 @@
 """Optimal transport between sets of units: ground metrics, solvers, TransportMap. Pure tensors, no model."""
 
 from fusionpl.transport.costs import Gram, Metric, Normalize, gram, ground_metric
-from fusionpl.transport.least_squares import NormalEquations, fit_ridge
+from fusionpl.transport.least_squares import COMBINATIONS, NormalEquations, fit_ridge
 from fusionpl.transport.maps import Scaling, TransportMap, identity, permutation
 from fusionpl.transport.products import cross_product, full_float32, self_product
 from fusionpl.transport.solvers import Solver, check_one_width, procrustes, procrustes_batch, solve
 
 __all__ = [
+    "COMBINATIONS",
     "Gram",
     "Metric",
     "NormalEquations",

@@ -1,0 +1,289 @@
+"""What a fusion will take: memory and disk from shapes alone, time from how fast this machine multiplies."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fusionpl.calibration import GIB, Batch, Key, Network, budget, eval_mode, free_memory, inputs_of
+from fusionpl.errors import FusionError
+from fusionpl.families import STEM, TAIL, Binding, State, boundary
+from fusionpl.fusion.config import FuseConfig
+from fusionpl.fusion.plan import Plan, SectionPlan
+from fusionpl.fusion.stages import Stage
+from fusionpl.transport import COMBINATIONS, cross_product, self_product
+
+# What is not known before a fusion, as it was in those measured: how often a map's solver iterates (times the
+# regularisation), how many penalties a fit tries, how many times a batch's rows are read and written beside products.
+_ITERATIONS, _PENALTIES, _PASSES = 2.0, 3, 10
+_SYMMETRIC = 10 / 16  # of a product with itself is computed
+# Sizes of the probes, and how long one takes.
+_PROBE, _SECONDS = 1024, 0.1
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a fusion will take.
+
+    Attributes:
+        memory: bytes at the peak beyond what parents that are modules hold.
+        disk: bytes of temporary files.
+        output: bytes of the fused model.
+        work: what is computed, by kind: see `seconds`.
+    """
+
+    memory: int
+    disk: int
+    output: int
+    work: Mapping[str, float]
+
+    def check(self, device: torch.device, output: Path | None) -> None:
+        """Raises FusionError where memory or disk will not do, with what is missing."""
+        free = free_memory(device)
+        if self.memory > free:
+            raise FusionError(
+                f"the fusion needs about {_size(self.memory)} of memory and {_size(free)} are free: "
+                f"{_size(self.memory - free)} are missing; lower calibration.batch_size or calibration.memory"
+            )
+        places = [(Path(tempfile.gettempdir()), self.disk, "temporary files; set TMPDIR to a folder with more")]
+        if output is not None:
+            home = next(folder for folder in output.absolute().parents if folder.is_dir())
+            places.append((home, self.output, "the fused model; choose another folder with --output"))
+        for folder, needed, purpose in places:
+            free = shutil.disk_usage(folder).free
+            if needed > free:
+                raise FusionError(
+                    f"{folder} has {_size(free)} free, {_size(needed - free)} too little for {_size(needed)} of {purpose}"
+                )
+
+    def seconds(self, device: torch.device) -> float:
+        """The expected time of the fusion, after a second of measuring how fast the device is."""
+        return sum(amount / _rate(kind, device) for kind, amount in self.work.items() if amount)
+
+    def told(self, device: torch.device) -> str:
+        """Time and memory in one line."""
+        return (
+            f"expected: {_duration(self.seconds(device))} on {device}, {_size(self.memory)} of memory, "
+            f"{_size(self.disk)} of temporary files, a model of {_size(self.output)}"
+        )
+
+
+def estimate(
+    plan: Plan,
+    networks: Sequence[Network],
+    anchor: int,
+    config: FuseConfig,
+    batch: Batch,
+    samples: int,
+    device: torch.device,
+) -> Estimate:
+    """What a fusion will take.
+
+    Args:
+        plan: of the fusion.
+        networks: the parents; no weight is read.
+        anchor: index of the anchor.
+        config: what is asked for.
+        batch: one of the calibration set.
+        samples: in the calibration set.
+        device: where it will run.
+    """
+    inputs = inputs_of(batch)
+    given = len(next(iter(inputs.values())))
+    size = min(given, config.calibration.batch_size)
+    inputs = {key: value[:size] for key, value in inputs.items()}
+    batches = min(samples, config.calibration.samples) / size
+    shapes = [_Shapes.of(network, inputs) for network in networks]
+    ours = shapes[anchor]
+    rows, evidence = ours.tokens * size, _evidence(config.calibration.tokens, ours.tokens) * size
+    bindings = [network.binding for network in networks]
+    others = [binding for index, binding in enumerate(bindings) if index != anchor]
+    sections = list(plan.sections)
+    stages = [stage for section in sections for stage in section.stages]
+    keys = [*plan.survey, *(key for section in sections for key in section.keys)]
+    runs = bool(plan.survey) + any(section.keys or section.stages for section in sections)
+    alone = not runs and any(section.magnitudes for section in sections)
+
+    work = dict.fromkeys(("forward", "products", "elementwise", "cholesky", "solves", "transport", "svd"), 0.0)
+    work["forward"] = batches * (runs * sum(one.forward for one in shapes) + (plan.fits + alone) * ours.forward)
+    for other in others:
+        for key in keys:
+            n, m = _units(other, key), _units(bindings[anchor], key)
+            work["products"] += 2 * batches * evidence * n * m
+            work["elementwise"] += 4 * _PASSES * batches * evidence * (n + m)
+        for problem in plan.problems:
+            for kind, n, m in problem.solves(other, bindings[anchor]):
+                work[kind] += n * m * (min(n, m) if kind == "svd" else 16 * _ITERATIONS / config.align.reg)
+        for slot in other.slots:
+            sizes = [other.axes[axis].size if axis else 1 for axis in slot.axes]
+            work["products"] += 2 * torch.Size(sizes).numel() * sum(one for one in sizes if one > 1)
+    for stage in stages:
+        n, m = ours.inputs(stage, bindings[anchor]), stage.width(bindings[anchor])
+        columns = m + sum(stage.width(other) for other in others)
+        if stage.norm:
+            continue
+        work["products"] += 2 * batches * rows * n * (n * _SYMMETRIC + columns)
+        work["elementwise"] += 4 * _PASSES * batches * rows * (n + columns)
+        work["cholesky"] += (_PENALTIES + 1) * n**3 / 3
+        work["solves"] += 4 * n * n * (m + _PENALTIES * min(m, COMBINATIONS))
+
+    kept = _kept(plan, shapes, bindings, anchor, config, batches * rows)
+    limit = budget(config.calibration.memory, device)
+    output = sum(parameter.numel() * parameter.element_size() for parameter in networks[anchor].module.parameters())
+    return Estimate(
+        memory=_working(sections, shapes, networks, anchor, rows) + sum(min(one, limit) for one in kept),
+        disk=sum(max(one - limit, 0) for one in kept),
+        output=output,
+        work=work,
+    )
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """What a batch looks like in a network: found without computing anything.
+
+    Attributes:
+        tokens: of a sample.
+        forward: floating-point operations of a batch.
+        widths: a linear module of the first block or the tail -> the width of what it reads.
+    """
+
+    tokens: int
+    forward: float
+    widths: Mapping[str, int]
+
+    @classmethod
+    def of(cls, network: Network, inputs: Mapping[str, Tensor]) -> "_Shapes":
+        module, binding = network.module, network.binding
+        counts = []
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), eval_mode(module):
+            empty = {name: torch.empty(one.shape) for name, one in module.named_parameters()}
+            fake = {key: mode.from_tensor(value) for key, value in inputs.items()}
+
+            def counted(run: Callable[[State], Any], *sections: str) -> Any:
+                with FlopCounterMode(display=False) as counter:
+                    found = run({name: empty[name] for section in sections for name in binding.uses[section]})
+                counts.append(counter.get_total_flops())
+                return found
+
+            first = binding.blocks[0]
+            hidden, calls, _ = counted(lambda state: network.enter(state, fake), STEM)
+            out, _ = counted(lambda state: network.through(first, state, hidden, calls[0]), first)
+            counted(lambda state: network.leave(state, fake, out), STEM, TAIL)
+            tokens = hidden[..., 0].numel() // len(hidden)
+        widths = {name: one.flatten(1).shape for name, one in empty.items() if one.ndim > 1}
+        reads = {slot.parameter: slot.reads[0] for slot in binding.slots}
+        return cls(
+            tokens,
+            counts[0] + binding.depth * counts[1] + counts[2],
+            {name: shape[0 if reads.get(name) else 1] for name, shape in widths.items()},
+        )
+
+    def inputs(self, stage: Stage, binding: Binding) -> int:
+        """The width of what the modules of a stage read."""
+        return 0 if stage.norm else self.widths[f"{next(iter(stage.modules))}.weight"]
+
+
+def _evidence(tokens: str, length: int) -> int:
+    """How many of a sample's tokens count as evidence."""
+    if tokens.startswith("window:"):
+        return int(tokens.partition(":")[2]) ** 2 + 1
+    return length if tokens == "all" else 1
+
+
+def _units(binding: Binding, key: Key) -> int:
+    return sum(binding.axes[axis].size for axis in key)
+
+
+def _kept(
+    plan: Plan, shapes: Sequence[_Shapes], bindings: Sequence[Binding], anchor: int, config: FuseConfig, rows: float
+) -> tuple[int, int]:
+    """Bytes of the activations that are kept between sections, and of the maps."""
+    stream = [binding.axes[boundary(STEM)].size for binding in bindings]
+    widths = [0] * len(bindings)
+    for section in plan.sections:
+        each = [sum(stage.width(binding) for stage in section.stages) for binding in bindings]
+        widths = [max(pair) for pair in zip(widths, each, strict=True)]
+    item = getattr(torch, config.calibration.dtype).itemsize
+    activations = sum(stream) + sum(widths) + (stream[anchor] + widths[anchor] if plan.fits else 0)
+    maps = sum(
+        8 * axis.size * bindings[anchor].axes[name].size
+        for index, binding in enumerate(bindings)
+        for name, axis in binding.axes.items()
+        if index != anchor and not axis.fixed
+    )
+    return int(item * rows * activations) if plan.observes else 0, maps
+
+
+def _working(
+    sections: Sequence[SectionPlan], shapes: Sequence[_Shapes], networks: Sequence[Network], anchor: int, rows: int
+) -> int:
+    """Bytes that one section needs at once, of the largest."""
+    ours = networks[anchor].binding
+    found = []
+    for section in sections:
+        weights = [
+            4 * sum(network.module.get_parameter(name).numel() for name in network.binding.uses[section.name])
+            for network in networks
+        ]
+        read = sum(one for one, network in zip(weights, networks, strict=True) if _is_elsewhere(network.module))
+        held = read + sum(weights) + 2 * weights[anchor]
+        moments = [
+            8 * _units(network.binding, key) * _units(ours, key)
+            for index, network in enumerate(networks) if index != anchor for key in section.keys
+        ]  # fmt: skip
+        fits = []
+        for stage in section.stages:
+            n, m = shapes[anchor].inputs(stage, ours), stage.width(ours)
+            columns = m + sum(stage.width(network.binding) for i, network in enumerate(networks) if i != anchor)
+            fits.append(8 * (5 * n * n + 3 * n * columns + 3 * n * m))
+        passing = 4 * rows * 2 * sum(stage.width(ours) for stage in section.stages) if section.stages else 0
+        found.append(held + max(sum(moments) + 6 * max(moments, default=0), max(fits, default=0)) + passing)
+    return max(found)
+
+
+def _is_elsewhere(module: nn.Module) -> bool:
+    """Whether parameters have to be read from files."""
+    return next(module.parameters()).is_meta
+
+
+def _rate(kind: str, device: torch.device) -> float:
+    """Operations (`transport`, `elementwise`: bytes) a second."""
+    n = _PROBE
+    x = torch.ones(2 * n, n, device=device)
+    spd = torch.eye(n, dtype=torch.float64, device=device) + 1 / n
+    column = torch.ones(n, dtype=torch.float64, device=device)
+    probes: dict[str, tuple[float, Callable[[], Any]]] = {
+        "forward": (4 * n**3, lambda: nn.functional.linear(x, x[:n])),
+        "products": (4 * n**3 * (1 + _SYMMETRIC), lambda: (cross_product(x, x), self_product(x))),
+        "elementwise": (3 * x.nbytes, lambda: x.square().sum(0)),
+        "cholesky": (n**3 / 3, lambda: torch.linalg.cholesky(spd)),
+        "solves": (2 * n**3, lambda: torch.cholesky_solve(spd, spd)),
+        "transport": (2 * spd.nbytes, lambda: (spd @ column, spd.T @ column)),
+        "svd": (n**3 / 64, lambda: torch.linalg.svd(spd[: n // 4, : n // 4])),
+    }
+    amount, run = probes[kind]
+    run()
+    started, runs = time.perf_counter(), 0
+    while (taken := time.perf_counter() - started) < _SECONDS:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        runs += 1
+    return amount * runs / taken
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB or not size else f"{max(size / GIB * 1024, 1):.0f} MiB"

@@ -61,7 +61,8 @@ class Estimate:
             free = shutil.disk_usage(folder).free
             if needed > free:
                 raise FusionError(
-                    f"{folder} has {_size(free)} free, {_size(needed - free)} too little for {_size(needed)} of {purpose}"
+                    f"{folder} has {_size(free)} free, {_size(needed - free)} too little for the {_size(needed)} of "
+                    f"{purpose}"
                 )
 
     def seconds(self, device: torch.device) -> float:

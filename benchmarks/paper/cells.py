@@ -72,13 +72,13 @@ def known(cell: Cell, folder: Path) -> Measured | None:
     return Measured(**json.loads(file.read_text())) if file.is_file() else None
 
 
-def measure(cell: Cell, folder: Path) -> None:
-    """Measures a cell and keeps it."""
+def measure(cell: Cell, folder: Path, where: str | None = None) -> None:
+    """Measures a cell and keeps it, with the name of the machine, by default that of `machine`."""
     start = time.monotonic()
     figures = dict(cell.measure())
     folder.mkdir(parents=True, exist_ok=True)
     temporary = cell.kept_in(folder).with_suffix(".tmp")
-    found = Measured(figures, time.monotonic() - start, machine(), time.strftime("%Y-%m-%d"), commit())
+    found = Measured(figures, time.monotonic() - start, where or machine(), time.strftime("%Y-%m-%d"), commit())
     temporary.write_text(json.dumps(asdict(found)))
     temporary.replace(cell.kept_in(folder))
 
@@ -146,7 +146,7 @@ def plot(
         if table.curve:
             _curves(axes, rows, columns)
         else:
-            _bars(axes, rows, "%.1f" if kind == "accuracy" else "%.2f")
+            bars(axes, rows, "%.1f" if kind == "accuracy" else "%.2f")
         label = "test accuracy (%)" if kind == "accuracy" else "test loss (nats)"
         (axes.set_ylabel if table.curve else axes.set_xlabel)(label)
         axes.spines[["top", "right"]].set_visible(False)
@@ -173,7 +173,8 @@ def _curves(axes: Axes, rows: Mapping[str, Mapping[str, list[float]]], columns: 
     axes.legend(frameon=False, fontsize=8)
 
 
-def _bars(axes: Axes, rows: Mapping[str, Mapping[str, list[float]]], digits: str) -> None:
+def bars(axes: Axes, rows: Mapping[str, Mapping[str, list[float]]], digits: str) -> None:
+    """Horizontal bars of the columns by row: row -> column -> the values of its repeats."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     thickness = 0.8 / max(map(len, rows.values()))
     for column in columns:

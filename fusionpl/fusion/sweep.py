@@ -16,7 +16,6 @@ from fusionpl.calibration import (
     Network,
     Progress,
     Statistics,
-    Target,
     Wanted,
     eval_mode,
     observe,
@@ -152,7 +151,7 @@ class Sweep:
                 del found  # a fit needs the memory
                 fused = self._averaged(section.name, states)
                 if at <= fitted:
-                    fused = self._fitted(section, fused, onward=at < fitted)
+                    fused = self._fitted(section, fused, states, onward=at < fitted)
                 self.sink.write(fused)
 
     def _nothing(self) -> Statistics:
@@ -160,11 +159,7 @@ class Sweep:
 
     def _wanted_in(self, section: SectionPlan) -> Wanted:
         known = self.team.survey
-        targets = [
-            Target(module, next((stage.skips[axis][1] for axis in axes if axis in stage.skips), None))
-            for stage in section.stages
-            for module, axes in stage.modules.items()
-        ]
+        targets = [target for stage in section.stages for target in stage.targets]
         return Wanted(
             section.name,
             tuple(key for key in section.keys if not known.has(key)),
@@ -196,7 +191,7 @@ class Sweep:
         own = [self.team.own(section, state) for state in states]
         return averaged(self.aligned, self.team.anchor, own, self.plan.keep)
 
-    def _fitted(self, section: SectionPlan, own: State, *, onward: bool) -> State:
+    def _fitted(self, section: SectionPlan, own: State, states: Sequence[State], *, onward: bool) -> State:
         """Fits the stages of a section, and takes the fused network's batches through it if there is more to fit."""
         assert self._refit is not None
         others = [name for name in self.team.binding.uses[section.name] if name not in own]
@@ -204,7 +199,7 @@ class Sweep:
         if section.name == TAIL:
             state = self._fused.parameters(STEM) | state
         for stage in section.stages:
-            self._refit.fit(section.name, stage, state)
+            self._refit.fit(section.name, stage, state, states)
         if onward:
             self._refit.onward(section.name, state)
         return {name: state[name] for name in own}

@@ -150,7 +150,15 @@ class Sweep:
                 fused = self._averaged(section.name, states)
                 if at <= fitted:
                     fused = self._fitted(section, fused, onward=at < fitted)
+                    self._forget(self._wanted[at].targets)
                 self.sink.write(fused)
+
+    def _forget(self, targets: Sequence[Target]) -> None:
+        kept = self.team.data.kept
+        for index, _ in enumerate(self.team.parents):
+            for target in targets:
+                for batch in self.team.data:
+                    del kept["target", index, target.module, batch]
 
     def _nothing(self) -> Statistics:
         return Statistics([{} for _ in self.team.parents])

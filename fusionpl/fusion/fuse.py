@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,9 @@ class Calibrated:
         if output is not None and self._folder is not None:
             sink = ModelWriter(self._folder, Path(output) / "model")
         sweep = Sweep(team, plan, config, weights, sink, Kept(self._limit))
-        sweep.run()
-        sink.finish()
+        with closing(sink):
+            sweep.run()
+            sink.finish()
         result = FusionResult(sink, sweep.aligned, team.anchor, config, plan.keep)
         result.warnings = _unconverged(result, self.names)
         if config.refine.method != "none":

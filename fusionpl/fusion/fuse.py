@@ -146,8 +146,12 @@ class Calibrated:
                 progress=team.progress,
             )  # fmt: skip
         if output is not None:
-            if self._folder is None or config.refine.method != "none":
+            if self._folder is None:
                 save_model(result.model, Path(output) / "model")
+            elif config.refine.method != "none":
+                with closing(ModelWriter(self._folder, Path(output) / "model")) as refined:
+                    refined.write(dict(result.model.named_parameters()))
+                    refined.finish()
             result.save_maps(Path(output))
         return result
 

@@ -218,7 +218,7 @@ class Sweep:
         """Fits the stages of a section, and takes the fused network's batches through it if there is more to fit."""
         flow = Flow(self._fused, self.team.data, "fused")
         others = [name for name in self.team.binding.uses[section.name] if name not in own]
-        state = own | {name: self.sink.read(name) for name in others}
+        state = own | {name: self.sink.read(name).to(self._fused.device) for name in others}
         if section.name == TAIL:
             state = self._fused.parameters(STEM) | state
         refit = Refit(flow, self.aligned, self.team.data)

@@ -161,3 +161,23 @@ def test_the_command_names_the_option_and_not_the_parent(
     assert words in line
     assert "nonexistent" not in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("preset", "words"),
+    [
+        ("anchor: 7", "anchor 7 is not an index into 2 parents"),
+        ("weights: [1.0, 1.0]", "weights must sum to 1"),
+        ("align: {solver: assignment}", "assignment needs parents of one width"),
+        ("align: {reg: -1}", "align.reg must be above 0"),
+    ],
+)
+def test_a_preset_to_compare_with_is_checked_before_anything_is_fused(
+    preset: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [str(make_run(tmp_path / "0", 0)), str(make_run(tmp_path / "1", 1, embed_dim=24))]
+    (tmp_path / "beside.yaml").write_text(preset)
+    monkeypatch.setattr(command, "_Fusion", None)
+    assert main(command.run, ["--parents", *paths, "--compare", str(tmp_path / "beside.yaml"), "--logger", "none"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line

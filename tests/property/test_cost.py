@@ -39,12 +39,14 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "weights, refit": ("default", {"align.evidence": "weights"}, 2, 1),
     "weights": ("paper", {"align.evidence": "weights"}, 2, 0),
 }
-BATCHES = 3
+SOFT = {"align.solver": "sinkhorn", "align.reg": 0.08}
+BATCHES = 2
 MODULE = sys.modules["fusionpl.fusion.fuse"]  # the package shows the function of that name
 
 
 def config_of(preset: str = "default", **changes: Any) -> fusionpl.FuseConfig:
-    return fusionpl.load_config(CONF / "fuse" / f"{preset}.yaml", {"anchor": 0, **changes})
+    # Sinkhorn at 0.02 takes longer than all else on models of this size, and has no say in what is asked here.
+    return fusionpl.load_config(CONF / "fuse" / f"{preset}.yaml", {"anchor": 0, "align.solver": "emd", **changes})
 
 
 def model_of(name: str, seed: int = 0, **options: Any) -> nn.Module:
@@ -86,7 +88,7 @@ def passes(name: str, setting: str, depth: int) -> Counter[tuple[int, str]]:
     preset, changes, count, _ = SETTINGS[setting]
     parents = [model_of(name, seed, depth=depth) for seed in range(count)]
     with counted(parents) as counts:
-        fusionpl.fuse(parents, [batch_of(name)], config_of(preset, **{"calibration.batch_size": 4, **changes}))
+        fusionpl.fuse(parents, [batch_of(name, 8)], config_of(preset, **{"calibration.batch_size": 4, **changes}))
     assert all(number % BATCHES == 0 for number in counts.values())
     return Counter({key: number // BATCHES for key, number in counts.items()})
 
@@ -110,8 +112,11 @@ def test_a_block_runs_once_a_walk_and_the_fused_one_once_a_stage(name: str, sett
     assert found[0, STEM] <= walks + 1 + (1 + tail if refits else 0)
 
 
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("setting", ["default", "tie"])
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("vit_timm", "default"), ("vit_hf", "tie"), ("bert classifier", "tie"), ("roberta masked-lm", "default"),
+     ("distilbert masked-lm", "tie")],
+)  # fmt: skip
 def test_twice_the_depth_is_twice_the_passes(name: str, setting: str) -> None:
     shallow, deep = (passes(name, setting, depth) for depth in (2, 4))
     blocks = [{count for (index, section), count in found.items() if index == 1 and section != STEM}
@@ -161,35 +166,33 @@ def test_streams_on_disk_give_the_same_bits(name: str, monkeypatch: pytest.Monke
     parents, spilled = [model_of(name, seed) for seed in range(2)], []
     read = Kept._read
     monkeypatch.setattr(Kept, "_read", lambda self, place: spilled.append(place) or read(self, place))
-    for changes in ({}, {"align.residual": "tie"}):
-        whole, cut = (
-            fusionpl.fuse(parents, [batch_of(name)], config_of(**{"calibration.memory": gib, **changes}))
-            for gib in (8, 0)
-        )
-        assert_identical(whole.model, cut.model)
-        assert spilled
-        for axis, one in whole.maps.items():
-            assert torch.equal(one.plan, cut.maps[axis].plan)
+    whole, cut = (
+        fusionpl.fuse(parents, [batch_of(name)], config_of(**{"calibration.memory": gib, "align.residual": "tie"}))
+        for gib in (8, 0)
+    )
+    assert_identical(whole.model, cut.model)
+    assert spilled
+    for axis, one in whole.maps.items():
+        assert torch.equal(one.plan, cut.maps[axis].plan)
 
 
-@pytest.mark.parametrize("memory", [1e-5, 1e-4])
-def test_streams_partly_on_disk_give_the_same_bits(memory: float) -> None:
+def test_streams_partly_on_disk_give_the_same_bits() -> None:
     parents = [timm_vit(seed) for seed in range(2)]
     for setting in ("default", "rotation"):
         preset, changes, _, _ = SETTINGS[setting]
         batches = list(images(24).split(5))
         whole, cut = (
             fusionpl.fuse(parents, batches, config_of(preset, **{"calibration.memory": gib, **changes}))
-            for gib in (8, memory)
+            for gib in (8, 2e-5)
         )
         assert_identical(whole.model, cut.model)
 
 
-@pytest.mark.parametrize("name", ["vit_timm", "vit_hf", "bert masked-lm", "distilbert classifier"])
+@pytest.mark.parametrize("name", ["vit_timm", "bert masked-lm"])
 def test_streams_in_half_precision_give_nearly_the_same_model(name: str) -> None:
     parents = [model_of(name, seed) for seed in range(2)]
     full, half = (
-        fusionpl.fuse(parents, [batch_of(name, 64)], config_of(**{"calibration.dtype": dtype})).model
+        fusionpl.fuse(parents, [batch_of(name, 64)], config_of(**{"calibration.dtype": dtype, **SOFT})).model
         for dtype in ("float32", "bfloat16")
     )
     assert {tensor.dtype for tensor in half.parameters()} == {torch.float32}
@@ -213,7 +216,7 @@ class Watched(Kept):
 @pytest.mark.parametrize("memory", [0, 8])
 def test_what_is_kept_does_not_grow_with_the_depth(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     most = []
-    for depth in (2, 6):
+    for depth in (2, 4):
         watched: list[Watched] = []
         monkeypatch.setattr(MODULE, "Kept", lambda limit, found=watched: found.append(Watched(limit)) or found[-1])
         Watched.most = {}
@@ -243,13 +246,15 @@ def test_streams_are_freed_with_the_fusion(monkeypatch: pytest.MonkeyPatch) -> N
 # parameters
 
 
-@pytest.mark.parametrize("kind", ["timm", "transformers"])
-@pytest.mark.parametrize("setting", ["default", "paper", "weights", "rotation"])
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [("timm", "default"), ("timm", "weights"), ("transformers", "paper"), ("transformers", "rotation")],
+)
 def test_one_block_of_each_parent_is_in_memory(
     kind: str, setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of what was read, nothing of other sections is alive when a block is begun."""
-    depth = 4
+    depth = 3
     for seed in range(2):
         if kind == "timm":
             make_run(tmp_path / str(seed), seed, depth=depth)
@@ -273,9 +278,7 @@ def test_one_block_of_each_parent_is_in_memory(
     monkeypatch.setattr(Tensors, "__getitem__", watched)
     preset, changes, _, _ = SETTINGS[setting]
     pictures = torch.randn(12, 1 if kind == "timm" else 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    fusionpl.fuse(
-        [tmp_path / "0", tmp_path / "1"], [pictures], config_of(preset, **changes), output=tmp_path / "fused"
-    )
+    fusionpl.fuse([tmp_path / "0", tmp_path / "1"], [pictures], config_of(preset, **changes), output=tmp_path / "fused")
     assert len(met) > 2 * depth * 10
     assert max(met) == 0
 

@@ -83,8 +83,12 @@ def test_a_fusion_stays_on_its_parents_device(setting: str) -> None:
 
 # kind of parents, changes, size of shards
 BY_PATH: dict[str, tuple[str, dict[str, Any], str]] = {
-    "rotation and refit, streams on disk": ("vit", {**EXACT, "align.stream": "rotation", "calibration.memory": 0}, "5GB"),
-    "text, tied decoder, shards, streams on disk": ("bert", {"calibration.memory": 0}, "10KB"),
+    "rotation and refit, streams on disk": (
+        "vit",
+        {**EXACT, "align.stream": "rotation", "calibration.memory": 0},
+        "5GB",
+    ),
+    "text, tied decoder, shards, streams on disk": ("bert", {"calibration.memory": 0, "align.solver": "emd"}, "10KB"),
 }
 
 
@@ -118,7 +122,8 @@ def test_parents_by_path_are_fused_on_the_device_that_is_named(setting: str, tmp
 def test_named_parents_go_where_the_others_are(tmp_path: Path) -> None:
     parents: list[Any] = [hf_vit(seed, depth=1) for seed in range(2)]
     parents[1].save_pretrained(tmp_path)
-    config = fusionpl.load_config(CONF / "fuse" / "paper.yaml", {"anchor": 0, "calibration.tokens": "class"})
+    config = fusionpl.load_config(CONF / "fuse" / "paper.yaml", {"anchor": 0, "calibration.tokens": "class",
+                                                                     "align.solver": "emd"})  # fmt: skip
     expected = fusionpl.fuse(parents, [images(8)], config).model
     with PretendDevice():
         fused = fusionpl.fuse([moved(parents[0]), tmp_path], [images(8)], config).model

@@ -93,7 +93,6 @@ def test_a_part_does_not_hold_the_whole(limit: int) -> None:
     store, alive = Kept(limit), weakref.ref(whole.untyped_storage())
     store["part"] = whole[:2]
     del whole
-    gc.collect()
     assert alive() is None
     assert same(store["part"], drawn(10, 10)[:2])
 
@@ -189,7 +188,6 @@ def test_what_is_replaced_is_freed() -> None:
     store["one"] = first
     del first
     store["one"] = drawn(7)
-    gc.collect()
     assert alive() is None
     assert store.used == 28
 
@@ -203,7 +201,6 @@ def test_the_temporary_file_has_no_name(temporary: Path) -> None:
     assert list(temporary.iterdir()) == []
     assert any(str(temporary) in target for target in open_files()), "it lies in $TMPDIR all the same"
     del store
-    gc.collect()
     assert not any(str(temporary) in target for target in open_files())
 
 

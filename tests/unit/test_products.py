@@ -1,5 +1,6 @@
 """Products in float32 against float64, and problems solved as a batch against one by one."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -16,12 +17,9 @@ from fusionpl.fusion import FusionResult
 from fusionpl.transport import NormalEquations, fit_ridge, full_float32, procrustes, procrustes_batch
 from fusionpl.transport.least_squares import PENALTIES
 from fusionpl.transport.products import cross_product, self_product
-from tests.models_for_tests import hf_vit, images, sentences, text_model, timm_vit
+from tests.models_for_tests import images, sentences, text_model, timm_vit
 
-BUILDERS: dict[str, Any] = {
-    "vit_timm": timm_vit, "vit_hf": hf_vit,
-    "bert": lambda seed: text_model("bert masked-lm", seed), "roberta": lambda seed: text_model("roberta classifier", seed),
-}  # fmt: skip
+BUILDERS: dict[str, Any] = {"vit_timm": timm_vit, "bert": lambda seed: text_model("bert masked-lm", seed)}
 
 
 def batch_of(name: str, count: int, seed: int = 0) -> dict[str, Tensor]:
@@ -71,12 +69,16 @@ def test_short_types_are_multiplied_in_float32(first: torch.dtype, second: torch
 
 
 def test_full_precision_inside_and_the_users_choice_afterwards() -> None:
+    def fails() -> None:
+        with full_float32():
+            assert torch.get_float32_matmul_precision() == "highest"
+            raise KeyError
+
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        with pytest.raises(KeyError), full_float32():
-            assert torch.get_float32_matmul_precision() == "highest"
-            raise KeyError
+        with pytest.raises(KeyError):
+            fails()
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -102,7 +104,7 @@ def parts(seed: int, n: int, m: int, noise: float, rows: int = 60) -> tuple[Norm
 def test_the_penalty_is_that_of_trying_all(seed: int, n: int, m: int, noise: float) -> None:
     rows, held_out, prior = parts(seed, n, m, noise)
     errors = [held_out.error(rows.ridge(prior, penalty)) for penalty in PENALTIES]
-    turns = [later > earlier for earlier, later in zip(errors, errors[1:], strict=False)]
+    turns = [later > earlier for earlier, later in itertools.pairwise(errors)]
     unimodal = turns == sorted(turns)
     solution, penalty = fit_ridge(rows, held_out, prior)
     best = min(range(len(PENALTIES)), key=errors.__getitem__)
@@ -166,8 +168,8 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.mark.parametrize("changes", [{}, {"align.residual": "tie", "refit.method": "none"}], ids=["default", "tied"])
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("changes", [{}, {"align.residual": "tie", "align.reg": 0.08}], ids=["default", "tied"])
+@pytest.mark.parametrize("name", ["vit_timm", "bert"])
 def test_float32_parents_are_fused_as_in_float64(name: str, changes: dict[str, Any]) -> None:
     parents = [BUILDERS[name](seed) for seed in range(2)]
     single = fused(name, parents, **changes)
@@ -183,13 +185,13 @@ def test_float32_parents_are_fused_as_in_float64(name: str, changes: dict[str, A
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("setting", ["default", "paper", "rotation"])
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("setting", ["soft", "hard", "rotation"])
+@pytest.mark.parametrize("name", ["vit_timm", "bert"])
 def test_parents_in_half_precision(name: str, setting: str, dtype: torch.dtype) -> None:
     if setting == "rotation" and not name.startswith("vit"):
         pytest.skip("a post-LN stream can't be rotated")
     changes: dict[str, dict[str, Any]] = {
-        "default": {}, "paper": {"refit.method": "none", "align.solver": "emd"},
+        "soft": {"align.reg": 0.08}, "hard": {"refit.method": "none", "align.solver": "emd"},
         "rotation": {"align.stream": "rotation", "align.residual": "tie", "align.heads": "matched",
                      "align.solver": "assignment"},
     }  # fmt: skip
@@ -202,13 +204,13 @@ def test_parents_in_half_precision(name: str, setting: str, dtype: torch.dtype) 
     assert all(bool(tensor.isfinite().all()) for tensor in half.state_dict().values())
     test = batch_of(name, 16, seed=99)
     with torch.no_grad():
-        assert relative(logits(half.float(), test), logits(full, test)) < (0.15 if setting == "default" else 0.5)
+        assert relative(logits(half.float(), test), logits(full, test)) < (0.15 if setting == "soft" else 0.5)
 
 
 @pytest.mark.parametrize("anchor", [0, 1])
 def test_the_result_has_the_anchors_type(anchor: int) -> None:
     parents = [timm_vit(0).to(torch.bfloat16), timm_vit(1)]
-    for changes in ({}, {"align.evidence": "weights", "refit.method": "none"}):
+    for changes in ({"align.reg": 0.08}, {"align.evidence": "weights", "refit.method": "none"}):
         model = fused("vit_timm", parents, anchor=anchor, **changes).model
         assert {tensor.dtype for tensor in model.parameters()} == {(torch.bfloat16, torch.float32)[anchor]}
         assert all(bool(tensor.isfinite().all()) for tensor in model.parameters())

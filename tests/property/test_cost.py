@@ -39,6 +39,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "weights, refit": ("default", {"align.evidence": "weights"}, 2, 1),
     "weights": ("paper", {"align.evidence": "weights"}, 2, 0),
 }
+TEXT_SETTINGS = ("default", "tie", "three parents")
 SOFT = {"align.solver": "sinkhorn", "align.reg": 0.08}
 BATCHES = 2
 MODULE = sys.modules["fusionpl.fusion.fuse"]  # the package shows the function of that name
@@ -93,11 +94,11 @@ def passes(name: str, setting: str, depth: int) -> Counter[tuple[int, str]]:
     return Counter({key: number // BATCHES for key, number in counts.items()})
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", ["vit_timm", "bert classifier"])
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [*(("vit_timm", one) for one in SETTINGS), *(("bert classifier", one) for one in TEXT_SETTINGS)],
+)
 def test_a_block_runs_once_a_walk_and_the_fused_one_once_a_stage(name: str, setting: str) -> None:
-    if setting == "rotation" and name != "vit_timm":
-        pytest.skip("a post-LN stream can't be rotated")
     preset, changes, count, walks = SETTINGS[setting]
     found = passes(name, setting, depth=2)
     bindings = [bind(model_of(name)) for _ in range(count)]

@@ -155,6 +155,26 @@ def test_the_calibration_set_is_read_once() -> None:
         assert calibration.rounds == 1, setting
 
 
+def reused(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Batches that are written into the same memory, one after the other."""
+    buffer = {key: torch.empty_like(value[:4]) for key, value in batch.items()}
+    for start in range(0, 12, 4):
+        for key, value in batch.items():
+            buffer[key].copy_(value[start : start + 4])
+        yield buffer
+
+
+@pytest.mark.parametrize("memory", [0, 8])
+@pytest.mark.parametrize("name", ["vit_timm", "bert classifier"])
+def test_batches_may_be_written_into_one_buffer(name: str, memory: int) -> None:
+    parents, batch = [model_of(name, seed) for seed in range(2)], batch_of(name)
+    if "attention_mask" in batch:
+        batch["attention_mask"] = batch["attention_mask"].bool()
+    config = config_of(**{"calibration.memory": memory, "calibration.batch_size": 4})
+    one, other = (fusionpl.fuse(parents, given, config).model for given in ([batch], reused(batch)))
+    assert_identical(one, other)
+
+
 # streams
 
 

@@ -111,6 +111,9 @@ def run(argv: Sequence[str]) -> None:
     beside = {path: load_config(path) for path in args.compare}
     bindings = [network.binding for network in job.networks]
     plan = make_plan(bindings, job.anchor, job.config, names)
+    for other in beside.values():
+        mixing_weights(other.weights, len(names))
+        make_plan(bindings, resolve_anchor(other, len(names)), other, names)
     device, output = _device(args.trainer), Path(args.output or _default_output(args.parents))
     expected = job.estimate(plan, device)
     if args.dry_run:

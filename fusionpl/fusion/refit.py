@@ -229,6 +229,7 @@ class _LinearMap:
         weight, bias = (self._state.get(name) for name in self._names)
         assert weight is not None
         found = matrix[:-1].T if self._writes_first else matrix[:-1]
-        self._state[self._names[0]] = found.reshape(weight.shape).to(weight)
+        found = found.reshape(weight.shape).to(weight)
+        self._state[self._names[0]] = found.clone(memory_format=torch.contiguous_format)
         if bias is not None:
             self._state[self._names[1]] = matrix[-1].to(bias)

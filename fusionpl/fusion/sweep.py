@@ -3,7 +3,6 @@
 from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 
 import torch
 
@@ -31,6 +30,19 @@ from fusionpl.fusion.survey import Survey
 from fusionpl.transport import full_float32
 
 
+class _Reader:
+    """Reads the parameters of a section and holds them until another section is asked for."""
+
+    def __init__(self, parent: Network) -> None:
+        self._parent, self._section, self._state = parent, "", State()
+
+    def __call__(self, section: str) -> State:
+        if section != self._section:
+            self._section, self._state = "", State()  # let go first: two blocks are not in memory at once
+            self._section, self._state = section, self._parent.parameters(section)
+        return self._state
+
+
 class Team:
     """Parents over one calibration set.
 
@@ -49,7 +61,7 @@ class Team:
         self.bindings = [parent.binding for parent in parents]
         self.binding = self.bindings[anchor]
         self._data = data
-        self.readers = [lru_cache(maxsize=1)(parent.parameters) for parent in parents]
+        self.readers = [_Reader(parent) for parent in parents]
         self.flows = [Flow(parent, data, f"parent {index}") for index, parent in enumerate(parents)] if data else []
 
     @property
@@ -152,7 +164,15 @@ class Sweep:
                 fused = self._averaged(section.name, states)
                 if at <= fitted:
                     fused = self._fitted(section, fused, states, onward=at < fitted)
+                    self._forget(self._wanted[at])
                 self.sink.write(fused)
+                del states, fused  # before the next section is read
+
+    def _forget(self, wanted: Wanted) -> None:
+        for index, _ in enumerate(self.team.parents):
+            for target in wanted.targets:
+                for batch in self.team.data:
+                    del self.team.data.kept[target.key(wanted.section, index, batch)]
 
     def _nothing(self) -> Statistics:
         return Statistics([{} for _ in self.team.parents])
@@ -174,7 +194,7 @@ class Sweep:
             aligner.evidence = self._evidence(index, found)
             for problem in problems:
                 aligner.solve(problem)
-            del aligner.evidence
+            del aligner.evidence  # it holds the section's moments and parameters
 
     def _evidence(self, index: int, found: Statistics) -> Evidence:
         scale, centred = self.config.calibration.scale, self.config.align.metric == "correlation"

@@ -27,25 +27,23 @@ class Entry(NamedTuple):
     dtype: torch.dtype
 
 
+WHOLE = "model.safetensors"
+INDEX = f"{WHOLE}.index.json"
+
+
 class Tensors(Mapping[str, Tensor]):
-    """The tensors of all safetensors files of a model folder, by name; each is read when it is asked for.
+    """The tensors of a model folder, by name; each is read when it is asked for.
 
     Args:
-        folder: with model.safetensors, or the shards of one.
+        folder: with model.safetensors, or with its shards and their index.
 
     Raises:
         FusionError: there is no such file, or one is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            others = (file for suffix in ("bin", "pth", "pt", "ckpt") for file in folder.glob(f"*.{suffix}"))
-            pickles = sorted(file.name for file in others)
-            note = f"; {pickles[0]} is a pickle, which is never read" if pickles else ""
-            raise FusionError(f"{folder} has no model.safetensors{note}")
         self.entries: dict[str, Entry] = {}
-        for file in files:
+        for file in _files(folder):
             try:
                 with safe_open(file, framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118  # it is no dict
@@ -65,6 +63,26 @@ class Tensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Those that transformers reads: variants and older shards may lie beside them."""
+    if (folder / WHOLE).exists():
+        return [folder / WHOLE]
+    index = folder / INDEX
+    if not index.exists():
+        others = (file for suffix in ("bin", "pth", "pt", "ckpt") for file in folder.glob(f"*.{suffix}"))
+        pickles = sorted(file.name for file in others)
+        note = f"; {pickles[0]} is a pickle, which is never read" if pickles else ""
+        raise FusionError(f"{folder} has no {WHOLE}{note}")
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FusionError(f"{index} is damaged: {error}") from error
+    for name in names:
+        if not (folder / name).exists():
+            raise FusionError(f"{folder / name} is missing, but {INDEX} names it; copy or train the model again")
+    return [folder / name for name in names]
 
 
 class TensorFile:

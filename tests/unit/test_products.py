@@ -14,7 +14,7 @@ from fusionpl.calibration import logits
 from fusionpl.cli.common import CONF
 from fusionpl.errors import FusionError
 from fusionpl.fusion import FusionResult
-from fusionpl.transport import NormalEquations, fit_ridge, full_float32, procrustes, procrustes_batch
+from fusionpl.transport import COMBINATIONS, NormalEquations, fit_ridge, full_float32, procrustes, procrustes_batch
 from fusionpl.transport.least_squares import PENALTIES
 from fusionpl.transport.products import cross_product, self_product
 from tests.models_for_tests import images, sentences, text_model, timm_vit
@@ -99,11 +99,15 @@ def parts(seed: int, n: int, m: int, noise: float, rows: int = 60) -> tuple[Norm
     return found[0], found[1], truth + drawn(n + 1, m, seed=seed + 99)
 
 
+def shrunk(equations: NormalEquations, prior: Tensor, penalty: float) -> Tensor:
+    return prior + equations.less(prior).ridge(penalty)
+
+
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 3), st.sampled_from([0.0, 0.1, 1.0, 10.0, 100.0]))
 @settings(max_examples=80, deadline=None)
 def test_the_penalty_is_that_of_trying_all(seed: int, n: int, m: int, noise: float) -> None:
     rows, held_out, prior = parts(seed, n, m, noise)
-    errors = [held_out.error(rows.ridge(prior, penalty)) for penalty in PENALTIES]
+    errors = [held_out.error(shrunk(rows, prior, penalty)) for penalty in PENALTIES]
     turns = [later > earlier for earlier, later in itertools.pairwise(errors)]
     unimodal = turns == sorted(turns)
     solution, penalty = fit_ridge(rows, held_out, prior)
@@ -113,7 +117,7 @@ def test_the_penalty_is_that_of_trying_all(seed: int, n: int, m: int, noise: flo
         assert solution is prior
     elif unimodal:
         assert penalty == PENALTIES[best]
-        torch.testing.assert_close(solution, (rows + held_out).ridge(prior, PENALTIES[best]))
+        torch.testing.assert_close(solution, shrunk(rows + held_out, prior, PENALTIES[best]))
     else:  # a valley of its own, never a slope
         at = PENALTIES.index(penalty) if penalty in PENALTIES else None
         assert at is None or all(
@@ -129,8 +133,21 @@ def test_every_end_of_the_penalties_is_reached(noise: float, expected: float) ->
 
 def test_the_largest_penalty_all_but_keeps_the_prior() -> None:
     rows, _, prior = parts(0, 6, 2, 1.0)
-    distance = (rows.ridge(prior, max(PENALTIES)) - prior).norm() / (rows.ridge(prior, min(PENALTIES)) - prior).norm()
-    assert distance < 0.1
+    far, near = (shrunk(rows, prior, penalty) - prior for penalty in (min(PENALTIES), max(PENALTIES)))
+    assert near.norm() < 0.1 * far.norm()
+
+
+@pytest.mark.parametrize("noise", [0.1, 3.0])
+def test_combinations_of_many_targets_choose_as_all_do(noise: float) -> None:
+    rows, held_out, prior = parts(1, 8, 3 * COMBINATIONS, noise)
+    errors = [held_out.error(shrunk(rows, prior, penalty)) for penalty in PENALTIES]
+    assert fit_ridge(rows, held_out, prior)[1] == PENALTIES[errors.index(min(errors))]
+
+
+@pytest.mark.parametrize("guess", [*PENALTIES, None, float("inf")])
+def test_a_guess_changes_the_way_not_the_end(guess: float | None) -> None:
+    rows, held_out, prior = parts(1, 8, 3, 1.0)
+    assert fit_ridge(rows, held_out, prior, guess)[1] == fit_ridge(rows, held_out, prior)[1]
 
 
 # Procrustes

@@ -31,20 +31,24 @@ class Stage:
         """All axes that are written, in the order of the modules."""
         return tuple(axis for axes in self.modules.values() for axis in axes)
 
+    @property
+    def first(self) -> str:
+        """The first of its modules."""
+        return next(iter(self.modules))
+
     def width(self, binding: Binding) -> int:
         """Number of units that are written."""
         return sum(binding.axes[axis].size for axis in self.axes)
 
     def inputs(self, binding: Binding) -> set[Place]:
         """Where the fused network shows what the modules read (of a norm, what comes out) and what is to be added."""
-        first = next(iter(self.modules))
-        return {Place(first, "output" if self.norm else "input")} | self._added(binding)
+        return {Place(self.first, "output" if self.norm else "input")} | self._added(binding)
 
     @property
     def targets(self) -> tuple[Target, ...]:
         """What a parent shows that is fitted to."""
         if self.narrow:
-            return (Target(Place(next(iter(self.modules)), "input"), None),)
+            return (Target(Place(self.first, "input"), None),)
         skips = (
             next((self.skips[axis][1] for axis in axes if axis in self.skips), None) for axes in self.modules.values()
         )

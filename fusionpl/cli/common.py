@@ -120,6 +120,12 @@ def add_trainer_options(parser: ArgumentParser) -> None:
     )
 
 
+def add_reading_options(parser: ArgumentParser) -> None:
+    """Adds the options that say how models are read."""
+    parser.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin where there are no "
+                        "safetensors, by torch.load(weights_only=True)")  # fmt: skip
+
+
 def is_main_process() -> bool:
     """Whether this is the process the user started: under DDP, Lightning starts the others."""
     return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from huggingface_hub.utils.tqdm import disable_progress_bars
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from fusionpl.errors import FusionError, nearest
@@ -200,6 +201,8 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning|torch|timm|transformers|datasets")
+    if not sys.stderr.isatty():
+        disable_progress_bars()
 
 
 def new_parser(description: str) -> ArgumentParser:

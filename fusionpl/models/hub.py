@@ -66,7 +66,7 @@ def download(source: HubId, *, allow_pickle: bool = False, weights: bool = True)
         folder = _snapshot(source, SMALL_FILES + PICKLES.patterns)
         if PICKLES.held(_names(folder)):
             return folder
-    raise FusionError(_without_weights(source, allow_pickle))
+    raise FusionError(_without_weights(source, _names(folder), allow_pickle))
 
 
 def _snapshot(source: HubId, patterns: Iterable[str]) -> Path:
@@ -101,7 +101,7 @@ def _without_revision(source: HubId) -> str:
     return f"'{source.repo}' has no revision '{source.revision or 'main'}'{hint}"
 
 
-def _without_weights(source: HubId, allow_pickle: bool) -> str:
+def _without_weights(source: HubId, downloaded: list[str], allow_pickle: bool) -> str:
     where = f"'{source.repo}' at revision {source.revision or 'main'}"
     try:
         names = huggingface_hub.HfApi().list_repo_files(source.repo, revision=source.revision)
@@ -111,7 +111,8 @@ def _without_weights(source: HubId, allow_pickle: bool) -> str:
         if not (others or pickles or allow_pickle):
             others, all_asked = _revisions_with(source, (PICKLES,))
     except Exception:  # see _snapshot; the message goes without a list
-        return f"{where} holds no model.safetensors"
+        pickles = PICKLES.held(downloaded)
+        return f"{where} holds no model.safetensors" + (f"; {pickle_hint(pickles[0])}" if pickles else "")
     what = "safetensors" if pickles else "weights"
     more = f"; revisions that hold {what}: {_listed(others)}{'' if all_asked else ', and maybe more'}" if others else ""
     if pickles:

@@ -43,10 +43,11 @@ def run(argv: Sequence[str]) -> None:
     groups = passes(configs, len(args.parents))
     for config in configs.values():
         mixing_weights(config.weights, len(args.parents))
-    output = Path(args.output or Path(args.parents[0]).parent / "sweep")
+    first = Path(args.parents[0])
+    output = Path(args.output or (first.parent if first.is_dir() else Path("runs")) / "sweep")
     check_output(output, args.overwrite)
     parents = named(args.parents)
-    models = [load_model(path) for path in parents.values()]
+    models = [load_model(path, allow_pickle=args.allow_pickle) for path in parents.values()]
     data = TASKS[args.task].datamodule(chosen.data, 0, common_tokenizer(parents))
     data.check_model(models[0])
     test = list(data.test_dataloader())

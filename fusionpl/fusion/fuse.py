@@ -43,6 +43,7 @@ def fuse(
     device: torch.device | str | None = None,
     output: str | Path | None = None,
     seed: int = 0,
+    allow_pickle: bool = False,
     progress: Progress = no_progress,
 ) -> FusionResult:
     """Aligns the parents to the anchor and averages them into one model.
@@ -60,6 +61,7 @@ def fuse(
         output: a run folder that gets model/, maps.safetensors and config.yaml; where the anchor is named, the fused
             model is written into it block by block, and loaded only when `FusionResult.model` is asked for.
         seed: decides the order of the batches of learned refinement; nothing else is random.
+        allow_pickle: see `load_model`.
         progress: wraps loops for a progress bar.
 
     Returns:
@@ -69,7 +71,10 @@ def fuse(
         FusionError: parents that do not fit together, NaN weights, an empty calibration set, options that don't fit.
     """
     config = config or FuseConfig()
-    ready = Calibrated(parents, calibration, [config], names=names, device=device, seed=seed, progress=progress)
+    ready = Calibrated(
+        parents, calibration, [config], names=names, device=device, seed=seed, allow_pickle=allow_pickle,
+        progress=progress,
+    )  # fmt: skip
     return ready.fuse(config, output=output)
 
 
@@ -80,7 +85,7 @@ class Calibrated:
     only to refit.
 
     Args:
-        parents, names, device, seed, progress: see `fuse`.
+        parents, names, device, seed, allow_pickle, progress: see `fuse`.
         calibration: see `fuse`.
         configs: they share the anchor, what is collected (`calibration` but for its `scale`), and `align.stream`.
 
@@ -97,6 +102,7 @@ class Calibrated:
         names: Sequence[str] | None = None,
         device: torch.device | str | None = None,
         seed: int = 0,
+        allow_pickle: bool = False,
         progress: Progress = no_progress,
     ) -> None:
         first = configs[0]
@@ -106,7 +112,7 @@ class Calibrated:
         anchor = resolve_anchor(first, len(parents))
         for config in configs:
             mixing_weights(config.weights, len(parents))
-        opened = open_parents(parents, self.names, device)
+        opened = open_parents(parents, self.names, device, allow_pickle=allow_pickle)
         networks = [network for network, _ in opened]
         check_parents(networks)
         self._folder = opened[anchor][1]
@@ -158,7 +164,11 @@ class Calibrated:
 
 
 def open_parents(
-    parents: Sequence[Parent], names: Sequence[str], device: torch.device | str | None = None
+    parents: Sequence[Parent],
+    names: Sequence[str],
+    device: torch.device | str | None = None,
+    *,
+    allow_pickle: bool = False,
 ) -> list[tuple[Network, ModelFolder | None]]:
     """Binds each parent; of one that is named no weight is read where its library allows that.
 
@@ -166,6 +176,7 @@ def open_parents(
         parents: models, or anything `load_model` takes.
         names: how messages call them.
         device: where those that are named go; by default where the first model is, or the CPU.
+        allow_pickle: see `load_model`.
 
     Raises:
         FusionError: see `load_model` and `bind`.
@@ -176,13 +187,13 @@ def open_parents(
     for parent, name in zip(parents, names, strict=True):
         if isinstance(parent, nn.Module):
             found.append((Network(parent, bind(parent), name), None))
-        elif (folder := open_model(parent)) is not None:
+        elif (folder := open_model(parent, allow_pickle=allow_pickle)) is not None:
             for buffer_owner in folder.module.modules():
                 for key, buffer in buffer_owner.named_buffers(recurse=False):
                     buffer_owner._buffers[key] = buffer.to(home)
             found.append((Network(folder.module, bind(folder.module), name, read=folder.read, device=home), folder))
         else:
-            model = load_model(parent).to(home)
+            model = load_model(parent, allow_pickle=allow_pickle).to(home)
             found.append((Network(model, bind(model), name), None))
     return found
 

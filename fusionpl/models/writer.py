@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fusionpl.models.folders import SMALL_FILES, ModelFolder
+from fusionpl.models.folders import ModelFolder
+from fusionpl.models.hub import SMALL_FILES
 from fusionpl.models.load import load_model
 from fusionpl.models.save import library_of, put_in_place, write_card
 from fusionpl.models.tensors import TensorFile

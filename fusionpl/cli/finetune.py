@@ -81,6 +81,7 @@ def run(argv: Sequence[str]) -> None:
         if options.resume:
             if not (folder / "config.yaml").is_file():
                 raise FusionError(f"there is no finetuning to resume in {folder}; start one without --resume")
+            _check_sharding(folder, options)
             rows = _finetune_all(parser, options, candidates, folder)
         else:
             with run_folder(folder, options.overwrite, keep="checkpoints/last.ckpt"):
@@ -123,6 +124,15 @@ def _candidates(source: str, origin: dict[str, Any], options: Namespace, *, ever
     best = best_of(rows)
     candidates |= {row.name: parent for row, parent in zip(rows, parents, strict=True) if every_parent or row is best}
     return candidates | ({"vanilla": plain} if plain is not None else {})
+
+
+def _check_sharding(folder: Path, options: Namespace) -> None:
+    """Refuses to resume with FSDP what was started without it, or the reverse: they number parameters differently."""
+    before, now = settings_in(folder).get("trainer", {}).get("strategy", "auto"), options.trainer.strategy
+    if (before == "fsdp") != (now == "fsdp"):
+        raise FusionError(
+            f"{folder} was started with trainer.strategy {before}, not {now}; give --resume the options of the start"
+        )
 
 
 def _finetune_all(

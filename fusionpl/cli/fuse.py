@@ -181,7 +181,8 @@ class _Nothing(L.LightningModule):
 def _launching(options: Namespace) -> dict[str, Any]:
     """Trainer arguments that start the processes and then run no batch."""
     quietly = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-    return {**options.as_dict(), **quietly, "limit_test_batches": 0}
+    found = {**options.as_dict(), **quietly, "limit_test_batches": 0}
+    return {**found, "strategy": "ddp"} if options.strategy == "fsdp" else found  # no weights to shard
 
 
 def _device(options: Namespace) -> torch.device:

@@ -184,8 +184,10 @@ def open_parents(
         allow_pickle: see `load_model`.
 
     Raises:
-        FusionError: see `load_model` and `bind`.
+        FusionError: fewer than two; see `load_model` and `bind` for the rest.
     """
+    if len(parents) < 2:
+        raise FusionError(f"fusion needs at least two parents, not {len(parents)}; give --parents A B")
     homes = [device_of(parent) for parent in parents if isinstance(parent, nn.Module)]
     home = torch.device(device) if device is not None else next(iter(homes), torch.device("cpu"))
     found: list[tuple[Network, ModelFolder | None]] = []
@@ -251,8 +253,6 @@ def check_parents(networks: Sequence[Network]) -> None:
     Raises:
         FusionError: naming the parents and what differs.
     """
-    if len(networks) < 2:
-        raise FusionError(f"fusion needs at least two parents, not {len(networks)}; give --parents A B")
     first = networks[0]
     for network in networks:
         if network.device != first.device:

@@ -33,6 +33,7 @@ class Network:
         float32: compute in float32 where parameters are kept in half precision, which the CPU always does: products
             of half precision are many times slower there.
         prepare: what is done to the parameters of a section when they are read: `canonical`, `without_scales`.
+        absent: rows of the vocabulary that the model has not, and that hold something else in its place.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class Network:
         device: torch.device | None = None,
         float32: bool = False,
         prepare: Prepare | None = None,
+        absent: Tensor | None = None,
     ) -> None:
         self.module, self.binding, self.name = module, binding, name
         self.read = read or (lambda parameter: module.get_parameter(parameter).detach())
         self.device = device or device_of(module)
         self.float32 = float32 or self.device.type == "cpu"
         self.prepare = prepare
+        self.absent = absent
         self._blocks = [module.get_submodule(path) for path in binding.blocks]
 
     def prepared(self, prepare: Prepare | None) -> "Network":
@@ -58,6 +61,7 @@ class Network:
         return Network(
             self.module, self.binding, self.name,
             read=self.read, device=self.device, float32=self.float32, prepare=prepare,
+            absent=self.absent,
         )  # fmt: skip
 
     def parameters(self, section: str) -> State:

@@ -30,7 +30,15 @@ from fusionpl.cli.common import (
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import Report, Row, best_of, flops, parameters, readable
 from fusionpl.fusion import mixing_weights, vanilla
-from fusionpl.models import load_model, load_tokenizer, save_model, short_name, with_classifier
+from fusionpl.models import (
+    Vocabulary,
+    load_model,
+    load_parent,
+    load_tokenizer,
+    save_model,
+    short_name,
+    with_classifier,
+)
 from fusionpl.training import TASKS, LoggerName, OptimConfig, TaskName, finish_loggers, fit, log_report, make_loggers
 
 PRESET = CONF / "finetune" / "default.yaml"
@@ -113,11 +121,13 @@ def _candidates(source: str, origin: dict[str, Any], options: Namespace, *, ever
     """
     if "parents" not in origin:
         return {short_name(source): load_model(source, allow_pickle=options.allow_pickle)}
-    candidates = {"fused": load_model(source)}
+    fused = load_model(source)
+    candidates = {"fused": fused}
     if not options.baselines:
         return candidates
     allowed = options.allow_pickle or origin.get("allow_pickle", False)
-    parents = [load_model(path, allow_pickle=allowed) for path in origin["parents"]]
+    vocabulary = Vocabulary.of(source, fused)
+    parents = [load_parent(path, vocabulary, allow_pickle=allowed) for path in origin["parents"]]
     plain = vanilla(parents, mixing_weights(origin.get("weights"), len(parents)))
     report = Report.load(Path(source) / "report").rows
     rows = [row for row in report if row.name.startswith("parent ") and row.stage == "one-shot"]

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
+from torch import nn
 from tqdm import tqdm
 
 from fusionpl.calibration import Network, logits
@@ -32,7 +33,7 @@ from fusionpl.cli.common import (
 from fusionpl.cli.measuring import Depth, card, measure
 from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError
-from fusionpl.families import permutation_error
+from fusionpl.families import VOCABULARY, permutation_error
 from fusionpl.fusion import (
     Estimate,
     FuseConfig,
@@ -42,11 +43,20 @@ from fusionpl.fusion import (
     estimate,
     load_config,
     make_plan,
+    match_vocabularies,
     mixing_weights,
     open_parents,
     resolve_anchor,
 )
-from fusionpl.models import check_tokenizers, library_of, load_model, load_tokenizer, short_name, write_card
+from fusionpl.models import (
+    Vocabulary,
+    check_tokenizers,
+    library_of,
+    load_parent,
+    load_tokenizer,
+    short_name,
+    write_card,
+)
 from fusionpl.training import TASKS, LoggerName, OTFusion, TaskName, finish_loggers, log_report, make_loggers
 
 PRESET = CONF / "fuse" / "default.yaml"
@@ -91,11 +101,18 @@ class Job:
         anchor = resolve_anchor(config, len(parents))
         mixing_weights(config.weights, len(parents))
         opened = open_parents(list(parents.values()), list(parents), allow_pickle=args.allow_pickle)
+        tokenizer = common_tokenizer(parents, anchor)
+        match_vocabularies(list(parents.values()), opened, anchor)
         networks = [network for network, _ in opened]
         check_parents(networks)
-        tokenizer = common_tokenizer(parents)
         data = TASKS[args.task].datamodule(chosen.data, 0, tokenizer)
         return cls(args, settings, config, parents, networks, anchor, data, tokenizer)
+
+    def load(self, name: str) -> nn.Module:
+        """A whole parent, with the anchor's vocabulary."""
+        axis = self.networks[self.anchor].binding.axes.get(VOCABULARY)
+        vocabulary = Vocabulary(self.tokenizer, axis.size) if axis and self.tokenizer is not None else None
+        return load_parent(self.parents[name], vocabulary, allow_pickle=self.args.allow_pickle)
 
     def estimate(self, plan: Plan, device: torch.device) -> Estimate:
         """What the fusion will take."""
@@ -117,11 +134,12 @@ def run(argv: Sequence[str]) -> None:
         mixing_weights(other.weights, len(names))
         make_plan(bindings, resolve_anchor(other, len(names)), other, names)
     device, output = _device(args.trainer), Path(args.output or _default_output(args.parents))
+    if not args.dry_run:
+        job.data.check_model(job.networks[job.anchor].module, job.networks[job.anchor].logits)
     expected = job.estimate(plan, device)
     if args.dry_run:
         print(describe(plan, bindings, job.anchor, job.config, names), expected.told(device), sep="\n")
         return
-    job.data.check_model(job.networks[job.anchor].module, job.networks[job.anchor].logits)
     if args.check:
         _check(job)
         return
@@ -147,10 +165,7 @@ def run(argv: Sequence[str]) -> None:
         (folder / "config.yaml").write_text(yaml.safe_dump(job.settings, sort_keys=False))
         if job.tokenizer is not None:
             job.tokenizer.save_pretrained(folder / "model")
-        report = measure(
-            job.parents, fusion.result, others, job.data, device, job.settings, args.report,
-            allow_pickle=args.allow_pickle,
-        )  # fmt: skip
+        report = measure(names, job.load, fusion.result, others, job.data, device, job.settings, args.report)
         report.save(folder / "report")
         write_card(folder / "model", library_of(job.networks[job.anchor].module), card(report, names))
     for line in fusion.result.warnings:
@@ -248,11 +263,20 @@ def named(paths: Sequence[str]) -> dict[str, str]:
     return dict(zip(names, paths, strict=True))
 
 
-def common_tokenizer(parents: Mapping[str, str]) -> Any:
-    """The tokenizer of parents (name -> path), or None; raises FusionError where they differ."""
+def common_tokenizer(parents: Mapping[str, str], anchor: int, *, renumbered: bool = True) -> Any:
+    """The anchor's tokenizer, or None.
+
+    Args:
+        parents: name -> path.
+        anchor: index of the anchor.
+        renumbered: see `check_tokenizers`.
+
+    Raises:
+        FusionError: other parents read text otherwise.
+    """
     found = {name: load_tokenizer(path) for name, path in parents.items()}
-    check_tokenizers(found)
-    return next(iter(found.values()))
+    check_tokenizers(found, renumbered=renumbered)
+    return list(found.values())[anchor]
 
 
 def _default_output(parents: Sequence[str]) -> Path:
@@ -268,8 +292,8 @@ def progress_bar(steps: Iterable[Any], label: str) -> Iterable[Any]:
 
 def _check(job: Job) -> None:
     batch = next(iter(job.data.calibration_dataloader(16)))
-    for name, path in job.parents.items():
-        model = load_model(path, allow_pickle=job.args.allow_pickle)
+    for name in job.parents:
+        model = job.load(name)
         with torch.inference_mode():
             size = float(logits(model, batch).abs().max())
         error = permutation_error(model, lambda one: logits(one, batch))

@@ -10,37 +10,35 @@ from torch import Tensor, nn
 from fusionpl.datamodules import FixedSplits
 from fusionpl.evaluation import Curve, Report, Row, evaluate_ensemble, flops, interpolation, parameters
 from fusionpl.fusion import FusionResult, mixing_weights, vanilla
-from fusionpl.models import load_model
 
 Depth = Literal["full", "rows", "none"]
 CURVE_BATCHES = 4
 
 
 def measure(
-    parents: Mapping[str, str],
+    names: Sequence[str],
+    load: Callable[[str], nn.Module],
     result: FusionResult,
     others: Mapping[str, nn.Module],
     data: FixedSplits,
     device: torch.device,
     settings: dict[str, Any],
     depth: Depth = "full",
-    *,
-    allow_pickle: bool = False,
 ) -> Report:
     """Measures parents, their ensemble, the plain average, other fusions and the fused model.
 
     Args:
-        parents: name -> where it comes from.
-        result: of the fusion.
+        names: of the parents.
+        load: gives a parent by its name.
+        result: of the fusion; its warnings are the report's notes.
         others: row -> a model to compare with.
         data: its test split decides the rows, its validation split the curves.
         device: where models are run.
         settings: shown in the report.
         depth: `full` adds what is made of aligned parents: their average, the curves and the maps; `none` measures
             nothing.
-        allow_pickle: see `load_model`.
     """
-    report = Report(config=settings)
+    report = Report(config=settings, notes=list(result.warnings))
     if depth == "none":
         return report
     batches = list(data.test_dataloader())
@@ -57,7 +55,7 @@ def measure(
             )
         )
 
-    models = {name: load_model(path, allow_pickle=allow_pickle) for name, path in parents.items()}
+    models = {name: load(name) for name in names}
     plain = vanilla(list(models.values()), mixing_weights(result.config.weights, len(models)))  # where float64 is
     for name, model in models.items():
         add(f"parent {name}", [model])
@@ -75,7 +73,7 @@ def measure(
         report.maps = dict(_shown_maps(result))
         if report.rows[0].accuracy is not None:  # the curve of a regression has no accuracy to show
             seen = list(islice(data.val_dataloader(), CURVE_BATCHES))
-            report.barrier = _curves(parents, result, seen, device, plain, allow_pickle)
+            report.barrier = _curves(names, load, result, seen, device, plain)
     return report
 
 
@@ -90,19 +88,18 @@ def card(report: Report, names: Sequence[str]) -> str:
 
 
 def _curves(
-    parents: Mapping[str, str],
+    names: Sequence[str],
+    load: Callable[[str], nn.Module],
     result: FusionResult,
     batches: Iterable[Mapping[str, Any]],
     device: torch.device,
     plain: nn.Module | None,
-    allow_pickle: bool,
 ) -> dict[str, Curve]:
     """The way from the anchor to the first other parent, as it is (if the widths agree) and aligned."""
-    other = next(index for index in range(len(parents)) if index != result.anchor)
-    paths = list(parents.values())
+    other = next(index for index in range(len(names)) if index != result.anchor)
     ends: dict[str, Callable[[int], nn.Module]] = {"aligned": result.aligned_parent}
     if plain is not None:
-        ends = {"vanilla": lambda index: load_model(paths[index], allow_pickle=allow_pickle)} | ends
+        ends = {"vanilla": lambda index: load(names[index])} | ends
     found = {}
     for name, end in ends.items():
         a, b = (end(index).to(device) for index in (other, result.anchor))

@@ -48,7 +48,8 @@ def run(argv: Sequence[str]) -> None:
     check_output(output, args.overwrite)
     parents = named(args.parents)
     models = [load_model(path, allow_pickle=args.allow_pickle) for path in parents.values()]
-    data = TASKS[args.task].datamodule(chosen.data, 0, common_tokenizer(parents))
+    # Cells may have other anchors, but the data are cut into tokens once.
+    data = TASKS[args.task].datamodule(chosen.data, 0, common_tokenizer(parents, 0, renumbered=False))
     data.check_model(models[0])
     test = list(data.test_dataloader())
     report = Report(config=settings)

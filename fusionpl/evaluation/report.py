@@ -34,12 +34,14 @@ class Report:
         rows: one a model, in the order they were added.
         config: the configuration that was run (shown as YAML).
         barrier: interpolation curves by name, "vanilla" and "aligned".
+        notes: what a reader should know, a line each.
         maps: transport maps to draw, axis name -> [n_parent, n_anchor]; `save` draws them.
     """
 
     rows: list[Row] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     barrier: dict[str, Curve] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     maps: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, row: Row) -> None:
@@ -79,6 +81,8 @@ class Report:
         """
         header, *body = as_text_cells(self.rows)
         parts = ["# Fusion report", _markdown_table(header, body), *_embedded(BARS, figures)]
+        if self.notes:
+            parts += ["\n".join(f"- {note}" for note in self.notes)]
         if self.barrier:
             barriers = [
                 [name, readable("loss", curve.barrier), readable("accuracy", curve.accuracy_barrier)]
@@ -131,7 +135,7 @@ class Report:
             data = json.loads(path.read_text(encoding="utf-8"))
             rows = [Row(**row) for row in data["rows"]]
             barrier = {name: _curve(values) for name, values in data["barrier"].items()}
-            return cls(rows, data["config"], barrier)
+            return cls(rows, data["config"], barrier, list(data.get("notes", [])))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FusionError(f"'{path}' is not a fusion report ({error}); run fuse.py again") from error
 
@@ -150,6 +154,7 @@ class Report:
             "rows": [row.as_dict() for row in self.rows],
             "config": _plain(self.config),
             "barrier": barrier,
+            **({"notes": self.notes} if self.notes else {}),
         }
 
 

@@ -3,6 +3,7 @@
 from fusionpl.families.apply import (
     State,
     aligned_state,
+    copy_rows,
     in_float32,
     load_parameters,
     move,
@@ -13,7 +14,7 @@ from fusionpl.families.axes import Axis, Binding, Join, Slot, Tap, boundary, sec
 from fusionpl.families.binding import bind
 from fusionpl.families.canonical import canonical, check_rotatable, without_scales
 from fusionpl.families.compatible import check_compatible, check_finite
-from fusionpl.families.family import STEM, TAIL, Family, family_of, library, parse_family
+from fusionpl.families.family import STEM, TAIL, VOCABULARY, Family, family_of, library, parse_family
 from fusionpl.families.grammar import GrammarError, parse
 from fusionpl.families.proof import permutation_error, permuted, random_permutations
 
@@ -27,6 +28,7 @@ __all__ = [
     "Slot",
     "State",
     "TAIL",
+    "VOCABULARY",
     "Tap",
     "aligned_state",
     "bind",
@@ -35,6 +37,7 @@ __all__ = [
     "check_compatible",
     "check_finite",
     "check_rotatable",
+    "copy_rows",
     "family_of",
     "in_float32",
     "library",

@@ -80,6 +80,16 @@ def aligned_state(
     return state
 
 
+def copy_rows(state: State, source: Mapping[str, Tensor], binding: Binding, axis: str, rows: Tensor) -> None:
+    """Gives the parameters in `state`, in place, some units of a fixed axis as they are in `source`."""
+    for slot in binding.slots:
+        if slot.parameter in state and axis in slot.axes:
+            place = rows.to(state[slot.parameter].device)
+            dim = slot.axes.index(axis)
+            kept = slot.of(source[slot.parameter]).index_select(dim, place)
+            slot.of(state[slot.parameter]).index_copy_(dim, place, kept.to(state[slot.parameter].dtype))
+
+
 def _mixed(rows: Tensor, plan: TransportMap) -> Tensor:
     return torch.einsum("pa,p...->a...", plan.to_output.to(rows), rows)
 

@@ -13,6 +13,7 @@ from fusionpl.errors import FusionError
 from fusionpl.families.grammar import Dim, parse
 
 STEM, TAIL = "stem", "tail"
+VOCABULARY = "vocabulary"  # the axis of tokens
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from fusionpl.fusion.average import mixing_weights, vanilla
 from fusionpl.fusion.config import FuseConfig, RefineConfig, RefitConfig, load_config
 from fusionpl.fusion.estimate import Estimate, estimate
-from fusionpl.fusion.fuse import Calibrated, check_parents, fuse, open_parents, resolve_anchor
+from fusionpl.fusion.fuse import Calibrated, check_parents, fuse, match_vocabularies, open_parents, resolve_anchor
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.plan import Plan, describe, make_plan
 from fusionpl.fusion.result import FusionResult
@@ -23,6 +23,7 @@ __all__ = [
     "fuse",
     "load_config",
     "make_plan",
+    "match_vocabularies",
     "mixing_weights",
     "open_parents",
     "resolve_anchor",

@@ -21,7 +21,7 @@ from fusionpl.calibration import (
     no_progress,
 )
 from fusionpl.errors import FusionError
-from fusionpl.families import bind, canonical, check_compatible, without_scales
+from fusionpl.families import VOCABULARY, bind, canonical, check_compatible, without_scales
 from fusionpl.fusion.average import mixing_weights
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.plan import make_plan
@@ -29,7 +29,18 @@ from fusionpl.fusion.refine import refine
 from fusionpl.fusion.result import FusionResult, InMemory, Sink
 from fusionpl.fusion.survey import Survey
 from fusionpl.fusion.sweep import Sweep, Team, look
-from fusionpl.models import ModelFolder, ModelWriter, class_names, load_model, open_model, save_model
+from fusionpl.models import (
+    ModelFolder,
+    ModelWriter,
+    Vocabulary,
+    check_tokenizers,
+    class_names,
+    load_model,
+    load_tokenizer,
+    open_model,
+    renumber,
+    save_model,
+)
 
 Parent = nn.Module | str | Path
 
@@ -113,6 +124,7 @@ class Calibrated:
         for config in configs:
             mixing_weights(config.weights, len(parents))
         opened = open_parents(parents, self.names, device, allow_pickle=allow_pickle)
+        self._matched = match_vocabularies(parents, opened, anchor)
         networks = [network for network, _ in opened]
         check_parents(networks)
         self._folder = opened[anchor][1]
@@ -145,7 +157,7 @@ class Calibrated:
             sweep.run()
             sink.finish()
         result = FusionResult(sink, sweep.aligned, team.anchor, config, plan.keep)
-        result.warnings = _unconverged(result, self.names)
+        result.warnings = [*self._matched, *_unconverged(result, self.names)]
         if config.refine.method != "none":
             result.refitted = copy.deepcopy(result.model)
             refine(
@@ -196,6 +208,40 @@ def open_parents(
             model = load_model(parent, allow_pickle=allow_pickle).to(home)
             found.append((Network(model, bind(model), name), None))
     return found
+
+
+def match_vocabularies(
+    parents: Sequence[Parent], opened: Sequence[tuple[Network, ModelFolder | None]], anchor: int
+) -> list[str]:
+    """Gives parents that are named, and number the same tokens differently, the anchor's numbers.
+
+    Args:
+        parents: see `fuse`.
+        opened: what `open_parents` made of them.
+        anchor: index of the anchor; where it is a model, or has no tokenizer, nothing is matched.
+
+    Returns:
+        A line for each parent whose rows were matched.
+
+    Raises:
+        FusionError: see `check_tokenizers`.
+    """
+    reference, source = opened[anchor][0], parents[anchor]
+    vocabulary = None if isinstance(source, nn.Module) else Vocabulary.of(source, reference.module)
+    lines = []
+    for parent, (network, folder) in zip(parents, opened, strict=True):
+        tokenizer = None if vocabulary is None or isinstance(parent, nn.Module) else load_tokenizer(parent)
+        if vocabulary is None or tokenizer is None or VOCABULARY not in network.binding.axes:
+            continue
+        check_tokenizers({reference.name: vocabulary.tokenizer, network.name: tokenizer})
+        found = vocabulary.renumbering(tokenizer, network.binding.axes[VOCABULARY].size)
+        if found is not None:
+            moved = renumber(network.module, found)
+            if folder is not None:
+                network.read = lambda name, read=network.read, moved=moved: moved(name, read(name))  # type: ignore[misc]
+            network.binding, network.absent = bind(network.module), found.absent
+            lines.append(found.told(network.name, reference.name))
+    return lines
 
 
 def _prepared(network: Network, configs: Sequence[FuseConfig]) -> Network:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fusionpl.alignment import Alignment
 from fusionpl.calibration import Network
-from fusionpl.families import Binding, State, aligned_state
+from fusionpl.families import VOCABULARY, Binding, State, aligned_state, copy_rows
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class AlignedParent:
         return seen[axis] @ self.alignment.maps[axis].to_output.to(seen[axis])
 
     def aligned(self, state: State, target: State, anchor: Binding) -> State:
-        """Parameters in the anchor's units.
+        """Parameters in the anchor's units; tokens that the parent has not have the anchor's rows.
 
         Args:
             state: the parameters of whole sections.
@@ -55,4 +55,7 @@ class AlignedParent:
         """
         if self.alignment is None:
             return state
-        return aligned_state(state, self.binding, target, anchor, self.alignment.maps, self.alignment.joint)
+        found = aligned_state(state, self.binding, target, anchor, self.alignment.maps, self.alignment.joint)
+        if self.network.absent is not None:
+            copy_rows(found, target, anchor, VOCABULARY, self.network.absent)
+        return found

@@ -19,7 +19,7 @@ from fusionpl.calibration import (
     eval_mode,
     observe,
 )
-from fusionpl.families import STEM, TAIL, State, in_float32, section_of
+from fusionpl.families import STEM, TAIL, VOCABULARY, State, copy_rows, in_float32, section_of
 from fusionpl.fusion.average import averaged
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.parents import AlignedParent
@@ -222,4 +222,8 @@ class Sweep:
             self._refit.fit(section.name, stage, state, states)
         if onward:
             self._refit.onward(section.name, state)
-        return {name: state[name] for name in own}
+        fitted = {name: state[name] for name in own}
+        for parent in self.team.parents:
+            if parent.absent is not None:
+                copy_rows(fitted, own, self.team.binding, VOCABULARY, parent.absent)
+        return fitted

@@ -8,20 +8,25 @@ from fusionpl.models.load import load_model
 from fusionpl.models.save import class_names, library_of, save_model, write_card
 from fusionpl.models.tensors import TensorFile
 from fusionpl.models.tokenizers import check_tokenizers, load_tokenizer, train_wordpiece
+from fusionpl.models.vocabulary import Renumbering, Vocabulary, load_parent, renumber
 from fusionpl.models.writer import ModelWriter
 
 __all__ = [
     "ModelConfig",
     "ModelFolder",
     "ModelWriter",
+    "Renumbering",
     "TensorFile",
+    "Vocabulary",
     "build_model",
     "check_tokenizers",
     "class_names",
     "load_model",
     "library_of",
+    "load_parent",
     "load_tokenizer",
     "open_model",
+    "renumber",
     "save_model",
     "short_name",
     "train_wordpiece",

@@ -1,8 +1,10 @@
 """Tokenizers: trained once on a corpus, kept with the model, compared between parents."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import transformers
@@ -82,8 +84,12 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
     return found
 
 
-def check_tokenizers(found: Mapping[str, PreTrainedTokenizerBase | None]) -> None:
+def check_tokenizers(found: Mapping[str, PreTrainedTokenizerBase | None], *, renumbered: bool = True) -> None:
     """Checks that parents (name -> tokenizer) read text alike.
+
+    Args:
+        found: their tokenizers.
+        renumbered: whether they may number the same tokens differently, and have added tokens of their own.
 
     Raises:
         FusionError: naming both parents and the first difference.
@@ -91,7 +97,7 @@ def check_tokenizers(found: Mapping[str, PreTrainedTokenizerBase | None]) -> Non
     (first, reference), *others = found.items()
     for name, other in others:
         difference = _difference(reference, other)
-        if difference:
+        if difference and not (renumbered and reference and other and _renumbered(reference, other)):
             raise FusionError(
                 f"parents with different tokenizers: {difference.format(first, name)}; train both with one tokenizer "
                 "(--data.tokenizer)"
@@ -112,3 +118,40 @@ def _difference(a: PreTrainedTokenizerBase | None, b: PreTrainedTokenizerBase | 
     if a.special_tokens_map != b.special_tokens_map:
         return "{0} and {1} name their special tokens differently"
     return None
+
+
+def _renumbered(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers cut text alike, into tokens that are numbered differently or were added to one of them."""
+    if not (isinstance(a, PreTrainedTokenizerFast) and isinstance(b, PreTrainedTokenizerFast)):
+        return False
+    (ours, added), (theirs, others) = _cutting(a), _cutting(b)
+    return (
+        ours == theirs
+        and all(added[name] == others[name] for name in added.keys() & others.keys())
+        and a.special_tokens_map == b.special_tokens_map
+        and a.pad_token_id == b.pad_token_id  # positions may be counted from it
+    )
+
+
+def _cutting(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a tokenizer does to text, with its tokens but without their numbers; and its added tokens."""
+    found = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = {token["content"]: {**token, "id": None} for token in found["added_tokens"]}
+    model, entries = found["model"], found["model"]["vocab"]
+    if isinstance(entries, dict):
+        tokens: list[Any] = sorted(entries.keys() - added.keys())
+    else:  # Unigram: pieces with their scores
+        tokens = sorted(entry for entry in entries if entry[0] not in added)
+        model = {**model, "unk_id": None if model["unk_id"] is None else entries[model["unk_id"]][0]}
+    steps = {step: found[step] for step in ("normalizer", "pre_tokenizer", "decoder")}
+    steps |= {"post_processor": _without_numbers(found["post_processor"]), "model": {**model, "vocab": tokens}}
+    return steps, added
+
+
+def _without_numbers(part: Any) -> Any:
+    """A post-processor without the numbers of the tokens that it puts in."""
+    if isinstance(part, dict):
+        return {key: _without_numbers(value) for key, value in part.items() if key != "ids"}
+    if isinstance(part, list):
+        return [_without_numbers(value) for value in part if not isinstance(value, int)]
+    return part

@@ -8,10 +8,11 @@ import datasets
 import pytest
 import yaml
 
-from fusionpl.cli import finetune, fuse, train
+from fusionpl.cli import finetune, fuse, sweep, train
 from fusionpl.cli.common import main
-from fusionpl.models import load_model, load_tokenizer
+from fusionpl.models import load_model, load_tokenizer, save_model
 from tests.integration.runs import make_corpus, make_sentences
+from tests.unit.test_vocabulary import order, shuffled, with_rows
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 QUICK = {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False}
@@ -121,6 +122,33 @@ def test_parents_with_other_tokenizers_are_refused(home: Path, tmp_path: Path, c
     assert message.startswith("error: ")
     assert "vocabulary" in message or "different tokenizers" in message
     assert not (tmp_path / "fused").exists()
+
+
+def test_a_parent_that_numbers_its_tokens_differently_gives_the_same_numbers(
+    home: Path, tmp_path: Path, capsys: Any
+) -> None:
+    tokenizer = load_tokenizer(home / "seed-2")
+    assert tokenizer is not None
+    other = tmp_path / "seed-2"
+    save_model(with_rows(load_model(home / "seed-2"), order(tokenizer)), other / "model", tokenizer=shuffled(tokenizer))
+    parents = ["--parents", str(home / "seed-1"), str(other)]
+    words = [*parents, "--output", str(tmp_path / "fused"), "--logger", "none"]
+    assert main(fuse.run, [*words, "--refit.method", "ridge"]) == 0
+    note = f"seed-2: {len(tokenizer)} rows of the vocabulary are matched by token"
+    assert f"warning: {note}" in capsys.readouterr().out
+    assert f"- {note}" in (tmp_path / "fused/report/report.md").read_text()
+    wanted, found = rows(home / "fused/report"), rows(tmp_path / "fused/report")
+    for (name, stage), row in found.items():
+        assert row["loss"] == pytest.approx(wanted[name, stage]["loss"], rel=1e-5), name
+    # the plain average that is finetuned beside it, and another parent, speak the fused model's language
+    config = preset(tmp_path, "more", optim={"lr": 0.0})
+    words = ["--config", config, "--model", str(tmp_path / "fused"), "--output", str(tmp_path / "more")]
+    assert main(finetune.run, words) == 0
+    tuned = rows(tmp_path / "fused/report")
+    for name in (name for name, stage in tuned if stage == "finetuned"):
+        assert tuned[name, "finetuned"]["loss"] == pytest.approx(wanted[name, "one-shot"]["loss"], rel=1e-4), name
+    assert main(sweep.run, [*parents, "--sweep", "align.solver=emd", "--output", str(tmp_path / "sweep")]) == 2
+    assert "different tokenizers" in capsys.readouterr().err
 
 
 def test_blocks_longer_than_positions_and_unknown_tasks_are_one_line(tmp_path: Path, capsys: Any) -> None:

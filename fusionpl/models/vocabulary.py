@@ -1,0 +1,111 @@
+"""Parents that number the same tokens differently: their rows are put into the anchor's order as they are read."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from fusionpl.families import VOCABULARY, bind
+from fusionpl.models.load import load_model
+from fusionpl.models.tokenizers import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Renumbering:
+    """The rows of a parent's vocabulary in the anchor's order.
+
+    Attributes:
+        rows: [n_anchor], the parent's row of each of the anchor's tokens; that of its unknown token where it has none.
+        absent: the tokens that the parent has not.
+        dropped: how many tokens only the parent has.
+    """
+
+    rows: Tensor
+    absent: Tensor
+    dropped: int
+
+    def told(self, name: str, anchor: str) -> str:
+        """What a reader should know of a parent whose rows are matched."""
+        shared = len(self.rows) - len(self.absent)
+        alone = [f"{len(self.absent)} that only {anchor} has stay as they are there"] if len(self.absent) else []
+        left = [f"{self.dropped} that only {name} has are left out"] if self.dropped else []
+        return f"{name}: {'; '.join([f'{shared} rows of the vocabulary are matched by token', *alone, *left])}"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The anchor's: its tokenizer, and the rows of its model, which may be more."""
+
+    tokenizer: PreTrainedTokenizerBase
+    size: int
+
+    @classmethod
+    def of(cls, source: str | Path, model: nn.Module) -> "Vocabulary | None":
+        """That of a model that was read from `source`; None where it reads no tokens or has no tokenizer."""
+        axis = bind(model).axes.get(VOCABULARY)
+        tokenizer = load_tokenizer(source) if axis else None
+        return cls(tokenizer, axis.size) if axis and tokenizer is not None else None
+
+    def renumbering(self, tokenizer: PreTrainedTokenizerBase | None, size: int) -> Renumbering | None:
+        """How a model with another tokenizer, and `size` rows, is renumbered; None where nothing is to be done."""
+        if tokenizer is None:
+            return None
+        ours, theirs = self.tokenizer.get_vocab(), tokenizer.get_vocab()
+        # Rows beyond the tokens, which fill up a model to a round number, are matched by number.
+        found = [row if row >= len(tokenizer) else size for row in range(self.size)]
+        for token, row in ours.items():
+            if row < self.size:
+                found[row] = theirs.get(token, size)
+        rows = torch.tensor(found)
+        absent = (rows >= size).nonzero()[:, 0]
+        if size == self.size and torch.equal(rows, torch.arange(size)):
+            return None
+        unknown = next((one for one in (tokenizer.unk_token_id, tokenizer.eos_token_id) if one is not None), 0)
+        rows[absent] = unknown
+        return Renumbering(rows, absent, len(theirs.keys() - ours.keys()))
+
+
+def load_parent(source: str | Path, vocabulary: Vocabulary | None, *, allow_pickle: bool = False) -> nn.Module:
+    """Loads a whole model (see `load_model`) that reads and writes the tokens of `vocabulary`, if one is given."""
+    model = load_model(source, allow_pickle=allow_pickle)
+    if vocabulary is not None:
+        axis = bind(model).axes[VOCABULARY]
+        found = vocabulary.renumbering(load_tokenizer(source), axis.size)
+        if found is not None:
+            renumber(model, found)
+    return model
+
+
+def renumber(model: Any, found: Renumbering) -> Callable[[str, Tensor], Tensor]:
+    """Puts the rows of a model's vocabulary into another order, in place; they may be on the meta device.
+
+    Args:
+        model: of transformers.
+        found: the order.
+
+    Returns:
+        What does the same to a parameter that is read later, by its name.
+    """
+    dims = {slot.parameter: slot.axes.index(VOCABULARY) for slot in bind(model).slots if VOCABULARY in slot.axes}
+
+    def moved(name: str, tensor: Tensor) -> Tensor:
+        return tensor.index_select(dims[name], found.rows.to(tensor.device)) if name in dims else tensor
+
+    new: dict[int, nn.Parameter] = {}
+    for name in dims:
+        parameter = model.get_parameter(name)
+        new[id(parameter)] = nn.Parameter(moved(name, parameter.detach()), requires_grad=parameter.requires_grad)
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) in new:
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._parameters[leaf] = new[id(parameter)]
+    model.config.vocab_size = len(found.rows)
+    places = {row: place for place, row in reversed(list(enumerate(found.rows.tolist())))}
+    for key, value in model.config.to_dict().items():
+        if key.endswith("_token_id") and isinstance(value, int):
+            setattr(model.config, key, places.get(value))
+    return moved

@@ -75,8 +75,8 @@ def aligned_state(
                 both = _mixed(torch.cat([found, moved(_partner(binding, slot, first, second))]), pairs[first, second])
                 found, other = both.split([len(both) // 2] * 2)
                 mate = _partner(goal, place, first, second)
-                mate.of(state[mate.parameter]).copy_(other)
-        place.of(state[place.parameter]).copy_(found)
+                mate.put(state[mate.parameter], other)
+        place.put(state[place.parameter], found)
     return state
 
 

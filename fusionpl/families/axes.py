@@ -4,34 +4,66 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from fusionpl.families.family import STEM, TAIL, Family
+from fusionpl.families.family import STEM, TAIL, Family, Kind
+
+Index = slice | Tensor  # Tensor: the places of units that are not side by side
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A set of units. `heads` > 1: the units come in that many equal groups, one a head, head by head."""
+    """A set of units.
+
+    Attributes:
+        name, size: of the axis.
+        heads: above 1, the units come in that many equal groups, one a head, head by head.
+        fixed: no map moves it.
+        members: the heads come in equal groups of that many, whose members share one head of another axis (the queries
+            of a key-value head).
+        kind: which maps keep the function inside a head.
+        pairs: of a rotary head, the number of its frequency pairs: unit i with unit i + pairs, from the first unit on.
+        repeats: the axis whose heads this one repeats, once for each member of a group: what attention puts out.
+    """
 
     name: str
     size: int
     heads: int = 1
     fixed: bool = False
+    members: int = 1
+    kind: Kind = "permutation"
+    pairs: int = 0
+    repeats: str | None = None
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of heads."""
+        return self.heads // self.members
+
+    @property
+    def width(self) -> int:
+        """Units of a head."""
+        return self.size // self.heads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Slot:
     """The part of a parameter in which every dimension is one axis (None for a dimension of size one)."""
 
     parameter: str
-    index: tuple[slice, ...]
+    index: tuple[Index, ...]
     axes: tuple[str | None, ...]
     reads: tuple[bool, ...]
     section: str
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The slot's view of its parameter."""
+        """The slot's part of its parameter: a view, or a copy where its units are not side by side."""
         return tensor[self.index]
+
+    def put(self, tensor: Tensor, part: Tensor) -> None:
+        """Writes the slot's part of its parameter."""
+        tensor[self.index] = part
 
     def writes(self, axis: str) -> bool:
         """Whether the slot produces `axis`: it has it as a dimension and does not read it."""
@@ -46,7 +78,7 @@ class Tap:
     axis: str
     target: str
     kind: str
-    units: slice
+    units: Index
 
 
 @dataclass(frozen=True)
@@ -128,6 +160,16 @@ class Binding:
         tied = self.tied()
         roots = dict.fromkeys(tied[axis] for axis in self.joins)
         return [[axis for axis in self.free if tied[axis] == root] for root in roots]
+
+    def order(self, module: str) -> Tensor | None:
+        """The places of a module's outputs, axis by axis; None where they come in that order."""
+        parts = [
+            index
+            for slot in self.slots if slot.parameter == f"{module}.weight"
+            for index, reads in zip(slot.index, slot.reads, strict=True) if not reads
+        ]  # fmt: skip
+        whole = [part for part in parts if isinstance(part, Tensor)]
+        return torch.cat(whole) if whole else None
 
     def on_boundary(self, axis: str) -> bool:
         """Whether `axis` is the stream that one section hands to the next."""

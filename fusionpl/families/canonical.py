@@ -64,7 +64,7 @@ def canonical(state: Mapping[str, Tensor], binding: Binding, section: str, name:
             for dim, (axis, reads) in enumerate(zip(slot.axes, slot.reads, strict=True)):
                 if axis in stream and not reads:
                     tensor = slot.of(state[slot.parameter])
-                    tensor -= tensor.double().mean(dim, keepdim=True).to(tensor)
+                    slot.put(state[slot.parameter], tensor - tensor.double().mean(dim, keepdim=True).to(tensor))
     for group in binding.attention:
         if group[0].startswith(f"{section}."):
             _balance(binding, group, state)
@@ -129,8 +129,8 @@ def _balance(binding: Binding, group: tuple[str, ...], state: State) -> None:
         for side, matrix in zip((first, second), (part.flatten(0, 1) for part in split), strict=True):
             widths = [_matrix(slot, at, state).shape[1] for slot, at in side]
             for (slot, at), part in zip(side, matrix.split(widths, dim=1), strict=True):
-                target = slot.of(state[slot.parameter]).movedim(at, 0)
-                target.copy_(part.view_as(target))
+                shape = slot.of(state[slot.parameter]).movedim(at, 0).shape
+                slot.put(state[slot.parameter], part.view(shape).movedim(0, at).to(state[slot.parameter]))
 
 
 def _rows(binding: Binding, axis: str, *, reads: bool) -> list[tuple[Slot, int]]:

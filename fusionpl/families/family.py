@@ -14,6 +14,8 @@ from fusionpl.families.grammar import Dim, parse
 
 STEM, TAIL = "stem", "tail"
 
+Kind = Literal["permutation", "pairs", "signs"]
+
 
 @dataclass(frozen=True)
 class Section:
@@ -25,6 +27,10 @@ class Section:
         taps: axis -> where its units are seen: `module` (output), `input(module)`, or a parameter.
         joins: axis -> the axes added into it: skip, branch, then others that move on their own.
         circuits: name -> axes whose units meet in a product and must move alike (Q and K).
+        maps: axis -> which maps keep the function inside a head, where that is not any permutation: `pairs` (rotary:
+            a rotation and a scaling of each frequency pair), `signs` (rotary behind a norm with gains: the sign of a
+            pair, the scale of a head).
+        gates: the linear module whose outputs a gate multiplies -> the one that reads the product.
         norms: a pre-LN norm module -> the linear modules that read it; none if it normalises inside the stream.
         scales: a module that multiplies unit by unit (LayerScale) -> the linear module before it.
     """
@@ -34,17 +40,31 @@ class Section:
     taps: Mapping[str, str]
     joins: Mapping[str, tuple[str, ...]]
     circuits: Mapping[str, tuple[str, ...]]
+    maps: Mapping[str, Kind]
+    gates: Mapping[str, str]
     norms: Mapping[str, tuple[str, ...]]
     scales: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Family:
-    """What an architecture is. `sizes` are attribute paths on the model (head count)."""
+    """What an architecture is.
+
+    Attributes:
+        name: of the family.
+        models: the classes it describes.
+        when: attribute path on the model -> the value it must have, where classes alone don't tell families apart.
+        norm: where norms stand: `pre` (before a branch), `rms` (the same without a mean), `post` (in the stream).
+        sizes: attribute paths on the model for what is in no tensor's shape: the numbers of heads, and `rotated`, the
+            units of a rotary head that are rotated, if not all are.
+        fixed: axes that no map moves.
+        stem, block, tail: the sections.
+    """
 
     name: str
     models: tuple[str, ...]
-    norm: Literal["pre", "post"]
+    when: Mapping[str, Any]
+    norm: Literal["pre", "rms", "post"]
     sizes: Mapping[str, str]
     fixed: frozenset[str]
     stem: Section
@@ -73,6 +93,8 @@ def _section(raw: Mapping[str, Any]) -> Section:
         taps=dict(raw.get("taps", {})),
         joins={axis: tuple(members) for axis, members in raw.get("joins", {}).items()},
         circuits={name: tuple(members) for name, members in raw.get("circuits", {}).items()},
+        maps=dict(raw.get("maps", {})),
+        gates=dict(raw.get("gates", {})),
         norms={name: tuple(readers) for name, readers in raw.get("norms", {}).items()},
         scales=dict(raw.get("scales", {})),
     )
@@ -89,6 +111,7 @@ def parse_family(text: str) -> Family:
     return Family(
         name=raw["name"],
         models=tuple(raw["models"]),
+        when=dict(raw.get("when", {})),
         norm=raw["norm"],
         sizes=dict(raw["sizes"]),
         fixed=frozenset(raw["fixed"]),
@@ -106,6 +129,15 @@ def library() -> Mapping[str, Family]:
     return {family.name: family for family in sorted(families, key=lambda family: family.name)}
 
 
+def attribute(model: object, path: str) -> Any:
+    """What stands at a dotted path on a model: `blocks.0.attn.num_heads`."""
+
+    def step(owner: Any, part: str) -> Any:
+        return owner[int(part)] if part.isdigit() else getattr(owner, part)
+
+    return functools.reduce(step, path.split("."), model)
+
+
 def family_of(model: object) -> Family:
     """The family of a model, by its class.
 
@@ -114,7 +146,7 @@ def family_of(model: object) -> Family:
     """
     classes = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__}
     for family in library().values():
-        if classes & set(family.models):
+        if classes & set(family.models) and all(attribute(model, path) == it for path, it in family.when.items()):
             return family
     raise FusionError(
         f"no family for {type(model).__module__}.{type(model).__qualname__}; known: {', '.join(library())} "

@@ -86,12 +86,20 @@ class Passage:
         if self.binding.on_boundary(axis):
             assert self.entry is not None
             return self.entry
+        if axis not in self.binding.taps:  # between two branches that read one stream
+            return torch.stack([self.units(member) for member in self.binding.joins[axis].members]).sum(0)
         return units_of(self.seen, self.binding.taps[axis])
 
 
 def places_of(binding: Binding, axes: Iterable[str]) -> set[Place]:
     """Where activations of axes are seen inside a section; those on its boundary need no looking."""
-    return {place_of(binding.taps[axis]) for axis in axes if not binding.on_boundary(axis)}
+    wanted: set[Place] = set()
+    for axis in axes:
+        if axis not in binding.taps and not binding.on_boundary(axis):
+            wanted |= places_of(binding, binding.joins[axis].members)
+        elif not binding.on_boundary(axis):
+            wanted.add(place_of(binding.taps[axis]))
+    return wanted
 
 
 class Flow:

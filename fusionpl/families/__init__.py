@@ -15,7 +15,7 @@ from fusionpl.families.canonical import canonical, check_rotatable, without_scal
 from fusionpl.families.compatible import check_compatible, check_finite
 from fusionpl.families.family import STEM, TAIL, Family, family_of, library, parse_family
 from fusionpl.families.grammar import GrammarError, parse
-from fusionpl.families.proof import permutation_error, permuted, random_permutations
+from fusionpl.families.proof import allowed, permutation_error, permuted, random_permutations, rescaled_gates
 
 __all__ = [
     "Axis",
@@ -29,6 +29,7 @@ __all__ = [
     "TAIL",
     "Tap",
     "aligned_state",
+    "allowed",
     "bind",
     "boundary",
     "canonical",
@@ -46,6 +47,7 @@ __all__ = [
     "permutation_error",
     "permuted",
     "random_permutations",
+    "rescaled_gates",
     "section_of",
     "with_parameters",
     "without_scales",

@@ -108,6 +108,7 @@ class Binding:
         attention: for each block, the axes whose units come in heads.
         depth: the number of blocks.
         uses: section -> the parameters that its modules hold; a tied one under the first of its names.
+        closed: parameters that stand at both ends of a stream: embeddings tied to the decoder.
     """
 
     family: Family
@@ -119,6 +120,7 @@ class Binding:
     attention: tuple[tuple[str, ...], ...]
     depth: int
     uses: Mapping[str, tuple[str, ...]]
+    closed: frozenset[str] = frozenset()
 
     @functools.cached_property
     def blocks(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Binds a family to one model: every parameter's dimensions become named axes with sizes."""
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,8 +24,18 @@ def bind(model: nn.Module, family: Family | None = None) -> Binding:
     """
     family = family or family_of(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    counts = {group: int(attribute(model, path)) for group, path in family.sizes.items()}
+    counts = {group: _count(model, family, path) for group, path in family.sizes.items()}
     return _Binder(family, parameters, counts).bind()
+
+
+def _count(model: nn.Module, family: Family, path: str) -> int:
+    found = attribute(model, path)
+    if found is None:
+        raise FusionError(f"{family.name}: the model has no {path}, which says how its units are grouped")
+    return int(found)
+
+
+_Names = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,6 @@ class _Binder:
         lines = {name: self._match(name, tensor) for name, tensor in self.parameters.items()}
         grouped, repeats = self._grouped(lines)
         layouts = {name: self._layout(line, grouped) for name, line in lines.items()}
-        self._check_ties(layouts)
         ranks = {section: rank for rank, (section, _) in enumerate(self._sections())}
         sizes = sizes_of({name: tensor.shape for name, tensor in self.parameters.items()}, layouts, ranks)
         slots = tuple(self._slots(lines, layouts, sizes, grouped))
@@ -82,12 +92,14 @@ class _Binder:
             tuple(name for name in axes if name in grouped and name.rpartition(".")[0] == section)
             for section, _ in self._sections()
         ]
-        return Binding(
+        binding = Binding(
             self.family, axes, slots, taps, joins,
             circuits=tuple(c for c in circuits if all(member in axes for member in c)),
             attention=tuple(group for group in attention if group),
-            depth=self.depth, uses=self._uses(lines),
+            depth=self.depth, uses=self._uses(lines), closed=frozenset(self._closed(layouts)),
         )  # fmt: skip
+        self._check_ties(layouts, binding.tied())
+        return binding
 
     def _sections(self) -> Iterator[tuple[str, Section]]:
         return ((name, section) for name, _, section in self.family.sections(self.depth))
@@ -167,15 +179,25 @@ class _Binder:
         rotated = self.counts.get("rotated", size // heads) if kind != "permutation" else 0
         return Axis(name, size, heads, name in self.family.fixed, members, kind, rotated // 2, repeats)
 
-    def _check_ties(self, layouts: Mapping[str, Layout]) -> None:
+    def _twins(self, layouts: Mapping[str, Layout]) -> Iterator[tuple[str, str, list[_Names], list[_Names]]]:
+        """The names of tied tensors, and their axes, where these differ."""
         first: dict[int, str] = {}
         for name, tensor in self.parameters.items():
             twin = first.setdefault(id(tensor), name)
-            ours, theirs = (tuple(axes for axes, _ in layouts[one]) for one in (twin, name))
+            ours, theirs = ([axes for axes, _ in layouts[one]] for one in (twin, name))
             if ours != theirs:
+                yield twin, name, ours, theirs
+
+    def _closed(self, layouts: Mapping[str, Layout]) -> Iterator[str]:
+        return (twin for twin, *_ in self._twins(layouts))
+
+    def _check_ties(self, layouts: Mapping[str, Layout], tied: Mapping[str, str]) -> None:
+        for twin, name, ours, theirs in self._twins(layouts):
+            moved = [[tuple(tied.get(axis, axis) for axis in axes) for axes in one] for one in (ours, theirs)]
+            if moved[0] != moved[1]:
                 raise FusionError(
                     f"{self.family.name}: '{twin}' and '{name}' are one tied tensor on conflicting axes: "
-                    f"{ours} and {theirs}"
+                    f"{tuple(ours)} and {tuple(theirs)}"
                 )
 
     def _slots(
@@ -211,23 +233,31 @@ class _Binder:
                 if axis and not reads:
                     outputs.setdefault((slot.parameter, axis), units)
         for section, prefix, part in self.family.sections(self.depth):
-            for local, place in part.taps.items():
+            for local, places in part.taps.items():
                 axis = self._name(section, local)
-                inner = re.fullmatch(r"input\((.+)\)", place)
-                target = prefix + (inner[1] if inner else place)
-                if inner:
-                    yield Tap(axis, target, "input", slice(None))
-                elif target in self.parameters:
-                    yield Tap(axis, target, "parameter", slice(None))
-                elif (f"{target}.weight", axis) in outputs:
-                    yield Tap(axis, target, "output", outputs[f"{target}.weight", axis])
+                yield from itertools.islice(self._seen(axis, prefix, places, outputs), 1)
+
+    def _seen(
+        self, axis: str, prefix: str, places: tuple[str, ...], outputs: Mapping[tuple[str, str], Index]
+    ) -> Iterator[Tap]:
+        for place in places:
+            inner = re.fullmatch(r"input\((.+)\)", place)
+            target = prefix + (inner[1] if inner else place)
+            if inner:
+                yield Tap(axis, target, "input", slice(None))
+            elif target in self.parameters:
+                yield Tap(axis, target, "parameter", slice(None))
+            elif (f"{target}.weight", axis) in outputs:
+                yield Tap(axis, target, "output", outputs[f"{target}.weight", axis])
 
     def _joins(self, sizes: Mapping[str, int]) -> Iterator[tuple[str, Join]]:
+        known = set(sizes)
         for section, part in self._sections():
             for local, members in part.joins.items():
                 skip, branch, *aside = (self._name(section, member) for member in members)
+                known.add(self._name(section, local))
                 for name in (skip, branch):
-                    if name not in sizes:
+                    if name not in known:
                         raise FusionError(f"{self.family.name}: the model has no axis '{name}', which a join needs")
                 yield self._name(section, local), Join(skip, branch, tuple(a for a in aside if a in sizes))
 

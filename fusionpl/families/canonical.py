@@ -78,17 +78,20 @@ def without_scales(state: Mapping[str, Tensor], binding: Binding, section: str) 
         `state` itself where there is none, else tensors in float32 at least: half precision would round twice.
     """
     prefix, part = _part(binding, section)
-    scales = [(f"{prefix}{scale}.gamma", writer) for scale, writer in part.scales.items()]
-    if not any(scale in state for scale, _ in scales):
+    found = {
+        name: writers
+        for scale, writers in part.scales.items()
+        for name in state if name.rpartition(".")[0] == f"{prefix}{scale}"
+    }  # fmt: skip
+    if not found:
         return dict(state)
     state = in_float32(state)
-    for scale, writer in scales:
-        gamma = state.get(scale)
-        if gamma is not None:
-            for name in (f"{prefix}{writer}.weight", f"{prefix}{writer}.bias"):
-                if name in state:
-                    state[name] = state[name] * gamma.view(-1, *[1] * (state[name].ndim - 1))
-            state[scale] = torch.ones_like(gamma)
+    for scale, writers in found.items():
+        gamma = state[scale]
+        for name in (f"{prefix}{writer}.{leaf}" for writer in writers for leaf in ("weight", "bias")):
+            if name in state:
+                state[name] = state[name] * gamma.view(-1, *[1] * (state[name].ndim - 1))
+        state[scale] = torch.ones_like(gamma)
     return state
 
 

@@ -24,7 +24,8 @@ class Section:
     Attributes:
         path: module path of the section's parameters; `{l}` stands for the block's index, "" for the root.
         parameters: name pattern (`*` matches one name part) -> dimensions.
-        taps: axis -> where its units are seen: `module` (output), `input(module)`, or a parameter.
+        taps: axis -> where its units are seen: `module` (output), `input(module)`, or a parameter; the first that the
+            model has.
         joins: axis -> the axes added into it: skip, branch, then others that move on their own.
         circuits: name -> axes whose units meet in a product and must move alike (Q and K).
         maps: axis -> which maps keep the function inside a head, where that is not any permutation: `pairs` (rotary:
@@ -32,18 +33,18 @@ class Section:
             pair, the scale of a head).
         gates: the linear module whose outputs a gate multiplies -> the one that reads the product.
         norms: a pre-LN norm module -> the linear modules that read it; none if it normalises inside the stream.
-        scales: a module that multiplies unit by unit (LayerScale) -> the linear module before it.
+        scales: a module that multiplies unit by unit (LayerScale) -> the linear module before it, by each of its names.
     """
 
     path: str
     parameters: Mapping[str, tuple[Dim, ...]]
-    taps: Mapping[str, str]
+    taps: Mapping[str, tuple[str, ...]]
     joins: Mapping[str, tuple[str, ...]]
     circuits: Mapping[str, tuple[str, ...]]
     maps: Mapping[str, Kind]
     gates: Mapping[str, str]
     norms: Mapping[str, tuple[str, ...]]
-    scales: Mapping[str, str]
+    scales: Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,21 @@ class Family:
         return (int(match[1]), match[2]) if match else None
 
 
+def _all(one_or_more: str | list[str]) -> tuple[str, ...]:
+    return (one_or_more,) if isinstance(one_or_more, str) else tuple(one_or_more)
+
+
 def _section(raw: Mapping[str, Any]) -> Section:
     return Section(
         path=raw.get("path", ""),
         parameters={name: parse(str(dims)) for name, dims in raw["parameters"].items()},
-        taps=dict(raw.get("taps", {})),
+        taps={axis: _all(places) for axis, places in raw.get("taps", {}).items()},
         joins={axis: tuple(members) for axis, members in raw.get("joins", {}).items()},
         circuits={name: tuple(members) for name, members in raw.get("circuits", {}).items()},
         maps=dict(raw.get("maps", {})),
         gates=dict(raw.get("gates", {})),
         norms={name: tuple(readers) for name, readers in raw.get("norms", {}).items()},
-        scales=dict(raw.get("scales", {})),
+        scales={name: _all(modules) for name, modules in raw.get("scales", {}).items()},
     )
 
 
@@ -130,10 +135,10 @@ def library() -> Mapping[str, Family]:
 
 
 def attribute(model: object, path: str) -> Any:
-    """What stands at a dotted path on a model: `blocks.0.attn.num_heads`."""
+    """What stands at a dotted path on a model, such as `blocks.0.attn.num_heads`; None where there is nothing."""
 
     def step(owner: Any, part: str) -> Any:
-        return owner[int(part)] if part.isdigit() else getattr(owner, part)
+        return owner[int(part)] if part.isdigit() else getattr(owner, part, None)
 
     return functools.reduce(step, path.split("."), model)
 

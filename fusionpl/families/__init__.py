@@ -9,19 +9,20 @@ from fusionpl.families.apply import (
     own_state,
     with_parameters,
 )
-from fusionpl.families.axes import Axis, Binding, Join, Slot, Tap, boundary, section_of
+from fusionpl.families.axes import Axis, Binding, Index, Join, Slot, Tap, boundary, section_of
 from fusionpl.families.binding import bind
 from fusionpl.families.canonical import canonical, check_rotatable, without_scales
 from fusionpl.families.compatible import check_compatible, check_finite
 from fusionpl.families.family import STEM, TAIL, Family, family_of, library, parse_family
 from fusionpl.families.grammar import GrammarError, parse
-from fusionpl.families.proof import allowed, permutation_error, permuted, random_permutations, rescaled_gates
+from fusionpl.families.proof import allowed, permutation_error, permuted, random_permutations
 
 __all__ = [
     "Axis",
     "Binding",
     "Family",
     "GrammarError",
+    "Index",
     "Join",
     "STEM",
     "Slot",
@@ -47,7 +48,6 @@ __all__ = [
     "permutation_error",
     "permuted",
     "random_permutations",
-    "rescaled_gates",
     "section_of",
     "with_parameters",
     "without_scales",

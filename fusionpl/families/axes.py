@@ -22,7 +22,7 @@ class Axis:
         fixed: no map moves it.
         members: the heads come in equal groups of that many, whose members share one head of another axis (the queries
             of a key-value head).
-        kind: which maps keep the function inside a head.
+        kind: which maps keep the function, of a head inside it.
         pairs: of a rotary head, the number of its frequency pairs: unit i with unit i + pairs, from the first unit on.
         repeats: the axis whose heads this one repeats, once for each member of a group: what attention puts out.
     """
@@ -105,6 +105,7 @@ class Binding:
         taps: axis -> where its activations are seen.
         joins: axis -> the axes added into it, in the order of the forward pass.
         circuits: axes that must move alike although they are seen apart (Q and K).
+        gates: axis -> the gate that multiplies it, unit by unit, and with which it moves.
         attention: for each block, the axes whose units come in heads.
         depth: the number of blocks.
         uses: section -> the parameters that its modules hold; a tied one under the first of its names.
@@ -117,6 +118,7 @@ class Binding:
     taps: Mapping[str, Tap]
     joins: Mapping[str, Join]
     circuits: tuple[tuple[str, ...], ...]
+    gates: Mapping[str, str]
     attention: tuple[tuple[str, ...], ...]
     depth: int
     uses: Mapping[str, tuple[str, ...]]
@@ -151,7 +153,8 @@ class Binding:
                 name = root[name]
             return name
 
-        groups = [(axis, *join.members) for axis, join in self.joins.items()] + list(self.circuits)
+        groups = [(axis, *join.members) for axis, join in self.joins.items()]
+        groups += [*self.circuits, *self.gates.items()]
         for first, *rest in groups:
             for other in rest:
                 root[find(other)] = find(first)

@@ -68,9 +68,15 @@ class _Binder:
             widths = {member: sizes[member] for member in join.members}
             if len({*widths.values(), sizes[name]}) > 1:
                 raise FusionError(f"join {name}: members of different size: {widths}")
-        kinds = {
-            self._name(section, axis): kind for section, part in self._sections() for axis, kind in part.maps.items()
+        gates = {
+            self._name(section, axis): self._name(section, gate)
+            for section, part in self._sections()
+            for axis, gate in part.gates.items()
+            if self._name(section, axis) in sizes
         }
+        kinds: dict[str, Kind] = dict.fromkeys(gates, "scale")
+        for section, part in self._sections():
+            kinds |= {self._name(section, axis): kind for axis, kind in part.maps.items()}
         axes = {
             name: self._axis(name, size, grouped.get(name, ()), repeats.get(name), kinds.get(name, "permutation"))
             for name, size in sizes.items()
@@ -95,7 +101,7 @@ class _Binder:
         binding = Binding(
             self.family, axes, slots, taps, joins,
             circuits=tuple(c for c in circuits if all(member in axes for member in c)),
-            attention=tuple(group for group in attention if group),
+            gates=gates, attention=tuple(group for group in attention if group),
             depth=self.depth, uses=self._uses(lines), closed=frozenset(self._closed(layouts)),
         )  # fmt: skip
         self._check_ties(layouts, binding.tied())
@@ -176,7 +182,7 @@ class _Binder:
         heads = outer * members
         if size % heads:
             raise FusionError(f"axis '{name}': {size} units do not divide into {heads} heads")
-        rotated = self.counts.get("rotated", size // heads) if kind != "permutation" else 0
+        rotated = self.counts.get("rotated", size // heads) if kind in ("pairs", "signs") else 0
         return Axis(name, size, heads, name in self.family.fixed, members, kind, rotated // 2, repeats)
 
     def _twins(self, layouts: Mapping[str, Layout]) -> Iterator[tuple[str, str, list[_Names], list[_Names]]]:

@@ -14,7 +14,7 @@ from fusionpl.families.grammar import Dim, parse
 
 STEM, TAIL = "stem", "tail"
 
-Kind = Literal["permutation", "pairs", "signs"]
+Kind = Literal["permutation", "pairs", "signs", "scale"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Section:
         maps: axis -> which maps keep the function inside a head, where that is not any permutation: `pairs` (rotary:
             a rotation and a scaling of each frequency pair), `signs` (rotary behind a norm with gains: the sign of a
             pair, the scale of a head).
-        gates: the linear module whose outputs a gate multiplies -> the one that reads the product.
+        gates: axis -> the axis of the gate that multiplies it: both move alike, and its scale and sign are free.
         norms: a pre-LN norm module -> the linear modules that read it; none if it normalises inside the stream.
         scales: a module that multiplies unit by unit (LayerScale) -> the linear module before it, by each of its names.
     """

@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from fusionpl.families.apply import State, aligned_state, load_parameters, own_state
+from fusionpl.families.apply import aligned_state, load_parameters, own_state
 from fusionpl.families.axes import Axis, Binding
 from fusionpl.families.binding import bind
 from fusionpl.transport import TransportMap, permutation
@@ -17,7 +18,7 @@ def random_permutations(binding: Binding, generator: torch.Generator) -> dict[st
 
     Axes that a residual addition or a circuit ties move alike; heads move as wholes, queries with their key-value head,
     and inside each head its units are renumbered. Frequency pairs of rotary heads stay where they are: each is rotated
-    and scaled, or, behind a norm with gains, may change its sign.
+    and scaled, or, behind a norm with gains, may change its sign. What a gate multiplies is scaled and signed.
     """
     orders: dict[str, Tensor] = {}
     maps: dict[str, TransportMap] = {}
@@ -29,6 +30,8 @@ def random_permutations(binding: Binding, generator: torch.Generator) -> dict[st
             if root not in orders:
                 orders[root] = torch.randperm(binding.axes[name].size, generator=generator)
             maps[name] = permutation(orders[root])
+            if binding.axes[name].kind == "scale":
+                maps[name] = _scaled(maps[name], generator)
     return {name: maps[name] for name in binding.free}
 
 
@@ -74,25 +77,15 @@ def _inside(axis: Axis, generator: torch.Generator) -> list[Tensor]:
     return [turn, scale]
 
 
+def _scaled(found: TransportMap, generator: torch.Generator) -> TransportMap:
+    n = len(found.plan)
+    sizes = torch.tensor([_scale(generator) for _ in range(n)], dtype=torch.float64)
+    signs = 1 - 2 * torch.randint(2, (n,), generator=generator)
+    return replace(found, plan=found.plan * signs, sizes=(sizes, torch.ones_like(sizes)))
+
+
 def _scale(generator: torch.Generator) -> float:
     return 0.5 + 1.5 * float(torch.rand((), generator=generator))
-
-
-def rescaled_gates(state: State, binding: Binding, generator: torch.Generator) -> State:
-    """The same function, with what is multiplied by a gate scaled and signed at random, unit by unit."""
-    state = dict(state)
-    for _, prefix, part in binding.family.sections(binding.depth):
-        for up, down in part.gates.items():
-            if f"{prefix}{up}.weight" not in state:
-                continue
-            rows = state[f"{prefix}{up}.weight"]
-            scale = torch.tensor([_scale(generator) for _ in range(len(rows))]).to(rows)
-            scale = scale * (1 - 2 * torch.randint(2, scale.shape, generator=generator)).to(rows)
-            for name in (f"{prefix}{up}.weight", f"{prefix}{up}.bias"):
-                if name in state:
-                    state[name] = state[name] * scale.view(-1, *[1] * (state[name].ndim - 1))
-            state[f"{prefix}{down}.weight"] = state[f"{prefix}{down}.weight"] / scale
-    return state
 
 
 def permuted(model: nn.Module, generator: torch.Generator, binding: Binding | None = None) -> nn.Module:
@@ -101,7 +94,7 @@ def permuted(model: nn.Module, generator: torch.Generator, binding: Binding | No
     binding = binding or bind(model)
     own = own_state(model)
     state = aligned_state(own, binding, own, binding, random_permutations(binding, generator))
-    return load_parameters(copy.deepcopy(model), rescaled_gates(state, binding, generator))
+    return load_parameters(copy.deepcopy(model), state)
 
 
 def permutation_error(model: nn.Module, run: Callable[[nn.Module], Tensor], *, seed: int = 0) -> float:
@@ -118,14 +111,6 @@ def permutation_error(model: nn.Module, run: Callable[[nn.Module], Tensor], *, s
 def allowed(binding: Binding) -> str:
     """A table of the maps that keep the function: axis -> kind of map, the same axis of all blocks in one line."""
     streams = {axis for members in binding.streams() for axis in members}
-    gated = {
-        axis
-        for slot in binding.slots
-        for _, prefix, part in binding.family.sections(binding.depth)
-        for up in part.gates
-        if slot.parameter == f"{prefix}{up}.weight"
-        for axis, reads in zip(slot.axes, slot.reads, strict=True) if axis and not reads
-    }  # fmt: skip
     stream = "permutation, one for all" + (
         ""
         if binding.family.norm == "post" or binding.closed
@@ -138,8 +123,8 @@ def allowed(binding: Binding) -> str:
         axis = binding.axes[name]
         if name in streams:
             rows["the stream"] = stream
-        elif name in gated:
-            rows[shown] = "permutation, with the gate; scale and sign of what it multiplies"
+        elif axis.kind == "scale":
+            rows[shown] = f"as its gate, {binding.gates[name].rpartition('.')[2]}; scale and sign"
         elif axis.heads > 1 or any(name in group for group in binding.attention):
             rows[shown] = _told(axis)
         else:

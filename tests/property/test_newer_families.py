@@ -190,7 +190,7 @@ def test_the_table_of_what_axes_allow() -> None:
     assert (
         "model.layers.*.q        permutation of 2 groups of 2 heads x rotation and scale of 2 frequency pairs" in table
     )
-    assert "scale and sign of what it multiplies" in table
+    assert "as its gate, ffn; scale and sign" in table
     assert "signs of 4 frequency pairs, scale" in allowed(bind(causal("qwen3")))
     assert "rotation, once" not in allowed(bind(causal("gpt2")))  # tied
 

@@ -221,8 +221,10 @@ VISION: dict[str, Callable[[int], nn.Module]] = {
     "timm, packed gate": lambda seed: timm_vit(seed, mlp_layer=SwiGLUPacked, init_values=0.5),
     "timm, packed gate, normed": lambda seed: timm_vit(seed, mlp_layer=partial(SwiGLUPacked, norm_layer=nn.LayerNorm)),
     "timm, gate": lambda seed: timm_vit(seed, mlp_layer=SwiGLU),
-    "deit": lambda seed: _vision(DeiTForImageClassification, DeiTConfig, seed),
-    "deit, distilled": lambda seed: _vision(DeiTForImageClassificationWithTeacher, DeiTConfig, seed),
+    "deit": lambda seed: _vision(DeiTForImageClassification, DeiTConfig, seed, intermediate_size=24),
+    "deit, distilled": lambda seed: _vision(
+        DeiTForImageClassificationWithTeacher, DeiTConfig, seed, intermediate_size=24
+    ),
     "dinov2": lambda seed: _vision(Dinov2ForImageClassification, Dinov2Config, seed),
     "dinov2, gate": lambda seed: _vision(Dinov2ForImageClassification, Dinov2Config, seed, use_swiglu_ffn=True),
     "dinov2, registers": lambda seed: _vision(

@@ -27,6 +27,7 @@ class CalibrationSet:
     Attributes:
         firsts: the number of each batch's first sample.
         masks: for each batch [B, T], true for real tokens, or None.
+        grid: whether samples are images, cut into a grid of patches.
 
     Raises:
         FusionError: the iterable is empty.
@@ -35,9 +36,11 @@ class CalibrationSet:
     def __init__(self, calibration: Iterable[Any], config: CalibrationConfig, kept: Kept) -> None:
         self.kept = kept
         self.dtype: torch.dtype = getattr(torch, config.dtype)
+        self.grid = False
         self.firsts: list[int] = []
         self.masks: list[Tensor | None] = []
         for index, (first, batch) in enumerate(batches(calibration, config)):
+            self.grid = "pixel_values" in batch
             mask = batch.get("attention_mask")
             self.firsts.append(first)
             self.masks.append(None if mask is None else mask.bool())
@@ -50,6 +53,10 @@ class CalibrationSet:
         """The model inputs of a batch."""
         batch: dict[str, Tensor] = self.kept["batch", index]
         return batch
+
+    def meant(self, tokens: str) -> str:
+        """The tokens that `calibration.tokens` asks for: a window is all of them where there is no grid."""
+        return "all" if tokens.startswith("window:") and not self.grid else tokens
 
     def keep(self, key: Hashable, tensor: Tensor) -> None:
         """Keeps activations, in the type that was asked for; float64 stays what it is where that is float32."""

@@ -79,6 +79,7 @@ def observe(
             for (axis,) in shown}  # fmt: skip
     axes = list(dict.fromkeys(axis for key in seen for axis in key))
     order = [anchor, *(index for index in range(len(flows)) if index != anchor)]
+    tokens = data.meant(wanted.tokens)
     for batch in data:
         theirs: dict[str, Tensor] = {}
         for index in order:
@@ -86,7 +87,7 @@ def observe(
             passage = _pass(flows[index], states[index], batch, looked_at, wanted)
             for target in wanted.targets:
                 data.keep(("target", index, target.module, batch), _target(passage, target))
-            rows = {axis: select(passage.units(axis), wanted.tokens, data.masks[batch]) for axis in looked_at}
+            rows = {axis: select(passage.units(axis), tokens, data.masks[batch]) for axis in looked_at}
             if index == anchor:
                 theirs = rows
                 for axis, total in sums.items():

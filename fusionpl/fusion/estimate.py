@@ -104,7 +104,7 @@ def estimate(
     batches = min(samples, config.calibration.samples) / size
     shapes = [_Shapes.of(network, inputs) for network in networks]
     ours = shapes[anchor]
-    rows, evidence = ours.tokens * size, _evidence(config.calibration.tokens, ours.tokens) * size
+    rows, evidence = ours.tokens * size, _evidence(config.calibration.tokens, ours.tokens, inputs) * size
     bindings = [network.binding for network in networks]
     others = [binding for index, binding in enumerate(bindings) if index != anchor]
     sections = list(plan.sections)
@@ -193,11 +193,11 @@ class _Shapes:
         return 0 if stage.norm else self.widths[f"{next(iter(stage.modules))}.weight"]
 
 
-def _evidence(tokens: str, length: int) -> int:
+def _evidence(tokens: str, length: int, inputs: Mapping[str, Tensor]) -> int:
     """How many of a sample's tokens count as evidence."""
-    if tokens.startswith("window:"):
+    if tokens.startswith("window:") and "pixel_values" in inputs:
         return int(tokens.partition(":")[2]) ** 2 + 1
-    return length if tokens == "all" else 1
+    return 1 if tokens in ("class", "mean") else length
 
 
 def _units(binding: Binding, key: Key) -> int:

@@ -180,7 +180,8 @@ class Stream(Problem):
     def solve(self, work: Aligner) -> None:
         """Compares the units of the stream wherever it is seen."""
         if self.rotation:
-            work.maps.give(self.axes, rotate_stream(work.activations.unscaled(self.joins)))
+            centred = work.anchor.family.norm == "pre"
+            work.maps.give(self.axes, rotate_stream(work.activations.unscaled(self.joins), centred=centred))
         elif isinstance(work.evidence, WeightEvidence):
             written = [axis for axis in self.axes if axis not in work.parent.joins]
             described = [axis for axis in written if not work.evidence.needs(axis)]

@@ -69,6 +69,9 @@ def aligned_state(
     for slot, place in zip(binding.slots, goal.slots, strict=True):
         if slot.parameter not in source or any(second in slot.axes for _, second in pairs):
             continue
+        if slot.gain and any(axis in maps and maps[axis].scaling == "orthogonal" for axis in slot.axes if axis):
+            place.put(state[place.parameter], place.of(target[place.parameter]))  # 1 in both
+            continue
         found = moved(slot)
         for first, second in pairs:
             if first in slot.axes:

@@ -49,13 +49,22 @@ class Axis:
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """The part of a parameter in which every dimension is one axis (None for a dimension of size one)."""
+    """The part of a parameter in which every dimension is one axis (None for a dimension of size one).
+
+    Attributes:
+        parameter: its name.
+        index: where the part lies, dimension by dimension.
+        axes, reads: of each dimension, its axis and whether the parameter reads it.
+        section: that the parameter belongs to.
+        gain: it is the gain of a norm, which multiplies unit by unit; before a stream is rotated, it is folded.
+    """
 
     parameter: str
     index: tuple[Index, ...]
     axes: tuple[str | None, ...]
     reads: tuple[bool, ...]
     section: str
+    gain: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
         """The slot's part of its parameter: a view, or a copy where its units are not side by side."""

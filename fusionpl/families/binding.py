@@ -214,6 +214,9 @@ class _Binder:
         grouped: Mapping[str, tuple[str, ...]],
     ) -> Iterator[Slot]:
         seen: set[int] = set()
+        gains = {
+            f"{prefix}{norm}.weight" for _, prefix, part in self.family.sections(self.depth) for norm in part.norms
+        }
         for name, line in lines.items():
             if id(self.parameters[name]) in seen:
                 continue
@@ -230,7 +233,7 @@ class _Binder:
                     for axis, units in _spans(axes, sizes, turns)
                 ]
             for index, names in cuts:
-                yield Slot(name, index, names, reads, line.section)
+                yield Slot(name, index, names, reads, line.section, name in gains)
 
     def _taps(self, slots: tuple[Slot, ...]) -> Iterator[Tap]:
         outputs: dict[tuple[str, str], Index] = {}

@@ -1,17 +1,33 @@
 """Tiny real models of both libraries, with weights drawn wide enough that their outputs are not trivial."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from timm.layers.attention import Attention
+from timm.layers.mlp import SwiGLU, SwiGLUPacked
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     BertConfig,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
     DistilBertConfig,
+    ElectraConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     RobertaConfig,
     ViTConfig,
     ViTForImageClassification,
@@ -134,3 +150,95 @@ def text_outputs(model: nn.Module, batch: dict[str, Tensor] | None = None) -> Te
     with torch.inference_mode():
         found = logits(model, batch)
     return found[batch["attention_mask"].bool()] if found.ndim == 3 else found
+
+
+def causal_model(name: str, seed: int = 0, *, width: int = 16, heads: int = 4, kv: int = 2, mlp: int = 24,
+                 depth: int = 2, classifier: bool = False, **options: Any) -> nn.Module:  # fmt: skip
+    """A tiny decoder of transformers: vocabulary 40, 20 positions; `kv` key-value heads where the family has them."""
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads,
+        "intermediate_size": mlp, "max_position_embeddings": POSITIONS, "num_labels": CLASSES,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    if name == "gpt2":
+        common["n_inner"] = common.pop("intermediate_size")
+    elif name != "gpt_neox":
+        common["num_key_value_heads"] = kv
+    config = AutoConfig.for_model(name, **{**common, **options})
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    return redrawn(auto.from_config(config), seed)
+
+
+def rope(share: float) -> dict[str, Any]:
+    """Rotary embedding of a share of each head."""
+    return {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": share}
+
+
+CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", {}),
+    "gpt2, decoder of its own": ("gpt2", {"tie_word_embeddings": False}),
+    "gpt2 classifier": ("gpt2", {"classifier": True}),
+    "gpt_neox": ("gpt_neox", {"width": 32, "rope_parameters": rope(0.5)}),
+    "gpt_neox, all rotary": ("gpt_neox", {"rope_parameters": rope(1.0)}),
+    "gpt_neox, sequential": ("gpt_neox", {"width": 32, "rope_parameters": rope(0.5), "use_parallel_residual": False}),
+    "gpt_neox classifier": ("gpt_neox", {"width": 32, "rope_parameters": rope(0.25), "classifier": True}),
+    "llama": ("llama", {}),
+    "llama, heads apart": ("llama", {"kv": 4}),
+    "llama, one key-value head": ("llama", {"kv": 1}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama classifier": ("llama", {"classifier": True}),
+    "mistral": ("mistral", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 8}),
+    "qwen3 classifier": ("qwen3", {"head_dim": 8, "classifier": True}),
+}  # fmt: skip
+
+
+def causal(variant: str, seed: int = 0, **options: Any) -> nn.Module:
+    """One of CAUSAL."""
+    name, own = CAUSAL[variant]
+    return causal_model(name, seed, **{**own, **options})
+
+
+def _vision(cls: type[PreTrainedModel], config: type[PreTrainedConfig], seed: int, **options: Any) -> nn.Module:
+    sizes = {"image_size": SIZE, "patch_size": 4, "num_channels": CHANNELS, "hidden_size": 16, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_labels": CLASSES, "layerscale_value": 1.0}  # fmt: skip
+    return redrawn(cls(config(**{**sizes, **options})), seed)
+
+
+def distilled(seed: int = 0, *, width: int = 16) -> nn.Module:
+    """timm's DeiT with a distillation token."""
+    model = VisionTransformerDistilled(
+        img_size=SIZE, patch_size=4, in_chans=CHANNELS, embed_dim=width, num_heads=4, depth=2, num_classes=CLASSES
+    )
+    return redrawn(model, seed)
+
+
+VISION: dict[str, Callable[[int], nn.Module]] = {
+    "timm, distilled": distilled,
+    "timm, DINOv2": lambda seed: timm_vit(seed, reg_tokens=3, no_embed_class=True, init_values=0.5),
+    "timm, packed gate": lambda seed: timm_vit(seed, mlp_layer=SwiGLUPacked, init_values=0.5),
+    "timm, packed gate, normed": lambda seed: timm_vit(seed, mlp_layer=partial(SwiGLUPacked, norm_layer=nn.LayerNorm)),
+    "timm, gate": lambda seed: timm_vit(seed, mlp_layer=SwiGLU),
+    "deit": lambda seed: _vision(DeiTForImageClassification, DeiTConfig, seed, intermediate_size=24),
+    "deit, distilled": lambda seed: _vision(
+        DeiTForImageClassificationWithTeacher, DeiTConfig, seed, intermediate_size=24
+    ),
+    "dinov2": lambda seed: _vision(Dinov2ForImageClassification, Dinov2Config, seed),
+    "dinov2, gate": lambda seed: _vision(Dinov2ForImageClassification, Dinov2Config, seed, use_swiglu_ffn=True),
+    "dinov2, registers": lambda seed: _vision(
+        Dinov2WithRegistersForImageClassification, Dinov2WithRegistersConfig, seed, num_register_tokens=3
+    ),
+}
+ELECTRA: dict[str, Callable[[int], nn.Module]] = {
+    f"electra {name}{note}": lambda seed, auto=auto, width=width: redrawn(
+        auto.from_config(ElectraConfig(
+            vocab_size=VOCABULARY, hidden_size=16, embedding_size=width, num_hidden_layers=2, num_attention_heads=4,
+            intermediate_size=24, max_position_embeddings=POSITIONS, num_labels=CLASSES, pad_token_id=0,
+        )), seed
+    )
+    for name, auto in {"discriminator": AutoModelForPreTraining, "masked-lm": AutoModelForMaskedLM,
+                       "classifier": AutoModelForSequenceClassification}.items()
+    for note, width in {"": 16, ", small": 8}.items()
+}  # fmt: skip

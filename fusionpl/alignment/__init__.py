@@ -4,7 +4,8 @@ from fusionpl.alignment.aligner import Aligner
 from fusionpl.alignment.config import AlignConfig, Residual
 from fusionpl.alignment.evidence import ActivationEvidence, Evidence, WeightEvidence
 from fusionpl.alignment.maps import Alignment, Maps
-from fusionpl.alignment.problems import Problem, problems
+from fusionpl.alignment.problem import Problem
+from fusionpl.alignment.problems import problems
 
 __all__ = [
     "ActivationEvidence",

@@ -87,6 +87,11 @@ class Aligner:
         self._solve_needed(axes)
         return self.evidence.beside(axes, self.maps)
 
+    def plain(self, axis: str) -> Gram:
+        """Evidence for the units of an axis as they are."""
+        self._solve_needed([axis])
+        return self.evidence.plain(axis, self.maps)
+
     @property
     def activations(self) -> ActivationEvidence:
         """The evidence, which is activations."""

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fusionpl.errors import FusionError
+from fusionpl.families import Binding
 from fusionpl.transport import Metric, Normalize, Scaling, Solver
 
-Residual = Literal["average", "branch", "skip", "identity", "weighted_scalar", "weighted_matrix", "tie"]
+Residual = Literal["auto", "average", "branch", "skip", "identity", "weighted_scalar", "weighted_matrix", "tie"]
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class AlignConfig:
         reg: Sinkhorn's entropic regularisation, in units of the normalised cost.
         residual: the map of a residual stream from skip s and branch b: `average` (s + b) / 2, `branch`, `skip`,
             `identity`, `weighted_scalar` and `weighted_matrix` (by the anchor's mean absolute activations, for the
-            whole stream or unit by unit), `tie` (one map for the whole stream).
+            whole stream or unit by unit), `tie` (one map for the whole stream); `auto` is `tie` for post-LN families,
+            for embeddings that are tied to a decoder at the other end of the stream, and for rotations, else `average`.
         qk: Q and K take maps of their own (`separate`, the paper), one map from both (`shared`), or one map over the
             units of both (`joint`).
         heads: `flat` aligns the units of all heads together; `matched` assigns heads first, then units inside each
-            matched pair, with one map for Q and K and one for V and O.
+            matched pair, with one map for Q and K and one for V and O. Rotary heads and groups of heads, whose units
+            nothing else keeps, are always matched.
         stream: `transport`, or `rotation`: one orthogonal map for the whole stream and one for each circuit of each
             matched pair of heads (pre-LN families); `solver` then serves the MLP units alone.
         scaling: `two_sided` or, as the paper's released code, `source`; they differ for unequal widths only.
@@ -53,9 +56,18 @@ class AlignConfig:
         if self.stream != "rotation":
             return
         needed = {"evidence": "activations", "residual": "tie", "heads": "matched", "scaling": "two_sided"}
-        missing = [f"align.{key} {value}" for key, value in needed.items() if getattr(self, key) != value]
+        found = {key: getattr(self, key) for key in needed} | ({"residual": "tie"} if self.residual == "auto" else {})
+        missing = [f"align.{key} {value}" for key, value in needed.items() if found[key] != value]
         if missing:
             raise FusionError(
                 "align.stream rotation is one map for the whole stream and one for each matched pair of heads, from "
                 f"activations; it needs {', '.join(missing)}"
             )
+
+
+def residual_of(config: AlignConfig, binding: Binding) -> Residual:
+    """The residual policy for a model: what `auto` stands for."""
+    if config.residual != "auto":
+        return config.residual
+    tied = config.stream == "rotation" or binding.family.norm == "post" or binding.closed
+    return "tie" if tied else "average"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusionpl.calibration import Key, Moments, Scale
 from fusionpl.families import Binding, Slot, State, move, section_of
-from fusionpl.transport import Gram, TransportMap
+from fusionpl.transport import Gram, TransportMap, gram
 
 
 class Evidence(Protocol):
@@ -23,6 +23,9 @@ class Evidence(Protocol):
 
     def beside(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:
         """The units of all `axes`, one after the other, as one set."""
+
+    def plain(self, axis: str, maps: Mapping[str, TransportMap]) -> Gram:
+        """The units of an axis without any scaling, about zero: what rotations of units keep."""
 
 
 class ActivationEvidence:
@@ -53,6 +56,10 @@ class ActivationEvidence:
         tap = self.anchor.taps.get(axes[0])
         raw = tap is not None and tap.kind == "parameter"
         return self.moments[tuple(axes)].gram(self.raw if raw else self.scale)
+
+    def plain(self, axis: str, maps: Mapping[str, TransportMap]) -> Gram:
+        """Activations as they are."""
+        return self.moments[axis,].gram("none")
 
     def unscaled(self, axes: Sequence[str]) -> Gram:
         """Activations of all `axes` as they are, stacked along the samples, those of each axis with unit total norm."""
@@ -99,6 +106,10 @@ class WeightEvidence:
     def beside(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:
         """The rows of all `axes`, one unit a row."""
         return self._gram([self._rows(axes, maps)])
+
+    def plain(self, axis: str, maps: Mapping[str, TransportMap]) -> Gram:
+        """The rows as they are."""
+        return gram(*self._rows((axis,), maps))
 
     def _gram(self, rows: Iterable[tuple[Tensor, Tensor]]) -> Gram:
         """The Gram of features that come in parts: [n_parent, features] and [n_anchor, features] each."""

@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fusionpl.transport import Gram, TransportMap, solve
+from fusionpl.alignment.config import AlignConfig
+from fusionpl.transport import Gram, Solver, TransportMap, ground_metric, solve
 
 Pairs = list[list[Gram]]  # of each head of the parent with each of the anchor
 
@@ -30,14 +31,38 @@ def match_heads(
     Returns:
         name -> map over all units: the head plan times the unit plan of each pair it uses.
     """
-    pairs = {name: _pairs(inner, heads) for name, inner in circuits.items()}
-    costs = [compare(each) for each in pairs.values()]
+    pairs = {name: pairs_of(inner, heads) for name, inner in circuits.items()}
+    plan = head_plan([compare(each) for each in pairs.values()])
+    found = {}
+    for name, each in pairs.items():
+        places = used(plan)
+        units = solve_units([each[i][j] for i, j in places])
+        found[name] = assembled(plan, dict(zip(places, units, strict=True)))
+    return found
+
+
+def head_plan(costs: list[Tensor]) -> Tensor:
+    """The plan between heads, [of the parent, of the anchor]; each of the costs is divided by its mean magnitude."""
     total = torch.stack([cost / cost.abs().mean().clamp_min(1e-300) for cost in costs]).sum(0)
-    plan = solve(total, "assignment" if heads[0] == heads[1] else "emd").plan
-    return {name: _assembled(plan, each, solve_units) for name, each in pairs.items()}
+    return solve(total, "assignment" if total.shape[0] == total.shape[1] else "emd").plan
 
 
-def _pairs(inner: Gram, heads: tuple[int, int]) -> Pairs:
+def used(plan: Tensor) -> list[tuple[int, int]]:
+    """The pairs that a plan joins."""
+    return [(int(i), int(j)) for i, j in plan.nonzero()]
+
+
+def unit_costs(pairs: Pairs, config: AlignConfig) -> Tensor:
+    """The cost of each pair of heads at its best hard alignment."""
+    sizes = pairs[0][0].cross.shape
+    solver: Solver = "assignment" if sizes[0] == sizes[1] else "emd"
+    costs = [[solve(ground_metric(one, config.metric, "none"), solver).cost for one in row] for row in pairs]
+    return torch.tensor(costs, dtype=torch.float64).to(pairs[0][0].cross.device)
+
+
+def pairs_of(inner: Gram, heads: tuple[int, int]) -> Pairs:
+    """The Gram of each head of the parent with each of the anchor."""
+
     def groups(n: int, count: int) -> list[slice]:
         width = n // count
         return [slice(i * width, (i + 1) * width) for i in range(count)]
@@ -46,22 +71,21 @@ def _pairs(inner: Gram, heads: tuple[int, int]) -> Pairs:
     return [[inner.block(row, column) for column in columns] for row in rows]
 
 
-def _assembled(plan: Tensor, pairs: Pairs, solve_units: Callable[[list[Gram]], list[TransportMap]]) -> TransportMap:
-    places = [(int(i), int(j)) for i, j in plan.nonzero()]
-    used = dict(zip(places, solve_units([pairs[i][j] for i, j in places]), strict=True))
-    height, width = len(pairs[0][0].parent), len(pairs[0][0].anchor)
+def assembled(plan: Tensor, units: Mapping[tuple[int, int], TransportMap]) -> TransportMap:
+    """The map over the units of all heads, from the plan between heads and a map for each pair that it joins."""
+    some = next(iter(units.values()))
+    height, width = some.plan.shape
     ours, theirs = plan.shape
     whole = torch.zeros(ours, height, theirs, width, dtype=torch.float64, device=plan.device)
-    for (i, j), one in used.items():
+    for (i, j), one in units.items():
         whole[i, :, j] = plan[i, j] * one.plan
-    some = used[places[0]]
     found = replace(
         some,
         plan=whole.view(ours * height, theirs * width),
-        cost=sum(float(plan[place]) * (one.cost or 0.0) for place, one in used.items()),
-        iterations=max((one.iterations or 0 for one in used.values()), default=None),
-        converged=all(one.converged for one in used.values()),
-        marginal_error=max(one.marginal_error for one in used.values()),
+        cost=sum(float(plan[place]) * (one.cost or 0.0) for place, one in units.items()),
+        iterations=max((one.iterations or 0 for one in units.values()), default=None),
+        converged=all(one.converged for one in units.values()),
+        marginal_error=max(one.marginal_error for one in units.values()),
     )
     if some.scaling != "orthogonal":
         return found

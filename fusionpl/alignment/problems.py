@@ -1,75 +1,25 @@
 """What has to be solved for an alignment: which axes take their maps together, of which kind, from what evidence."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fusionpl.alignment.aligner import Aligner
-from fusionpl.alignment.config import AlignConfig, Residual
+from fusionpl.alignment.config import AlignConfig, Residual, residual_of
 from fusionpl.alignment.evidence import WeightEvidence
-from fusionpl.alignment.heads import match_heads
+from fusionpl.alignment.grouped import grouped_heads, needs_groups
+from fusionpl.alignment.heads import match_heads, unit_costs
+from fusionpl.alignment.problem import Problem, Size, seen_at, sizes_in
 from fusionpl.alignment.rotation import dissimilarity, rotate_stream, rotate_units
 from fusionpl.calibration import Key
 from fusionpl.errors import FusionError
-from fusionpl.families import Binding, Join, section_of
-from fusionpl.transport import Gram, Solver, TransportMap, check_one_width, ground_metric, identity, solve
+from fusionpl.families import Binding, Join
+from fusionpl.transport import TransportMap, check_one_width, identity
 
 # With weights as evidence a tied stream needs the maps that depend on it: rounds of coordinate descent.
 _TIE_ROUNDS = 3
-
-
-class Size(NamedTuple):
-    """A problem for a solver: a transport plan or a singular value decomposition, [n, m]."""
-
-    kind: Literal["transport", "svd"]
-    n: int
-    m: int
-
-
-@dataclass(frozen=True)
-class Problem(ABC):
-    """Axes that take their maps together.
-
-    Attributes:
-        axes: the axes.
-        keys: whose activations are compared; each puts the units of its axes side by side. None where weights are the
-            evidence.
-        magnitudes: the anchor's axes whose mean absolute activation is needed.
-    """
-
-    axes: tuple[str, ...]
-    keys: tuple[Key, ...] = ()
-    magnitudes: tuple[str, ...] = ()
-
-    @property
-    def section(self) -> str:
-        """The section in which it is solved."""
-        return section_of(self.axes[0])
-
-    @property
-    def whole(self) -> bool:
-        """Whether it looks at the whole network, so that it must be solved before any section is fused."""
-        return False
-
-    @abstractmethod
-    def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
-        """Raises FusionError where the options do not fit the widths or head counts."""
-
-    @abstractmethod
-    def solve(self, work: Aligner) -> None:
-        """Gives the axes of `work` their maps."""
-
-    @abstractmethod
-    def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
-        """The problems that a solver is given."""
-
-    @abstractmethod
-    def told(self, axis: str, binding: Binding) -> str:
-        """How `axis` gets its map, for a person."""
 
 
 class Units(Problem):
@@ -87,12 +37,44 @@ class Units(Problem):
 
     def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
         """One."""
-        yield Size("transport", *_sizes(self.axes[:1], parent, anchor))
+        yield Size("transport", *sizes_in(self.axes[:1], parent, anchor))
 
     def told(self, axis: str, binding: Binding) -> str:
         """Where the units are seen."""
         others = [other for other in self.axes if other != axis]
-        return _seen(axis, binding, self.keys) + (f", shared with {' and '.join(others)}" if others else "")
+        return seen_at(axis, binding, self.keys) + (f", shared with {' and '.join(others)}" if others else "")
+
+
+class Gated(Problem):
+    """A gate and what it multiplies, which move alike; the scale and the sign of what is multiplied are free."""
+
+    def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
+        """See Units."""
+        check_one_width(config.solver, parent.axes[self.axes[0]].size, anchor.axes[self.axes[0]].size)
+
+    def solve(self, work: Aligner) -> None:
+        """Compares gates, and what they multiply whatever its sign."""
+        gate, partner = self.axes
+        first, second = work.alike([gate]), work.alike([partner])
+        found = work.solved(first + replace(second, cross=second.cross.abs()))
+        work.maps.give([gate], found)
+        if work.config.solver != "identity":
+            plain = work.plain(partner)
+            ours, theirs = (torch.where(one > 0, one, 1.0).sqrt() for one in (plain.parent, plain.anchor))
+            signs = torch.where(second.cross < 0, -1.0, 1.0)
+            found = replace(found, plan=found.plan * signs, sizes=(ours, theirs))
+        work.maps.give([partner], found)
+
+    def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
+        """One."""
+        yield Size("transport", *sizes_in(self.axes[:1], parent, anchor))
+
+    def told(self, axis: str, binding: Binding) -> str:
+        """Where the units are seen."""
+        gate, partner = self.axes
+        if axis == gate:
+            return f"{seen_at(axis, binding, self.keys)}, with {partner}"
+        return f"{seen_at(axis, binding, self.keys)}, as {gate}, scaled and signed as the anchor's"
 
 
 class Joint(Problem):
@@ -116,12 +98,12 @@ class Joint(Problem):
 
     def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
         """One over all units."""
-        yield Size("transport", *_sizes(self.axes, parent, anchor))
+        yield Size("transport", *sizes_in(self.axes, parent, anchor))
 
     def told(self, axis: str, binding: Binding) -> str:
         """Where the units are seen, and with which."""
         others = [other for other in self.axes if other != axis]
-        return f"{_seen(axis, binding, self.keys)}, joint with {' and '.join(others)}"
+        return f"{seen_at(axis, binding, self.keys)}, joint with {' and '.join(others)}"
 
 
 @dataclass(frozen=True)
@@ -151,7 +133,7 @@ class Heads(Problem):
         else:
             grams = {circuit[0]: work.alike(circuit) for circuit in self.circuits}
             found = match_heads(
-                grams, (ours, theirs), compare=lambda pairs: _costs(pairs, work.config),
+                grams, (ours, theirs), compare=lambda pairs: unit_costs(pairs, work.config),
                 solve_units=lambda pairs: [work.solved(pair) for pair in pairs],
             )  # fmt: skip
         for circuit in self.circuits:
@@ -161,14 +143,14 @@ class Heads(Problem):
     def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
         """One a circuit and pair of heads."""
         heads = [one.axes[self.axes[0]].heads for one in (parent, anchor)]
-        n, m = (size // count for size, count in zip(_sizes(self.axes[:1], parent, anchor), heads, strict=True))
+        n, m = (size // count for size, count in zip(sizes_in(self.axes[:1], parent, anchor), heads, strict=True))
         return [Size("svd" if self.rotation else "transport", n, m)] * (max(heads) * len(self.circuits))
 
     def told(self, axis: str, binding: Binding) -> str:
         """Where the units are seen, and with which."""
         others = [other for circuit in self.circuits if axis in circuit for other in circuit if other != axis]
         verb = "rotated" if self.rotation else "matched"
-        return f"{_seen(axis, binding, self.keys)}, heads {verb} in pairs" + (
+        return f"{seen_at(axis, binding, self.keys)}, heads {verb} in pairs" + (
             f", with {' and '.join(others)}" if others else ""
         )
 
@@ -198,7 +180,8 @@ class Stream(Problem):
     def solve(self, work: Aligner) -> None:
         """Compares the units of the stream wherever it is seen."""
         if self.rotation:
-            work.maps.give(self.axes, rotate_stream(work.activations.unscaled(self.joins)))
+            centred = work.anchor.family.norm == "pre"
+            work.maps.give(self.axes, rotate_stream(work.activations.unscaled(self.joins), centred=centred))
         elif isinstance(work.evidence, WeightEvidence):
             written = [axis for axis in self.axes if axis not in work.parent.joins]
             described = [axis for axis in written if not work.evidence.needs(axis)]
@@ -213,7 +196,7 @@ class Stream(Problem):
 
     def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
         """One for the whole stream."""
-        yield Size("svd" if self.rotation else "transport", *_sizes(self.axes[:1], parent, anchor))
+        yield Size("svd" if self.rotation else "transport", *sizes_in(self.axes[:1], parent, anchor))
 
     def told(self, axis: str, binding: Binding) -> str:
         """One map for all."""
@@ -277,12 +260,13 @@ def problems(binding: Binding, config: AlignConfig) -> list[Problem]:
         config: solver, metric and policies.
     """
     seen = config.evidence == "activations"
+    residual = residual_of(config, binding)
 
     def alone(*axes: str) -> tuple[Key, ...]:
         return tuple((axis,) for axis in axes) if seen else ()
 
     found: dict[str, Problem] = {}
-    if config.residual == "tie":  # a rotation of the stream is tied too
+    if residual == "tie":  # a rotation of the stream is tied too
         for members in binding.streams():
             seen_at = [axis for axis in members if binding.on_boundary(axis) or axis in binding.taps]
             joins = tuple(axis for axis in seen_at if axis in binding.joins)
@@ -290,6 +274,7 @@ def problems(binding: Binding, config: AlignConfig) -> list[Problem]:
             found |= dict.fromkeys(members, stream)
     circuit_of = {axis: circuit for circuit in binding.circuits for axis in circuit}
     group_of = {axis: group for group in binding.attention for axis in group}
+    gated = {axis: (gate, partner) for partner, gate in binding.gates.items() for axis in (gate, partner)}
     for axis in binding.free:
         if axis in found:
             continue
@@ -297,9 +282,13 @@ def problems(binding: Binding, config: AlignConfig) -> list[Problem]:
         circuit = circuit_of.get(axis, (axis,))
         if axis in binding.joins:
             join = binding.joins[axis]
-            weighted = config.residual in ("weighted_scalar", "weighted_matrix")
+            weighted = residual in ("weighted_scalar", "weighted_matrix")
             magnitudes = (join.skip, join.branch) if weighted else ()
-            problem = Joined(axes=(axis,), magnitudes=magnitudes, join=join, policy=config.residual)
+            problem = Joined(axes=(axis,), magnitudes=magnitudes, join=join, policy=residual)
+        elif axis in gated:
+            problem = Gated(gated[axis], alone(*gated[axis]))
+        elif axis in group_of and needs_groups(binding, group_of[axis]):
+            problem = grouped_heads(binding, group_of[axis], config)
         elif config.heads == "matched" and axis in group_of:
             circuits = tuple(dict.fromkeys(circuit_of.get(one, (one,)) for one in group_of[axis]))
             problem = Heads(
@@ -315,19 +304,6 @@ def problems(binding: Binding, config: AlignConfig) -> list[Problem]:
     return list({id(problem): problem for problem in found.values()}.values())
 
 
-def _costs(pairs: list[list[Gram]], config: AlignConfig) -> Tensor:
-    """The cost of each pair of heads at its best hard alignment."""
-    sizes = pairs[0][0].cross.shape
-    solver: Solver = "assignment" if sizes[0] == sizes[1] else "emd"
-    costs = [[solve(ground_metric(one, config.metric, "none"), solver).cost for one in row] for row in pairs]
-    return torch.tensor(costs, dtype=torch.float64).to(pairs[0][0].cross.device)
-
-
-def _sizes(axes: Iterable[str], parent: Binding, anchor: Binding) -> tuple[int, int]:
-    n, m = (sum(one.axes[axis].size for axis in axes) for one in (parent, anchor))
-    return n, m
-
-
 def _check_heads(axis: str, parent: Binding, anchor: Binding) -> None:
     ours, theirs = (binding.axes[axis].heads for binding in (parent, anchor))
     if ours != theirs:
@@ -335,10 +311,3 @@ def _check_heads(axis: str, parent: Binding, anchor: Binding) -> None:
             f"parents of different head count: {ours} and {theirs} heads; train parents of one head count, or "
             "use align.heads matched, which transports whole heads"
         )
-
-
-def _seen(axis: str, binding: Binding, keys: tuple[Key, ...]) -> str:
-    if not keys:
-        return "rows of " + ", ".join(slot.parameter for slot in binding.writers(axis))
-    tap = binding.taps[axis]
-    return f"values of {tap.target}" if tap.kind == "parameter" else f"{tap.kind} of {tap.target}"

@@ -11,23 +11,26 @@ from torch import Tensor
 from fusionpl.transport import Gram, TransportMap, procrustes, procrustes_batch
 
 
-def rotate_stream(inner: Gram) -> TransportMap:
-    """The rotation of a stream that maps the ones vector onto the ones vector.
+def rotate_stream(inner: Gram, *, centred: bool) -> TransportMap:
+    """The rotation of a stream.
 
     Args:
         inner: products of the streams' units over all places where they are seen, [n_parent, n_anchor].
+        centred: the mean over the units is zero and stays it: the ones vector is mapped onto the ones vector.
 
     Returns:
-        An orthogonal map, semi-orthogonal between widths. LayerNorm divides by the root mean square over the units, so
+        An orthogonal map, semi-orthogonal between widths. A norm divides by the root mean square over the units, so
         a stream that moves to another width is scaled by the root of the widths' ratio, and what reads it by its
         inverse.
     """
     n, m = inner.cross.shape
+    scale = (m / n) ** 0.5
+    if not centred:
+        return replace(procrustes(inner.cross), gain=scale, read_gain=1 / scale)
     cross = _centred(_centred(inner.cross, 0), 1)
     ones = torch.full((n, m), (n * m) ** -0.5, dtype=cross.dtype, device=cross.device)
     # Larger than what the streams' own directions can weigh: the ones vectors come first among the singular vectors.
     found = procrustes(cross + 2 * cross.norm().clamp_min(1.0) * ones)
-    scale = (m / n) ** 0.5
     return replace(found, gain=scale, read_gain=1 / scale)
 
 

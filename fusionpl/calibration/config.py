@@ -19,7 +19,7 @@ class CalibrationConfig:
         samples: how many samples of the calibration set are used, at most.
         batch_size: samples in one forward pass; changes speed, not the result.
         tokens: which tokens of a sequence count: `all`, `class` (the first), `mean` (their average), or `window:N`
-            (the centre N x N patches and the class token).
+            (the centre N x N patches and the class token; `all` for text, which has no grid).
         scale: what is done to each unit's activations: `standardize` ((a - mean) / (std + 1e-9)), `center`,
             `normalize` (unit length over all rows), `none`. With weights as evidence: `none` = raw rows, any other =
             rows of unit length.

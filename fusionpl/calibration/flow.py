@@ -27,6 +27,7 @@ class CalibrationSet:
     Attributes:
         firsts: the number of each batch's first sample.
         masks: for each batch [B, T], true for real tokens, or None.
+        grid: whether samples are images, cut into a grid of patches.
 
     Raises:
         FusionError: the iterable is empty.
@@ -35,9 +36,11 @@ class CalibrationSet:
     def __init__(self, calibration: Iterable[Any], config: CalibrationConfig, kept: Kept) -> None:
         self.kept = kept
         self.dtype: torch.dtype = getattr(torch, config.dtype)
+        self.grid = False
         self.firsts: list[int] = []
         self.masks: list[Tensor | None] = []
         for index, (first, batch) in enumerate(batches(calibration, config)):
+            self.grid = "pixel_values" in batch
             mask = batch.get("attention_mask")
             self.firsts.append(first)
             self.masks.append(None if mask is None else mask.bool().clone())
@@ -51,6 +54,10 @@ class CalibrationSet:
         """The model inputs of a batch."""
         batch: dict[str, Tensor] = self.kept["batch", index]
         return batch
+
+    def meant(self, tokens: str) -> str:
+        """The tokens that `calibration.tokens` asks for: a window is all of them where there is no grid."""
+        return "all" if tokens.startswith("window:") and not self.grid else tokens
 
     def keep(self, key: Hashable, tensor: Tensor) -> None:
         """Keeps activations, in the type that was asked for; float64 stays what it is where that is float32."""
@@ -87,12 +94,20 @@ class Passage:
         if self.binding.on_boundary(axis):
             assert self.entry is not None
             return self.entry
+        if axis not in self.binding.taps:  # between two branches that read one stream
+            return torch.stack([self.units(member) for member in self.binding.joins[axis].members]).sum(0)
         return units_of(self.seen, self.binding.taps[axis])
 
 
 def places_of(binding: Binding, axes: Iterable[str]) -> set[Place]:
     """Where activations of axes are seen inside a section; those on its boundary need no looking."""
-    return {place_of(binding.taps[axis]) for axis in axes if not binding.on_boundary(axis)}
+    wanted: set[Place] = set()
+    for axis in axes:
+        if axis not in binding.taps and not binding.on_boundary(axis):
+            wanted |= places_of(binding, binding.joins[axis].members)
+        elif not binding.on_boundary(axis):
+            wanted.add(place_of(binding.taps[axis]))
+    return wanted
 
 
 class Flow:

@@ -1,5 +1,6 @@
 """Runs a model of either library on a batch of either kind."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -45,18 +46,23 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 
 def arguments(model: nn.Module, batch: Batch, like: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """How `model` is called with a batch: a timm model takes an image tensor, a transformers model keywords.
+    """How `model` is called with a batch: a timm model takes an image tensor, a transformers model keywords; one that
+    generates keeps no cache.
 
     Args:
         model: of either library.
         batch: an image tensor, or a mapping of model inputs; `labels` are ignored.
         like: one of the model's parameters; inputs move to its device, floating-point ones to its type.
     """
-    inputs = {
+    inputs: dict[str, Any] = {
         key: value.to(like.device, like.dtype if value.is_floating_point() else None)
         for key, value in inputs_of(batch).items()
     }
-    return ((), inputs) if hasattr(model, "config_class") else (tuple(inputs.values()), {})
+    if not hasattr(model, "config_class"):
+        return tuple(inputs.values()), {}
+    if "use_cache" in inspect.signature(type(model).forward).parameters:  # nothing is generated here
+        inputs["use_cache"] = False
+    return (), inputs
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -68,7 +74,7 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
         batch: an image tensor [B, C, H, W], or a mapping of model inputs; `labels` are ignored.
 
     Returns:
-        The logits, [B, classes] or, for masked language models, [B, T, vocabulary].
+        The logits, [B, classes] or, for language models, [B, T, vocabulary].
     """
     args, keywords = arguments(model, batch, next(model.parameters()))
     return scores(model(*args, **keywords))

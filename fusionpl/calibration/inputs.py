@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fusionpl.calibration.moments import Key, Moments
 from fusionpl.calibration.taps import Place
-from fusionpl.families import Binding, Slot, State
+from fusionpl.families import Binding, State
 from fusionpl.transport import cross_product, self_product
 
 # Products of the outputs' weights are added to those of the inputs: from this ratio of widths on there is a gain.
@@ -29,49 +29,33 @@ class Source:
 
 
 def sources(binding: Binding, section: str, keys: Iterable[Key]) -> list[Source]:
-    """The sources of a section that are narrower than what their keys show; modules of a block that read one axis read
-    one tensor."""
+    """The sources of a section that are narrower than what their keys show."""
     if section not in binding.blocks:
         return []
-    found: dict[str, list[Key]] = {}
-    for key in keys:
-        read = {_read(binding, axis) for axis in key}
-        if len(read) == 1 and None not in read:
-            found.setdefault(str(*read), []).append(key)
-    places = {}
-    for axis, shown in found.items():
-        wide = sum(binding.axes[one].size for key in shown for one in key)
-        if wide >= _WIDER * binding.axes[axis].size:
-            places[axis] = Source(Place(binding.taps[shown[0][0]].target, "input"), tuple(shown))
-    return list(places.values())
+    keys = list(keys)
+    found = []
+    for modules in binding.readers(section):
+        shown = [key for key in keys if all(_written_by(binding, axis, modules) for axis in key)]
+        wide = sum(binding.axes[axis].size for key in shown for axis in key)
+        if shown and wide >= _WIDER * sum(binding.axes[axis].size for axis in binding.reads(modules[0])):
+            found.append(Source(Place(modules[0], "input"), tuple(shown)))
+    return found
 
 
-def _read(binding: Binding, axis: str) -> str | None:
-    """The axis that the module reads whose output shows the units of `axis`; None where no linear module does."""
+def _written_by(binding: Binding, axis: str, modules: Sequence[str]) -> bool:
     tap = binding.taps.get(axis)
-    if tap is None or tap.kind != "output":
-        return None
-    slot = _weight(binding, axis)
-    read = [name for name, reads in zip(slot.axes, slot.reads, strict=True) if reads and name] if slot else []
-    return read[0] if len(read) == 1 else None
-
-
-def _weight(binding: Binding, axis: str) -> Slot | None:
-    name = f"{binding.taps[axis].target}.weight"
-    return next((slot for slot in binding.slots if slot.parameter == name and slot.writes(axis)), None)
+    return tap is not None and tap.kind == "output" and tap.target in modules
 
 
 def _affine(binding: Binding, state: State, key: Key) -> tuple[Tensor, Tensor]:
     """Weights [n, inputs] and biases [n] that make the units of a key, float64."""
     weights, biases = [], []
-    for axis in key:
-        slot = _weight(binding, axis)
-        assert slot is not None
-        rows = slot.of(state[slot.parameter]).double().movedim(slot.axes.index(axis), 0).flatten(1)
-        name = f"{binding.taps[axis].target}.bias"
-        bias = next((one for one in binding.slots if one.parameter == name and one.writes(axis)), None)
+    for tap in (binding.taps[axis] for axis in key):
+        slot = next(slot for slot in binding.slots if slot.parameter == f"{tap.target}.weight")
+        weight, bias = state[slot.parameter].double(), state.get(f"{tap.target}.bias")
+        rows = (weight.T if slot.reads[0] else weight)[tap.units]
         weights.append(rows)
-        biases.append(rows.new_zeros(len(rows)) if bias is None else bias.of(state[name]).double())
+        biases.append(rows.new_zeros(len(rows)) if bias is None else bias.double()[tap.units])
     return torch.cat(weights), torch.cat(biases)
 
 

@@ -154,6 +154,7 @@ class Network:
         steps = {self.module.get_submodule(module): _giving(output) for module, output in (given or {}).items()}
         with _replaced(steps), captured(self.module, places, stop=stop) as seen:
             found = functional_call(self.module.get_submodule(section), local, (hidden, *call[0]), call[1])
+            found = found[0] if isinstance(found, tuple) else found
         return found, seen
 
     def leave(

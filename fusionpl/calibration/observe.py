@@ -87,6 +87,7 @@ def observe(
     direct = [key for key in seen if key not in elsewhere]
     axes = list(dict.fromkeys(axis for key in direct for axis in key))
     order = [anchor, *(index for index in range(len(flows)) if index != anchor)]
+    tokens = data.meant(wanted.tokens)
     for batch in data:
         theirs: dict[str, Tensor] = {}
         read: list[dict[int, Tensor]] = [{} for _ in derived]
@@ -96,8 +97,8 @@ def observe(
             for target in wanted.targets:
                 data.keep(target.key(wanted.section, index, batch), _target(passage, target))
             for one, inputs in zip(derived, read, strict=True):
-                inputs[index] = select(passage.seen[one.source.place], wanted.tokens, data.masks[batch])
-            rows = {axis: select(passage.units(axis), wanted.tokens, data.masks[batch]) for axis in looked_at}
+                inputs[index] = select(passage.seen[one.source.place], tokens, data.masks[batch])
+            rows = {axis: select(passage.units(axis), tokens, data.masks[batch]) for axis in looked_at}
             if index == anchor:
                 theirs = rows
                 for axis, total in sums.items():

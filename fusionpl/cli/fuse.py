@@ -33,7 +33,7 @@ from fusionpl.cli.common import (
 from fusionpl.cli.measuring import Depth, card, measure
 from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError
-from fusionpl.families import VOCABULARY, permutation_error
+from fusionpl.families import VOCABULARY, allowed, permutation_error
 from fusionpl.fusion import (
     Estimate,
     FuseConfig,
@@ -292,6 +292,8 @@ def progress_bar(steps: Iterable[Any], label: str) -> Iterable[Any]:
 
 def _check(job: Job) -> None:
     batch = next(iter(job.data.calibration_dataloader(16)))
+    print(f"what may be done to the units of {job.networks[job.anchor].name}, and keeps its function:\n")
+    print(allowed(job.networks[job.anchor].binding), end="\n\n")
     for name in job.parents:
         model = job.load(name)
         with torch.inference_mode():
@@ -299,7 +301,7 @@ def _check(job: Job) -> None:
         error = permutation_error(model, lambda one: logits(one, batch))
         if not error <= PROOF_TOLERANCE * size:
             raise FusionError(
-                f"{name}: renumbering its units changes outputs by {error:.1e} (outputs are up to {size:.1f}); "
+                f"{name}: moving its units at random changes outputs by {error:.1e} (outputs are up to {size:.1f}); "
                 "its family file does not describe this model"
             )
         print(f"{name}: ok; renumbering all units at random changes outputs by {error:.1e} (outputs up to {size:.1f})")

@@ -10,19 +10,20 @@ from fusionpl.families.apply import (
     own_state,
     with_parameters,
 )
-from fusionpl.families.axes import Axis, Binding, Join, Slot, Tap, boundary, section_of
+from fusionpl.families.axes import Axis, Binding, Index, Join, Slot, Tap, boundary, section_of
 from fusionpl.families.binding import bind
 from fusionpl.families.canonical import canonical, check_rotatable, without_scales
 from fusionpl.families.compatible import check_compatible, check_finite
 from fusionpl.families.family import STEM, TAIL, VOCABULARY, Family, family_of, library, parse_family
 from fusionpl.families.grammar import GrammarError, parse
-from fusionpl.families.proof import permutation_error, permuted, random_permutations
+from fusionpl.families.proof import allowed, permutation_error, permuted, random_permutations
 
 __all__ = [
     "Axis",
     "Binding",
     "Family",
     "GrammarError",
+    "Index",
     "Join",
     "STEM",
     "Slot",
@@ -31,6 +32,7 @@ __all__ = [
     "VOCABULARY",
     "Tap",
     "aligned_state",
+    "allowed",
     "bind",
     "boundary",
     "canonical",

@@ -69,14 +69,17 @@ def aligned_state(
     for slot, place in zip(binding.slots, goal.slots, strict=True):
         if slot.parameter not in source or any(second in slot.axes for _, second in pairs):
             continue
+        if slot.gain and any(axis in maps and maps[axis].scaling == "orthogonal" for axis in slot.axes if axis):
+            place.put(state[place.parameter], place.of(target[place.parameter]))  # 1 in both
+            continue
         found = moved(slot)
         for first, second in pairs:
             if first in slot.axes:
                 both = _mixed(torch.cat([found, moved(_partner(binding, slot, first, second))]), pairs[first, second])
                 found, other = both.split([len(both) // 2] * 2)
                 mate = _partner(goal, place, first, second)
-                mate.of(state[mate.parameter]).copy_(other)
-        place.of(state[place.parameter]).copy_(found)
+                mate.put(state[mate.parameter], other)
+        place.put(state[place.parameter], found)
     return state
 
 

@@ -1,37 +1,79 @@
 """Axes and what stands on them: a family bound to one model."""
 
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from fusionpl.families.family import STEM, TAIL, Family
+from fusionpl.families.family import STEM, TAIL, Family, Kind
+
+Index = slice | Tensor  # Tensor: the places of units that are not side by side
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A set of units. `heads` > 1: the units come in that many equal groups, one a head, head by head."""
+    """A set of units.
+
+    Attributes:
+        name, size: of the axis.
+        heads: above 1, the units come in that many equal groups, one a head, head by head.
+        fixed: no map moves it.
+        members: the heads come in equal groups of that many, whose members share one head of another axis (the queries
+            of a key-value head).
+        kind: which maps keep the function, of a head inside it.
+        pairs: of a rotary head, the number of its frequency pairs: unit i with unit i + pairs, from the first unit on.
+        repeats: the axis whose heads this one repeats, once for each member of a group: what attention puts out.
+    """
 
     name: str
     size: int
     heads: int = 1
     fixed: bool = False
+    members: int = 1
+    kind: Kind = "permutation"
+    pairs: int = 0
+    repeats: str | None = None
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of heads."""
+        return self.heads // self.members
+
+    @property
+    def width(self) -> int:
+        """Units of a head."""
+        return self.size // self.heads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Slot:
-    """The part of a parameter in which every dimension is one axis (None for a dimension of size one)."""
+    """The part of a parameter in which every dimension is one axis (None for a dimension of size one).
+
+    Attributes:
+        parameter: its name.
+        index: where the part lies, dimension by dimension.
+        axes, reads: of each dimension, its axis and whether the parameter reads it.
+        section: that the parameter belongs to.
+        gain: it is the gain of a norm, which multiplies unit by unit; before a stream is rotated, it is folded.
+    """
 
     parameter: str
-    index: tuple[slice, ...]
+    index: tuple[Index, ...]
     axes: tuple[str | None, ...]
     reads: tuple[bool, ...]
     section: str
+    gain: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The slot's view of its parameter."""
+        """The slot's part of its parameter: a view, or a copy where its units are not side by side."""
         return tensor[self.index]
+
+    def put(self, tensor: Tensor, part: Tensor) -> None:
+        """Writes the slot's part of its parameter."""
+        tensor[self.index] = part
 
     def writes(self, axis: str) -> bool:
         """Whether the slot produces `axis`: it has it as a dimension and does not read it."""
@@ -46,7 +88,7 @@ class Tap:
     axis: str
     target: str
     kind: str
-    units: slice
+    units: Index
 
 
 @dataclass(frozen=True)
@@ -73,9 +115,11 @@ class Binding:
         taps: axis -> where its activations are seen.
         joins: axis -> the axes added into it, in the order of the forward pass.
         circuits: axes that must move alike although they are seen apart (Q and K).
+        gates: axis -> the gate that multiplies it, unit by unit, and with which it moves.
         attention: for each block, the axes whose units come in heads.
         depth: the number of blocks.
         uses: section -> the parameters that its modules hold; a tied one under the first of its names.
+        closed: parameters that stand at both ends of a stream: embeddings tied to the decoder.
     """
 
     family: Family
@@ -84,9 +128,11 @@ class Binding:
     taps: Mapping[str, Tap]
     joins: Mapping[str, Join]
     circuits: tuple[tuple[str, ...], ...]
+    gates: Mapping[str, str]
     attention: tuple[tuple[str, ...], ...]
     depth: int
     uses: Mapping[str, tuple[str, ...]]
+    closed: frozenset[str] = frozenset()
 
     @functools.cached_property
     def blocks(self) -> tuple[str, ...]:
@@ -117,7 +163,8 @@ class Binding:
                 name = root[name]
             return name
 
-        groups = [(axis, *join.members) for axis, join in self.joins.items()] + list(self.circuits)
+        groups = [(axis, *join.members) for axis, join in self.joins.items()]
+        groups += [*self.circuits, *self.gates.items()]
         for first, *rest in groups:
             for other in rest:
                 root[find(other)] = find(first)
@@ -128,6 +175,29 @@ class Binding:
         tied = self.tied()
         roots = dict.fromkeys(tied[axis] for axis in self.joins)
         return [[axis for axis in self.free if tied[axis] == root] for root in roots]
+
+    def reads(self, module: str) -> tuple[str, ...]:
+        """The axes that a module's weight reads; none where it is not linear."""
+        slots = (slot for slot in self.slots if slot.parameter == f"{module}.weight")
+        read = (axis for slot in slots for axis, reads in zip(slot.axes, slot.reads, strict=True) if axis and reads)
+        return tuple(dict.fromkeys(read))
+
+    def readers(self, section: str) -> list[list[str]]:
+        """The linear modules of a section, in forward order, those together that read one tensor: they follow each
+        other and read one axis."""
+        modules = [name.removesuffix(".weight") for name in self.uses[section] if name.endswith(".weight")]
+        groups = itertools.groupby(modules, key=self.reads)
+        return [list(group) for read, group in groups if read]
+
+    def order(self, module: str) -> Tensor | None:
+        """The places of a module's outputs, axis by axis; None where they come in that order."""
+        parts = [
+            index
+            for slot in self.slots if slot.parameter == f"{module}.weight"
+            for index, reads in zip(slot.index, slot.reads, strict=True) if not reads
+        ]  # fmt: skip
+        whole = [part for part in parts if isinstance(part, Tensor)]
+        return torch.cat(whole) if whole else None
 
     def on_boundary(self, axis: str) -> bool:
         """Whether `axis` is the stream that one section hands to the next."""

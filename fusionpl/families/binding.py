@@ -1,18 +1,18 @@
 """Binds a family to one model: every parameter's dimensions become named axes with sizes."""
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
-from functools import reduce
-from typing import Any
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from fusionpl.errors import FusionError
-from fusionpl.families.axes import Axis, Binding, Join, Slot, Tap
-from fusionpl.families.family import STEM, TAIL, Family, Section, family_of
-from fusionpl.families.grammar import Dim
-
-_Resolved = tuple[tuple[str, ...], ...]  # axis names, one tuple of segments a dimension
+from fusionpl.families.axes import Axis, Binding, Index, Join, Slot, Tap
+from fusionpl.families.family import STEM, TAIL, Family, Kind, Section, attribute, family_of
+from fusionpl.families.grammar import Dim, Segment
+from fusionpl.families.sizes import Layout, sizes_of
 
 
 def bind(model: nn.Module, family: Family | None = None) -> Binding:
@@ -24,43 +24,71 @@ def bind(model: nn.Module, family: Family | None = None) -> Binding:
     """
     family = family or family_of(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    binder = _Binder(family, parameters, _heads(model, family))
-    return binder.bind()
+    counts = {group: _count(model, family, path) for group, path in family.sizes.items()}
+    return _Binder(family, parameters, counts).bind()
 
 
-def _heads(model: nn.Module, family: Family) -> Mapping[str, int]:
-    def step(owner: Any, part: str) -> Any:
-        return owner[int(part)] if part.isdigit() else getattr(owner, part)
+def _count(model: nn.Module, family: Family, path: str) -> int:
+    found = attribute(model, path)
+    if found is None:
+        raise FusionError(f"{family.name}: the model has no {path}, which says how its units are grouped")
+    return int(found)
 
-    root: Any = model
-    return {group: int(reduce(step, path.split("."), root)) for group, path in family.sizes.items()}
+
+_Names = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What a family says of one parameter."""
+
+    section: str
+    dims: tuple[Dim, ...]
 
 
 class _Binder:
-    def __init__(self, family: Family, parameters: Mapping[str, Tensor], groups: Mapping[str, int]) -> None:
-        self.family, self.parameters, self.groups = family, parameters, groups
+    def __init__(self, family: Family, parameters: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
+        self.family, self.parameters, self.counts = family, parameters, counts
         indices = [found[0] for name in parameters if (found := family.block_index(name))]
         self.depth = max(indices, default=-1) + 1
         if self.depth == 0:
             raise FusionError(f"{family.name}: the model has no block {family.block.path}")
 
     def bind(self) -> Binding:
-        dims = {name: self._match(name, tensor) for name, tensor in self.parameters.items()}
-        resolved = {name: self._resolve(section, line) for name, (section, line) in dims.items()}
-        self._check_ties(resolved)
-        sizes = self._sizes(resolved)
-        grouped = self._grouped(dims)
-        slots = tuple(self._slots(dims, resolved, sizes))
+        lines = {name: self._match(name, tensor) for name, tensor in self.parameters.items()}
+        grouped, repeats = self._grouped(lines)
+        layouts = {name: self._layout(line, grouped) for name, line in lines.items()}
+        ranks = {section: rank for rank, (section, _) in enumerate(self._sections())}
+        sizes = sizes_of({name: tensor.shape for name, tensor in self.parameters.items()}, layouts, ranks)
+        slots = tuple(self._slots(lines, layouts, sizes, grouped))
         taps = {tap.axis: tap for tap in self._taps(slots)}
         joins = dict(self._joins(sizes))
         for name, join in joins.items():
+            sizes.setdefault(name, sizes[join.skip])
             widths = {member: sizes[member] for member in join.members}
             if len({*widths.values(), sizes[name]}) > 1:
                 raise FusionError(f"join {name}: members of different size: {widths}")
-        axes = {name: self._axis(name, size, grouped) for name, size in sizes.items()}
+        gates = {
+            self._name(section, axis): self._name(section, gate)
+            for section, part in self._sections()
+            for axis, gate in part.gates.items()
+            if self._name(section, axis) in sizes
+        }
+        kinds: dict[str, Kind] = dict.fromkeys(gates, "scale")
+        for section, part in self._sections():
+            kinds |= {self._name(section, axis): kind for axis, kind in part.maps.items()}
+        axes = {
+            name: self._axis(name, size, grouped.get(name, ()), repeats.get(name), kinds.get(name, "permutation"))
+            for name, size in sizes.items()
+        }
         for name, axis in axes.items():
-            if not axis.fixed and name not in taps and name not in joins:
+            if not (axis.fixed or axis.repeats) and name not in taps and name not in joins:
                 raise FusionError(f"{self.family.name}: axis '{name}' has neither tap nor join")
+            if axis.repeats and axis.size != axes[axis.repeats].size * axis.members:
+                raise FusionError(
+                    f"axis '{name}': {axis.size} units are not the {axes[axis.repeats].size} of {axis.repeats}, "
+                    f"{axis.members} times"
+                )
         circuits = [
             tuple(self._name(section, member) for member in members)
             for section, part in self._sections()
@@ -70,12 +98,14 @@ class _Binder:
             tuple(name for name in axes if name in grouped and name.rpartition(".")[0] == section)
             for section, _ in self._sections()
         ]
-        return Binding(
+        binding = Binding(
             self.family, axes, slots, taps, joins,
             circuits=tuple(c for c in circuits if all(member in axes for member in c)),
-            attention=tuple(group for group in attention if group),
-            depth=self.depth, uses=self._uses(dims),
+            gates=gates, attention=tuple(group for group in attention if group),
+            depth=self.depth, uses=self._uses(lines), closed=frozenset(self._closed(layouts)),
         )  # fmt: skip
+        self._check_ties(layouts, binding.tied())
+        return binding
 
     def _sections(self) -> Iterator[tuple[str, Section]]:
         return ((name, section) for name, _, section in self.family.sections(self.depth))
@@ -83,14 +113,14 @@ class _Binder:
     def _block(self, index: int) -> str:
         return self.family.block.path.format(l=index)
 
-    def _match(self, name: str, tensor: Tensor) -> tuple[str, tuple[Dim, ...]]:
+    def _match(self, name: str, tensor: Tensor) -> _Line:
         found = self.family.block_index(name)
         if found:
             candidates = [(self._block(found[0]), found[1], self.family.block)]
         else:
             candidates = [(STEM, name, self.family.stem), (TAIL, name, self.family.tail)]
         matches = [
-            (section, dims)
+            _Line(section, dims)
             for section, local, part in candidates
             for pattern, dims in part.parameters.items()
             if re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]+"), local)
@@ -98,17 +128,17 @@ class _Binder:
         if len(matches) != 1:
             how = "no pattern matches" if not matches else f"{len(matches)} patterns match"
             raise FusionError(f"{self.family.name}: {how} parameter '{name}' {list(tensor.shape)}")
-        if len(matches[0][1]) != tensor.ndim:
+        if len(matches[0].dims) != tensor.ndim:
             raise FusionError(
-                f"{self.family.name}: '{name}' has {tensor.ndim} dimensions, the family says {len(matches[0][1])}"
+                f"{self.family.name}: '{name}' has {tensor.ndim} dimensions, the family says {len(matches[0].dims)}"
             )
         return matches[0]
 
-    def _uses(self, dims: Mapping[str, tuple[str, tuple[Dim, ...]]]) -> dict[str, tuple[str, ...]]:
+    def _uses(self, lines: Mapping[str, _Line]) -> dict[str, tuple[str, ...]]:
         first: dict[int, str] = {}
         names: dict[str, dict[str, None]] = {section: {} for section, _ in self._sections()}
-        for name, (section, _) in dims.items():
-            names[section][first.setdefault(id(self.parameters[name]), name)] = None
+        for name, line in lines.items():
+            names[line.section][first.setdefault(id(self.parameters[name]), name)] = None
         return {section: tuple(found) for section, found in names.items()}
 
     def _name(self, section: str, local: str) -> str:
@@ -123,132 +153,138 @@ class _Binder:
             return f"{self._block(found[0] - 1)}.out" if found[0] else f"{STEM}.out"
         return f"{section}.{local}"
 
-    def _resolve(self, section: str, dims: tuple[Dim, ...]) -> _Resolved:
-        return tuple(tuple(self._name(section, segment.axis) for segment in dim.segments) for dim in dims)
+    def _grouped(self, lines: Mapping[str, _Line]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+        """Axis -> the axes that group its units; and repeating axis -> the one that it repeats."""
+        found: dict[str, set[tuple[str, ...]]] = {}
+        for line in lines.values():
+            for segment in (segment for dim in line.dims for segment in dim.segments):
+                if segment.groups:
+                    found.setdefault(self._name(line.section, segment.axis), set()).add(segment.groups)
+        grouped: dict[str, tuple[str, ...]] = {}
+        repeats: dict[str, str] = {}
+        for axis, ways in found.items():
+            grouped[axis], *longer = sorted(ways, key=len)
+            for groups in longer:
+                repeats[_repeating(axis, groups)] = axis
+                grouped[_repeating(axis, groups)] = groups
+        return grouped, repeats
 
-    def _grouped(self, dims: Mapping[str, tuple[str, tuple[Dim, ...]]]) -> Mapping[str, str]:
-        return {
-            self._name(section, segment.axis): segment.group
-            for section, line in dims.values()
-            for dim in line
-            for segment in dim.segments
-            if segment.group
-        }
+    def _layout(self, line: _Line, grouped: Mapping[str, tuple[str, ...]]) -> Layout:
+        def resolved(segment: Segment) -> str:
+            name = self._name(line.section, segment.axis)
+            return name if segment.groups in ((), grouped.get(name)) else _repeating(name, segment.groups)
 
-    def _axis(self, name: str, size: int, grouped: Mapping[str, str]) -> Axis:
-        heads = self.groups[grouped[name]] if name in grouped else 1
+        return tuple((tuple(map(resolved, dim.segments)), dim.repeated) for dim in line.dims)
+
+    def _axis(self, name: str, size: int, groups: tuple[str, ...], repeats: str | None, kind: Kind) -> Axis:
+        outer = self.counts[groups[0]] if groups else 1
+        members = self.counts[groups[1]] if len(groups) > 1 else 1
+        heads = outer * members
         if size % heads:
             raise FusionError(f"axis '{name}': {size} units do not divide into {heads} heads")
-        return Axis(name, size, heads, fixed=name in self.family.fixed)
+        rotated = self.counts.get("rotated", size // heads) if kind in ("pairs", "signs") else 0
+        return Axis(name, size, heads, name in self.family.fixed, members, kind, rotated // 2, repeats)
 
-    def _check_ties(self, resolved: Mapping[str, _Resolved]) -> None:
+    def _twins(self, layouts: Mapping[str, Layout]) -> Iterator[tuple[str, str, list[_Names], list[_Names]]]:
+        """The names of tied tensors, and their axes, where these differ."""
         first: dict[int, str] = {}
         for name, tensor in self.parameters.items():
             twin = first.setdefault(id(tensor), name)
-            if resolved[twin] != resolved[name]:
+            ours, theirs = ([axes for axes, _ in layouts[one]] for one in (twin, name))
+            if ours != theirs:
+                yield twin, name, ours, theirs
+
+    def _closed(self, layouts: Mapping[str, Layout]) -> Iterator[str]:
+        return (twin for twin, *_ in self._twins(layouts))
+
+    def _check_ties(self, layouts: Mapping[str, Layout], tied: Mapping[str, str]) -> None:
+        for twin, name, ours, theirs in self._twins(layouts):
+            moved = [[tuple(tied.get(axis, axis) for axis in axes) for axes in one] for one in (ours, theirs)]
+            if moved[0] != moved[1]:
                 raise FusionError(
                     f"{self.family.name}: '{twin}' and '{name}' are one tied tensor on conflicting axes: "
-                    f"{resolved[twin]} and {resolved[name]}"
+                    f"{tuple(ours)} and {tuple(theirs)}"
                 )
-
-    def _sizes(self, resolved: Mapping[str, _Resolved]) -> dict[str, int]:
-        sizes: dict[str, int] = {}
-        source: dict[str, str] = {}
-        pending = [
-            (name, position, axes, self.parameters[name].shape[position])
-            for name, line in resolved.items()
-            for position, axes in enumerate(line)
-        ]
-
-        def settle(axis: str, size: int, name: str) -> None:
-            sizes[axis], source[axis] = size, name
-
-        while pending:
-            left = []
-            for name, position, axes, size in pending:
-                unknown = [axis for axis in axes if axis not in sizes]
-                known = sum(sizes[axis] for axis in axes if axis in sizes)
-                if len(unknown) == 1:
-                    settle(unknown[0], size - known, name)
-                elif unknown:
-                    left.append((name, position, axes, size))
-                elif known != size and axes:
-                    raise FusionError(
-                        f"'{name}': dimension {position} has {size} units, but "
-                        + " + ".join(f"{axis} ({sizes[axis]}, from '{source[axis]}')" for axis in axes)
-                        + f" make {known}"
-                    )
-                elif not axes and size != 1:
-                    raise FusionError(f"'{name}': dimension {position} has {size} units, the family says 1")
-            if len(left) == len(pending):
-                name, position, axes, size = left[0]
-                unknown = [axis for axis in axes if axis not in sizes]
-                share, rest = divmod(size - sum(sizes.get(axis, 0) for axis in axes), len(unknown))
-                if rest:
-                    raise FusionError(f"'{name}': {size} units do not divide among {', '.join(axes)}")
-                for axis in unknown:
-                    settle(axis, share, name)
-            pending = left
-        return self._in_order(sizes, resolved)
-
-    def _in_order(self, sizes: dict[str, int], resolved: Mapping[str, _Resolved]) -> dict[str, int]:
-        """Axes section by section, and as the parameters name them inside a section; fixed axes first."""
-        ranks = {section: rank for rank, (section, _) in enumerate(self._sections())}
-        appearance = dict.fromkeys(axis for line in resolved.values() for axes in line for axis in axes)
-        return {
-            axis: sizes[axis] for axis in sorted(appearance, key=lambda name: ranks.get(name.rpartition(".")[0], -1))
-        }
 
     def _slots(
         self,
-        dims: Mapping[str, tuple[str, tuple[Dim, ...]]],
-        resolved: Mapping[str, _Resolved],
+        lines: Mapping[str, _Line],
+        layouts: Mapping[str, Layout],
         sizes: Mapping[str, int],
+        grouped: Mapping[str, tuple[str, ...]],
     ) -> Iterator[Slot]:
         seen: set[int] = set()
-        for name, (section, line) in dims.items():
+        gains = {
+            f"{prefix}{norm}.weight" for _, prefix, part in self.family.sections(self.depth) for norm in part.norms
+        }
+        for name, line in lines.items():
             if id(self.parameters[name]) in seen:
                 continue
             seen.add(id(self.parameters[name]))
-            reads = tuple(dim.reads for dim in line)
-            cuts: list[tuple[tuple[slice, ...], tuple[str | None, ...]]] = [((), ())]
-            for axes in resolved[name]:
+            reads = tuple(dim.reads for dim in line.dims)
+            cuts: list[tuple[tuple[Index, ...], tuple[str | None, ...]]] = [((), ())]
+            for at, ((axes, repeated), dim) in enumerate(zip(layouts[name], line.dims, strict=True)):
+                if repeated:
+                    axes = axes * (self.parameters[name].shape[at] // sizes[axes[0]])
+                turns = self.counts[grouped[axes[0]][0]] if dim.interleaved else 1
                 cuts = [
-                    ((*index, units), (*names, axis)) for index, names in cuts for axis, units in _spans(axes, sizes)
+                    ((*index, units), (*names, axis))
+                    for index, names in cuts
+                    for axis, units in _spans(axes, sizes, turns)
                 ]
             for index, names in cuts:
-                yield Slot(name, index, names, reads, section)
+                yield Slot(name, index, names, reads, line.section, name in gains)
 
     def _taps(self, slots: tuple[Slot, ...]) -> Iterator[Tap]:
-        outputs = {(slot.parameter, axis): units for slot in slots
-                   for axis, units, reads in zip(slot.axes, slot.index, slot.reads, strict=True)
-                   if axis and not reads}  # fmt: skip
+        outputs: dict[tuple[str, str], Index] = {}
+        for slot in slots:
+            for axis, units, reads in zip(slot.axes, slot.index, slot.reads, strict=True):
+                if axis and not reads:
+                    outputs.setdefault((slot.parameter, axis), units)
         for section, prefix, part in self.family.sections(self.depth):
-            for local, place in part.taps.items():
+            for local, places in part.taps.items():
                 axis = self._name(section, local)
-                inner = re.fullmatch(r"input\((.+)\)", place)
-                target = prefix + (inner[1] if inner else place)
-                if inner:
-                    yield Tap(axis, target, "input", slice(None))
-                elif target in self.parameters:
-                    yield Tap(axis, target, "parameter", slice(None))
-                elif (f"{target}.weight", axis) in outputs:
-                    yield Tap(axis, target, "output", outputs[f"{target}.weight", axis])
+                yield from itertools.islice(self._seen(axis, prefix, places, outputs), 1)
+
+    def _seen(
+        self, axis: str, prefix: str, places: tuple[str, ...], outputs: Mapping[tuple[str, str], Index]
+    ) -> Iterator[Tap]:
+        for place in places:
+            inner = re.fullmatch(r"input\((.+)\)", place)
+            target = prefix + (inner[1] if inner else place)
+            if inner:
+                yield Tap(axis, target, "input", slice(None))
+            elif target in self.parameters:
+                yield Tap(axis, target, "parameter", slice(None))
+            elif (f"{target}.weight", axis) in outputs:
+                yield Tap(axis, target, "output", outputs[f"{target}.weight", axis])
 
     def _joins(self, sizes: Mapping[str, int]) -> Iterator[tuple[str, Join]]:
+        known = set(sizes)
         for section, part in self._sections():
             for local, members in part.joins.items():
                 skip, branch, *aside = (self._name(section, member) for member in members)
+                known.add(self._name(section, local))
                 for name in (skip, branch):
-                    if name not in sizes:
+                    if name not in known:
                         raise FusionError(f"{self.family.name}: the model has no axis '{name}', which a join needs")
                 yield self._name(section, local), Join(skip, branch, tuple(a for a in aside if a in sizes))
 
 
-def _spans(axes: tuple[str, ...], sizes: Mapping[str, int]) -> Iterator[tuple[str | None, slice]]:
+def _repeating(axis: str, groups: tuple[str, ...]) -> str:
+    return f"{axis}@{groups[-1]}"
+
+
+def _spans(axes: tuple[str, ...], sizes: Mapping[str, int], turns: int) -> Iterator[tuple[str | None, Index]]:
+    """Where the units of each axis lie along a dimension, in which the axes come that many times in turn."""
     if not axes:
         yield None, slice(None)
+    round_ = sum(sizes[axis] for axis in axes) // turns
     start = 0
     for axis in axes:
-        yield axis, slice(start, start + sizes[axis])
-        start += sizes[axis]
+        width = sizes[axis] // turns
+        if turns == 1:
+            yield axis, slice(start, start + width)
+        else:
+            yield axis, (torch.arange(turns)[:, None] * round_ + torch.arange(start, start + width)).flatten()
+        start += width

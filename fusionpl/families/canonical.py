@@ -1,4 +1,4 @@
-"""The canonical form of a pre-LN network: the same function, written so that its residual stream may be rotated.
+"""The canonical form of a pre-norm network: the same function, written so that its residual stream may be rotated.
 
 It is made section by section: nothing that it folds or splits reaches beyond one.
 """
@@ -26,6 +26,12 @@ def check_rotatable(binding: Binding, name: str) -> None:
             f"{name}: {binding.family.name} is post-LN, its norms scale the stream unit by unit, so only permutations "
             "keep its function; use align.stream transport with align.residual tie and align.solver assignment"
         )
+    if binding.closed:
+        raise FusionError(
+            f"{name}: '{next(iter(binding.closed))}' stands at both ends of the stream, so the gain of the last norm "
+            "can't be folded into the decoder, and only permutations keep the function; use align.stream transport "
+            "with align.residual tie and align.solver assignment"
+        )
     for section, prefix, part in binding.family.sections(binding.depth):
         for norm, readers in part.norms.items():
             if not readers and f"{prefix}{norm}.weight" in binding.uses[section]:
@@ -34,13 +40,13 @@ def check_rotatable(binding: Binding, name: str) -> None:
 
 
 def canonical(state: Mapping[str, Tensor], binding: Binding, section: str, name: str = "the model") -> State:
-    """The parameters of a section with the same function, whose stream commutes with rotations that fix the ones
-    vector.
+    """The parameters of a section with the same function, whose stream commutes with rotations: with all of them where
+    norms are RMSNorms, with those that fix the ones vector where they are LayerNorms.
 
     Norms have gamma 1 and beta 0 (both folded into the linear maps that read them), LayerScale is 1 (folded into the
-    map before it), everything written to the stream has mean zero over the units, so that LayerNorm equals RMSNorm,
-    and in each attention head the circuits QK and VO are split evenly: what is left to choose inside a head is one
-    orthogonal map a circuit.
+    map before it), what is written to the stream has mean zero over the units, so that LayerNorm equals RMSNorm, and in
+    each attention head the circuits QK and VO are split evenly: what is left to choose inside a head is one orthogonal
+    map a circuit. Rotary queries and keys are not split: what they allow, `alignment.grouped` settles.
 
     Source: the folding is that of Ashkboos et al., "SliceGPT", ICLR 2024 (arXiv 2401.15024), section 3.
 
@@ -56,15 +62,16 @@ def canonical(state: Mapping[str, Tensor], binding: Binding, section: str, name:
     state = {key: tensor.clone() for key, tensor in in_float32(without_scales(state, binding, section)).items()}
     prefix, part = _part(binding, section)
     for norm, readers in part.norms.items():
-        _fold_norm(state, prefix + norm, [prefix + reader for reader in readers], name)
+        _fold_norm(state, binding, prefix + norm, [prefix + reader for reader in readers], name)
     elementwise = {prefix + module for module in (*part.norms, *part.scales)}
-    stream = {axis for members in binding.streams() for axis in members}
+    centred = binding.family.norm == "pre"
+    stream = {axis for members in binding.streams() for axis in members if centred}
     for slot in binding.slots:
         if slot.section == section and slot.parameter.rpartition(".")[0] not in elementwise:
             for dim, (axis, reads) in enumerate(zip(slot.axes, slot.reads, strict=True)):
                 if axis in stream and not reads:
                     tensor = slot.of(state[slot.parameter])
-                    tensor -= tensor.double().mean(dim, keepdim=True).to(tensor)
+                    slot.put(state[slot.parameter], tensor - tensor.double().mean(dim, keepdim=True).to(tensor))
     for group in binding.attention:
         if group[0].startswith(f"{section}."):
             _balance(binding, group, state)
@@ -78,17 +85,20 @@ def without_scales(state: Mapping[str, Tensor], binding: Binding, section: str) 
         `state` itself where there is none, else tensors in float32 at least: half precision would round twice.
     """
     prefix, part = _part(binding, section)
-    scales = [(f"{prefix}{scale}.gamma", writer) for scale, writer in part.scales.items()]
-    if not any(scale in state for scale, _ in scales):
+    found = {
+        name: writers
+        for scale, writers in part.scales.items()
+        for name in state if name.rpartition(".")[0] == f"{prefix}{scale}"
+    }  # fmt: skip
+    if not found:
         return dict(state)
     state = in_float32(state)
-    for scale, writer in scales:
-        gamma = state.get(scale)
-        if gamma is not None:
-            for name in (f"{prefix}{writer}.weight", f"{prefix}{writer}.bias"):
-                if name in state:
-                    state[name] = state[name] * gamma.view(-1, *[1] * (state[name].ndim - 1))
-            state[scale] = torch.ones_like(gamma)
+    for scale, writers in found.items():
+        gamma = state[scale]
+        for name in (f"{prefix}{writer}.{leaf}" for writer in writers for leaf in ("weight", "bias")):
+            if name in state:
+                state[name] = state[name] * gamma.view(-1, *[1] * (state[name].ndim - 1))
+        state[scale] = torch.ones_like(gamma)
     return state
 
 
@@ -96,7 +106,7 @@ def _part(binding: Binding, section: str) -> tuple[str, Section]:
     return next((prefix, part) for name, prefix, part in binding.family.sections(binding.depth) if name == section)
 
 
-def _fold_norm(state: State, norm: str, readers: list[str], name: str) -> None:
+def _fold_norm(state: State, binding: Binding, norm: str, readers: list[str], name: str) -> None:
     gamma, beta = state.get(f"{norm}.weight"), state.get(f"{norm}.bias")
     if gamma is None:
         return
@@ -104,12 +114,15 @@ def _fold_norm(state: State, norm: str, readers: list[str], name: str) -> None:
         weight, bias = state.get(f"{reader}.weight"), state.get(f"{reader}.bias")
         if weight is None:
             continue
+        slot = next(slot for slot in binding.slots if slot.parameter == f"{reader}.weight")
+        rows = weight.T if slot.reads[0] else weight
+        times = rows.shape[1] // len(gamma)
         if beta is not None and bool(beta.any()):
             if bias is None:
                 raise FusionError(f"{name}: '{norm}.bias' has no bias of the map behind it to be folded into; use "
                                   "align.stream transport")  # fmt: skip
-            bias += (weight.double() @ beta.double()).to(bias)
-        weight.mul_(gamma)
+            bias += (rows.double() @ beta.double().repeat(times)).to(bias)
+        rows.mul_(gamma.repeat(times))
     gamma.fill_(1)
     if beta is not None:
         beta.zero_()
@@ -117,20 +130,28 @@ def _fold_norm(state: State, norm: str, readers: list[str], name: str) -> None:
 
 def _balance(binding: Binding, group: tuple[str, ...], state: State) -> None:
     """Splits each head's products Q^T K and V^T O as U sqrt(S) and sqrt(S) V: the norms of both factors agree."""
+    axes = [binding.axes[axis] for axis in group]
+    repeating = {axis.repeats: axis.name for axis in axes if axis.repeats}
     circuit = next((circuit for circuit in binding.circuits if circuit[0] in group), None)
-    pairs = [(_rows(binding, axis, reads=False), _rows(binding, axis, reads=True))
-             for axis in group if circuit is None or axis not in circuit]  # fmt: skip
-    if circuit is not None:
+    pairs = [
+        (_rows(binding, axis.name, reads=False), _rows(binding, repeating.get(axis.name, axis.name), reads=True))
+        for axis in axes if not axis.repeats and (circuit is None or axis.name not in circuit)
+    ]  # fmt: skip
+    if circuit is not None and all(
+        binding.axes[axis].kind == "permutation" and binding.axes[axis].members == 1 for axis in circuit
+    ):
         pairs.append((_rows(binding, circuit[0], reads=False), _rows(binding, circuit[1], reads=False)))
-    axis = binding.axes[group[0]]
+    heads = axes[0].groups
     for first, second in pairs:
-        a, b = (torch.cat([_matrix(slot, at, state) for slot, at in side], dim=1) for side in (first, second))
-        split = _split(a.unflatten(0, (axis.heads, -1)), b.unflatten(0, (axis.heads, -1)))
-        for side, matrix in zip((first, second), (part.flatten(0, 1) for part in split), strict=True):
-            widths = [_matrix(slot, at, state).shape[1] for slot, at in side]
-            for (slot, at), part in zip(side, matrix.split(widths, dim=1), strict=True):
+        a, b = (torch.cat([_matrix(slot, at, state, heads, binding) for slot, at in side], dim=2)
+                for side in (first, second))  # fmt: skip
+        for side, whole in zip((first, second), _split(a, b), strict=True):
+            widths = [_matrix(slot, at, state, heads, binding).shape[2] for slot, at in side]
+            for (slot, at), part in zip(side, whole.split(widths, dim=2), strict=True):
+                axis = binding.axes[str(slot.axes[at])]
                 target = slot.of(state[slot.parameter]).movedim(at, 0)
-                target.copy_(part.view_as(target))
+                found = part.unflatten(2, (axis.members, -1)).transpose(1, 2).reshape(target.shape)
+                slot.put(state[slot.parameter], found.movedim(0, at).to(target))
 
 
 def _rows(binding: Binding, axis: str, *, reads: bool) -> list[tuple[Slot, int]]:
@@ -143,10 +164,11 @@ def _rows(binding: Binding, axis: str, *, reads: bool) -> list[tuple[Slot, int]]
     ]
 
 
-def _matrix(slot: Slot, at: int, state: State) -> Tensor:
-    """[units, rest] of dimension `at` of a slot, float64."""
+def _matrix(slot: Slot, at: int, state: State, heads: int, binding: Binding) -> Tensor:
+    """[heads, units, rest] of dimension `at` of a slot, float64; repeated heads of a group lie side by side."""
     tensor = slot.of(state[slot.parameter]).detach().double().movedim(at, 0)
-    return tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
+    members = binding.axes[str(slot.axes[at])].members
+    return tensor.reshape(heads, members, len(tensor) // (heads * members), -1).transpose(1, 2).flatten(2)
 
 
 def _split(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

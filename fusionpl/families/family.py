@@ -15,6 +15,8 @@ from fusionpl.families.grammar import Dim, parse
 STEM, TAIL = "stem", "tail"
 VOCABULARY = "vocabulary"  # the axis of tokens
 
+Kind = Literal["permutation", "pairs", "signs", "scale"]
+
 
 @dataclass(frozen=True)
 class Section:
@@ -23,29 +25,48 @@ class Section:
     Attributes:
         path: module path of the section's parameters; `{l}` stands for the block's index, "" for the root.
         parameters: name pattern (`*` matches one name part) -> dimensions.
-        taps: axis -> where its units are seen: `module` (output), `input(module)`, or a parameter.
+        taps: axis -> where its units are seen: `module` (output), `input(module)`, or a parameter; the first that the
+            model has.
         joins: axis -> the axes added into it: skip, branch, then others that move on their own.
         circuits: name -> axes whose units meet in a product and must move alike (Q and K).
+        maps: axis -> which maps keep the function inside a head, where that is not any permutation: `pairs` (rotary:
+            a rotation and a scaling of each frequency pair), `signs` (rotary behind a norm with gains: the sign of a
+            pair, the scale of a head).
+        gates: axis -> the axis of the gate that multiplies it: both move alike, and its scale and sign are free.
         norms: a pre-LN norm module -> the linear modules that read it; none if it normalises inside the stream.
-        scales: a module that multiplies unit by unit (LayerScale) -> the linear module before it.
+        scales: a module that multiplies unit by unit (LayerScale) -> the linear module before it, by each of its names.
     """
 
     path: str
     parameters: Mapping[str, tuple[Dim, ...]]
-    taps: Mapping[str, str]
+    taps: Mapping[str, tuple[str, ...]]
     joins: Mapping[str, tuple[str, ...]]
     circuits: Mapping[str, tuple[str, ...]]
+    maps: Mapping[str, Kind]
+    gates: Mapping[str, str]
     norms: Mapping[str, tuple[str, ...]]
-    scales: Mapping[str, str]
+    scales: Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class Family:
-    """What an architecture is. `sizes` are attribute paths on the model (head count)."""
+    """What an architecture is.
+
+    Attributes:
+        name: of the family.
+        models: the classes it describes.
+        when: attribute path on the model -> the value it must have, where classes alone don't tell families apart.
+        norm: where norms stand: `pre` (before a branch), `rms` (the same without a mean), `post` (in the stream).
+        sizes: attribute paths on the model for what is in no tensor's shape: the numbers of heads, and `rotated`, the
+            units of a rotary head that are rotated, if not all are.
+        fixed: axes that no map moves.
+        stem, block, tail: the sections.
+    """
 
     name: str
     models: tuple[str, ...]
-    norm: Literal["pre", "post"]
+    when: Mapping[str, Any]
+    norm: Literal["pre", "rms", "post"]
     sizes: Mapping[str, str]
     fixed: frozenset[str]
     stem: Section
@@ -67,15 +88,21 @@ class Family:
         return (int(match[1]), match[2]) if match else None
 
 
+def _all(one_or_more: str | list[str]) -> tuple[str, ...]:
+    return (one_or_more,) if isinstance(one_or_more, str) else tuple(one_or_more)
+
+
 def _section(raw: Mapping[str, Any]) -> Section:
     return Section(
         path=raw.get("path", ""),
         parameters={name: parse(str(dims)) for name, dims in raw["parameters"].items()},
-        taps=dict(raw.get("taps", {})),
+        taps={axis: _all(places) for axis, places in raw.get("taps", {}).items()},
         joins={axis: tuple(members) for axis, members in raw.get("joins", {}).items()},
         circuits={name: tuple(members) for name, members in raw.get("circuits", {}).items()},
+        maps=dict(raw.get("maps", {})),
+        gates=dict(raw.get("gates", {})),
         norms={name: tuple(readers) for name, readers in raw.get("norms", {}).items()},
-        scales=dict(raw.get("scales", {})),
+        scales={name: _all(modules) for name, modules in raw.get("scales", {}).items()},
     )
 
 
@@ -90,6 +117,7 @@ def parse_family(text: str) -> Family:
     return Family(
         name=raw["name"],
         models=tuple(raw["models"]),
+        when=dict(raw.get("when", {})),
         norm=raw["norm"],
         sizes=dict(raw["sizes"]),
         fixed=frozenset(raw["fixed"]),
@@ -107,6 +135,15 @@ def library() -> Mapping[str, Family]:
     return {family.name: family for family in sorted(families, key=lambda family: family.name)}
 
 
+def attribute(model: object, path: str) -> Any:
+    """What stands at a dotted path on a model, such as `blocks.0.attn.num_heads`; None where there is nothing."""
+
+    def step(owner: Any, part: str) -> Any:
+        return owner[int(part)] if part.isdigit() else getattr(owner, part, None)
+
+    return functools.reduce(step, path.split("."), model)
+
+
 def family_of(model: object) -> Family:
     """The family of a model, by its class.
 
@@ -115,7 +152,7 @@ def family_of(model: object) -> Family:
     """
     classes = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__}
     for family in library().values():
-        if classes & set(family.models):
+        if classes & set(family.models) and all(attribute(model, path) == it for path, it in family.when.items()):
             return family
     models = [name.rpartition(".") for family in library().values() for name in family.models]
     beside = [name for module, _, name in models if module == type(model).__module__]

@@ -2,9 +2,10 @@
 
     attn.qkv.weight:  (head q)|(head k)|(head v) <- in
 
-A space separates tensor dimensions, `( )` is a product of axes (the last one names the units, the one before
-it groups them), `|` concatenates along a dimension, `1` is a dimension of size one. `a <- b` writes a and reads
-b; `b -> a` says the same of a transposed weight. Without an arrow everything is written.
+A space separates tensor dimensions, `( )` is a product of axes (the last one names the units, those before it group
+them, from the outside in), `|` concatenates along a dimension or, inside a product, within each group; `a*` is an axis
+as many times over as the dimension has room for, `1` a dimension of size one. `a <- b` writes a and reads b; `b -> a`
+says the same of a transposed weight. Without an arrow everything is written.
 """
 
 import re
@@ -21,18 +22,27 @@ class GrammarError(FusionError):
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of units along one dimension: the axis that names them, and the axis that groups them."""
+    """A run of units along one dimension: the axis that names them, and the axes that group them, outermost first."""
 
     axis: str
-    group: str | None = None
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Dim:
-    """One tensor dimension: its segments in order (none for a dimension of size one), read or written."""
+    """One tensor dimension, read or written.
+
+    Attributes:
+        segments: its segments in order; none for a dimension of size one.
+        reads: whether the tensor reads it.
+        interleaved: the segments come in turns, group by group: `(head q|k|v)`.
+        repeated: there is one segment, as many times over as the dimension has room for: `a*`.
+    """
 
     segments: tuple[Segment, ...]
     reads: bool
+    interleaved: bool = False
+    repeated: bool = False
 
 
 def parse(text: str) -> tuple[Dim, ...]:
@@ -57,13 +67,19 @@ def _dims(side: str, text: str, *, reads: bool) -> tuple[Dim, ...]:
     words = re.findall(r"(?:\([^()]*\)|[^()\s])+", glued)
     if not words or "".join(words) != re.sub(r"\s+(?![^(]*\))", "", glued):
         raise GrammarError(f"'{text}': '{side.strip()}' is not a list of dimensions")
-    return tuple(Dim(_segments(word, text), reads) for word in words)
+    return tuple(_dim(word, text, reads=reads) for word in words)
 
 
-def _segments(word: str, text: str) -> tuple[Segment, ...]:
+def _dim(word: str, text: str, *, reads: bool) -> Dim:
     if word == "1":
-        return ()
-    return tuple(_segment(piece, text) for piece in word.split("|"))
+        return Dim((), reads)
+    if word.endswith("*"):
+        return Dim((_segment(word[:-1], text),), reads, repeated=True)
+    turns = re.fullmatch(r"\((.+) ([^ ]+\|[^ ]+)\)", word)
+    if turns:
+        segments = (_segment(f"({turns[1]} {name})", text) for name in turns[2].split("|"))
+        return Dim(tuple(segments), reads, interleaved=True)
+    return Dim(tuple(_segment(piece, text) for piece in word.split("|")), reads)
 
 
 def _segment(piece: str, text: str) -> Segment:
@@ -71,8 +87,6 @@ def _segment(piece: str, text: str) -> Segment:
     for name in names:
         if not _NAME.fullmatch(name):
             raise GrammarError(f"'{text}': '{name}' is not the name of an axis")
-    if len(names) == 1:
-        return Segment(names[0])
-    if len(names) == 2:
-        return Segment(names[1], group=names[0])
-    raise GrammarError(f"'{text}': a product has two axes, '{piece}' has {len(names)}")
+    if not 1 <= len(names) <= 3:
+        raise GrammarError(f"'{text}': a product has two or three axes, '{piece}' has {len(names)}")
+    return Segment(names[-1], tuple(names[:-1]))

@@ -104,7 +104,7 @@ def estimate(
     shapes = [_Shapes.of(network, inputs) for network in networks]
     samples = min(samples, config.calibration.samples)
     rows = samples * shapes[anchor].tokens
-    evidence = samples * _evidence(config.calibration.tokens, shapes[anchor].tokens)
+    evidence = samples * _evidence(config.calibration.tokens, shapes[anchor].tokens, inputs)
     bindings = [network.binding for network in networks]
     work = dict.fromkeys(("forward", "products", "elementwise", "cholesky", "solves", "transport", "svd"), 0.0)
     runs = bool(plan.survey) + any(section.keys or section.stages for section in plan.sections)
@@ -213,11 +213,11 @@ class _Shapes:
         return self.reads(stage.first) if stage.narrow else stage.width(binding)
 
 
-def _evidence(tokens: str, length: int) -> int:
+def _evidence(tokens: str, length: int, inputs: Mapping[str, Tensor]) -> int:
     """How many of a sample's tokens count as evidence."""
-    if tokens.startswith("window:"):
+    if tokens.startswith("window:") and "pixel_values" in inputs:
         return int(tokens.partition(":")[2]) ** 2 + 1
-    return length if tokens == "all" else 1
+    return 1 if tokens in ("class", "mean") else length
 
 
 def _columns(stage: Stage, shapes: Sequence[_Shapes], bindings: Sequence[Binding], anchor: int) -> int:

@@ -140,6 +140,9 @@ class Refit:
     def _target(self, section: str, parent: int, stage: Stage, batch: int) -> Tensor:
         """What a parent shows of a stage's targets, side by side, in its own units."""
         found = [self.data.kept[target.key(section, parent, batch)] for target in stage.targets]
+        if not stage.narrow:
+            orders = [self.parents[parent].binding.order(module) for module in stage.modules]
+            found = [one if order is None else one[..., order] for one, order in zip(found, orders, strict=True)]
         return torch.cat(found, dim=-1) if len(found) > 1 else found[0]
 
     def _lacking(self, passage: Passage, stage: Stage, like: Tensor) -> Tensor:
@@ -205,29 +208,36 @@ def _moved(parent: AlignedParent, stage: Stage, outputs: Tensor) -> Tensor:
     parts = outputs.split([parent.binding.axes[axis].size for axis in stage.axes], dim=-1)
     streams = [stage.skips.get(axis, (axis,))[0] for axis in stage.axes]
     seen = dict(zip(streams, parts, strict=True))
-    return torch.cat([parent.moved(seen, axis) for axis in streams], dim=-1)
+    # An axis may be written twice: a gate and what it multiplies, packed.
+    return torch.cat(
+        [parent.moved({**seen, axis: part}, axis) for axis, part in zip(streams, parts, strict=True)], dim=-1
+    )
 
 
 class _LinearMap:
-    """Weight and bias of a linear module as one matrix [inputs + 1, outputs], float64."""
+    """Weight and bias of a linear module as one matrix [inputs + 1, outputs axis by axis], float64."""
 
     def __init__(self, binding: Binding, state: State, module: str) -> None:
         self.module, self._state = module, state
         self._names = f"{module}.weight", f"{module}.bias"
         slot = next(slot for slot in binding.slots if slot.parameter == self._names[0])
         self._writes_first = not slot.reads[0]
+        self._order = binding.order(module)
 
     @property
     def matrix(self) -> Tensor:
         weight, bias = (self._state.get(name) for name in self._names)
         assert weight is not None
         matrix = (weight.flatten(1).T if self._writes_first else weight).double()
-        return torch.cat([matrix, torch.zeros_like(matrix[:1]) if bias is None else bias.double()[None]])
+        whole = torch.cat([matrix, torch.zeros_like(matrix[:1]) if bias is None else bias.double()[None]])
+        return whole if self._order is None else whole[:, self._order]
 
     def replace(self, matrix: Tensor) -> None:
         """Puts a new matrix into the state; without a bias its last row is dropped."""
         weight, bias = (self._state.get(name) for name in self._names)
         assert weight is not None
+        if self._order is not None:
+            matrix = matrix[:, self._order.argsort()]
         found = matrix[:-1].T if self._writes_first else matrix[:-1]
         found = found.reshape(weight.shape).to(weight)
         self._state[self._names[0]] = found.clone(memory_format=torch.contiguous_format)

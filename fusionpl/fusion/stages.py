@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusionpl.calibration import Place, Target, places_of
-from fusionpl.families import STEM, TAIL, Binding, Slot
+from fusionpl.families import STEM, TAIL, Binding, Index, Slot
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ def stages(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Stage,
     """The stages of a section, in forward order.
 
     The stem has none: it reads the same input in every parent, so its average is its least-squares solution. Modules of
-    a block that read one axis read one tensor; in the tail one may read all tokens and another the first.
+    a block that read one axis read one tensor; in the tail one may read all tokens and another the first. Decoders
+    stay: what they put out, a number for each entry of the vocabulary, would be too much to keep.
 
     Args:
         binding: the anchor's.
@@ -81,8 +82,11 @@ def stages(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Stage,
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and module in linear:
             key = module if section == TAIL else _axes(linear[module][0], reads=True)
-            writes = dict.fromkeys(axis for slot in linear[module] for axis in _axes(slot, reads=False))
-            places.append((key, module, tuple(writes)))
+            if "vocabulary" in _axes(linear[module][0], reads=False):
+                continue
+            # A slot is one axis of what is written and one of what is read.
+            first = [slot for slot in linear[module] if _start(slot) == _start(linear[module][0])]
+            places.append((key, module, tuple(axis for slot in first for axis in _axes(slot, reads=False))))
         elif leaf == "weight" and module in norms:
             places.append((module, module, (norms[module],)))
     branches = {join.branch: (axis, join.skip) for axis, join in binding.joins.items()}
@@ -98,6 +102,11 @@ def stages(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Stage,
             narrow = sum(binding.axes[axis].size for axis in read) < sum(binding.axes[axis].size for axis in written)
         found.append(Stage(modules, norm, narrow, skips))
     return tuple(found)
+
+
+def _start(slot: Slot) -> list[Index]:
+    """Where a slot lies along the dimensions that are read."""
+    return [index for index, read in zip(slot.index, slot.reads, strict=True) if read]
 
 
 def _axes(slot: Slot, *, reads: bool) -> tuple[str, ...]:

@@ -24,6 +24,8 @@ class TransportMap:
         gain: what the output view is multiplied by. Attention divides scores by the root of the heads' width, so
             queries and keys that move to heads of another width are rescaled to keep the scores.
         read_gain: the same for the input view of an orthogonal map, which no marginal normalises.
+        sizes: of the parent's units [n_parent] and of the anchor's [n_anchor], where the scale of a unit is free: what
+            is written goes from the one to the other, what is read back. The entries of such a plan may carry signs.
         iterations, converged, marginal_error: of the solver; the error is the L2 violation of the column marginal.
     """
 
@@ -32,6 +34,7 @@ class TransportMap:
     scaling: Literal["two_sided", "source", "orthogonal"] = "two_sided"
     gain: float = 1.0
     read_gain: float = 1.0
+    sizes: tuple[Tensor, Tensor] | None = None
     cost: float | None = None
     iterations: int | None = None
     converged: bool = True
@@ -41,20 +44,22 @@ class TransportMap:
     def to_output(self) -> Tensor:
         """[n_parent, n_anchor] for a dimension that is written: each anchor unit is a convex combination of the
         parent's units, so columns sum to 1."""
-        return self.gain * self._view(dim=0)
+        view = self.gain * self._view(dim=0)
+        return view if self.sizes is None else view * self.sizes[1] / self.sizes[0][:, None]
 
     @property
     def to_input(self) -> Tensor:
         """[n_parent, n_anchor] for a dimension that is read: each unit of the parent is predicted as a convex
         combination of the anchor's, so rows sum to 1."""
-        return self.read_gain * self._view(dim=1)
+        view = self.read_gain * self._view(dim=1)
+        return view if self.sizes is None else view / self.sizes[1] * self.sizes[0][:, None]
 
     def _view(self, dim: int) -> Tensor:
         if self.scaling == "orthogonal":
             return self.plan
         if self.scaling == "source":
             return self.plan * self.plan.shape[0]
-        return self.plan / self.plan.sum(dim, keepdim=True).clamp_min(_TINY)
+        return self.plan / self.plan.abs().sum(dim, keepdim=True).clamp_min(_TINY)
 
     def block(self, row: slice, column: slice) -> "TransportMap":
         """The part of the map between some of the parent's units and some of the anchor's."""

@@ -104,7 +104,10 @@ def test_rotation_refinement_and_another_preset_beside_it(parents: list[str], tm
 def test_check_and_dry_run_write_nothing(parents: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(Path(parents[0]).parent.rglob("*"))
     assert main(fuse.run, ["--parents", *parents[:2], "--check"]) == 0
-    assert capsys.readouterr().out.count(": ok; renumbering all units") == 2
+    shown = capsys.readouterr().out
+    assert shown.count(": ok; renumbering all units") == 2
+    assert "the stream    permutation, one for all; rotation" in shown
+    assert "x permutation or rotation of" in shown
     assert main(fuse.run, ["--parents", *parents[:2], "--dry-run"]) == 0
     plan = capsys.readouterr().out
     assert "join (average) of stem.pos + stem.patch" in plan

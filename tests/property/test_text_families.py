@@ -11,8 +11,16 @@ from torch import Tensor, nn
 from fusionpl.alignment import AlignConfig
 from fusionpl.calibration import CalibrationConfig
 from fusionpl.families import bind, permutation_error, permuted, random_permutations
-from fusionpl.fusion import FuseConfig, FusionResult, RefitConfig, fuse
-from tests.models_for_tests import TEXT_MODELS, largest_difference, sentences, text_model, text_outputs
+from fusionpl.fusion import FuseConfig, FusionResult, RefitConfig, fuse, load_config
+from tests.models_for_tests import (
+    TEXT_MODELS,
+    images,
+    largest_difference,
+    sentences,
+    text_model,
+    text_outputs,
+    timm_vit,
+)
 
 RESIDUALS = ("average", "branch", "skip", "identity", "weighted_scalar", "weighted_matrix", "tie")
 KEEPS_FUNCTION: dict[str, Any] = {"residual": "tie", "heads": "matched", "solver": "assignment"}
@@ -120,3 +128,22 @@ def test_a_refit_is_nearer_to_the_mean_of_the_parents(name: str) -> None:
 
     result = fused(copy.deepcopy(parents), refit="ridge")
     assert distance(result.model) < distance(result.average())
+
+
+def test_a_window_of_patches_is_all_tokens_of_a_text() -> None:
+    """conf/fuse/paper.yaml, made for images, works on text parents."""
+    parents = [text_model("bert masked-lm", seed) for seed in range(2)]
+    paper = load_config("conf/fuse/paper.yaml")
+    assert paper.calibration.tokens == "window:6"
+    for batch in (sentences(64), {"input_ids": sentences(64)["input_ids"]}):
+        found = fuse(parents, [batch], paper).model
+        wanted = fuse(parents, [batch], load_config("conf/fuse/paper.yaml", {"calibration.tokens": "all"})).model
+        assert largest_difference(found, wanted) == 0
+
+
+def test_residual_auto_ties_post_ln_and_averages_pre_ln() -> None:
+    texts = [text_model("bert classifier", seed) for seed in range(2)]
+    assert largest_difference(fused(texts, residual="auto").model, fused(texts, residual="tie").model) == 0
+    vits = [timm_vit(seed) for seed in range(2)]
+    auto, average = (fused(vits, calibration=[images()], residual=one).model for one in ("auto", "average"))
+    assert largest_difference(auto, average) == 0

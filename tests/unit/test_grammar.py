@@ -13,7 +13,7 @@ def read(*segments: Segment) -> Dim:
     return Dim(segments, reads=True)
 
 
-Q, K = Segment("q", group="head"), Segment("k", group="head")
+Q, K = Segment("q", ("head",)), Segment("k", ("head",))
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,10 @@ Q, K = Segment("q", group="head"), Segment("k", group="head")
         ("1 positions pos", (write(), write(Segment("positions")), write(Segment("pos")))),
         ("a <- c h w", (write(Segment("a")), read(Segment("c")), read(Segment("h")), read(Segment("w")))),
         ("(q)", (write(Segment("q")),)),
+        ("(kv group q) <- in", (write(Segment("q", ("kv", "group"))), read(Segment("in")))),
+        ("(head q|k) <- in", (Dim((Q, K), reads=False, interleaved=True), read(Segment("in")))),
+        ("(head q | k)", (Dim((Q, K), reads=False, interleaved=True),)),
+        ("ffn* <- in", (Dim((Segment("ffn"),), reads=False, repeated=True), read(Segment("in")))),
     ],
 )
 def test_meaning(text: str, dims: tuple[Dim, ...]) -> None:
@@ -44,10 +48,11 @@ def test_meaning(text: str, dims: tuple[Dim, ...]) -> None:
         ("ffn <- mid)", "'ffn <- mid)': unbalanced parenthesis"),
         ("3x <- in", "'3x <- in': '3x' is not the name of an axis"),
         ("(head q)|k! <- in", "'(head q)|k! <- in': 'k!' is not the name of an axis"),
-        ("(kv group q) <- in", "'(kv group q) <- in': a product has two axes, '(kv group q)' has 3"),
+        ("(a kv group q) <- in", "'(a kv group q) <- in': a product has two or three axes, '(a kv group q)' has 4"),
+        ("* <- in", "'' is not the name of an axis"),
         ("a| <- in", "'' is not the name of an axis"),
         ("2 in", "'2' is not the name of an axis"),
-        ("() <- in", "a product has two axes, '()' has 0"),
+        ("() <- in", "a product has two or three axes, '()' has 0"),
     ],
 )
 def test_malformed(text: str, message: str) -> None:

@@ -130,12 +130,16 @@ def run(argv: Sequence[str]) -> None:
     beside = {path: load_config(path) for path in args.compare}
     bindings = [network.binding for network in job.networks]
     plan = make_plan(bindings, job.anchor, job.config, names)
+    for other in beside.values():
+        mixing_weights(other.weights, len(names))
+        make_plan(bindings, resolve_anchor(other, len(names)), other, names)
     device, output = _device(args.trainer), Path(args.output or _default_output(args.parents))
+    if not args.dry_run:
+        job.data.check_model(job.networks[job.anchor].module, job.networks[job.anchor].logits)
     expected = job.estimate(plan, device)
     if args.dry_run:
         print(describe(plan, bindings, job.anchor, job.config, names), expected.told(device), sep="\n")
         return
-    job.data.check_model(job.networks[job.anchor].module, job.networks[job.anchor].logits)
     if args.check:
         _check(job)
         return

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -118,16 +119,17 @@ class Calibrated:
         first = configs[0]
         self._seed = seed
         self.names = list(names or (f"parent {index}" for index in range(len(parents))))
-        opened = open_parents(parents, self.names, device, allow_pickle=allow_pickle)
+        check_count(len(parents))
         anchor = resolve_anchor(first, len(parents))
+        for config in configs:
+            mixing_weights(config.weights, len(parents))
+        opened = open_parents(parents, self.names, device, allow_pickle=allow_pickle)
         self._matched = match_vocabularies(parents, opened, anchor)
         networks = [network for network, _ in opened]
         check_parents(networks)
         self._folder = opened[anchor][1]
         bindings = [network.binding for network in networks]
         plans = [make_plan(bindings, anchor, config, self.names) for config in configs]
-        for config in configs:
-            mixing_weights(config.weights, len(parents))
         self._limit = budget(first.calibration.memory, networks[anchor].device)
         kept = Kept(self._limit)
         observes = any(plan.observes for plan in plans) or any(config.refine.method != "none" for config in configs)
@@ -151,8 +153,9 @@ class Calibrated:
         if output is not None and self._folder is not None:
             sink = ModelWriter(self._folder, Path(output) / "model")
         sweep = Sweep(team, plan, config, weights, sink, Kept(self._limit))
-        sweep.run()
-        sink.finish()
+        with closing(sink):
+            sweep.run()
+            sink.finish()
         result = FusionResult(sink, sweep.aligned, team.anchor, config, plan.keep)
         result.warnings = [*self._matched, *_unconverged(result, self.names)]
         if config.refine.method != "none":
@@ -162,8 +165,12 @@ class Calibrated:
                 progress=team.progress,
             )  # fmt: skip
         if output is not None:
-            if self._folder is None or config.refine.method != "none":
+            if self._folder is None:
                 save_model(result.model, Path(output) / "model")
+            elif config.refine.method != "none":
+                with closing(ModelWriter(self._folder, Path(output) / "model")) as refined:
+                    refined.write(dict(result.model.named_parameters()))
+                    refined.finish()
             result.save_maps(Path(output))
         return result
 
@@ -184,10 +191,8 @@ def open_parents(
         allow_pickle: see `load_model`.
 
     Raises:
-        FusionError: fewer than two; see `load_model` and `bind` for the rest.
+        FusionError: see `load_model` and `bind`.
     """
-    if len(parents) < 2:
-        raise FusionError(f"fusion needs at least two parents, not {len(parents)}; give --parents A B")
     homes = [device_of(parent) for parent in parents if isinstance(parent, nn.Module)]
     home = torch.device(device) if device is not None else next(iter(homes), torch.device("cpu"))
     found: list[tuple[Network, ModelFolder | None]] = []
@@ -247,8 +252,14 @@ def _prepared(network: Network, configs: Sequence[FuseConfig]) -> Network:
     return network
 
 
+def check_count(count: int) -> None:
+    """Raises FusionError for fewer than two parents."""
+    if count < 2:
+        raise FusionError(f"fusion needs at least two parents, not {count}; give --parents A B")
+
+
 def check_parents(networks: Sequence[Network]) -> None:
-    """Checks that parents can be fused.
+    """Checks that two or more parents can be fused.
 
     Raises:
         FusionError: naming the parents and what differs.

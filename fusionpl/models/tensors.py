@@ -158,10 +158,10 @@ def _files(folder: Path, layout: Layout) -> tuple[Path, dict[Path, set[str] | No
             assert wanted is not None
             wanted.add(name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FusionError(f"{index} is damaged ({error!r}); copy it again") from error
+        raise FusionError(f"{index} is damaged: {error!r}; copy it again") from error
     for file in shards:
         if not file.is_file():
-            raise FusionError(f"{index} names {file.name}, which is not there; copy or download it too")
+            raise FusionError(f"{file} is missing, but {index.name} names it; copy or download it too")
     return index, shards
 
 

@@ -100,7 +100,7 @@ def rewrite_index(folder: Path, edit: Callable[[dict[str, str]], object]) -> Non
     [
         (
             lambda folder: remove(folder, sorted(file.name for file in folder.glob("model-*"))[1]),
-            rf"{INDEX} names model-00002-of-\d+\.safetensors, which is not there; copy or download it too$",
+            rf"model-00002-of-\d+\.safetensors is missing, but {INDEX} names it; copy or download it too$",
         ),
         (lambda folder: remove(folder, INDEX), rf"has no model\.safetensors, and its shards have no {INDEX}; copy"),
         (lambda folder: (folder / INDEX).write_text("{"), rf"{INDEX} is damaged"),

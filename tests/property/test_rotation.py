@@ -143,11 +143,20 @@ def test_post_ln_is_refused_with_what_to_use_instead() -> None:
         rotated(parents)
 
 
-def test_norms_inside_the_stream_and_shifts_without_a_bias_are_refused() -> None:
+def test_a_shift_without_a_bias_to_take_it_stays_in_the_norm_and_turns() -> None:
+    parents = [timm_vit(seed, qkv_bias=False) for seed in range(2)]
+    result = rotated(parents)
+    for index, parent in enumerate(parents):
+        torch.testing.assert_close(aligned_outputs(result, index), outputs(parent), atol=1e-4, rtol=1e-5)
+    with torch.no_grad():
+        parents[0].get_parameter("blocks.0.norm1.weight")[3] = 0
+    with pytest.raises(FusionError, match=r"'blocks\.0\.norm1\.bias' has no bias of the map behind it"):
+        rotated(parents)
+
+
+def test_norms_inside_the_stream_are_refused() -> None:
     with pytest.raises(FusionError, match=r"parent 0: 'norm_pre' normalises inside the stream"):
         rotated([timm_vit(seed, pre_norm=True) for seed in range(2)])
-    with pytest.raises(FusionError, match=r"'blocks\.0\.norm1\.bias' has no bias of the map behind it"):
-        rotated([timm_vit(seed, qkv_bias=False) for seed in range(2)])
 
 
 def test_options_that_contradict_a_rotation_are_refused() -> None:

@@ -6,7 +6,7 @@ from fusionpl.models.heads import with_classifier
 from fusionpl.models.load import load_model
 from fusionpl.models.save import class_names, library_of, save_model, write_card
 from fusionpl.models.tensors import TensorFile
-from fusionpl.models.tokenizers import check_tokenizers, load_tokenizer, train_wordpiece
+from fusionpl.models.tokenizers import check_tokenizers, load_tokenizer, train_bpe, train_wordpiece
 from fusionpl.models.writer import ModelWriter
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "load_tokenizer",
     "open_model",
     "save_model",
+    "train_bpe",
     "train_wordpiece",
     "with_classifier",
     "write_card",

@@ -9,7 +9,7 @@ from fusionpl.errors import FusionError
 from fusionpl.families import with_parameters
 from fusionpl.models.build import transformers_class
 from fusionpl.models.folders import misfit, model_config, model_folder, open_model
-from fusionpl.models.quiet import quiet_transformers
+from fusionpl.models.quiet import quiet_transformers, without_cache
 from fusionpl.models.tensors import Tensors
 
 
@@ -54,4 +54,5 @@ def _load_transformers(folder: Path) -> nn.Module:
         raise misfit(folder, name, held, wanted)
     for name in sorted(info["missing_keys"]):
         raise FusionError(f"{folder}/model.safetensors lacks {name}")
+    without_cache(model)
     return cast(nn.Module, model).float().eval()

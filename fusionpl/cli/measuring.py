@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionpl.datamodules import FixedSplits
-from fusionpl.evaluation import Curve, Report, Row, evaluate_ensemble, flops, interpolation, parameters
+from fusionpl.evaluation import Curve, Report, Row, continuation, evaluate_ensemble, flops, interpolation, parameters
 from fusionpl.fusion import FusionResult, mixing_weights, vanilla
 from fusionpl.models import load_model
 
@@ -27,6 +27,8 @@ def measure(
 ) -> Report:
     """Measures parents, their ensemble, the plain average, other fusions and the fused model.
 
+    Causal language models go on with a prompt, too.
+
     Args:
         parents: name -> where it comes from.
         result: of the fusion.
@@ -40,11 +42,13 @@ def measure(
     report = Report(config=settings)
     if depth == "none":
         return report
-    batches = list(data.test_dataloader())
+    batches, prompt = list(data.test_dataloader()), data.prompt
+    report.prompt = "" if prompt is None else data.tokenizer.decode(prompt)
 
     def add(name: str, models: Sequence[nn.Module]) -> None:
         models = [model.to(device) for model in models]
-        metrics: dict[str, Any] = evaluate_ensemble(models, batches)
+        measured = evaluate_ensemble(models, batches)
+        metrics: dict[str, Any] = {**measured, **data.derived(measured)}
         report.add(
             Row(
                 name=name,
@@ -53,7 +57,10 @@ def measure(
                 **metrics,
             )
         )
+        if prompt is not None and name in told:
+            report.continuations[name] = continuation(models[0], data.tokenizer, prompt)
 
+    told = {*(f"parent {name}" for name in parents), "vanilla", *others, "fused"}
     models = {name: load_model(path) for name, path in parents.items()}
     plain = vanilla(list(models.values()), mixing_weights(result.config.weights, len(models)))  # where float64 is
     for name, model in models.items():

@@ -61,7 +61,7 @@ def _run(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if wrappers and not moves and any(one.ndim for one in tensors if not isinstance(one, Wrapper)):
         raise RuntimeError(f"{name}: tensors on {DEVICE} and on the CPU")
     asked = kwargs.get("device")
-    if asked is None and not wrappers:
+    if not wrappers and (asked is None or torch.device(asked).type != DEVICE.type):
         return operation(*args, **kwargs)
     if name.startswith("copy_"):
         there = isinstance(args[0], Wrapper)

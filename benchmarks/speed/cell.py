@@ -20,7 +20,7 @@ from benchmarks.speed.pairs import Shape, write_folder
 from benchmarks.speed.plain import plain_fusion
 from fusionpl.calibration import Batch, logits
 from fusionpl.errors import FusionError
-from fusionpl.fusion import FuseConfig, load_config
+from fusionpl.fusion import FuseConfig, estimate, load_config, make_plan, open_parents, resolve_anchor
 
 _ROOT = Path(__file__).resolve().parents[2]
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -75,7 +75,7 @@ def measured(request: Request) -> dict[str, float]:
     Returns:
         `seconds` of the fusion, `extra`, the bytes that it needed beyond what was resident before, and `most`, all that
         were resident at most; of models in memory also `forward`, the seconds of both parents' forward passes, and
-        `ratio`.
+        `ratio`. `predicted` are the seconds that `fuse.py --dry-run` would print.
     """
     config = request.config
     if request.folders:
@@ -91,6 +91,7 @@ def measured(request: Request) -> dict[str, float]:
     forward = min(before, _forward(parents, request, config))
     return {
         "forward": forward, "seconds": seconds, "ratio": seconds / forward, "extra": memory.extra, "most": memory.most,
+        **({"predicted": _predicted(parents, request, config)} if request.preset else {}),
     }  # fmt: skip
 
 
@@ -117,13 +118,22 @@ def _fuse(parents: Sequence[nn.Module], batches: Iterator[Any], request: Request
     return fusionpl.fuse(parents, batches, config).model
 
 
+def _predicted(parents: Sequence[Any], request: Request, config: FuseConfig) -> float:
+    """The seconds that `fuse.py --dry-run` would print."""
+    networks = [network for network, _ in open_parents(parents, ["first", "second"])]
+    anchor = resolve_anchor(config, len(parents))
+    plan = make_plan([network.binding for network in networks], anchor, config, ["first", "second"])
+    batch, device = next(_batches(request, config)), torch.device("cpu")
+    return estimate(plan, networks, anchor, config, batch, request.samples, device).seconds(device)
+
+
 def _of_folders(request: Request, config: FuseConfig) -> dict[str, float]:
+    predicted = _predicted(request.folders, request, config)
     with tempfile.TemporaryDirectory(dir=Path(request.folders[0]).parent) as output, watched() as memory:
         start = time.perf_counter()
         fusionpl.fuse(request.folders, _batches(request, config), config, output=output)
         seconds = time.perf_counter() - start
-    # What `fuse.py --dry-run --parents` says of these folders goes here as `predicted`: the table has its column.
-    return {"seconds": seconds, "extra": memory.extra, "most": memory.most}
+    return {"seconds": seconds, "extra": memory.extra, "most": memory.most, "predicted": predicted}
 
 
 def prepare(request: Request) -> None:

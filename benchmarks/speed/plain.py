@@ -2,8 +2,8 @@
 
 Both models run on one sample after the other while hooks keep all activations; then the units of each axis are
 standardised, all pairs compared by their Euclidean distance, and one transport problem solved an axis. It computes what
-conf/fuse/paper.yaml asks for, for two timm ViTs of one width, and nothing else. The released code keeps what every
-module puts out; here only what those with parameters do.
+conf/fuse/paper.yaml asks for, for two timm ViTs of one width, and nothing else. As in the released code the hooks copy
+what every module puts out.
 """
 
 import copy
@@ -36,24 +36,20 @@ def plain_fusion(parent: nn.Module, anchor: nn.Module, images: Iterable[Tensor])
 
 
 def stored(model: nn.Module, images: Iterable[Tensor]) -> dict[str, Tensor]:
-    """The outputs of all modules with parameters, each [samples, ...], from runs on one sample at a time."""
+    """The outputs of all modules, each [samples, ...], from runs on one sample at a time."""
     found: dict[str, list[Tensor]] = defaultdict(list)
 
     def keep(name: str) -> Any:
         return lambda module, args, output: found[name].append(output.clone())
 
-    hooks = [
-        module.register_forward_hook(keep(name))
-        for name, module in model.named_modules()
-        if any(True for _ in module.parameters(recurse=False))
-    ]
+    hooks = [module.register_forward_hook(keep(name)) for name, module in model.named_modules() if name]
     model.eval()
     for batch in images:
         for image in batch:
             model(image[None])
     for hook in hooks:
         hook.remove()
-    return {name: torch.cat(outputs) for name, outputs in found.items() if name}
+    return {name: torch.cat(outputs) for name, outputs in found.items()}
 
 
 def units(output: Tensor) -> Tensor:

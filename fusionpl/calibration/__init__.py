@@ -4,6 +4,7 @@ from fusionpl.calibration.batches import Progress, batches, no_progress
 from fusionpl.calibration.config import CalibrationConfig, Scale
 from fusionpl.calibration.flow import CalibrationSet, Flow, Passage, places_of, sum_over_ranks
 from fusionpl.calibration.forward import Batch, device_of, eval_mode, has_float64, inputs_of, logits
+from fusionpl.calibration.inputs import sources
 from fusionpl.calibration.kept import GIB, Kept, budget, bytes_of, free_memory
 from fusionpl.calibration.moments import Key, Moments
 from fusionpl.calibration.network import Network
@@ -44,5 +45,6 @@ __all__ = [
     "places_of",
     "recorded",
     "select",
+    "sources",
     "sum_over_ranks",
 ]

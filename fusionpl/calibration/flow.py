@@ -40,8 +40,9 @@ class CalibrationSet:
         for index, (first, batch) in enumerate(batches(calibration, config)):
             mask = batch.get("attention_mask")
             self.firsts.append(first)
-            self.masks.append(None if mask is None else mask.bool())
-            kept["batch", index] = batch
+            self.masks.append(None if mask is None else mask.bool().clone())
+            # Whoever made the batch may write the next one into the same memory.
+            kept["batch", index] = {key: value.clone() for key, value in batch.items()}
 
     def __len__(self) -> int:
         return len(self.firsts)

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -65,6 +66,7 @@ class Kept:
         self.limit = limit
         self.used = self.spilled = 0
         self._entries: dict[Hashable, tuple[list[Any], TreeSpec]] = {}
+        self._free: dict[int, list[int]] = defaultdict(list)  # size -> where the file has room for it
         self._file: IO[bytes] | None = None
 
     def __contains__(self, key: Hashable) -> bool:
@@ -80,30 +82,34 @@ class Kept:
             FusionError: there is no room for the temporary file.
         """
         leaves, spec = tree_flatten(value)
-        old = self._entries.pop(key, ([], None))[0]
-        places = [one for one in old if isinstance(one, _Spilled)]
-        self.used -= sum(_bytes(one) for one in {id(one): one for one in old}.values() if isinstance(one, Tensor))
+        if key in self:
+            del self[key]
         seen: dict[int, Any] = {}  # one tensor may be in several places
         for leaf in leaves:
             if id(leaf) not in seen:
-                seen[id(leaf)] = self._keep(leaf.detach(), places) if isinstance(leaf, Tensor) else leaf
+                seen[id(leaf)] = self._keep(leaf.detach()) if isinstance(leaf, Tensor) else leaf
         self._entries[key] = [seen[id(leaf)] for leaf in leaves], spec
+
+    def __delitem__(self, key: Hashable) -> None:
+        """Forgets an entry; what comes later and has its sizes takes its place in the file."""
+        for one in {id(leaf): leaf for leaf in self._entries.pop(key)[0]}.values():
+            if isinstance(one, Tensor):
+                self.used -= _bytes(one)
+            elif isinstance(one, _Spilled):
+                self._free[one.size].append(one.start)
 
     def __getitem__(self, key: Hashable) -> Any:
         leaves, spec = self._entries[key]
         read = {id(leaf): self._read(leaf) for leaf in leaves if isinstance(leaf, _Spilled)}
         return tree_unflatten([read.get(id(leaf), leaf) for leaf in leaves], spec)
 
-    def _keep(self, tensor: Tensor, places: "list[_Spilled]") -> "Tensor | _Spilled":
+    def _keep(self, tensor: Tensor) -> "Tensor | _Spilled":
         size = _bytes(tensor)
         if self.used + size <= self.limit:
             self.used += size
             # A view would hold the whole tensor that it is a part of.
             return tensor.clone() if tensor.untyped_storage().nbytes() > size else tensor
-        place = next((one for one in places if one.size == size), None)
-        if place is not None:
-            places.remove(place)
-        start = self.spilled if place is None else place.start
+        start = self._free[size].pop() if self._free[size] else self.spilled
         found = _Spilled(start, size, tensor.shape, tensor.dtype, tensor.device)
         try:
             if self._file is None:

@@ -1,6 +1,6 @@
 """Runs networks through one section of the calibration set and collects what is asked for."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusionpl.calibration.flow import CalibrationSet, Flow, Passage, places_of, sum_over_ranks
+from fusionpl.calibration.inputs import InputMoments, Source, sources
 from fusionpl.calibration.moments import Key, Moments
 from fusionpl.calibration.taps import Place, parameter_units
 from fusionpl.calibration.tokens import select
@@ -16,10 +17,14 @@ from fusionpl.families import TAIL, Binding, State
 
 
 class Target(NamedTuple):
-    """The output of a module, with the stream that it is added to, if it is: what a refit fits to."""
+    """What passes at a place, with the stream that it is added to, if it is: what a refit fits to."""
 
-    module: str
+    place: Place
     skip: str | None
+
+    def key(self, section: str, index: int, batch: int) -> Hashable:
+        """Under which it is kept, of a network and a batch; that of the next section takes its place."""
+        return "target", index, self.place.module.removeprefix(section), batch
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Wanted:
         section: its name.
         keys: axes whose joint moments with the anchor's are needed.
         magnitudes: axes of the anchor whose mean absolute activation is needed.
-        targets: outputs that are kept, of all networks.
+        targets: what is kept, of all networks.
         tokens: which tokens count as evidence.
     """
 
@@ -63,7 +68,7 @@ def observe(
         flows: of the networks, which stand before the section.
         anchor: index of the anchor.
         states: the networks' parameters of the section.
-        data: the calibration set; targets are kept with it as ("target", network, module, batch).
+        data: the calibration set; targets are kept with it.
         wanted: what to collect. Moments and magnitudes are those of all ranks.
     """
     bindings = [flow.network.binding for flow in flows]
@@ -77,15 +82,21 @@ def observe(
     shown, raw = _parted([(axis,) for axis in wanted.magnitudes], bindings[anchor])
     sums = {axis: torch.zeros(bindings[anchor].axes[axis].size + 1, dtype=torch.float64, device=device)
             for (axis,) in shown}  # fmt: skip
-    axes = list(dict.fromkeys(axis for key in seen for axis in key))
+    derived = [InputMoments(one, bindings, anchor) for one in sources(bindings[anchor], wanted.section, seen)]
+    elsewhere = {key for one in derived for key in one.source.keys}
+    direct = [key for key in seen if key not in elsewhere]
+    axes = list(dict.fromkeys(axis for key in direct for axis in key))
     order = [anchor, *(index for index in range(len(flows)) if index != anchor)]
     for batch in data:
         theirs: dict[str, Tensor] = {}
+        read: list[dict[int, Tensor]] = [{} for _ in derived]
         for index in order:
             looked_at = [*axes, *(sums if index == anchor else ())]
-            passage = _pass(flows[index], states[index], batch, looked_at, wanted)
+            passage = _pass(flows[index], states[index], batch, looked_at, [one.source for one in derived], wanted)
             for target in wanted.targets:
-                data.keep(("target", index, target.module, batch), _target(passage, target))
+                data.keep(target.key(wanted.section, index, batch), _target(passage, target))
+            for one, inputs in zip(derived, read, strict=True):
+                inputs[index] = select(passage.seen[one.source.place], wanted.tokens, data.masks[batch])
             rows = {axis: select(passage.units(axis), wanted.tokens, data.masks[batch]) for axis in looked_at}
             if index == anchor:
                 theirs = rows
@@ -93,8 +104,14 @@ def observe(
                     total[:-1] += rows[axis].abs().sum(0)
                     total[-1] += len(rows[axis])
             else:
-                for key in seen:
+                for key in direct:
                     moments[index][key].update(_beside(rows, key), _beside(theirs, key))
+        for one, inputs in zip(derived, read, strict=True):
+            one.update(inputs)
+    for index, ours in enumerate(moments):
+        if index != anchor:
+            for one in derived:
+                ours |= one.moments(index, states)
     _sum(found, seen, sums)
     for (axis,) in values:
         tap = bindings[anchor].taps[axis]
@@ -124,16 +141,17 @@ def _empty(binding: Binding, anchor: Binding, key: Key, device: torch.device) ->
     return Moments.zeros(n, m, device=device)
 
 
-def _pass(flow: Flow, state: State, batch: int, axes: Sequence[str], wanted: Wanted) -> Passage:
+def _pass(flow: Flow, state: State, batch: int, axes: Sequence[str], read: Sequence[Source], wanted: Wanted) -> Passage:
     binding = flow.network.binding
     skips = [target.skip for target in wanted.targets if target.skip is not None]
-    places = places_of(binding, (*axes, *skips)) | {Place(target.module, "output") for target in wanted.targets}
+    places = places_of(binding, (*axes, *skips)) | {target.place for target in wanted.targets}
+    places |= {one.place for one in read}
     return flow.step(wanted.section, state, batch, places, stop=wanted.section == TAIL)
 
 
 def _target(passage: Passage, target: Target) -> Tensor:
-    output = passage.seen[Place(target.module, "output")]
-    return output if target.skip is None else output + passage.units(target.skip).to(output)
+    seen = passage.seen[target.place]
+    return seen if target.skip is None else seen + passage.units(target.skip).to(seen)
 
 
 def _beside(rows: Mapping[str, Tensor], key: Key) -> Tensor:

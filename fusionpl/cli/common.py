@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from huggingface_hub.utils.tqdm import disable_progress_bars
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from fusionpl.errors import FusionError, nearest
@@ -120,6 +121,12 @@ def add_trainer_options(parser: ArgumentParser) -> None:
     )
 
 
+def add_reading_options(parser: ArgumentParser) -> None:
+    """Adds the options that say how models are read."""
+    parser.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin where there are no "
+                        "safetensors, by torch.load(weights_only=True)")  # fmt: skip
+
+
 def is_main_process() -> bool:
     """Whether this is the process the user started: under DDP, Lightning starts the others."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
@@ -194,6 +201,8 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning|torch|timm|transformers|datasets")
+    if not sys.stderr.isatty():
+        disable_progress_bars()
 
 
 def new_parser(description: str) -> ArgumentParser:

@@ -16,6 +16,7 @@ from torch import nn
 
 from fusionpl.cli.common import (
     CONF,
+    add_reading_options,
     add_trainer_options,
     is_main_process,
     new_parser,
@@ -29,7 +30,7 @@ from fusionpl.cli.common import (
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import Report, Row, best_of, flops, parameters, readable
 from fusionpl.fusion import mixing_weights, vanilla
-from fusionpl.models import load_model, load_tokenizer, save_model, with_classifier
+from fusionpl.models import load_model, load_tokenizer, save_model, short_name, with_classifier
 from fusionpl.training import TASKS, LoggerName, OptimConfig, TaskName, finish_loggers, fit, log_report, make_loggers
 
 PRESET = CONF / "finetune" / "default.yaml"
@@ -40,13 +41,15 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     """The options of finetune.py for a task."""
     parser = new_parser(f"Finetunes a model. Without --config the preset {PRESET.name} is used.")
     parser.add_argument("--task", type=TaskName, default=task, help="what is learned; decides the options of data")
-    parser.add_argument("--model", type=str | None, help="a fused model, or any run folder, model folder or hub id")
+    parser.add_argument("--model", type=str | None, help="a fused model, or any run folder, model folder or "
+                        "hub id (org/name or org/name@revision)")  # fmt: skip
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="decides data order and augmentation")
     parser.add_argument("--baselines", type=bool, default=True, help="finetune best parent and vanilla average too")
     parser.add_argument("--output", type=str | None, help="where the finetuned model goes")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     parser.add_argument("--resume", action="store_true", help="continue a finetuning that was stopped")
     parser.add_argument("--logger", type=LoggerName, default="wandb", help="metrics.csv is always written")
+    add_reading_options(parser)
     parser.add_class_arguments(TASKS[task].data, "data")
     parser.add_class_arguments(OptimConfig, "optim")
     add_trainer_options(parser)
@@ -61,7 +64,8 @@ def run(argv: Sequence[str]) -> None:
         KeyboardInterrupt: the user stopped it; the message says how to continue.
     """
     quiet()
-    source = Path(_model_in(argv))
+    model = _model_in(argv)
+    source = Path(model)
     origin = settings_in(source)
     own: TaskName = origin.get("task", "image-classification")
     task = task_of(argv, own)
@@ -69,13 +73,15 @@ def run(argv: Sequence[str]) -> None:
     if task == own:
         parser.set_defaults({f"data.{key}": value for key, value in origin.get("data", {}).items()})
     options = parse(parser, argv, PRESET)
-    folder = Path(options.output or source.with_name(f"{source.name}-finetuned"))
-    candidates = _candidates(source, origin, options.baselines, every_parent=task != own)
+    home = source.parent if source.is_dir() else Path("runs")
+    folder = Path(options.output or home / f"{short_name(model)}-finetuned")
+    candidates = _candidates(model, origin, options, every_parent=task != own)
     started = time.monotonic()
     try:
         if options.resume:
             if not (folder / "config.yaml").is_file():
                 raise FusionError(f"there is no finetuning to resume in {folder}; start one without --resume")
+            _check_sharding(folder, options)
             rows = _finetune_all(parser, options, candidates, folder)
         else:
             with run_folder(folder, options.overwrite, keep="checkpoints/last.ckpt"):
@@ -100,23 +106,33 @@ def _model_in(argv: Sequence[str]) -> str:
     return str(model)
 
 
-def _candidates(source: Path, origin: dict[str, Any], baselines: bool, *, every_parent: bool) -> dict[str, nn.Module]:
+def _candidates(source: str, origin: dict[str, Any], options: Namespace, *, every_parent: bool) -> dict[str, nn.Module]:
     """Report name -> model: the model itself and, for a fused one, its best parent and the vanilla average.
 
     For another task than the parents' nobody knows which parent is the best: then all of them.
     """
     if "parents" not in origin:
-        return {source.name: load_model(source)}
+        return {short_name(source): load_model(source, allow_pickle=options.allow_pickle)}
     candidates = {"fused": load_model(source)}
-    if not baselines:
+    if not options.baselines:
         return candidates
-    parents = [load_model(path) for path in origin["parents"]]
+    allowed = options.allow_pickle or origin.get("allow_pickle", False)
+    parents = [load_model(path, allow_pickle=allowed) for path in origin["parents"]]
     plain = vanilla(parents, mixing_weights(origin.get("weights"), len(parents)))
-    report = Report.load(source / "report").rows
+    report = Report.load(Path(source) / "report").rows
     rows = [row for row in report if row.name.startswith("parent ") and row.stage == "one-shot"]
     best = best_of(rows)
     candidates |= {row.name: parent for row, parent in zip(rows, parents, strict=True) if every_parent or row is best}
     return candidates | ({"vanilla": plain} if plain is not None else {})
+
+
+def _check_sharding(folder: Path, options: Namespace) -> None:
+    """Refuses to resume with FSDP what was started without it, or the reverse: they number parameters differently."""
+    before, now = settings_in(folder).get("trainer", {}).get("strategy", "auto"), options.trainer.strategy
+    if (before == "fsdp") != (now == "fsdp"):
+        raise FusionError(
+            f"{folder} was started with trainer.strategy {before}, not {now}; give --resume the options of the start"
+        )
 
 
 def _finetune_all(

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from fusionpl.calibration import Network, logits
 from fusionpl.cli.common import (
     CONF,
+    add_reading_options,
     add_trainer_options,
     check_output,
     is_main_process,
@@ -45,7 +46,7 @@ from fusionpl.fusion import (
     open_parents,
     resolve_anchor,
 )
-from fusionpl.models import check_tokenizers, library_of, load_model, load_tokenizer, write_card
+from fusionpl.models import check_tokenizers, library_of, load_model, load_tokenizer, short_name, write_card
 from fusionpl.training import TASKS, LoggerName, OTFusion, TaskName, finish_loggers, log_report, make_loggers
 
 PRESET = CONF / "fuse" / "default.yaml"
@@ -89,7 +90,8 @@ class Job:
         config, parents = fuse_config(chosen), named(args.parents)
         anchor = resolve_anchor(config, len(parents))
         mixing_weights(config.weights, len(parents))
-        networks = [network for network, _ in open_parents(list(parents.values()), list(parents))]
+        opened = open_parents(list(parents.values()), list(parents), allow_pickle=args.allow_pickle)
+        networks = [network for network, _ in opened]
         check_parents(networks)
         tokenizer = common_tokenizer(parents)
         data = TASKS[args.task].datamodule(chosen.data, 0, tokenizer)
@@ -111,6 +113,9 @@ def run(argv: Sequence[str]) -> None:
     beside = {path: load_config(path) for path in args.compare}
     bindings = [network.binding for network in job.networks]
     plan = make_plan(bindings, job.anchor, job.config, names)
+    for other in beside.values():
+        mixing_weights(other.weights, len(names))
+        make_plan(bindings, resolve_anchor(other, len(names)), other, names)
     device, output = _device(args.trainer), Path(args.output or _default_output(args.parents))
     expected = job.estimate(plan, device)
     if args.dry_run:
@@ -127,13 +132,14 @@ def run(argv: Sequence[str]) -> None:
         f"anchor: {names[job.anchor]}"
     )
     with staged(output, args.overwrite) if is_main_process() else nullcontext(output) as folder:
-        fusion = _Fusion(list(job.parents.values()), job.config, names=names, output=folder, progress=progress_bar)
+        reading = {"names": names, "allow_pickle": args.allow_pickle}
+        fusion = _Fusion(list(job.parents.values()), job.config, output=folder, progress=progress_bar, **reading)
         trainer = L.Trainer(callbacks=[fusion], **_launching(args.trainer))
         trainer.test(_Nothing(), datamodule=job.data, verbose=False)
         assert fusion.result is not None
         device = trainer.strategy.root_device
         others = {
-            f"fused ({Path(path).stem})": OTFusion(fusion.parents, other, names=names).fuse(trainer).model
+            f"fused ({Path(path).stem})": OTFusion(fusion.parents, other, **reading).fuse(trainer).model
             for path, other in beside.items()
         }
         if not trainer.is_global_zero:
@@ -141,7 +147,10 @@ def run(argv: Sequence[str]) -> None:
         (folder / "config.yaml").write_text(yaml.safe_dump(job.settings, sort_keys=False))
         if job.tokenizer is not None:
             job.tokenizer.save_pretrained(folder / "model")
-        report = measure(job.parents, fusion.result, others, job.data, device, job.settings, args.report)
+        report = measure(
+            job.parents, fusion.result, others, job.data, device, job.settings, args.report,
+            allow_pickle=args.allow_pickle,
+        )  # fmt: skip
         report.save(folder / "report")
         write_card(folder / "model", library_of(job.networks[job.anchor].module), card(report, names))
     for line in fusion.result.warnings:
@@ -172,7 +181,8 @@ class _Nothing(L.LightningModule):
 def _launching(options: Namespace) -> dict[str, Any]:
     """Trainer arguments that start the processes and then run no batch."""
     quietly = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-    return {**options.as_dict(), **quietly, "limit_test_batches": 0}
+    found = {**options.as_dict(), **quietly, "limit_test_batches": 0}
+    return {**found, "strategy": "ddp"} if options.strategy == "fsdp" else found  # no weights to shard
 
 
 def _device(options: Namespace) -> torch.device:
@@ -183,7 +193,8 @@ def _device(options: Namespace) -> torch.device:
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     """The options of fuse.py for parents of a task."""
     parser = new_parser(f"Aligns parents and averages them. Without --config the preset {PRESET.name} is used.")
-    parser.add_argument("--parents", nargs="+", type=str, default=[], help="run folders, model folders or hub ids")
+    parser.add_argument("--parents", nargs="+", type=str, default=[], help="run folders, model folders or hub ids, "
+                        "org/name or org/name@revision")  # fmt: skip
     parser.add_argument("--task", type=TaskName, default=task, help="what the parents were trained for")
     parser.add_argument("--output", type=str | None, help="where the fused model goes")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
@@ -193,6 +204,7 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
                         "several models in memory at once; none: measure nothing")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="prove the family on the parents; fuse nothing")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, with time and memory")
+    add_reading_options(parser)
     parser.add_class_arguments(FuseConfig)
     parser.add_class_arguments(TASKS[task].data, "data")
     add_trainer_options(parser)
@@ -230,7 +242,7 @@ def fuse_config(options: Namespace) -> FuseConfig:
 
 def named(paths: Sequence[str]) -> dict[str, str]:
     """Gives each parent the shortest name that tells it from the others: name -> path."""
-    names = [Path(path).name for path in paths]
+    names = [short_name(path) for path in paths]
     if len(set(names)) < len(names):
         names = [f"{name}#{index + 1}" for index, name in enumerate(names)]
     return dict(zip(names, paths, strict=True))
@@ -244,8 +256,8 @@ def common_tokenizer(parents: Mapping[str, str]) -> Any:
 
 
 def _default_output(parents: Sequence[str]) -> Path:
-    folders = {Path(path).resolve().parent for path in parents if Path(path).is_dir()}
-    return (Path(parents[0]).parent if len(folders) == 1 else Path("runs")) / "fused"
+    folders = {Path(path).resolve().parent if Path(path).is_dir() else None for path in parents}
+    return (Path(parents[0]).parent if len(folders) == 1 and None not in folders else Path("runs")) / "fused"
 
 
 def progress_bar(steps: Iterable[Any], label: str) -> Iterable[Any]:
@@ -257,7 +269,7 @@ def progress_bar(steps: Iterable[Any], label: str) -> Iterable[Any]:
 def _check(job: Job) -> None:
     batch = next(iter(job.data.calibration_dataloader(16)))
     for name, path in job.parents.items():
-        model = load_model(path)
+        model = load_model(path, allow_pickle=job.args.allow_pickle)
         with torch.inference_mode():
             size = float(logits(model, batch).abs().max())
         error = permutation_error(model, lambda one: logits(one, batch))

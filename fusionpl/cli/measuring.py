@@ -24,6 +24,8 @@ def measure(
     device: torch.device,
     settings: dict[str, Any],
     depth: Depth = "full",
+    *,
+    allow_pickle: bool = False,
 ) -> Report:
     """Measures parents, their ensemble, the plain average, other fusions and the fused model.
 
@@ -38,6 +40,7 @@ def measure(
         settings: shown in the report.
         depth: `full` adds what is made of aligned parents: their average, the curves and the maps; `none` measures
             nothing.
+        allow_pickle: see `load_model`.
     """
     report = Report(config=settings)
     if depth == "none":
@@ -61,7 +64,7 @@ def measure(
             report.continuations[name] = continuation(models[0], data.tokenizer, prompt)
 
     told = {*(f"parent {name}" for name in parents), "vanilla", *others, "fused"}
-    models = {name: load_model(path) for name, path in parents.items()}
+    models = {name: load_model(path, allow_pickle=allow_pickle) for name, path in parents.items()}
     plain = vanilla(list(models.values()), mixing_weights(result.config.weights, len(models)))  # where float64 is
     for name, model in models.items():
         add(f"parent {name}", [model])
@@ -78,7 +81,8 @@ def measure(
     if depth == "full":
         report.maps = dict(_shown_maps(result))
         if report.rows[0].accuracy is not None:  # the curve of a regression has no accuracy to show
-            report.barrier = _curves(parents, result, list(islice(data.val_dataloader(), CURVE_BATCHES)), device, plain)
+            seen = list(islice(data.val_dataloader(), CURVE_BATCHES))
+            report.barrier = _curves(parents, result, seen, device, plain, allow_pickle)
     return report
 
 
@@ -98,13 +102,14 @@ def _curves(
     batches: Iterable[Mapping[str, Any]],
     device: torch.device,
     plain: nn.Module | None,
+    allow_pickle: bool,
 ) -> dict[str, Curve]:
     """The way from the anchor to the first other parent, as it is (if the widths agree) and aligned."""
     other = next(index for index in range(len(parents)) if index != result.anchor)
     paths = list(parents.values())
     ends: dict[str, Callable[[int], nn.Module]] = {"aligned": result.aligned_parent}
     if plain is not None:
-        ends = {"vanilla": lambda index: load_model(paths[index])} | ends
+        ends = {"vanilla": lambda index: load_model(paths[index], allow_pickle=allow_pickle)} | ends
     found = {}
     for name, end in ends.items():
         a, b = (end(index).to(device) for index in (other, result.anchor))

@@ -20,7 +20,7 @@ from fusionpl.cli.common import check_output, main, quiet, settings_of, staged
 from fusionpl.cli.fuse import arguments, common_tokenizer, fuse_config, named, progress_bar
 from fusionpl.errors import FusionError, flattened
 from fusionpl.evaluation import Report, Row, evaluate
-from fusionpl.fusion import Calibrated, FuseConfig, load_config, resolve_anchor
+from fusionpl.fusion import Calibrated, FuseConfig, load_config, mixing_weights, resolve_anchor
 from fusionpl.models import load_model
 from fusionpl.training import TASKS, finish_loggers, log_report, make_loggers
 
@@ -40,17 +40,21 @@ def run(argv: Sequence[str]) -> None:
     base = asdict(fuse_config(chosen))
     cells = grid(args.sweep)
     configs = {label(cell): load_config(None, {**flattened(base), **cell}) for cell in cells}
-    output = Path(args.output or Path(args.parents[0]).parent / "sweep")
+    groups = passes(configs, len(args.parents))
+    for config in configs.values():
+        mixing_weights(config.weights, len(args.parents))
+    first = Path(args.parents[0])
+    output = Path(args.output or (first.parent if first.is_dir() else Path("runs")) / "sweep")
     check_output(output, args.overwrite)
     parents = named(args.parents)
-    models = [load_model(path) for path in parents.values()]
+    models = [load_model(path, allow_pickle=args.allow_pickle) for path in parents.values()]
     data = TASKS[args.task].datamodule(chosen.data, 0, common_tokenizer(parents))
     data.check_model(models[0])
     test = list(data.test_dataloader())
     report = Report(config=settings)
     for name, model in zip(parents, models, strict=True):
         report.add(Row(f"parent {name}", **_scores(evaluate(model, test))))
-    for group in passes(configs, len(models)):
+    for group in groups:
         calibrated = Calibrated(
             models, data.calibration_dataloader(), list(group.values()), names=list(parents), progress=progress_bar
         )

@@ -141,8 +141,14 @@ class FixedSplits(L.LightningDataModule):
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
 
     def _evaluation_loader(self, part: str) -> DataLoader[Any]:
-        sampler = ShareSampler(self.dataset(part), *self._ranks, shuffle=False)
-        return self._loader(part, self.evaluation_batch, sampler, 0)
+        data, (world, rank) = self.dataset(part), self._ranks
+        share, more = divmod(len(data), world)  # type: ignore[arg-type]
+        if more and not share:
+            raise FusionError(f"the {part} data are {more} samples, too few for {world} processes; use fewer devices")
+        size = self.evaluation_batch
+        while more and share % size == 0:  # whoever has a sample more would run a batch alone; FSDP waits for all
+            size += 1
+        return self._loader(part, size, ShareSampler(data, world, rank, shuffle=False), 0)
 
     def _loader(self, part: str, size: int, sampler: Any, workers: int) -> DataLoader[Any]:
         data = self.dataset(part)

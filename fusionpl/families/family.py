@@ -116,6 +116,13 @@ def family_of(model: object) -> Family:
     for family in library().values():
         if classes & set(family.models):
             return family
+    models = [name.rpartition(".") for family in library().values() for name in family.models]
+    beside = [name for module, _, name in models if module == type(model).__module__]
+    if beside:
+        raise FusionError(
+            f"no family for {type(model).__qualname__}, but for {', '.join(beside)} "
+            "(finetune.py gives a head to an encoder that has none)"
+        )
     raise FusionError(
         f"no family for {type(model).__module__}.{type(model).__qualname__}; known: {', '.join(library())} "
         "(a new architecture is one YAML file, see docs/families.md)"

@@ -1,5 +1,6 @@
 """What a fusion will take: memory and disk from shapes alone, time from how fast this machine multiplies."""
 
+import math
 import shutil
 import tempfile
 import time
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusionpl.calibration import GIB, Batch, Key, Network, budget, eval_mode, free_memory, inputs_of
+from fusionpl.calibration import GIB, Batch, Key, Network, budget, eval_mode, free_memory, inputs_of, sources
 from fusionpl.errors import FusionError
 from fusionpl.families import STEM, TAIL, Binding, State, boundary
 from fusionpl.fusion.config import FuseConfig
@@ -98,53 +99,68 @@ def estimate(
         device: where it will run.
     """
     inputs = inputs_of(batch)
-    given = len(next(iter(inputs.values())))
-    size = min(given, config.calibration.batch_size)
+    size = min(len(next(iter(inputs.values()))), config.calibration.batch_size)
     inputs = {key: value[:size] for key, value in inputs.items()}
-    batches = min(samples, config.calibration.samples) / size
     shapes = [_Shapes.of(network, inputs) for network in networks]
-    ours = shapes[anchor]
-    rows, evidence = ours.tokens * size, _evidence(config.calibration.tokens, ours.tokens) * size
+    samples = min(samples, config.calibration.samples)
+    rows = samples * shapes[anchor].tokens
+    evidence = samples * _evidence(config.calibration.tokens, shapes[anchor].tokens)
     bindings = [network.binding for network in networks]
-    others = [binding for index, binding in enumerate(bindings) if index != anchor]
-    sections = list(plan.sections)
-    stages = [stage for section in sections for stage in section.stages]
-    keys = [*plan.survey, *(key for section in sections for key in section.keys)]
-    runs = bool(plan.survey) + any(section.keys or section.stages for section in sections)
-    alone = not runs and any(section.magnitudes for section in sections)
-
     work = dict.fromkeys(("forward", "products", "elementwise", "cholesky", "solves", "transport", "svd"), 0.0)
-    work["forward"] = batches * (runs * sum(one.forward for one in shapes) + (plan.fits + alone) * ours.forward)
-    for other in others:
-        for key in keys:
-            n, m = _units(other, key), _units(bindings[anchor], key)
-            work["products"] += 2 * batches * evidence * n * m
-            work["elementwise"] += 4 * _PASSES * batches * evidence * (n + m)
-        for problem in plan.problems:
-            for kind, n, m in problem.solves(other, bindings[anchor]):
-                work[kind] += n * m * (min(n, m) if kind == "svd" else 16 * _ITERATIONS / config.align.reg)
-        for slot in other.slots:
-            sizes = [other.axes[axis].size if axis else 1 for axis in slot.axes]
-            work["products"] += 2 * torch.Size(sizes).numel() * sum(one for one in sizes if one > 1)
-    for stage in stages:
-        n, m = ours.inputs(stage, bindings[anchor]), stage.width(bindings[anchor])
-        columns = m + sum(stage.width(other) for other in others)
-        if stage.norm:
-            continue
-        work["products"] += 2 * batches * rows * n * (n * _SYMMETRIC + columns)
-        work["elementwise"] += 4 * _PASSES * batches * rows * (n + columns)
+    runs = bool(plan.survey) + any(section.keys or section.stages for section in plan.sections)
+    alone = not runs and any(section.magnitudes for section in plan.sections)
+    forward = runs * sum(one.forward for one in shapes) + (plan.fits + alone) * shapes[anchor].forward
+    work["forward"] = forward * samples / size
+    for index in range(len(networks)):
+        if index != anchor:
+            _add_alignment(work, plan, shapes, bindings, index, anchor, config, evidence)
+    for stage in (stage for section in plan.sections for stage in section.stages if not stage.norm):
+        n, m = shapes[anchor].reads(stage.first), stage.width(bindings[anchor])
+        columns = _columns(stage, shapes, bindings, anchor)
+        work["products"] += 2 * rows * n * (n * _SYMMETRIC + columns)
+        work["elementwise"] += 4 * _PASSES * rows * (n + columns)
         work["cholesky"] += (_PENALTIES + 1) * n**3 / 3
         work["solves"] += 4 * n * n * (m + _PENALTIES * min(m, COMBINATIONS))
-
-    kept = _kept(plan, shapes, bindings, anchor, config, batches * rows)
+    kept = _kept(plan, shapes, bindings, anchor, config, rows)
     limit = budget(config.calibration.memory, device)
-    output = sum(parameter.numel() * parameter.element_size() for parameter in networks[anchor].module.parameters())
+    working = _working(plan.sections, shapes, networks, anchor, shapes[anchor].tokens * size)
     return Estimate(
-        memory=_working(sections, shapes, networks, anchor, rows) + sum(min(one, limit) for one in kept),
+        memory=working + sum(min(one, limit) for one in kept),
         disk=sum(max(one - limit, 0) for one in kept),
-        output=output,
+        output=sum(one.numel() * one.element_size() for one in networks[anchor].module.parameters()),
         work=work,
     )
+
+
+def _add_alignment(
+    work: dict[str, float],
+    plan: Plan,
+    shapes: Sequence["_Shapes"],
+    bindings: Sequence[Binding],
+    index: int,
+    anchor: int,
+    config: FuseConfig,
+    rows: int,
+) -> None:
+    """Adds what it takes to find the maps of a parent, and to move its parameters."""
+    parent, reference = bindings[index], bindings[anchor]
+    for name, keys in [("", plan.survey), *((section.name, section.keys) for section in plan.sections)]:
+        derived = sources(reference, name, keys)
+        direct = set(keys) - {key for one in derived for key in one.keys}
+        pairs = [(_units(parent, key), _units(reference, key)) for key in direct]
+        for module in (one.place.module for one in derived):
+            n, m = shapes[index].reads(module), shapes[anchor].reads(module)
+            pairs.append((n, m))
+            work["products"] += 2 * rows * _SYMMETRIC * (n * n + m * m)
+        work["products"] += 2 * rows * sum(n * m for n, m in pairs)
+        work["elementwise"] += 4 * _PASSES * rows * sum(n + m for n, m in pairs)
+    for problem in plan.problems:
+        for kind, n, m in problem.solves(parent, reference):
+            work[kind] += n * m * (min(n, m) if kind == "svd" else 16 * _ITERATIONS / config.align.reg)
+    for slot in parent.slots:
+        axes = [parent.axes[axis] for axis in slot.axes if axis]
+        size = math.prod(axis.size for axis in axes)
+        work["products"] += 2 * size * sum(axis.size for axis in axes if not axis.fixed)
 
 
 @dataclass(frozen=True)
@@ -154,7 +170,7 @@ class _Shapes:
     Attributes:
         tokens: of a sample.
         forward: floating-point operations of a batch.
-        widths: a linear module of the first block or the tail -> the width of what it reads.
+        widths: weight of a linear module -> the width of what the module reads.
     """
 
     tokens: int
@@ -188,9 +204,13 @@ class _Shapes:
             {name: shape[0 if reads.get(name) else 1] for name, shape in widths.items()},
         )
 
-    def inputs(self, stage: Stage, binding: Binding) -> int:
-        """The width of what the modules of a stage read."""
-        return 0 if stage.norm else self.widths[f"{next(iter(stage.modules))}.weight"]
+    def reads(self, module: str) -> int:
+        """The width of what a linear module reads."""
+        return self.widths[f"{module}.weight"]
+
+    def shows(self, stage: Stage, binding: Binding) -> int:
+        """The width of what is kept of a stage, in a network that it is fitted to."""
+        return self.reads(stage.first) if stage.narrow else stage.width(binding)
 
 
 def _evidence(tokens: str, length: int) -> int:
@@ -200,18 +220,27 @@ def _evidence(tokens: str, length: int) -> int:
     return length if tokens == "all" else 1
 
 
+def _columns(stage: Stage, shapes: Sequence[_Shapes], bindings: Sequence[Binding], anchor: int) -> int:
+    """What the inputs of a stage are multiplied with."""
+    others = [one.shows(stage, binding) for one, binding in zip(shapes, bindings, strict=True)]
+    return sum(others) if stage.narrow else sum(others) - others[anchor] + stage.width(bindings[anchor])
+
+
 def _units(binding: Binding, key: Key) -> int:
     return sum(binding.axes[axis].size for axis in key)
 
 
 def _kept(
-    plan: Plan, shapes: Sequence[_Shapes], bindings: Sequence[Binding], anchor: int, config: FuseConfig, rows: float
+    plan: Plan, shapes: Sequence[_Shapes], bindings: Sequence[Binding], anchor: int, config: FuseConfig, rows: int
 ) -> tuple[int, int]:
     """Bytes of the activations that are kept between sections, and of the maps."""
     stream = [binding.axes[boundary(STEM)].size for binding in bindings]
     widths = [0] * len(bindings)
     for section in plan.sections:
-        each = [sum(stage.width(binding) for stage in section.stages) for binding in bindings]
+        each = [
+            sum(one.shows(stage, binding) for stage in section.stages)
+            for one, binding in zip(shapes, bindings, strict=True)
+        ]
         widths = [max(pair) for pair in zip(widths, each, strict=True)]
     item = getattr(torch, config.calibration.dtype).itemsize
     activations = sum(stream) + sum(widths) + (stream[anchor] + widths[anchor] if plan.fits else 0)
@@ -221,7 +250,7 @@ def _kept(
         for name, axis in binding.axes.items()
         if index != anchor and not axis.fixed
     )
-    return int(item * rows * activations) if plan.observes else 0, maps
+    return item * rows * activations if plan.observes else 0, maps
 
 
 def _working(
@@ -243,9 +272,10 @@ def _working(
         ]  # fmt: skip
         fits = []
         for stage in section.stages:
-            n, m = shapes[anchor].inputs(stage, ours), stage.width(ours)
-            columns = m + sum(stage.width(network.binding) for i, network in enumerate(networks) if i != anchor)
-            fits.append(8 * (5 * n * n + 3 * n * columns + 3 * n * m))
+            if not stage.norm:
+                n, m = shapes[anchor].reads(stage.first), stage.width(ours)
+                columns = _columns(stage, shapes, [network.binding for network in networks], anchor)
+                fits.append(8 * (5 * n * n + 2 * n * columns + 5 * n * m))
         passing = 4 * rows * 2 * sum(stage.width(ours) for stage in section.stages) if section.stages else 0
         found.append(held + max(sum(moments) + 6 * max(moments, default=0), max(fits, default=0)) + passing)
     return max(found)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def fuse(
     device: torch.device | str | None = None,
     output: str | Path | None = None,
     seed: int = 0,
+    allow_pickle: bool = False,
     progress: Progress = no_progress,
 ) -> FusionResult:
     """Aligns the parents to the anchor and averages them into one model.
@@ -59,6 +61,7 @@ def fuse(
         output: a run folder that gets model/, maps.safetensors and config.yaml; where the anchor is named, the fused
             model is written into it block by block, and loaded only when `FusionResult.model` is asked for.
         seed: decides the order of the batches of learned refinement; nothing else is random.
+        allow_pickle: see `load_model`.
         progress: wraps loops for a progress bar.
 
     Returns:
@@ -68,7 +71,10 @@ def fuse(
         FusionError: parents that do not fit together, NaN weights, an empty calibration set, options that don't fit.
     """
     config = config or FuseConfig()
-    ready = Calibrated(parents, calibration, [config], names=names, device=device, seed=seed, progress=progress)
+    ready = Calibrated(
+        parents, calibration, [config], names=names, device=device, seed=seed, allow_pickle=allow_pickle,
+        progress=progress,
+    )  # fmt: skip
     return ready.fuse(config, output=output)
 
 
@@ -79,7 +85,7 @@ class Calibrated:
     only to refit.
 
     Args:
-        parents, names, device, seed, progress: see `fuse`.
+        parents, names, device, seed, allow_pickle, progress: see `fuse`.
         calibration: see `fuse`.
         configs: they share the anchor, what is collected (`calibration` but for its `scale`), and `align.stream`.
 
@@ -96,20 +102,22 @@ class Calibrated:
         names: Sequence[str] | None = None,
         device: torch.device | str | None = None,
         seed: int = 0,
+        allow_pickle: bool = False,
         progress: Progress = no_progress,
     ) -> None:
         first = configs[0]
         self._seed = seed
         self.names = list(names or (f"parent {index}" for index in range(len(parents))))
-        opened = open_parents(parents, self.names, device)
+        check_count(len(parents))
+        anchor = resolve_anchor(first, len(parents))
+        for config in configs:
+            mixing_weights(config.weights, len(parents))
+        opened = open_parents(parents, self.names, device, allow_pickle=allow_pickle)
         networks = [network for network, _ in opened]
         check_parents(networks)
-        anchor = resolve_anchor(first, len(parents))
         self._folder = opened[anchor][1]
         bindings = [network.binding for network in networks]
         plans = [make_plan(bindings, anchor, config, self.names) for config in configs]
-        for config in configs:
-            mixing_weights(config.weights, len(parents))
         self._limit = budget(first.calibration.memory, networks[anchor].device)
         kept = Kept(self._limit)
         observes = any(plan.observes for plan in plans) or any(config.refine.method != "none" for config in configs)
@@ -133,8 +141,9 @@ class Calibrated:
         if output is not None and self._folder is not None:
             sink = ModelWriter(self._folder, Path(output) / "model")
         sweep = Sweep(team, plan, config, weights, sink, Kept(self._limit))
-        sweep.run()
-        sink.finish()
+        with closing(sink):
+            sweep.run()
+            sink.finish()
         result = FusionResult(sink, sweep.aligned, team.anchor, config, plan.keep)
         result.warnings = _unconverged(result, self.names)
         if config.refine.method != "none":
@@ -144,14 +153,22 @@ class Calibrated:
                 progress=team.progress,
             )  # fmt: skip
         if output is not None:
-            if self._folder is None or config.refine.method != "none":
+            if self._folder is None:
                 save_model(result.model, Path(output) / "model")
+            elif config.refine.method != "none":
+                with closing(ModelWriter(self._folder, Path(output) / "model")) as refined:
+                    refined.write(dict(result.model.named_parameters()))
+                    refined.finish()
             result.save_maps(Path(output))
         return result
 
 
 def open_parents(
-    parents: Sequence[Parent], names: Sequence[str], device: torch.device | str | None = None
+    parents: Sequence[Parent],
+    names: Sequence[str],
+    device: torch.device | str | None = None,
+    *,
+    allow_pickle: bool = False,
 ) -> list[tuple[Network, ModelFolder | None]]:
     """Binds each parent; of one that is named no weight is read where its library allows that.
 
@@ -159,6 +176,7 @@ def open_parents(
         parents: models, or anything `load_model` takes.
         names: how messages call them.
         device: where those that are named go; by default where the first model is, or the CPU.
+        allow_pickle: see `load_model`.
 
     Raises:
         FusionError: see `load_model` and `bind`.
@@ -169,13 +187,13 @@ def open_parents(
     for parent, name in zip(parents, names, strict=True):
         if isinstance(parent, nn.Module):
             found.append((Network(parent, bind(parent), name), None))
-        elif (folder := open_model(parent)) is not None:
+        elif (folder := open_model(parent, allow_pickle=allow_pickle)) is not None:
             for buffer_owner in folder.module.modules():
                 for key, buffer in buffer_owner.named_buffers(recurse=False):
                     buffer_owner._buffers[key] = buffer.to(home)
             found.append((Network(folder.module, bind(folder.module), name, read=folder.read, device=home), folder))
         else:
-            model = load_model(parent).to(home)
+            model = load_model(parent, allow_pickle=allow_pickle).to(home)
             found.append((Network(model, bind(model), name), None))
     return found
 
@@ -188,14 +206,18 @@ def _prepared(network: Network, configs: Sequence[FuseConfig]) -> Network:
     return network
 
 
+def check_count(count: int) -> None:
+    """Raises FusionError for fewer than two parents."""
+    if count < 2:
+        raise FusionError(f"fusion needs at least two parents, not {count}; give --parents A B")
+
+
 def check_parents(networks: Sequence[Network]) -> None:
-    """Checks that parents can be fused.
+    """Checks that two or more parents can be fused.
 
     Raises:
         FusionError: naming the parents and what differs.
     """
-    if len(networks) < 2:
-        raise FusionError(f"fusion needs at least two parents, not {len(networks)}; give --parents A B")
     first = networks[0]
     for network in networks:
         if network.device != first.device:

@@ -39,15 +39,19 @@ class Refit:
         self._penalties: dict[tuple[str, ...], float] = {}  # of the same stage in the block before
         self._done: dict[str, list[Stage]] = {}
 
-    def fit(self, section: str, stage: Stage, state: State) -> None:
+    def fit(self, section: str, stage: Stage, state: State, states: Sequence[State]) -> None:
         """Fits the modules of a stage, from what the fused network itself puts into them.
 
         Args:
             section: where the stage is.
             stage: what is fitted.
             state: the fused network's parameters of the section; the new ones take their places.
+            states: the parents' parameters of the section.
         """
-        (self._fit_norm if stage.norm else self._fit_linear)(section, stage, state)
+        if stage.norm:
+            self._fit_norm(section, stage, state)
+        else:
+            self._fit_linear(section, stage, state, states)
         if section in self.binding.blocks:
             self._done.setdefault(section, []).append(stage)
 
@@ -74,38 +78,38 @@ class Refit:
                 kept["given", module.removeprefix(section), batch] = passage.seen[Place(module, "output")]
         return passage
 
-    def _fit_linear(self, section: str, stage: Stage, state: State) -> None:
+    def _fit_linear(self, section: str, stage: Stage, state: State, states: Sequence[State]) -> None:
         maps = [_LinearMap(self.binding, state, module) for module in stage.modules]
         here, prior = Place(maps[0].module, "input"), torch.cat([one.matrix for one in maps], dim=1)
-        # Maps are linear: they move a parent's activations, or the products with these where they are fewer.
         later = {
-            index: parent
+            index: _Later(parent, stage, states[index])
             for index, parent in self.parents.items()
-            if parent.alignment is not None and _moves_later(self.binding, parent.binding, stage, len(prior) - 1)
+            if stage.narrow or _moves_later(self.binding, parent, stage, len(prior) - 1)
         }
-        widths = [stage.width(parent.binding) for parent in later.values()]
-        columns = prior.shape[1] + sum(widths)
-        parts = [NormalEquations.zeros(len(prior) - 1, columns, device=prior.device) for _ in range(2)]
+        widths = [*([] if stage.narrow else [prior.shape[1]]), *(one.width for one in later.values())]
+        parts = [NormalEquations.zeros(len(prior) - 1, sum(widths), device=prior.device) for _ in range(2)]
         for batch in self.data:
             passage = self._step(section, stage, state, batch)
-            x = passage.seen[here]
-            still = self._lacking(passage, stage, x)
-            for index, parent in self.parents.items():
-                if index not in later:
-                    still = still + parent.weight * _moved(parent, stage, self._target(index, stage, batch))
-            targets = [still, *(self._target(index, stage, batch) for index in later)]
+            x, targets = passage.seen[here], [self._target(section, index, stage, batch) for index in later]
+            if not stage.narrow:
+                still = self._lacking(passage, stage, x)
+                for index, parent in self.parents.items():
+                    if index not in later:
+                        target = self._target(section, index, stage, batch)
+                        still = still + parent.weight * _moved(parent, stage, target)
+                targets.insert(0, still)
             for part, rows in zip(parts, self._rows(x, batch), strict=True):
                 part.update(*(tensor.flatten(0, -2)[rows] for tensor in (x, *targets)))
         sum_over_ranks([tensor for part in parts for tensor in part.tensors()])
 
-        def moved(xy: Tensor) -> Tensor:
-            total: Tensor
-            total, *others = xy.split([prior.shape[1], *widths], dim=1)
-            for parent, other in zip(later.values(), others, strict=True):
-                total = total + parent.weight * _moved(parent, stage, other.float()).double()
+        def wanted(part: NormalEquations) -> Tensor:
+            shown = list(part.xy.split(widths, dim=1))
+            total = torch.zeros_like(prior) if stage.narrow else shown.pop(0)
+            for one, products in zip(later.values(), shown, strict=True):
+                total = total + one.targets(products, part.xx[:, -1:])
             return total
 
-        fit, choose = (part.to_targets(moved) for part in parts)
+        fit, choose = (part.with_targets(wanted(part)) for part in parts)
         kind = tuple(axis.rpartition(".")[2] for axis in stage.axes)
         solution, self._penalties[kind] = fit_ridge(fit, choose, prior, self._penalties.get(kind))
         for one, found in zip(maps, solution.split([one.matrix.shape[1] for one in maps], dim=1), strict=True):
@@ -121,7 +125,7 @@ class Refit:
             out = self._step(section, stage, state, batch).seen[Place(module, "output")]
             target = torch.zeros_like(out)
             for index, parent in self.parents.items():
-                target = target + parent.weight * _moved(parent, stage, self._target(index, stage, batch))
+                target = target + parent.weight * _moved(parent, stage, self._target(section, index, stage, batch))
             rows = torch.cat(self._rows(out, batch))
             out, target = (tensor.flatten(0, -2)[rows].double() for tensor in (out, target))
             count += len(rows)
@@ -133,9 +137,9 @@ class Refit:
         state[f"{module}.weight"] = (gain * factor).to(gain)
         state[f"{module}.bias"] = (shift * factor + (y - factor * x) / count).to(shift)
 
-    def _target(self, parent: int, stage: Stage, batch: int) -> Tensor:
-        """What the modules of a stage put out in a parent, side by side, in its own units."""
-        found = [self.data.kept["target", parent, module, batch] for module in stage.modules]
+    def _target(self, section: str, parent: int, stage: Stage, batch: int) -> Tensor:
+        """What a parent shows of a stage's targets, side by side, in its own units."""
+        found = [self.data.kept[target.key(section, parent, batch)] for target in stage.targets]
         return torch.cat(found, dim=-1) if len(found) > 1 else found[0]
 
     def _lacking(self, passage: Passage, stage: Stage, like: Tensor) -> Tensor:
@@ -156,10 +160,44 @@ class Refit:
         return fit, choose
 
 
-def _moves_later(anchor: Binding, parent: Binding, stage: Stage, inputs: int) -> bool:
+class _Later:
+    """A parent whose targets are made of products with what it shows: both what maps do and what linear modules do to
+    their inputs is linear.
+
+    Args:
+        parent: the parent.
+        stage: what is fitted.
+        state: the parent's parameters of the section.
+    """
+
+    def __init__(self, parent: AlignedParent, stage: Stage, state: State) -> None:
+        self.parent, self.stage = parent, stage
+        self._matrix = None
+        if stage.narrow:
+            self._matrix = torch.cat([_LinearMap(parent.binding, state, one).matrix for one in stage.modules], dim=1)
+
+    @property
+    def width(self) -> int:
+        """Number of units that the parent shows."""
+        return self.stage.width(self.parent.binding) if self._matrix is None else len(self._matrix) - 1
+
+    def targets(self, products: Tensor, sums: Tensor) -> Tensor:
+        """The parent's share of the products with the targets, [n + 1, units of the anchor].
+
+        Args:
+            products: of inputs with what the parent shows, [n + 1, width].
+            sums: of the inputs, [n + 1, 1].
+        """
+        if self._matrix is not None:
+            products = products @ self._matrix[:-1] + sums * self._matrix[-1]
+        return self.parent.weight * _moved(self.parent, self.stage, products.float()).double()
+
+
+def _moves_later(anchor: Binding, parent: AlignedParent, stage: Stage, inputs: int) -> bool:
     """Whether it takes fewer products to move the products of a parent's outputs with the inputs than the outputs."""
-    sizes = [(parent.axes[axis].size, anchor.axes[axis].size) for axis in stage.axes]
-    return sum(ours * theirs for ours, theirs in sizes) >= inputs * sum(ours for ours, _ in sizes)
+    sizes = [(parent.binding.axes[axis].size, anchor.axes[axis].size) for axis in stage.axes]
+    moving = sum(ours * theirs for ours, theirs in sizes)
+    return parent.alignment is not None and moving >= inputs * sum(ours for ours, _ in sizes)
 
 
 def _moved(parent: AlignedParent, stage: Stage, outputs: Tensor) -> Tensor:
@@ -191,6 +229,7 @@ class _LinearMap:
         weight, bias = (self._state.get(name) for name in self._names)
         assert weight is not None
         found = matrix[:-1].T if self._writes_first else matrix[:-1]
-        self._state[self._names[0]] = found.reshape(weight.shape).to(weight)
+        found = found.reshape(weight.shape).to(weight)
+        self._state[self._names[0]] = found.clone(memory_format=torch.contiguous_format)
         if bias is not None:
             self._state[self._names[1]] = matrix[-1].to(bias)

@@ -34,6 +34,9 @@ class Sink(Protocol):
     def finish(self) -> None:
         """All are written."""
 
+    def close(self) -> None:
+        """Nothing more is written; what is not finished is dropped."""
+
     def model(self) -> nn.Module:
         """The fused model."""
 
@@ -54,6 +57,9 @@ class InMemory:
 
     def finish(self) -> None:
         """Nothing is left to do."""
+
+    def close(self) -> None:
+        """Nothing to drop: it goes with the object."""
 
     def model(self) -> nn.Module:
         """A new model, which owns what was written."""

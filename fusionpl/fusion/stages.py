@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fusionpl.calibration import Place, places_of
+from fusionpl.calibration import Place, Target, places_of
 from fusionpl.families import STEM, TAIL, Binding, Slot
 
 
@@ -17,11 +17,13 @@ class Stage:
     Attributes:
         modules: module -> the axes that it writes, in the order of its output.
         norm: whether the module is a norm.
+        narrow: whether the modules read fewer units than they write: what they put out is then known by what they read.
         skips: axis that is added to the stream -> (axis of the sum, axis of the stream that it is added to).
     """
 
     modules: Mapping[str, tuple[str, ...]]
     norm: bool
+    narrow: bool
     skips: Mapping[str, tuple[str, str]]
 
     @property
@@ -29,18 +31,28 @@ class Stage:
         """All axes that are written, in the order of the modules."""
         return tuple(axis for axes in self.modules.values() for axis in axes)
 
+    @property
+    def first(self) -> str:
+        """The first of its modules."""
+        return next(iter(self.modules))
+
     def width(self, binding: Binding) -> int:
         """Number of units that are written."""
         return sum(binding.axes[axis].size for axis in self.axes)
 
     def inputs(self, binding: Binding) -> set[Place]:
         """Where the fused network shows what the modules read (of a norm, what comes out) and what is to be added."""
-        first = next(iter(self.modules))
-        return {Place(first, "output" if self.norm else "input")} | self._added(binding)
+        return {Place(self.first, "output" if self.norm else "input")} | self._added(binding)
 
-    def outputs(self, binding: Binding) -> set[Place]:
-        """Where a parent shows what the modules put out and what is to be added."""
-        return {Place(module, "output") for module in self.modules} | self._added(binding)
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """What a parent shows that is fitted to."""
+        if self.narrow:
+            return (Target(Place(self.first, "input"), None),)
+        skips = (
+            next((self.skips[axis][1] for axis in axes if axis in self.skips), None) for axes in self.modules.values()
+        )
+        return tuple(Target(Place(module, "output"), skip) for module, skip in zip(self.modules, skips, strict=True))
 
     def _added(self, binding: Binding) -> set[Place]:
         return places_of(binding, (skip for _, skip in self.skips.values()))
@@ -78,8 +90,13 @@ def stages(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Stage,
     for _, group in itertools.groupby(places, key=lambda place: place[0]):
         modules = {module: axes for _, module, axes in group}
         norm = next(iter(modules)) in norms
-        written = [axis for axes in modules.values() for axis in axes if axis in branches]
-        found.append(Stage(modules, norm, {} if norm else {axis: branches[axis] for axis in written}))
+        written = [axis for axes in modules.values() for axis in axes]
+        skips = {} if norm else {axis: branches[axis] for axis in written if axis in branches}
+        narrow = False
+        if section in binding.blocks and not norm and not skips:
+            read = {axis for module in modules for axis in _axes(linear[module][0], reads=True)}
+            narrow = sum(binding.axes[axis].size for axis in read) < sum(binding.axes[axis].size for axis in written)
+        found.append(Stage(modules, norm, narrow, skips))
     return tuple(found)
 
 

@@ -3,7 +3,6 @@
 from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 
 import torch
 
@@ -16,7 +15,6 @@ from fusionpl.calibration import (
     Network,
     Progress,
     Statistics,
-    Target,
     Wanted,
     eval_mode,
     observe,
@@ -30,6 +28,19 @@ from fusionpl.fusion.refit import Refit
 from fusionpl.fusion.result import Sink
 from fusionpl.fusion.survey import Survey
 from fusionpl.transport import full_float32
+
+
+class _Reader:
+    """Reads the parameters of a section and holds them until another section is asked for."""
+
+    def __init__(self, parent: Network) -> None:
+        self._parent, self._section, self._state = parent, "", State()
+
+    def __call__(self, section: str) -> State:
+        if section != self._section:
+            self._section, self._state = "", State()  # let go first: two blocks are not in memory at once
+            self._section, self._state = section, self._parent.parameters(section)
+        return self._state
 
 
 class Team:
@@ -50,7 +61,7 @@ class Team:
         self.bindings = [parent.binding for parent in parents]
         self.binding = self.bindings[anchor]
         self._data = data
-        self.readers = [lru_cache(maxsize=1)(parent.parameters) for parent in parents]
+        self.readers = [_Reader(parent) for parent in parents]
         self.flows = [Flow(parent, data, f"parent {index}") for index, parent in enumerate(parents)] if data else []
 
     @property
@@ -152,19 +163,23 @@ class Sweep:
                 del found  # a fit needs the memory
                 fused = self._averaged(section.name, states)
                 if at <= fitted:
-                    fused = self._fitted(section, fused, onward=at < fitted)
+                    fused = self._fitted(section, fused, states, onward=at < fitted)
+                    self._forget(self._wanted[at])
                 self.sink.write(fused)
+                del states, fused  # before the next section is read
+
+    def _forget(self, wanted: Wanted) -> None:
+        for index, _ in enumerate(self.team.parents):
+            for target in wanted.targets:
+                for batch in self.team.data:
+                    del self.team.data.kept[target.key(wanted.section, index, batch)]
 
     def _nothing(self) -> Statistics:
         return Statistics([{} for _ in self.team.parents])
 
     def _wanted_in(self, section: SectionPlan) -> Wanted:
         known = self.team.survey
-        targets = [
-            Target(module, next((stage.skips[axis][1] for axis in axes if axis in stage.skips), None))
-            for stage in section.stages
-            for module, axes in stage.modules.items()
-        ]
+        targets = [target for stage in section.stages for target in stage.targets]
         return Wanted(
             section.name,
             tuple(key for key in section.keys if not known.has(key)),
@@ -179,7 +194,7 @@ class Sweep:
             aligner.evidence = self._evidence(index, found)
             for problem in problems:
                 aligner.solve(problem)
-            del aligner.evidence
+            del aligner.evidence  # it holds the section's moments and parameters
 
     def _evidence(self, index: int, found: Statistics) -> Evidence:
         scale, centred = self.config.calibration.scale, self.config.align.metric == "correlation"
@@ -196,7 +211,7 @@ class Sweep:
         own = [self.team.own(section, state) for state in states]
         return averaged(self.aligned, self.team.anchor, own, self.plan.keep)
 
-    def _fitted(self, section: SectionPlan, own: State, *, onward: bool) -> State:
+    def _fitted(self, section: SectionPlan, own: State, states: Sequence[State], *, onward: bool) -> State:
         """Fits the stages of a section, and takes the fused network's batches through it if there is more to fit."""
         assert self._refit is not None
         others = [name for name in self.team.binding.uses[section.name] if name not in own]
@@ -204,7 +219,7 @@ class Sweep:
         if section.name == TAIL:
             state = self._fused.parameters(STEM) | state
         for stage in section.stages:
-            self._refit.fit(section.name, stage, state)
+            self._refit.fit(section.name, stage, state, states)
         if onward:
             self._refit.onward(section.name, state)
         return {name: state[name] for name in own}

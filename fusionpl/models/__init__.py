@@ -3,6 +3,7 @@
 from fusionpl.models.build import ModelConfig, build_model
 from fusionpl.models.folders import ModelFolder, open_model
 from fusionpl.models.heads import with_classifier
+from fusionpl.models.hub import short_name
 from fusionpl.models.load import load_model
 from fusionpl.models.save import class_names, library_of, save_model, write_card
 from fusionpl.models.tensors import TensorFile
@@ -22,6 +23,7 @@ __all__ = [
     "load_tokenizer",
     "open_model",
     "save_model",
+    "short_name",
     "train_bpe",
     "train_wordpiece",
     "with_classifier",

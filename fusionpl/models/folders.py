@@ -1,14 +1,13 @@
 """Model folders: opened without reading a weight, read tensor by tensor."""
 
+import inspect
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import huggingface_hub
 import timm
 import torch
 from torch import Tensor, nn
@@ -17,13 +16,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from fusionpl.errors import FusionError
 from fusionpl.models.build import transformers_class
+from fusionpl.models.hub import download, hub_id
 from fusionpl.models.quiet import without_cache
 from fusionpl.models.tensors import Tensors
-
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# What makes a model besides its weights: configuration, tokenizer, templates.
-SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-HUB_FILES = [*SMALL_FILES, "*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -50,11 +45,11 @@ class ModelFolder:
         return self.tensors[self.names[parameter]]
 
 
-def open_model(source: str | Path) -> ModelFolder | None:
+def open_model(source: str | Path, *, allow_pickle: bool = False) -> ModelFolder | None:
     """Opens a model folder without reading a weight.
 
     Args:
-        source: see `load_model`.
+        source, allow_pickle: see `load_model`.
 
     Returns:
         The model, or None where its library does more on loading than rename tensors (merges or quantises them, say).
@@ -62,29 +57,37 @@ def open_model(source: str | Path) -> ModelFolder | None:
     Raises:
         FusionError: see `load_model`.
     """
-    path = model_folder(str(source))
+    path = model_folder(str(source), allow_pickle=allow_pickle)
     config = model_config(path)
-    tensors = Tensors(path)
+    tensors = Tensors(path, allow_pickle=allow_pickle)
     if "quantization_config" in config:
         return None
-    module = _timm_skeleton(path, config) if "architecture" in config else _transformers_skeleton(path, config)
+    module = _timm_skeleton(path, config) if "architecture" in config else _transformers_skeleton(path, config, tensors)
     if "architecture" in config:
         names: dict[str, str] | None = {name: name for name in tensors}
         strange = sorted(tensors.keys() - module.state_dict().keys())
         if strange:
-            raise FusionError(f"{path}/model.safetensors holds {strange[0]}, which {config['architecture']} has not")
+            raise FusionError(f"{tensors.source} holds {strange[0]}, which {config['architecture']} has not")
     else:
         names = _renamed(cast(Any, module), tensors)
     if names is None:
         return None
-    sources = _complete(path, module, tensors, names)
+    sources = _complete(module, tensors, names)
     _settle(module, tensors, sources, names)
     kept = tuple(names[name] for name in module.state_dict() if name in names and name not in sources)
     return ModelFolder(path, module.eval(), tensors, sources, kept)
 
 
-def model_folder(source: str) -> Path:
-    """The folder with a model's files; a hub id is downloaded. Raises FusionError as `load_model` does."""
+def model_folder(source: str, *, allow_pickle: bool = False, weights: bool = True) -> Path:
+    """The folder with a model's files; what a hub id names is downloaded.
+
+    Args:
+        source, allow_pickle: see `load_model`.
+        weights: whether weights are wanted, or configuration and tokenizer alone.
+
+    Raises:
+        FusionError: see `load_model`.
+    """
     path = Path(source).expanduser()
     if (path / "model").is_dir():
         return path / "model"
@@ -92,13 +95,10 @@ def model_folder(source: str) -> Path:
         return path
     if path.exists():
         raise FusionError(f"{path} is a file; give the folder that holds config.json and model.safetensors")
-    if not HUB_ID.fullmatch(source) or (path.parent != Path(".") and path.parent.is_dir()):
+    found = hub_id(source)
+    if found is None:
         raise FusionError(f"no model at {path}; {_siblings(path)}")
-    try:
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FusionError(f"'{source}' is neither a folder nor a model the hub gives out: {reason}") from error
+    return download(found, allow_pickle=allow_pickle, weights=weights)
 
 
 def model_config(folder: Path) -> dict[str, Any]:
@@ -117,9 +117,15 @@ def model_config(folder: Path) -> dict[str, Any]:
     return cast(dict[str, Any], config)
 
 
-def misfit(folder: Path, name: str, held: Any, wanted: Any) -> FusionError:
+def misfit(file: Path, name: str, held: Any, wanted: Any) -> FusionError:
     """The error of a tensor whose shape is not the one that config.json asks for."""
-    return FusionError(f"{folder}/model.safetensors: {name} is {tuple(held)}, but by config.json it is {tuple(wanted)}")
+    return FusionError(f"{file}: {name} is {tuple(held)}, but by config.json it is {tuple(wanted)}")
+
+
+def left_out(cls: type[nn.Module], tensors: Tensors) -> dict[str, bool]:
+    """Arguments of a transformers class that leave out the pooler of an encoder published without one."""
+    takes = "add_pooling_layer" in inspect.signature(cls).parameters
+    return {"add_pooling_layer": False} if takes and not any("pooler." in name for name in tensors) else {}
 
 
 def _siblings(path: Path) -> str:
@@ -156,11 +162,11 @@ def _timm_skeleton(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _transformers_skeleton(folder: Path, config: Mapping[str, Any]) -> nn.Module:
+def _transformers_skeleton(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> nn.Module:
     cls: Any = transformers_class(config["architectures"][0])
     try:
         with _parameters_on_meta():
-            model: nn.Module = cls(cls.config_class.from_pretrained(folder))
+            model: nn.Module = cls(cls.config_class.from_pretrained(folder), **left_out(cls, tensors))
     except Exception as error:  # whatever a broken config makes a constructor raise
         raise FusionError(f"{folder}: transformers cannot load it: {error}") from error
     without_cache(model)
@@ -182,7 +188,7 @@ def _renamed(module: Any, tensors: Tensors) -> dict[str, str] | None:
     return {name: source for name, source in names.items() if name in wanted}
 
 
-def _complete(folder: Path, module: nn.Module, tensors: Tensors, names: Mapping[str, str]) -> dict[str, str]:
+def _complete(module: nn.Module, tensors: Tensors, names: Mapping[str, str]) -> dict[str, str]:
     """Name of every parameter -> its name in the files, under whichever of its own names it stands there.
 
     Raises:
@@ -196,10 +202,10 @@ def _complete(folder: Path, module: nn.Module, tensors: Tensors, names: Mapping[
     for group in groups.values():
         source = next((names[name] for name in group if name in names), None)
         if source is None:
-            raise FusionError(f"{folder}/model.safetensors lacks {group[0]}")
+            raise FusionError(f"{tensors.source} lacks {group[0]}")
         held, wanted = tensors.entries[source].shape, parameters[group[0]].shape
         if held != wanted:
-            raise misfit(folder, source, held, wanted)
+            raise misfit(tensors.source, source, held, wanted)
         found |= dict.fromkeys(group, source)
     return found
 

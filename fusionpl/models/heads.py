@@ -13,7 +13,7 @@ def with_classifier(model: nn.Module, num_classes: int, class_names: tuple[str, 
     """`model` as a classifier of sentences: its encoder, with a new head where it has none for these classes.
 
     Args:
-        model: a language model or classifier of transformers.
+        model: a language model, a classifier or a bare encoder of transformers.
         num_classes: number of classes; 1 for a regression.
         class_names: their names.
         seed: decides the new head's weights.
@@ -49,4 +49,4 @@ def with_classifier(model: nn.Module, num_classes: int, class_names: tuple[str, 
 
 
 def _encoder(model: Any) -> nn.Module:
-    return cast(nn.Module, getattr(model, model.base_model_prefix))
+    return cast(nn.Module, getattr(model, model.base_model_prefix, model))

@@ -61,7 +61,12 @@ def put_in_place(staged: Path, folder: Path) -> None:
     replaced = staged.with_name("replaced")
     if folder.exists():
         folder.rename(replaced)
-    staged.rename(folder)
+    try:
+        staged.rename(folder)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -1,8 +1,12 @@
 """Tensors in safetensors files: read one at a time, written one at a time."""
 
+import fnmatch
 import json
+import pickle
 import struct
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +23,36 @@ CODES = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How transformers names files of weights: one file, or shards and an index of them."""
+
+    stem: str
+    suffix: str
+
+    @property
+    def whole(self) -> str:
+        """The name of a single file."""
+        return f"{self.stem}.{self.suffix}"
+
+    @property
+    def index(self) -> str:
+        """The name of the index of shards."""
+        return f"{self.whole}.index.json"
+
+    @property
+    def patterns(self) -> tuple[str, str]:
+        """Names of files of weights, as glob patterns."""
+        return self.whole, f"{self.stem}-*.{self.suffix}"
+
+    def held(self, names: Iterable[str]) -> list[str]:
+        """Those of some names that are weights in this layout."""
+        return sorted(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns))
+
+
+SAFETENSORS, PICKLES = Layout("model", "safetensors"), Layout("pytorch_model", "bin")
+
+
 class Entry(NamedTuple):
     """What a header says of a tensor."""
 
@@ -28,35 +62,73 @@ class Entry(NamedTuple):
 
 
 class Tensors(Mapping[str, Tensor]):
-    """The tensors of all safetensors files of a model folder, by name; each is read when it is asked for.
+    """The tensors of a model folder, by name, in the types of the files; each is read when it is asked for.
+
+    As in transformers, a single file comes before an index of shards; what no index names is not read.
 
     Args:
-        folder: with model.safetensors, or the shards of one.
+        folder: with model.safetensors, or an index and shards.
+        allow_pickle: whether pytorch_model.bin is read where there are no safetensors, as tensors and nothing else; one
+            that was written before PyTorch 1.6 is in memory as a whole.
+
+    Attributes:
+        entries: name -> what its file says of it.
+        source: the single file, or the index.
+        pickled: the tensors, where they come from a pickle.
 
     Raises:
         FusionError: there is no such file, or one is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            others = (file for suffix in ("bin", "pth", "pt", "ckpt") for file in folder.glob(f"*.{suffix}"))
-            pickles = sorted(file.name for file in others)
-            note = f"; {pickles[0]} is a pickle, which is never read" if pickles else ""
-            raise FusionError(f"{folder} has no model.safetensors{note}")
+    def __init__(self, folder: Path, *, allow_pickle: bool = False) -> None:
+        layouts = (SAFETENSORS, PICKLES) if allow_pickle else (SAFETENSORS,)
+        files = next((found for layout in layouts if (found := _files(folder, layout))), None)
+        if files is None:
+            raise FusionError(f"{folder} has no model.safetensors{_instead(folder)}")
+        self.source, shards = files
         self.entries: dict[str, Entry] = {}
-        for file in files:
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118  # it is no dict
-                        tensor = opened.get_tensor(name)  # mapped: nothing is read before it is touched
-                        self.entries[name] = Entry(file, tensor.shape, tensor.dtype)
-            except (SafetensorError, OSError) as error:
-                raise FusionError(f"{file} is truncated or damaged ({error}); copy or train it again") from error
+        self.pickled: dict[str, Tensor] = {}
+        for file, wanted in shards.items():
+            held = self._unpickle(file) if file.suffix == ".bin" else self._header(file)
+            missing = sorted(wanted - held.keys()) if wanted is not None else []
+            if missing:
+                raise FusionError(f"{file} lacks {missing[0]}, which {self.source.name} says it has; copy it again")
+            self.entries |= {name: entry for name, entry in held.items() if wanted is None or name in wanted}
+
+    def _header(self, file: Path) -> dict[str, Entry]:
+        entries = {}
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  # it is no dict
+                    tensor = opened.get_tensor(name)  # mapped: nothing is read before it is touched
+                    entries[name] = Entry(file, tensor.shape, tensor.dtype)
+        except (SafetensorError, OSError) as error:
+            raise FusionError(f"{file} is truncated or damaged ({error}); copy or train it again") from error
+        return entries
+
+    def _unpickle(self, file: Path) -> dict[str, Entry]:
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        except pickle.UnpicklingError as error:
+            raise FusionError(
+                f"{file} is damaged, or holds more than tensors, which is never read; convert it to safetensors where "
+                "you trust it"
+            ) from error
+        except Exception as error:  # a damaged file raises whatever its parser does
+            raise FusionError(f"{file} is truncated or damaged ({error}); copy or train it again") from error
+        tensors = found if isinstance(found, Mapping) else {}
+        held = {str(name): tensor.detach() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+        if not held:
+            raise FusionError(f"{file} is no table of tensors; save model.state_dict() to it, better as safetensors")
+        self.pickled |= held
+        return {name: Entry(file, tensor.shape, tensor.dtype) for name, tensor in held.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         """A copy of a tensor, so that no file stays mapped."""
-        with safe_open(self.entries[name].file, framework="pt") as opened:
+        file = self.entries[name].file
+        if name in self.pickled:
+            return self.pickled[name].clone()
+        with safe_open(file, framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name).clone()
         return tensor
 
@@ -65,6 +137,43 @@ class Tensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+
+def pickle_hint(name: str) -> str:
+    """What to do about a pickle."""
+    return f"{name} is a pickle: --allow-pickle (allow_pickle=True) reads the tensors in it and nothing else"
+
+
+def _files(folder: Path, layout: Layout) -> tuple[Path, dict[Path, set[str] | None]] | None:
+    """The file or the index, and file -> the tensors that it is to give (None: all of them)."""
+    whole, index = folder / layout.whole, folder / layout.index
+    if whole.is_file():
+        return whole, {whole: None}
+    if not index.is_file():
+        return None
+    try:
+        shards: dict[Path, set[str] | None] = {}
+        for name, shard in json.loads(index.read_text())["weight_map"].items():
+            wanted = shards.setdefault(folder / Path(shard).name, set())
+            assert wanted is not None
+            wanted.add(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FusionError(f"{index} is damaged ({error!r}); copy it again") from error
+    for file in shards:
+        if not file.is_file():
+            raise FusionError(f"{index} names {file.name}, which is not there; copy or download it too")
+    return index, shards
+
+
+def _instead(folder: Path) -> str:
+    """What a folder has instead of model.safetensors."""
+    names = sorted(file.name for file in folder.glob("*"))
+    if SAFETENSORS.held(names):
+        return f", and its shards have no {SAFETENSORS.index}; copy or download it too"
+    if PICKLES.held(names):
+        return f"; {pickle_hint(PICKLES.held(names)[0])}"
+    others = [name for name in names if name.endswith((".bin", ".pth", ".pt", ".ckpt"))]
+    return f"; {others[0]} is a pickle, which is never read" if others else ""
 
 
 class TensorFile:

@@ -100,12 +100,12 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside a model; None where there is none.
 
     Args:
-        source: a run folder, a model folder, or a hub id.
+        source: a run folder, a model folder, or a hub id (`org/name@revision`), of which no weights are downloaded.
 
     Raises:
         FusionError: its files are damaged.
     """
-    folder = model_folder(str(source))
+    folder = model_folder(str(source), weights=False)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
         return None
     try:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fusionpl.models.folders import SMALL_FILES, ModelFolder
+from fusionpl.models.folders import ModelFolder
+from fusionpl.models.hub import SMALL_FILES
 from fusionpl.models.load import load_model
 from fusionpl.models.save import library_of, put_in_place, write_card
 from fusionpl.models.tensors import TensorFile
@@ -16,7 +17,8 @@ from fusionpl.models.tensors import TensorFile
 class ModelWriter:
     """A new model folder with the architecture of another, whose weights come one after the other.
 
-    It grows beside its place and moves there when it is finished, so a crash leaves nothing half written.
+    It grows beside its place (or above, where there is no such folder yet) and moves there when it is finished; `close`
+    leaves nothing of what is not.
 
     Args:
         like: the model whose configuration and tokenizer it takes.
@@ -25,8 +27,8 @@ class ModelWriter:
 
     def __init__(self, like: ModelFolder, folder: Path) -> None:
         self.like, self.folder = like, folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
+        home = next(one for one in folder.absolute().parents if one.is_dir())
+        self._temporary = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=home)
         self._new = Path(self._temporary.name) / "new"
         self._new.mkdir()
         for file in (file for pattern in SMALL_FILES for file in like.path.glob(pattern)):
@@ -51,7 +53,11 @@ class ModelWriter:
         """Moves the folder into its place."""
         assert not self._file.missing, self._file.missing
         write_card(self._new, library_of(self.like.module), f"# {self.folder.parent.name}")
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
         put_in_place(self._new, self.folder)
+
+    def close(self) -> None:
+        """Removes what was not finished."""
         self._temporary.cleanup()
 
     def model(self) -> nn.Module:

@@ -12,7 +12,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError
@@ -56,7 +58,7 @@ def fit(
 ) -> FitResult:
     """Trains `model` in place, keeps the weights of the best epoch and tests them.
 
-    It may be called several times in one process, under DDP too: every rank must make the same calls.
+    It may be called several times in one process, under DDP and FSDP too: every rank must make the same calls.
 
     Args:
         model: a timm or transformers model.
@@ -92,12 +94,12 @@ def fit(
     # A fast_dev_run writes no checkpoints, and max_steps may end before the first epoch does.
     if best.is_file():
         checkpoint = read_checkpoint(best)
-        trained.load_state_dict(checkpoint["state_dict"])
+        set_model_state_dict(trained, checkpoint["state_dict"], options=StateDictOptions(full_state_dict=True))
         best_epoch = checkpoint["epoch"] + 1
     with _interruptible():
         figures = trainer.test(trained, datamodule=data, verbose=False)[0]
     return FitResult(
-        model=model.cpu().eval(),
+        model=trained.whole().eval(),
         # the loss last: the metrics are what a reader looks for
         figures={name.removeprefix("test/"): figures[name] for name in sorted(figures, key="test/loss".__eq__)},
         best_epoch=best_epoch,
@@ -151,6 +153,12 @@ def build_trainer(
         ModelCheckpoint(filename="best", monitor=monitor, mode=mode, **always),
         ModelCheckpoint(filename="last", **always),
     ]
+    if args.get("strategy") == "fsdp_cpu_offload":
+        raise FusionError("trainer.strategy fsdp_cpu_offload is not supported; use fsdp")
+    if args.get("strategy") == "fsdp":
+        # PyTorch's second FSDP, which runs on the CPU too and clips gradients by their norm; Lightning's "fsdp", the
+        # first, does neither. It has no name in Lightning; `ClassificationModule.configure_model` does the sharding.
+        args["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
     bar: list[Callback] = [RunProgress()] if args.get("enable_progress_bar", True) else []
     try:
         return L.Trainer(

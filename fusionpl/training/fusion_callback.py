@@ -25,6 +25,7 @@ class OTFusion(L.Callback):
         config: see FuseConfig.
         names: how messages call the parents.
         output: a run folder that the fused model goes to; see `fusionpl.fuse`. Written by rank 0.
+        allow_pickle: see `fusionpl.load_model`.
         progress: wraps loops for a progress bar; used on rank 0.
 
     Attributes:
@@ -38,12 +39,14 @@ class OTFusion(L.Callback):
         *,
         names: Sequence[str] | None = None,
         output: str | Path | None = None,
+        allow_pickle: bool = False,
         progress: Progress = no_progress,
     ) -> None:
         self.parents = parents
         self.config = config or FuseConfig()
         self.names = names
         self.output = output
+        self.allow_pickle = allow_pickle
         self.progress = progress
         self.result: FusionResult | None = None
 
@@ -76,6 +79,7 @@ class OTFusion(L.Callback):
             names=self.names,
             device=device,
             output=self.output if trainer.is_global_zero else None,
+            allow_pickle=self.allow_pickle,
             progress=self.progress if trainer.is_global_zero else no_progress,
         )
         for model, home in zip(models, homes, strict=True):

@@ -1,6 +1,8 @@
 """Training a model of either library as a LightningModule."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -8,6 +10,9 @@ import lightning as L
 import torch
 from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]  # timm marks no exports
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
@@ -18,6 +23,7 @@ from transformers import get_cosine_schedule_with_warmup
 from fusionpl.calibration.forward import logits
 from fusionpl.datamodules import IGNORED
 from fusionpl.errors import FusionError
+from fusionpl.families import bind
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,31 @@ class ClassificationModule(L.LightningModule):
         self.metrics = nn.ModuleDict(
             {f"{stage}_{name}": METRICS[name](num_classes) for stage in ("train", "val", "test") for name in metrics}
         )
+
+    def configure_model(self) -> None:
+        """Under FSDP, trains a copy of the model that is shared out: a block is whole only while it runs.
+
+        Lightning calls this after `setup`, in which OTFusion fuses, and again for a test.
+        """
+        if self.device_mesh is None or isinstance(self.model, FSDPModule):
+            return
+        self._unsharded = (self.model.cpu(),)  # in a tuple, so that it is no submodule
+        self.model = copy.deepcopy(self.model)
+        mesh = init_device_mesh(self.device_mesh.device_type, (self.trainer.world_size,))
+        with suppress(FusionError):  # a model that no family describes is one unit
+            for block in bind(self.model).blocks:
+                fully_shard(self.model.get_submodule(block), mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+    def whole(self) -> nn.Module:
+        """The model with all its weights, on the CPU. Under FSDP they are gathered: every process must call it."""
+        if not isinstance(self.model, FSDPModule):
+            return self.model.cpu()
+        (model,) = self._unsharded
+        weights = model.state_dict()
+        for name, tensor in self.model.state_dict().items():
+            weights[name].copy_(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+        return model.cpu()
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """The logits [B, classes] or [B, T, tokens] of a batch."""

@@ -1,7 +1,6 @@
 """Ridge regression from streamed normal equations: memory does not grow with the rows."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,13 +62,13 @@ class NormalEquations:
         """The sums over both sets of rows."""
         return NormalEquations(*(a + b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
 
-    def to_targets(self, map_targets: Callable[[Tensor], Tensor]) -> "NormalEquations":
-        """The same rows with targets that are a linear function of these: `map_targets` takes [n + 1, m]."""
-        return NormalEquations(self.count, self.xx, map_targets(self.xy))
+    def with_targets(self, xy: Tensor) -> "NormalEquations":
+        """The same rows with other targets, by their products with the inputs, [n + 1, m]."""
+        return NormalEquations(self.count, self.xx, xy)
 
     def less(self, solution: Tensor) -> "NormalEquations":
         """The same rows with what W [n + 1, m] leaves of their targets: y - W^T x."""
-        return self.to_targets(lambda xy: xy - self.xx @ solution)
+        return self.with_targets(self.xy - self.xx @ solution)
 
     def ridge(self, penalty: float) -> Tensor:
         """The W [n + 1, m] that minimises sum |W^T x - y|^2 + penalty * e * |W|^2, e the mean energy of x."""
@@ -100,7 +99,7 @@ def fit_ridge(
     """
     if not float(held_out.count) or not float(rows.count):
         return prior, float("inf")
-    trial, judge = (part.to_targets(_combined).less(_combined(prior)) for part in (rows, held_out))
+    trial, judge = (part.with_targets(_combined(part.xy)).less(_combined(prior)) for part in (rows, held_out))
 
     @functools.cache
     def error(index: int) -> float:

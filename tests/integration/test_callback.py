@@ -1,4 +1,7 @@
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -57,3 +60,43 @@ def test_without_calibration_data_it_says_what_to_do(runs: list[Path]) -> None:
     module = ClassificationModule(fusionpl.load_model(runs[0]), OptimConfig(), 10)
     with pytest.raises(fusionpl.FusionError, match=r"calibration_dataloader\(\)"):
         trainer(fusionpl.OTFusion(runs)).validate(module, datamodule=NoCalibration())
+
+
+SHARDED = """
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import FSDPModule
+
+import fusionpl
+from fusionpl.datamodules import DataConfig, ImageDataModule
+from fusionpl.training import ClassificationModule, OptimConfig
+from tests.integration.runs import DATA
+
+callback = fusionpl.OTFusion({runs})
+module = ClassificationModule(fusionpl.load_model({runs}[0]), OptimConfig(lr=1e-3), 10)
+trainer = L.Trainer(
+    accelerator="cpu", devices=2, strategy=ModelParallelStrategy(), logger=False, enable_checkpointing=False,
+    enable_progress_bar=False, callbacks=[callback], max_epochs=1, limit_train_batches=0,
+    use_distributed_sampler=False,
+)
+trainer.fit(module, datamodule=ImageDataModule(DataConfig(**DATA)))
+blocks = [path for path, part in module.model.named_modules() if isinstance(part, FSDPModule)]
+assert blocks == ["", "blocks.0", "blocks.1"], blocks
+model = module.whole()
+assert model is callback.result.model
+if trainer.is_global_zero:
+    torch.save(model.state_dict(), "{output}")
+"""
+
+
+def test_it_fuses_before_fsdp_shards(runs: list[Path], tmp_path: Path) -> None:
+    script, output = tmp_path / "sharded.py", tmp_path / "model.pt"
+    script.write_text(SHARDED.format(runs=[str(run) for run in runs], output=output))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    parents = [fusionpl.load_model(run) for run in runs]
+    fused = fusionpl.fuse(parents, ImageDataModule(DataConfig(**DATA)).calibration_dataloader()).model.state_dict()
+    found = torch.load(output, weights_only=True)
+    assert all(torch.allclose(found[name], fused[name], atol=1e-5) for name in fused)

@@ -140,16 +140,58 @@ def test_finetune_any_model_by_itself(parents: list[str], tmp_path: Path) -> Non
     assert [row.name for row in Report.load(output / "report").rows] == ["seed-1"]
 
 
-def test_finetune_on_two_processes(fused: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "fused"
-    shutil.copytree(fused, copy)
-    command = [sys.executable, "finetune.py", "--model", str(copy), "--trainer.max_epochs", "1", *QUICK]
-    ddp = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+def finetuned(model: Path, strategy: str, *more: str) -> str:
+    """Finetunes in two processes and returns what was said."""
+    command = [sys.executable, "finetune.py", "--model", str(model), "--trainer.max_epochs", "2", *QUICK, *more]
+    two = ["--trainer.devices", "2", "--trainer.strategy", strategy]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, *ddp], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*command, *two], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    assert len([row for row in Report.load(copy / "report").rows if row.stage == "finetuned"]) == 3
-    assert done.stdout.count("loss barrier") == 1
+    return done.stdout
+
+
+def check_alike(fused: Path, folder: Path, tolerance: float, *more: str) -> None:
+    """Shared out by FSDP or copied by DDP: the same figures, and ordinary models with the same weights."""
+    reports = []
+    for strategy in ("ddp", "fsdp"):
+        shutil.copytree(fused, folder / strategy)
+        said = finetuned(folder / strategy, strategy, *more)
+        assert said.count("loss barrier") == 1
+        reports.append([row for row in Report.load(folder / strategy / "report").rows if row.stage == "finetuned"])
+    assert [row.name for row in reports[1]] == [row.name for row in reports[0]]
+    assert len(reports[1]) == 3
+    for copied, sharded in zip(*reports, strict=True):
+        assert (sharded.parameters, sharded.flops, sharded.epochs) == (copied.parameters, copied.flops, 2)
+        assert sharded.loss == pytest.approx(copied.loss, rel=tolerance)
+    ddp, fsdp = folder / "ddp-finetuned", folder / "fsdp-finetuned"
+    for path in ("", *(f"baselines/{place.name}" for place in (ddp / "baselines").iterdir())):
+        copied, sharded = (load_model(run / path) for run in (ddp, fsdp))
+        for (name, tensor), other in zip(copied.state_dict().items(), sharded.state_dict().values(), strict=True):
+            assert torch.allclose(tensor, other, atol=10 * tolerance), name
+        assert (fsdp / path / "model/config.json").is_file()
+    for file in ("best.ckpt", "last.ckpt"):
+        weights = torch.load(fsdp / "checkpoints" / file, weights_only=True)["state_dict"]
+        assert {name: tensor.shape for name, tensor in weights.items()} == {
+            f"model.{name}": tensor.shape for name, tensor in load_model(fsdp).state_dict().items()
+        }
+
+
+def test_finetune_on_two_processes(fused: Path, tmp_path: Path) -> None:
+    check_alike(fused, tmp_path, 1e-4, "--trainer.gradient_clip_val", "0.5")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_finetune_on_two_gpus(fused: Path, tmp_path: Path) -> None:
+    check_alike(fused, tmp_path, 1e-2, "--trainer.accelerator", "gpu", "--trainer.precision", "bf16-mixed")
+
+
+def test_a_finetuning_goes_on_with_the_sharding_it_started_with(
+    fused: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("trainer: {strategy: ddp}")
+    argv = ["--model", str(fused), "--output", str(tmp_path), "--resume", "--trainer.strategy", "fsdp", *QUICK]
+    assert "was started with trainer.strategy ddp, not fsdp" in refused(capsys, finetune.run, argv)
 
 
 def test_fuse_on_two_processes_gives_the_same_model(fused: Path, parents: list[str], tmp_path: Path) -> None:

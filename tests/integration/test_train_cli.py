@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from fusionpl.cli import train
@@ -141,6 +142,7 @@ def test_overwrite_spares_what_is_not_ours(preset: Path, capsys: pytest.CaptureF
         (["--model.architecture", "vit_tiny_patch16_22"], "did you mean 'vit_tiny_patch16_224'"),
         (["--data.path", "./nowhere"], "no data set at nowhere"),
         (["--trainer.accelerator", "abacus"], "Lightning's Trainer refuses its options: .*abacus"),
+        (["--trainer.strategy", "fsdp_cpu_offload"], "fsdp_cpu_offload is not supported; use fsdp"),
         (["--resume"], r"there is no run to resume in runs/tiny/seed-0 \(no config\.yaml\)"),
     ],
 )
@@ -207,8 +209,9 @@ def test_ctrl_c_says_how_to_go_on(preset: Path) -> None:
         load_model(folder)
 
 
-def test_two_processes_train_one_model(preset: Path) -> None:
-    process = start(preset, "--trainer.devices", "2", "--trainer.strategy", "ddp")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_one_model(preset: Path, strategy: str) -> None:
+    process = start(preset, "--trainer.devices", "2", "--trainer.strategy", strategy)
     said, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     folder = preset.parent / "runs/tiny/seed-1"
@@ -219,6 +222,25 @@ def test_two_processes_train_one_model(preset: Path) -> None:
     assert said.count("test accuracy") == 1
     # 100 images, 2 processes, 25 a batch and process: 2 steps an epoch
     assert [row.split(",")[1] for row in (folder / "metrics.csv").read_text().splitlines()[1:3]] == ["1", "3"]
+
+
+def test_a_sharded_run_goes_on_after_ctrl_c(preset: Path) -> None:
+    words = ["--trainer.devices", "2", "--trainer.strategy", "fsdp", "--trainer.max_epochs", "20"]
+    stopped, whole = (Path("stopped/checkpoints/last.ckpt"), Path("whole/checkpoints/last.ckpt"))
+    process = start(preset, *words, "--output", "stopped")
+    deadline = time.monotonic() + 120
+    while not stopped.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert torch.load(stopped, weights_only=True)["epoch"] < 19
+    for more in (["--output", "stopped", "--resume"], ["--output", "whole"]):
+        process = start(preset, *words, *more)
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    one, two = (torch.load(file, weights_only=True)["state_dict"] for file in (stopped, whole))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_staged_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Parents on a device are fused there, to what they are fused to on the CPU."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import fusionpl
-from fusionpl.calibration import has_float64
+from fusionpl.calibration import Network, has_float64
 from fusionpl.cli.common import CONF
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import evaluate, evaluate_ensemble
-from tests.models_for_tests import CLASSES, VOCABULARY, images, sentences, text_model, timm_vit
+from tests.models_for_tests import CLASSES, VOCABULARY, hf_vit, images, sentences, text_model, timm_vit
 from tests.pretend_device import DEVICE, PretendDevice
 
 EXACT = {"align.residual": "tie", "align.heads": "matched", "align.solver": "assignment"}
@@ -78,6 +79,57 @@ def test_a_fusion_stays_on_its_parents_device(setting: str) -> None:
         there = [{key: value.to(DEVICE) for key, value in batch.items()} for batch in batches]
         assert evaluate(fused, there)["loss"] == pytest.approx(evaluate(expected, batches)["loss"], rel=1e-3)
         assert evaluate_ensemble(parents, batches) == evaluate_ensemble(parents, there)
+
+
+# kind of parents, changes, size of shards
+BY_PATH: dict[str, tuple[str, dict[str, Any], str]] = {
+    "rotation and refit, streams on disk": (
+        "vit",
+        {**EXACT, "align.stream": "rotation", "calibration.memory": 0},
+        "5GB",
+    ),
+    "text, tied decoder, shards, streams on disk": ("bert", {"calibration.memory": 0, "align.solver": "emd"}, "10KB"),
+}
+
+
+@pytest.mark.parametrize("setting", BY_PATH)
+def test_parents_by_path_are_fused_on_the_device_that_is_named(setting: str, tmp_path: Path) -> None:
+    kind, changes, shards = BY_PATH[setting]
+    paths = [tmp_path / str(seed) for seed in range(2)]
+    for seed, path in enumerate(paths):
+        parent: Any = hf_vit(seed, depth=1) if kind == "vit" else text_model("bert masked-lm", seed, depth=1)
+        parent.save_pretrained(path, max_shard_size=shards)
+    batches = [{"pixel_values": images(12)} if kind == "vit" else sentences(12)]
+    config = fusionpl.load_config(CONF / "fuse" / "default.yaml", changes)
+    expected = fusionpl.fuse(paths, batches, config).model
+    used: set[torch.device] = set()
+    through = Network.through
+
+    def watched(self: Network, section: str, state: Any, hidden: Tensor, *args: Any, **options: Any) -> Any:
+        used.update([hidden.device, *(tensor.device for tensor in state.values())])
+        return through(self, section, state, hidden, *args, **options)
+
+    with PretendDevice(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Network, "through", watched)
+        result = fusionpl.fuse(paths, batches, config, device=DEVICE, output=tmp_path / "fused")
+        assert {one.plan.device for one in result.maps.values()} == {DEVICE}
+    assert used == {DEVICE}
+    found = fusionpl.load_model(tmp_path / "fused")
+    for name, tensor in expected.named_parameters():
+        torch.testing.assert_close(found.get_parameter(name), tensor, rtol=1e-3, atol=1e-3)
+
+
+def test_named_parents_go_where_the_others_are(tmp_path: Path) -> None:
+    parents: list[Any] = [hf_vit(seed, depth=1) for seed in range(2)]
+    parents[1].save_pretrained(tmp_path)
+    config = fusionpl.load_config(CONF / "fuse" / "paper.yaml", {"anchor": 0, "calibration.tokens": "class",
+                                                                     "align.solver": "emd"})  # fmt: skip
+    expected = fusionpl.fuse(parents, [images(8)], config).model
+    with PretendDevice():
+        fused = fusionpl.fuse([moved(parents[0]), tmp_path], [images(8)], config).model
+        assert {tensor.device for tensor in fused.state_dict().values()} == {DEVICE}
+        for name, tensor in expected.named_parameters():
+            torch.testing.assert_close(fused.get_parameter(name).cpu(), tensor, rtol=1e-3, atol=1e-3)
 
 
 def test_parents_on_a_device_without_float64_are_refused() -> None:

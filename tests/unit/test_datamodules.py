@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -111,6 +112,26 @@ def test_ranks_share_an_odd_number_of_images_without_repeating_one() -> None:
     shares = [list(ShareSampler(data, num_replicas=2, rank=rank)) for rank in (0, 1)]
     assert sorted(shares[0] + shares[1]) == list(range(197))
     assert [len(ShareSampler(data, num_replicas=2, rank=rank)) for rank in (0, 1)] == [99, 98]
+
+
+@pytest.mark.parametrize("size", [2, 14, 49, 98, 256])
+def test_ranks_run_equally_many_batches(size: int) -> None:
+    class Calibrated(ImageDataModule):
+        evaluation_batch = size
+
+        def dataset(self, part: str) -> Any:
+            return super().dataset("calibration")
+
+    loaders = []
+    for rank in (0, 1):
+        data = Calibrated(DataConfig())
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)  # type: ignore[assignment]
+        loaders.append(data.test_dataloader())
+    assert len(loaders[0]) == len(loaders[1])
+    assert sum(len(batch["labels"]) for loader in loaders for batch in loader) == 197
+    data.trainer = SimpleNamespace(world_size=198, global_rank=0)  # type: ignore[assignment]
+    with pytest.raises(FusionError, match="the test data are 197 samples, too few for 198 processes"):
+        data.test_dataloader()
 
 
 def colours(count: int, size: int = 8) -> dict[str, list[Any]]:

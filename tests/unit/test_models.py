@@ -178,7 +178,14 @@ def only_a_pickle(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("{}"), r"config\.json names no architecture"),
         (lambda folder: (folder / "config.json").unlink(), r"has no config\.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"has no model\.safetensors"),
-        (only_a_pickle, r"has no model\.safetensors; pytorch_model\.bin is a pickle, which is never read"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "best.pth"),
+            r"has no model\.safetensors; best\.pth is a pickle, which is never read",
+        ),
+        (
+            only_a_pickle,
+            r"has no model\.safetensors; pytorch_model\.bin is a pickle: --allow-pickle \(allow_pickle=True\)",
+        ),
     ],
 )
 def test_a_damaged_folder_is_named(saved: Path, damage: Callable[[Path], None], words: str) -> None:

@@ -1,0 +1,148 @@
+"""Models on the hub: `org/name`, or `org/name@revision` for a branch, a tag, a commit or `refs/pr/1`."""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import huggingface_hub
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+from fusionpl.errors import FusionError, nearest
+from fusionpl.models.tensors import PICKLES, SAFETENSORS, Layout, pickle_hint
+
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^\s@]+))?")
+# What makes a model besides its weights: configuration, tokenizer, templates.
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+SHOWN, ASKED = 8, 24  # revisions that a message lists, and that are looked into for it
+
+
+class HubId(NamedTuple):
+    """A repository and a revision of it; None is its main branch."""
+
+    repo: str
+    revision: str | None
+
+    def __str__(self) -> str:
+        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+
+
+def hub_id(source: str) -> HubId | None:
+    """Reads `org/name@revision`; None where `source` is a path, or could only be one."""
+    match = HUB_ID.fullmatch(source)
+    if match is None or Path(source).expanduser().exists():
+        return None
+    home = Path(match["repo"]).parent
+    return None if home != Path(".") and home.is_dir() else HubId(match["repo"], match["revision"])
+
+
+def short_name(source: str | Path) -> str:
+    """The last part of a path or hub id with its revision, as a name that a folder can have."""
+    found = hub_id(str(source))
+    if found is None:
+        return Path(source).name
+    revision = "" if found.revision is None else f"@{found.revision.replace('/', '-')}"
+    return found.repo.rpartition("/")[2] + revision
+
+
+def download(source: HubId, *, allow_pickle: bool = False, weights: bool = True) -> Path:
+    """Downloads a model, or takes it from the cache. Pickles are downloaded only where they are allowed and needed.
+
+    Args:
+        source: which model.
+        allow_pickle: whether pytorch_model.bin will do where there are no safetensors.
+        weights: whether weights are wanted, or configuration and tokenizer alone.
+
+    Returns:
+        The folder with its files.
+
+    Raises:
+        FusionError: the hub doesn't give it out, has no such revision, or none of weights that can be read.
+    """
+    folder = _snapshot(source, SMALL_FILES + (SAFETENSORS.patterns if weights else ()))
+    if not weights or SAFETENSORS.held(_names(folder)):
+        return folder
+    if allow_pickle:
+        folder = _snapshot(source, SMALL_FILES + PICKLES.patterns)
+        if PICKLES.held(_names(folder)):
+            return folder
+    raise FusionError(_without_weights(source, _names(folder), allow_pickle))
+
+
+def _snapshot(source: HubId, patterns: Iterable[str]) -> Path:
+    try:
+        found = huggingface_hub.snapshot_download(
+            source.repo, revision=source.revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+        )
+    except RevisionNotFoundError as error:
+        raise FusionError(_without_revision(source)) from error
+    except GatedRepoError as error:
+        raise FusionError(f"'{source}' is given out on request; ask on its page, then: hf auth login") from error
+    except RepositoryNotFoundError as error:
+        raise FusionError(
+            f"'{source}' is neither a folder nor a model on the hub (if it is a private one: hf auth login)"
+        ) from error
+    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FusionError(f"'{source}' is neither a folder nor a model the hub gives out: {reason}") from error
+    return Path(found)
+
+
+def _names(folder: Path) -> list[str]:
+    return [file.name for file in folder.iterdir()] if folder.is_dir() else []
+
+
+def _without_revision(source: HubId) -> str:
+    try:
+        known = list(_revisions(source))
+    except Exception:  # see _snapshot; the message goes without a list
+        known = []
+    hint = nearest(source.revision or "main", known) or (f"; it has {_listed(known)}" if known else "")
+    return f"'{source.repo}' has no revision '{source.revision or 'main'}'{hint}"
+
+
+def _without_weights(source: HubId, downloaded: list[str], allow_pickle: bool) -> str:
+    where = f"'{source.repo}' at revision {source.revision or 'main'}"
+    try:
+        names = huggingface_hub.HfApi().list_repo_files(source.repo, revision=source.revision)
+        pickles = PICKLES.held(names)
+        wanted = (SAFETENSORS, PICKLES) if allow_pickle else (SAFETENSORS,)
+        others, all_asked = _revisions_with(source, wanted)
+        if not (others or pickles or allow_pickle):
+            others, all_asked = _revisions_with(source, (PICKLES,))
+    except Exception:  # see _snapshot; the message goes without a list
+        pickles = PICKLES.held(downloaded)
+        return f"{where} holds no model.safetensors" + (f"; {pickle_hint(pickles[0])}" if pickles else "")
+    what = "safetensors" if pickles else "weights"
+    more = f"; revisions that hold {what}: {_listed(others)}{'' if all_asked else ', and maybe more'}" if others else ""
+    if pickles:
+        return f"{where} holds {pickles[0]} and no model.safetensors; {pickle_hint(pickles[0])}{more}"
+    foreign = sorted(name for name in names if name.endswith((".h5", ".msgpack", ".ckpt", ".pt", ".pth", ".onnx")))
+    note = f" but {foreign[0]}, which is never read" if foreign else ""
+    advice = f"; name one as {source.repo}@{others[0]}" if others else "; no other revision has any" * all_asked
+    return f"{where} holds no weights{note}{more}{advice}"
+
+
+def _revisions(source: HubId) -> Iterator[str]:
+    """Branches, tags and pull requests, those with the highest number first."""
+    refs = huggingface_hub.HfApi().list_repo_refs(source.repo, include_pull_requests=True)
+    named = [ref.name for ref in (*refs.branches, *refs.tags)]
+    for group in (named, [ref.ref for ref in refs.pull_requests or ()]):
+        yield from sorted(group, key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)], reverse=True)
+
+
+def _revisions_with(source: HubId, layouts: Iterable[Layout]) -> tuple[list[str], bool]:
+    """Other revisions with weights in one of the layouts, and whether all revisions were looked into."""
+    found: list[str] = []
+    others = [name for name in _revisions(source) if name != (source.revision or "main")]
+    for count, name in enumerate(others):
+        if count == ASKED or len(found) == SHOWN:
+            return found, False
+        names = huggingface_hub.HfApi().list_repo_files(source.repo, revision=name)
+        if any(layout.held(names) for layout in layouts):
+            found.append(name)
+    return found, True
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -179,16 +179,17 @@ def _finetune(options: Namespace, chosen: Namespace, name: str, model: nn.Module
         monitor=task.monitor, mode=task.mode,
     )  # fmt: skip
     if is_main_process():
+        tested = {**result.figures, **data.derived(result.figures)}
         row = Row(
             name,
             "finetuned",
-            **result.figures,
+            **tested,
             parameters=parameters(result.model),
             flops=flops(result.model, next(iter(data.test_dataloader()))),
             epochs=result.epochs,
             seconds=round(result.seconds, 1),
         )
-        figures = ", ".join(f"{key} {readable(key, value)}" for key, value in result.figures.items())
+        figures = ", ".join(f"{key} {readable(key, value)}" for key, value in tested.items())
         card = f"# {name}, finetuned from {options.model}\n\non the test split: {figures}"
         save_model(result.model, place / "model", tokenizer=data.tokenizer, card=card)
         (place / DONE).write_text(json.dumps(row.as_dict(), indent=2) + "\n")

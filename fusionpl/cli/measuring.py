@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionpl.datamodules import FixedSplits
-from fusionpl.evaluation import Curve, Report, Row, evaluate_ensemble, flops, interpolation, parameters
+from fusionpl.evaluation import Curve, Report, Row, continuation, evaluate_ensemble, flops, interpolation, parameters
 from fusionpl.fusion import FusionResult, mixing_weights, vanilla
 
 Depth = Literal["full", "rows", "none"]
@@ -27,6 +27,8 @@ def measure(
 ) -> Report:
     """Measures parents, their ensemble, the plain average, other fusions and the fused model.
 
+    Causal language models go on with a prompt, too.
+
     Args:
         names: of the parents.
         load: gives a parent by its name.
@@ -41,11 +43,13 @@ def measure(
     report = Report(config=settings, notes=list(result.warnings))
     if depth == "none":
         return report
-    batches = list(data.test_dataloader())
+    batches, prompt = list(data.test_dataloader()), data.prompt
+    report.prompt = "" if prompt is None else data.tokenizer.decode(prompt)
 
     def add(name: str, models: Sequence[nn.Module]) -> None:
         models = [model.to(device) for model in models]
-        metrics: dict[str, Any] = evaluate_ensemble(models, batches)
+        measured = evaluate_ensemble(models, batches)
+        metrics: dict[str, Any] = {**measured, **data.derived(measured)}
         report.add(
             Row(
                 name=name,
@@ -54,7 +58,10 @@ def measure(
                 **metrics,
             )
         )
+        if prompt is not None and name in told:
+            report.continuations[name] = continuation(models[0], data.tokenizer, prompt)
 
+    told = {*(f"parent {name}" for name in names), "vanilla", *others, "fused"}
     models = {name: load(name) for name in names}
     plain = vanilla(list(models.values()), mixing_weights(result.config.weights, len(models)))  # where float64 is
     for name, model in models.items():

@@ -132,7 +132,7 @@ def _train(parser: ArgumentParser, options: Namespace, folder: Path) -> None:
 
 def _export(result: FitResult, data: FixedSplits, settings: dict[str, Any], folder: Path) -> None:
     """Writes metrics.json and model/, and prints the result."""
-    tested = {**result.figures, **data.baseline()}
+    tested = {**result.figures, **data.derived(result.figures), **data.baseline()}
     figures = {
         **tested,
         "best_epoch": result.best_epoch,

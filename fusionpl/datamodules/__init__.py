@@ -2,16 +2,22 @@
 
 from fusionpl.datamodules.base import IGNORED, FixedSplits
 from fusionpl.datamodules.images import DataConfig, ImageDataModule
-from fusionpl.datamodules.text import MaskedTextDataModule, TextConfig
+from fusionpl.datamodules.objectives import MaskedTextConfig, SpanTextConfig, TextConfig
+from fusionpl.datamodules.text import CausalTextDataModule, MaskedTextDataModule, SpanTextDataModule, TextDataModule
 from fusionpl.datamodules.text_classification import TextClassificationConfig, TextClassificationDataModule
 
 __all__ = [
     "IGNORED",
+    "CausalTextDataModule",
     "DataConfig",
     "FixedSplits",
     "ImageDataModule",
+    "MaskedTextConfig",
     "MaskedTextDataModule",
+    "SpanTextConfig",
+    "SpanTextDataModule",
     "TextClassificationConfig",
     "TextClassificationDataModule",
     "TextConfig",
+    "TextDataModule",
 ]

@@ -1,7 +1,7 @@
 """What all data modules share: splits that no seed changes, and an order that (seed, epoch) decides."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -69,12 +69,21 @@ class FixedSplits(L.LightningDataModule):
         """Names of the classes, in the order of the labels; None where labels are no classes."""
         return None
 
+    @property
+    def prompt(self) -> Tensor | None:
+        """Tokens that a model can go on with, int64 [T]; None where the task is another."""
+        return None
+
     def describe(self) -> str:
         """How much there is to train on, in words."""
         return f"{len(self.dataset('train')):,} samples"  # type: ignore[arg-type]
 
     def baseline(self) -> dict[str, float]:
         """Figures of a trivial predictor on the test part, for comparison."""
+        return {}
+
+    def derived(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """Further figures that follow from those of a model on the test part, `loss` among them."""
         return {}
 
     def check_model(self, model: nn.Module, run: Run | None = None) -> None:

@@ -1,7 +1,8 @@
 """Where text comes from, and how it becomes blocks of tokens: pydoc, a hub id, a local folder."""
 
 from collections.abc import Iterable, Mapping
-from itertools import islice
+from dataclasses import dataclass
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
@@ -40,21 +41,65 @@ def corpus(path: str, name: str | None, column: str | None, *, streaming: bool) 
     return _streamed(texts) if streaming else _carved(texts)
 
 
-def blocks_of(documents: Documents, tokenizer: Any, size: int) -> Documents:
-    """Tokenises documents and cuts their concatenation into blocks: a column `input_ids` of `size` tokens each.
+@dataclass(frozen=True)
+class Frame:
+    """How the tokens of joined documents are cut into blocks.
 
-    Each block is [CLS], size - 2 tokens of text, [SEP]; what is left at the end is dropped. `datasets` caches the
-    result for text that it read from disk.
+    Args:
+        inner: tokens of text in a block.
+        first, last: special tokens before and behind them.
+        shared: how many tokens of text a block has in common with the next one.
+        lines: a document that does not end a line is made to, since the next one follows it.
     """
-    first, last, inner = tokenizer.cls_token_id, tokenizer.sep_token_id, size - 2
 
-    def cut(batch: Mapping[str, list[str]]) -> dict[str, list[list[int]]]:
-        found = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
+    inner: int
+    first: tuple[int, ...] = ()
+    last: tuple[int, ...] = ()
+    shared: int = 0
+    lines: bool = False
+
+
+def blocks_of(documents: Documents, tokenizer: Any, frame: Frame, *, count_bytes: bool = False) -> Documents:
+    """Tokenises documents and cuts their concatenation into blocks: a column `input_ids`; the rest is dropped.
+
+    `datasets` caches the result for text that it read from disk.
+
+    Args:
+        documents: with a column `text`.
+        tokenizer: of transformers; it must know where in the text its tokens are (`is_fast`) if bytes are counted.
+        frame: how blocks are cut.
+        count_bytes: adds a column `bytes`, the length in UTF-8 of the text of a block behind the tokens that it shares
+            with the one before. What a tokenizer leaves out, such as spaces, counts for the token that follows.
+    """
+    step = frame.inner - frame.shared
+
+    def cut(batch: Mapping[str, list[str]]) -> dict[str, list[Any]]:
+        texts = [f"{text}\n" if frame.lines and text and not text.endswith("\n") else text for text in batch["text"]]
+        found = tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False,
+            return_offsets_mapping=count_bytes,
+        )  # fmt: skip
         tokens = [token for document in found["input_ids"] for token in document]
-        starts = range(0, len(tokens) - inner + 1, inner)
-        return {"input_ids": [[first, *tokens[start : start + inner], last] for start in starts]}
+        starts = range(0, len(tokens) - frame.inner + 1, step)
+        ids = [[*frame.first, *tokens[start : start + frame.inner], *frame.last] for start in starts]
+        if not count_bytes:
+            return {"input_ids": ids}
+        ends = [0, *_ends(texts, found["offset_mapping"])]
+        return {"input_ids": ids, "bytes": [ends[at + frame.inner] - ends[at + frame.shared] for at in starts]}
 
     return documents.map(cut, batched=True, batch_size=1000, remove_columns=["text"])
+
+
+def _ends(texts: list[str], offsets: list[list[tuple[int, int]]]) -> Iterable[int]:
+    """For every token, how many bytes of the joined texts lie before its end."""
+    before = 0
+    for text, spans in zip(texts, offsets, strict=True):
+        until = list(accumulate((len(letter.encode("utf-8", "surrogatepass")) for letter in text), initial=0))
+        ends = list(accumulate((end for _, end in spans), max))
+        yield from (before + until[end] for end in ends[:-1])
+        before += until[-1]
+        if ends:  # the last one has what is behind it
+            yield before
 
 
 def _pydoc() -> Documents:

@@ -1,6 +1,8 @@
-"""Masked language modelling: blocks of text, masked anew in training and once for evaluation."""
+"""Language modelling: blocks of text, and examples of them, drawn anew in training and once for evaluation."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -8,47 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from fusionpl.calibration import eval_mode, logits
 from fusionpl.datamodules.base import IGNORED, Collate, FixedSplits, Run, as_it_is
 from fusionpl.datamodules.corpora import blocks_of, corpus
+from fusionpl.datamodules.objectives import MaskedTokens, NextTokens, Objective, Spans, TextConfig
 from fusionpl.errors import FusionError
-from fusionpl.models import load_tokenizer, train_wordpiece
+from fusionpl.models import load_tokenizer
 
-MASK_SEED = 0
+EXAMPLE_SEED = 0
 SHUFFLE_BUFFER = 10_000
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """Which text, and how it is served.
-
-    Args:
-        path: `pydoc` (the Python Language Reference, which every Python carries), a hub id, or a local folder of
-            parquet or text files.
-        name: a configuration of the hub's data set, such as `wikitext-2-raw-v1`.
-        text_column: the column of text; null for the one called text, or the only one of strings.
-        streaming: read training text as it goes, for corpora larger than memory; needs `trainer.limit_train_batches`.
-        tokenizer: a model folder or hub id to take it from; null trains a WordPiece tokenizer on the training text.
-        vocab_size: entries of a tokenizer that is trained, at most.
-        block_size: tokens a block, [CLS] and [SEP] among them.
-        mask_probability: share of the tokens to predict; 80 % of these are masked, 10 % replaced, 10 % kept.
-        batch_size: blocks a step and process.
-        train_limit: train on at most this many blocks; null for all.
-        num_workers: processes that fetch training batches; 0 fetches in the main one.
-    """
-
-    path: str = "pydoc"
-    name: str | None = None
-    text_column: str | None = None
-    streaming: bool = False
-    tokenizer: str | None = None
-    vocab_size: int = 2000
-    block_size: int = 64
-    mask_probability: float = 0.15
-    batch_size: int = 32
-    train_limit: int | None = None
-    num_workers: int = 0
+PROMPT = 16
+LOOKS_AHEAD = 1e-4
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
@@ -73,27 +47,32 @@ class Blocks(Dataset[dict[str, Tensor]]):
         return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
 
 
-class MaskedTextDataModule(FixedSplits):
+class TextDataModule(FixedSplits):
     """Train, validation, calibration and test blocks; documents are in one part only, and no seed changes which.
 
-    Training masks come from torch's global RNG, so every epoch has others. Validation, calibration and test have masks
-    that never change: calibration too, since statistics should see what the network sees in training.
+    Training examples that are drawn come from torch's global RNG, so every epoch has others. Those of validation,
+    calibration and test never change: calibration too, since statistics should see what the network sees in training.
 
     Args:
         config: which text, and how it is served.
         seed: decides, with the epoch, the order of the training blocks.
         tokenizer: of the model that is finetuned or fused; None takes or trains the one that `config` says.
+
+    Attributes:
+        learns: how examples are made of blocks.
     """
 
     evaluation_batch = 64
     reads = "input_ids"
     metrics = ("accuracy", "perplexity")
+    learns: type[Objective]
 
     def __init__(self, config: TextConfig, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__(seed)
         self.config = config
         self._tokenizer = tokenizer
         self._sets: dict[str, Blocks] = {}
+        self._bytes: dict[str, int] = {}
 
     @property
     def num_classes(self) -> int:
@@ -114,11 +93,16 @@ class MaskedTextDataModule(FixedSplits):
         texts = self._documents["train"]
         if config.streaming:
             texts = texts.take(SHUFFLE_BUFFER)
-        return train_wordpiece((row["text"] for row in texts), config.vocab_size)
+        return self.learns.train_tokenizer((row["text"] for row in texts), config)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """How examples are made of this tokenizer's blocks."""
+        return self.learns(self.tokenizer, self.config)
 
     def model_args(self) -> dict[str, Any]:
-        """The vocabulary's size and the padding token."""
-        return {"vocab_size": len(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id}
+        """The vocabulary's size and the special tokens."""
+        return self.objective.model_args()
 
     def check_model(self, model: Any, run: Run | None = None) -> None:
         """Raises FusionError where blocks are longer than the model's positions; else see `FixedSplits`."""
@@ -132,17 +116,19 @@ class MaskedTextDataModule(FixedSplits):
             FusionError: too little text for one block.
         """
         if part not in self._sets:
-            size, limit = self.config.block_size, self.config.train_limit
-            if size < 3:
-                raise FusionError(f"data.block_size is {size}; a block is [CLS], text and [SEP], so at least 3 tokens")
-            found = blocks_of(self._documents[part], self.tokenizer, size)
+            objective = self.objective
+            count_bytes = objective.whole and part == "test" and self.tokenizer.is_fast
+            found = blocks_of(self._documents[part], self.tokenizer, objective.frame, count_bytes=count_bytes)
             if not len(found):
                 raise FusionError(
-                    f"the {part} part of '{self.config.path}' is too small for one block of {size} tokens; lower "
-                    "--data.block_size or give more text"
+                    f"the {part} part of '{self.config.path}' is too small for one block of {self.config.block_size} "
+                    "tokens; lower --data.block_size or give more text"
                 )
-            ids = torch.from_numpy(np.asarray(found.with_format("numpy")["input_ids"], dtype=np.int64))
-            self._sets[part] = Blocks(input_ids=ids[:limit]) if part == "train" else Blocks(**self._masked_once(ids))
+            columns = found.with_format("numpy")
+            ids = torch.from_numpy(np.asarray(columns["input_ids"], dtype=np.int64))
+            if count_bytes:
+                self._bytes[part] = int(np.sum(columns["bytes"]))
+            self._sets[part] = Blocks(input_ids=ids[: self.config.train_limit]) if part == "train" else self._once(ids)
         return self._sets[part]
 
     def describe(self) -> str:
@@ -151,8 +137,8 @@ class MaskedTextDataModule(FixedSplits):
         return f"{count} blocks of {self.config.block_size} tokens"
 
     def collate(self, part: str) -> Collate:
-        """Masks training batches; the others are masked already."""
-        return self._masked if part == "train" else as_it_is
+        """Makes examples of training blocks; the others are made already."""
+        return self._examples if part == "train" else as_it_is
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches in an order that (seed, epoch) decides; streamed text is shuffled in a buffer."""
@@ -161,43 +147,98 @@ class MaskedTextDataModule(FixedSplits):
         from datasets.distributed import split_dataset_by_node
 
         rank, world = self._ranks[1], self._ranks[0]
-        stream = blocks_of(self._documents["train"], self.tokenizer, self.config.block_size)
+        stream = blocks_of(self._documents["train"], self.tokenizer, self.objective.frame)
         stream = split_dataset_by_node(stream.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER), rank, world)
-        return DataLoader(stream, batch_size=self.config.batch_size, collate_fn=self._masked_rows, drop_last=True)
+        return DataLoader(stream, batch_size=self.config.batch_size, collate_fn=self._rows, drop_last=True)
 
     def baseline(self) -> dict[str, float]:
-        """The loss in nats of predicting every masked token of the test part by its frequency in the training blocks.
+        """The loss in nats of predicting every scored token of the test part by its frequency in the training blocks.
 
         What a model must beat to have learned anything from context. Counts start at one.
         """
-        sample = self.dataset("calibration" if self.config.streaming else "train").tensors["input_ids"]
-        counts = torch.bincount(sample[:, 1:-1].flatten(), minlength=len(self.tokenizer)).double() + 1
+        if self.config.streaming:
+            blocks = blocks_of(self._documents["calibration"], self.tokenizer, self.objective.frame)
+            sample = torch.tensor(blocks["input_ids"][:])
+        else:
+            sample = self.dataset("train").tensors["input_ids"]
+        with _fixed_draw():
+            found = self.objective.candidates(sample)
+        counts = torch.bincount(found, minlength=len(self.tokenizer)).double() + 1
         labels = self.dataset("test").tensors["labels"]
         return {"unigram_loss": float(-(counts / counts.sum()).log()[labels[labels != IGNORED]].mean())}
+
+    def derived(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """Bits per byte, where every token of the test part is predicted once and its bytes are known.
+
+        The negative log2-likelihood of the test blocks over the UTF-8 bytes of their text: it compares models whose
+        tokenizers differ.
+        """
+        labels = self.dataset("test").tensors["labels"]
+        if "test" not in self._bytes:
+            return {}
+        return {"bits_per_byte": figures["loss"] * labels.numel() / self._bytes["test"] / math.log(2)}
 
     @cached_property
     def _documents(self) -> dict[str, Any]:
         config = self.config
         return corpus(config.path, config.name, config.text_column, streaming=config.streaming)
 
-    @cached_property
-    def _collator(self) -> DataCollatorForLanguageModeling:
-        return DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=self.config.mask_probability)
+    def _examples(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        made = self.objective.examples(batch["input_ids"])
+        return made | {"attention_mask": torch.ones_like(made["input_ids"])}
 
-    def _masked(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        ids = batch["input_ids"]
-        special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
-        masked, labels = self._collator.torch_mask_tokens(ids.clone(), special_tokens_mask=special)
-        return {**batch, "input_ids": masked, "labels": labels}
+    def _rows(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        return self._examples({"input_ids": torch.tensor([row["input_ids"] for row in rows])})
 
-    def _masked_rows(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-        ids = torch.tensor([row["input_ids"] for row in rows])
-        return self._masked({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    def _once(self, ids: Tensor) -> Blocks:
+        with _fixed_draw():
+            return Blocks(**self.objective.examples(ids))
 
-    def _masked_once(self, ids: Tensor) -> dict[str, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(MASK_SEED)
-            return self._masked({"input_ids": ids})
+
+class MaskedTextDataModule(TextDataModule):
+    """Blocks of which some tokens are masked: BERT's."""
+
+    learns = MaskedTokens
+
+
+class CausalTextDataModule(TextDataModule):
+    """Blocks of which every token is predicted from those before it: GPT's."""
+
+    learns = NextTokens
+
+    @property
+    def prompt(self) -> Tensor:
+        """The first tokens of the test part, for models to go on with."""
+        return self.dataset("test").tensors["input_ids"][0, :PROMPT]
+
+    def check_model(self, model: Any, run: Run | None = None) -> None:
+        """Raises FusionError where the model sees the tokens that it should predict; else see `TextDataModule`."""
+        super().check_model(model, run)
+        run = run or (lambda batch: logits(model, batch))
+        batch = next(iter(self._loader("test", 1, None, 0)))
+        changed = batch["input_ids"].clone()
+        changed[:, -1] = (changed[:, -1] + 1) % self.num_classes
+        with torch.no_grad(), eval_mode(model):
+            before, after = (run({**batch, "input_ids": ids})[:, :-1] for ids in (batch["input_ids"], changed))
+        if ((before - after).abs() > LOOKS_AHEAD * before.abs().max()).any():
+            raise FusionError(
+                f"a {type(model).__name__} sees the tokens that it should predict; choose a model with a causal mask, "
+                "or --task masked-lm"
+            )
+
+
+class SpanTextDataModule(TextDataModule):
+    """Blocks that spans are cut out of: T5's."""
+
+    learns = Spans
+
+
+@contextmanager
+def _fixed_draw() -> Iterator[None]:
+    """Draws are always the same, and the global RNG is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(EXAMPLE_SEED)
+        yield
 
 
 def check_length(model: Any, length: int, key: str) -> None:

@@ -1,6 +1,7 @@
 """Measuring models: metrics, ensemble, cost, loss barrier, and the report that shows them."""
 
 from fusionpl.evaluation.barrier import Curve, interpolation
+from fusionpl.evaluation.continuation import continuation
 from fusionpl.evaluation.cost import flops, parameters
 from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble
 from fusionpl.evaluation.report import Report
@@ -11,6 +12,7 @@ __all__ = [
     "Report",
     "Row",
     "best_of",
+    "continuation",
     "evaluate",
     "evaluate_ensemble",
     "flops",

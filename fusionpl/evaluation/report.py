@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class Report:
         barrier: interpolation curves by name, "vanilla" and "aligned".
         notes: what a reader should know, a line each.
         maps: transport maps to draw, axis name -> [n_parent, n_anchor]; `save` draws them.
+        prompt: what language models went on with.
+        continuations: how they did, by the name of the row.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -43,6 +46,8 @@ class Report:
     barrier: dict[str, Curve] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     maps: dict[str, Tensor] = field(default_factory=dict)
+    prompt: str = ""
+    continuations: dict[str, str] = field(default_factory=dict)
 
     def add(self, row: Row) -> None:
         """Adds a row; one of the same name and stage is replaced where it stands."""
@@ -92,10 +97,16 @@ class Report:
             parts += _embedded(LINE, figures)
         if MAPS in figures:
             parts += ["## Transport maps", *_embedded(MAPS, figures)]
+        if self.continuations:
+            parts += ["## Continuations", "The likeliest token each time, before finetuning. Line ends are drawn as ⏎."]
+            parts += [_markdown_table(["", "text"], [["prompt", _quoted(self.prompt)], *self._continued()])]
         if self.config:
             text = yaml.safe_dump(_plain(self.config), sort_keys=False, allow_unicode=True)
             parts += ["## Configuration", f"```yaml\n{text}```"]
         return "\n\n".join(parts) + "\n"
+
+    def _continued(self) -> list[list[str]]:
+        return [[name, _quoted(text)] for name, text in self.continuations.items()]
 
     def save(self, folder: str | Path) -> None:
         """Writes report.json, report.md and the PNGs; no file is ever half written.
@@ -135,7 +146,8 @@ class Report:
             data = json.loads(path.read_text(encoding="utf-8"))
             rows = [Row(**row) for row in data["rows"]]
             barrier = {name: _curve(values) for name, values in data["barrier"].items()}
-            return cls(rows, data["config"], barrier, list(data.get("notes", [])))
+            continued = {key: data[key] for key in ("notes", "prompt", "continuations") if key in data}
+            return cls(rows, data["config"], barrier, **continued)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FusionError(f"'{path}' is not a fusion report ({error}); run fuse.py again") from error
 
@@ -150,11 +162,13 @@ class Report:
             }
             for name, curve in self.barrier.items()
         }
+        continued = {"prompt": self.prompt, "continuations": self.continuations} if self.continuations else {}
         return {
             "rows": [row.as_dict() for row in self.rows],
             "config": _plain(self.config),
             "barrier": barrier,
             **({"notes": self.notes} if self.notes else {}),
+            **continued,
         }
 
 
@@ -180,8 +194,15 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _markdown_table(header: list[str], body: list[list[str]]) -> str:
-    rule = [":--" if column in ("", "name", "stage") else "--:" for column in header]
+    rule = [":--" if column in ("", "name", "stage", "text") else "--:" for column in header]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *body))
+
+
+def _quoted(text: str) -> str:
+    """Text as code in a cell of a table, on one line, whatever is in it."""
+    text = text.replace("\n", "⏎").replace("|", "\\|")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}"
 
 
 def _embedded(name: str, figures: tuple[str, ...]) -> list[str]:

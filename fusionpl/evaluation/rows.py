@@ -19,6 +19,7 @@ class Row:
         f1, matthews, pearson, spearman: what GLUE measures on some of its tasks.
         loss: mean cross-entropy in nats; of regression, mean squared error.
         perplexity: exp(loss), of language models.
+        bits_per_byte: negative log2-likelihood over the bytes of the text, of causal language models.
         parameters: how many.
         flops: floating-point operations for one sample.
         epochs: training epochs that led to this stage.
@@ -34,6 +35,7 @@ class Row:
     spearman: float | None = None
     loss: float | None = None
     perplexity: float | None = None
+    bits_per_byte: float | None = None
     parameters: int | None = None
     flops: int | None = None
     epochs: float | None = None
@@ -92,7 +94,7 @@ def readable(column: str, value: Any) -> str:
     match column:
         case "accuracy":
             return f"{100 * value:.2f} %"
-        case "f1" | "matthews" | "pearson" | "spearman" | "loss" | "unigram_loss":
+        case "f1" | "matthews" | "pearson" | "spearman" | "loss" | "unigram_loss" | "bits_per_byte":
             return f"{value:.4f}"
         case "perplexity":
             return f"{value:.2f}" if value < 1000 else _with_prefix(value)

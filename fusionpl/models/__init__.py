@@ -7,7 +7,7 @@ from fusionpl.models.hub import short_name
 from fusionpl.models.load import load_model
 from fusionpl.models.save import class_names, library_of, save_model, write_card
 from fusionpl.models.tensors import TensorFile
-from fusionpl.models.tokenizers import check_tokenizers, load_tokenizer, train_wordpiece
+from fusionpl.models.tokenizers import check_tokenizers, load_tokenizer, train_bpe, train_wordpiece
 from fusionpl.models.vocabulary import Renumbering, Vocabulary, load_parent, renumber
 from fusionpl.models.writer import ModelWriter
 
@@ -29,6 +29,7 @@ __all__ = [
     "renumber",
     "save_model",
     "short_name",
+    "train_bpe",
     "train_wordpiece",
     "with_classifier",
     "write_card",

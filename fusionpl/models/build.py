@@ -8,9 +8,11 @@ from typing import Any, Literal, cast
 import timm
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from fusionpl.errors import FusionError, nearest
+from fusionpl.models.quiet import without_cache
 
 KEPT_CFG = ("architecture", "input_size", "fixed_input_size", "interpolation", "pool_size", "first_conv", "classifier")
 EMBEDDINGS = ("pos_embed", "cls_token", "position_embeddings", "cls_embedding")
@@ -59,11 +61,13 @@ def build_model(
     """
     if class_names is not None and len(class_names) != num_classes:
         raise FusionError(f"{len(class_names)} class names for {num_classes} classes")
-    config = replace(config, args={**config.args, **(args or {})})
+    whole = replace(config, args={**config.args, **(args or {})})
+    if config.library == "transformers":
+        _check_args(config)
     build = _build_timm if config.library == "timm" else _build_transformers
     try:
-        model = build(config, num_classes, class_names)
-    except (TypeError, ValueError, AssertionError, AttributeError, RuntimeError) as error:
+        model = build(whole, num_classes, class_names)
+    except (TypeError, ValueError, AssertionError, AttributeError, RuntimeError, StrictDataclassError) as error:
         raise FusionError(f"cannot build {config.architecture} with {config.args}: {error}") from error
     if config.initializer_range is not None:
         redraw(model, config.initializer_range)
@@ -116,18 +120,21 @@ def _build_timm(config: ModelConfig, num_classes: int, class_names: tuple[str, .
 
 
 def _build_transformers(config: ModelConfig, num_classes: int, class_names: tuple[str, ...] | None) -> nn.Module:
-    cls = transformers_class(config.architecture)
-    config_class: Any = cls.config_class
-    known = config_class().to_dict()
+    cls: Any = transformers_class(config.architecture)
     # The vocabulary is no set of labels.
     labels = {} if config.args.get("vocab_size") == num_classes else {"num_labels": num_classes}
-    settings = config_class(**config.args, **labels)
-    unknown = config.args.keys() - known.keys() - settings.attribute_map.keys()
-    if unknown:
-        name = sorted(unknown)[0]
-        hint = nearest(name, known)
-        raise FusionError(f"{config_class.__name__} has no argument '{name}'{hint}")
+    settings = cls.config_class(**config.args, **labels)
     if class_names is not None:
         settings.id2label = dict(enumerate(class_names))
         settings.label2id = {name: index for index, name in enumerate(class_names)}
-    return cls(settings)
+    model: nn.Module = cls(settings)
+    without_cache(model)
+    return model
+
+
+def _check_args(config: ModelConfig) -> None:
+    """Refuses an argument that the config's class does not have: transformers would keep it and ignore it."""
+    config_class: Any = transformers_class(config.architecture).config_class
+    known = config_class().to_dict().keys() | config_class.attribute_map.keys()
+    for name in sorted(config.args.keys() - known):
+        raise FusionError(f"{config_class.__name__} has no argument '{name}'{nearest(name, sorted(known))}")

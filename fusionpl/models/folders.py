@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from fusionpl.errors import FusionError
 from fusionpl.models.build import transformers_class
 from fusionpl.models.hub import download, hub_id
+from fusionpl.models.quiet import without_cache
 from fusionpl.models.tensors import Tensors
 
 
@@ -168,6 +169,7 @@ def _transformers_skeleton(folder: Path, config: Mapping[str, Any], tensors: Ten
             model: nn.Module = cls(cls.config_class.from_pretrained(folder), **left_out(cls, tensors))
     except Exception as error:  # whatever a broken config makes a constructor raise
         raise FusionError(f"{folder}: transformers cannot load it: {error}") from error
+    without_cache(model)
     return model
 
 

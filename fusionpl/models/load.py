@@ -9,7 +9,7 @@ from fusionpl.errors import FusionError
 from fusionpl.families import with_parameters
 from fusionpl.models.build import transformers_class
 from fusionpl.models.folders import left_out, misfit, model_config, model_folder, open_model
-from fusionpl.models.quiet import quiet_transformers
+from fusionpl.models.quiet import quiet_transformers, without_cache
 from fusionpl.models.tensors import Tensors
 
 
@@ -55,4 +55,5 @@ def _load_transformers(folder: Path, allow_pickle: bool) -> nn.Module:
         raise misfit(tensors.source, name, held, wanted)
     for name in sorted(info["missing_keys"]):
         raise FusionError(f"{tensors.source} lacks {name}")
+    without_cache(model)
     return cast(nn.Module, model).float().eval()

@@ -2,13 +2,13 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 import transformers
-from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fusionpl.errors import FusionError
@@ -56,6 +56,39 @@ def train_wordpiece(texts: Iterable[str], size: int) -> PreTrainedTokenizerBase:
     found = _untrained(models.WordPiece(vocab=vocabulary, unk_token=SPECIAL["unk_token"]))
     found.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
     return PreTrainedTokenizerFast(tokenizer_object=found, **SPECIAL)
+
+
+def train_bpe(
+    texts: Iterable[str], size: int, special: Mapping[str, str], more: Sequence[str] = ()
+) -> PreTrainedTokenizerBase:
+    """A byte-pair encoding of bytes as GPT-2's: nothing is unknown to it. The same texts give the same one.
+
+    Args:
+        texts: training text.
+        size: entries of the vocabulary, special tokens among them, at most.
+        special: names of special tokens, `eos_token` and such.
+        more: further special tokens, behind those.
+
+    Raises:
+        FusionError: no text, or `size` is less than all bytes and special tokens.
+    """
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise FusionError("the training text is empty, so there is nothing to train a tokenizer on")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    named = [*dict.fromkeys(special.values()), *more]
+    if size < len(named) + len(alphabet):
+        raise FusionError(
+            f"data.vocab_size {size} is too small: bytes and special tokens need {len(named) + len(alphabet)} entries"
+        )
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=named, initial_alphabet=alphabet, min_frequency=2, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=list(more), **special)
 
 
 def _untrained(model: models.WordPiece) -> tokenizers.Tokenizer:

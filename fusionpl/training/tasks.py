@@ -5,16 +5,22 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fusionpl.datamodules import (
+    CausalTextDataModule,
     DataConfig,
     FixedSplits,
     ImageDataModule,
+    MaskedTextConfig,
     MaskedTextDataModule,
+    SpanTextConfig,
+    SpanTextDataModule,
     TextClassificationConfig,
     TextClassificationDataModule,
     TextConfig,
 )
 
-TaskName = Literal["image-classification", "masked-lm", "text-classification"]
+TaskName = Literal[
+    "image-classification", "masked-lm", "causal-language-modeling", "span-corruption", "text-classification"
+]
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,9 @@ TASKS: Mapping[str, Task] = {
     "image-classification": Task(
         DataConfig, lambda config, seed, _: ImageDataModule(config, seed), "val/accuracy", "max"
     ),
-    "masked-lm": Task(TextConfig, MaskedTextDataModule, "val/loss", "min"),
+    "masked-lm": Task(MaskedTextConfig, MaskedTextDataModule, "val/loss", "min"),
+    "causal-language-modeling": Task(TextConfig, CausalTextDataModule, "val/loss", "min"),
+    "span-corruption": Task(SpanTextConfig, SpanTextDataModule, "val/loss", "min"),
     "text-classification": Task(
         TextClassificationConfig, TextClassificationDataModule, "val/loss", "min", new_head=True
     ),

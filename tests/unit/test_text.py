@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from fusionpl.datamodules import IGNORED, MaskedTextDataModule, TextConfig
+from fusionpl.datamodules import IGNORED, MaskedTextConfig, MaskedTextDataModule
 from fusionpl.datamodules.corpora import corpus
 from fusionpl.errors import FusionError
 from fusionpl.models import check_tokenizers, load_tokenizer, save_model, train_wordpiece
@@ -31,7 +31,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def module(folder: Path | str = "pydoc", seed: int = 0, **options: Any) -> MaskedTextDataModule:
-    return MaskedTextDataModule(TextConfig(path=str(folder), **{"vocab_size": 300, "block_size": 16, **options}), seed)
+    settings = {"vocab_size": 300, "block_size": 16, **options}
+    return MaskedTextDataModule(MaskedTextConfig(path=str(folder), **settings), seed)
 
 
 def tiny_bert(tokens: int, positions: int) -> BertForMaskedLM:
@@ -118,12 +119,15 @@ def test_the_baseline_is_the_loss_of_frequencies(folder: Path) -> None:
 def test_a_tokenizer_is_the_same_in_every_process(tmp_path: Path) -> None:
     code = (
         "from fusionpl.datamodules import *;"
-        "print(MaskedTextDataModule(TextConfig(vocab_size=500)).tokenizer.backend_tokenizer.to_str())"
+        "print(MaskedTextDataModule(MaskedTextConfig(vocab_size=500)).tokenizer.backend_tokenizer.to_str())"
     )
     root = Path(__file__).parents[2]
     env = os.environ | {"PYTHONPATH": str(root), "PYTHONHASHSEED": "3"}
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env, cwd=root)
-    assert other.stdout.strip() == MaskedTextDataModule(TextConfig(vocab_size=500)).tokenizer.backend_tokenizer.to_str()
+    assert (
+        other.stdout.strip()
+        == MaskedTextDataModule(MaskedTextConfig(vocab_size=500)).tokenizer.backend_tokenizer.to_str()
+    )
 
 
 def test_a_corpus_without_training_text_trains_on_its_validation_part(tmp_path: Path) -> None:

@@ -1,0 +1,294 @@
+"""What a language model learns from blocks of tokens: masked tokens, the next token, or spans that were cut out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+
+from fusionpl.datamodules.corpora import Frame
+from fusionpl.errors import FusionError
+from fusionpl.models import train_bpe, train_wordpiece
+
+SENTINEL = "<extra_id_{}>"  # T5's
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Which text, and how it is served.
+
+    Args:
+        path: `pydoc` (the Python Language Reference, which every Python carries), a hub id, or a local folder of
+            parquet or text files.
+        name: a configuration of the hub's data set, such as `wikitext-2-raw-v1`.
+        text_column: the column of text; null for the one called text, or the only one of strings.
+        streaming: read training text as it goes, for corpora larger than memory; needs `trainer.limit_train_batches`.
+        tokenizer: a model folder or hub id to take it from; null trains one on the training text.
+        vocab_size: entries of a tokenizer that is trained, at most.
+        block_size: tokens a block, of masked text [CLS] and [SEP] among them.
+        batch_size: blocks a step and process.
+        train_limit: train on at most this many blocks; null for all.
+        num_workers: processes that fetch training batches; 0 fetches in the main one.
+    """
+
+    path: str = "pydoc"
+    name: str | None = None
+    text_column: str | None = None
+    streaming: bool = False
+    tokenizer: str | None = None
+    vocab_size: int = 2000
+    block_size: int = 64
+    batch_size: int = 32
+    train_limit: int | None = None
+    num_workers: int = 0
+
+
+@dataclass(frozen=True)
+class MaskedTextConfig(TextConfig):
+    """Which text, and how much of it is masked.
+
+    Args:
+        mask_probability: share of the tokens to predict; 80 % of these are masked, 10 % replaced, 10 % kept.
+    """
+
+    mask_probability: float = 0.15
+
+
+@dataclass(frozen=True)
+class SpanTextConfig(TextConfig):
+    """Which text, and how much of it is cut out.
+
+    Args:
+        noise: share of the tokens that are cut out.
+        span_length: tokens of a span that is cut out, on average.
+    """
+
+    noise: float = 0.15
+    span_length: float = 3.0
+
+
+class Objective(ABC):
+    """How examples are made of blocks.
+
+    Args:
+        tokenizer: what made the tokens.
+        config: the options of the data.
+
+    Attributes:
+        drawn: whether examples are drawn from torch's global RNG, and so are others in every epoch.
+        whole: whether every token of the text is predicted once, so that the loss is that of the text.
+        needs: the special tokens that it uses.
+
+    Raises:
+        FusionError: the tokenizer lacks a token that is used.
+    """
+
+    drawn = True
+    whole = False
+    needs: tuple[str, ...] = ()
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+        self.tokenizer, self.config = tokenizer, config
+        for name in self.needs:
+            if getattr(tokenizer, name) is None:
+                raise FusionError(
+                    f"the tokenizer has no {name}, which this task needs; give --data.tokenizer another, or --task "
+                    "another task"
+                )
+
+    @staticmethod
+    @abstractmethod
+    def train_tokenizer(texts: Iterable[str], config: Any) -> PreTrainedTokenizerBase:
+        """The tokenizer of models that learn this."""
+
+    @property
+    @abstractmethod
+    def frame(self) -> Frame:
+        """How blocks are cut.
+
+        Raises:
+            FusionError: `data.block_size` leaves no text in a block.
+        """
+
+    @abstractmethod
+    def examples(self, ids: Tensor) -> dict[str, Tensor]:
+        """What the model reads, and `labels` [B, T'] beside its logits [B, T', tokens]; IGNORED is not scored.
+
+        Args:
+            ids: blocks, int64 [B, T].
+        """
+
+    @abstractmethod
+    def candidates(self, ids: Tensor) -> Tensor:
+        """All tokens of blocks [B, T] that may have to be predicted, int64 [n]."""
+
+    def model_args(self) -> dict[str, Any]:
+        """Arguments of the config of a model that learns this."""
+        named = {f"{name}_id": getattr(self.tokenizer, f"{name}_id") for name in ("bos_token", "eos_token")}
+        return {"vocab_size": len(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id, **named}
+
+
+class MaskedTokens(Objective):
+    """BERT's: some tokens are masked and predicted from both sides."""
+
+    needs = ("cls_token", "sep_token", "mask_token")
+
+    @staticmethod
+    def train_tokenizer(texts: Iterable[str], config: Any) -> PreTrainedTokenizerBase:
+        """A WordPiece as BERT's."""
+        return train_wordpiece(texts, config.vocab_size)
+
+    @property
+    def frame(self) -> Frame:
+        """[CLS], text, [SEP]."""
+        size = self.config.block_size
+        if size < 3:
+            raise FusionError(f"data.block_size is {size}; a block is [CLS], text and [SEP], so at least 3 tokens")
+        return Frame(size - 2, (self.tokenizer.cls_token_id,), (self.tokenizer.sep_token_id,))
+
+    def examples(self, ids: Tensor) -> dict[str, Tensor]:
+        """The blocks, masked."""
+        special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
+        masked, labels = self._collator.torch_mask_tokens(ids.clone(), special_tokens_mask=special)
+        return {"input_ids": masked, "labels": labels}
+
+    def candidates(self, ids: Tensor) -> Tensor:
+        """Those between [CLS] and [SEP]."""
+        return ids[:, 1:-1].flatten()
+
+    def model_args(self) -> dict[str, Any]:
+        """The vocabulary's size and the padding token."""
+        return {"vocab_size": len(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id}
+
+    @cached_property
+    def _collator(self) -> DataCollatorForLanguageModeling:
+        return DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=self.config.mask_probability)
+
+
+class NextTokens(Objective):
+    """GPT's: each token is predicted from those before it.
+
+    A block has a token more than the model reads, which is the next block's first: so every token but the corpus' first
+    is predicted once, and labels are shifted here and nowhere else.
+    """
+
+    drawn = False
+    whole = True
+
+    @staticmethod
+    def train_tokenizer(texts: Iterable[str], config: Any) -> PreTrainedTokenizerBase:
+        """A BPE of bytes as GPT-2's, with a token for padding of its own."""
+        special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
+        return train_bpe(texts, config.vocab_size, special)
+
+    @property
+    def frame(self) -> Frame:
+        """Text alone."""
+        size = self.config.block_size
+        if size < 1:
+            raise FusionError(f"data.block_size is {size}; a block has at least 1 token")
+        return Frame(size + 1, shared=1, lines=True)
+
+    def examples(self, ids: Tensor) -> dict[str, Tensor]:
+        """The blocks but for their last token, and but for their first one."""
+        return {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+
+    def candidates(self, ids: Tensor) -> Tensor:
+        """All but the first."""
+        return ids[:, 1:].flatten()
+
+
+class Spans(Objective):
+    """T5's: spans are cut out of the encoder's text, a sentinel in the place of each, and the decoder gives them.
+
+    All blocks have as many spans and as many tokens in them, so nothing is padded (Raffel et al., 1910.10683, 3.1.4).
+    """
+
+    needs = ("pad_token", "eos_token")
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: SpanTextConfig) -> None:
+        super().__init__(tokenizer, config)
+        self._cut, self._spans = _spans(config)
+        names = [SENTINEL.format(index) for index in range(self._spans)]
+        known = tokenizer.get_vocab()
+        lacking = [name for name in names if name not in known]
+        if lacking:
+            raise FusionError(
+                f"the tokenizer has no {lacking[0]}, and blocks with {self._spans} spans need as many sentinels; lower "
+                "--data.block_size, or give --data.tokenizer another"
+            )
+        self._sentinels = torch.tensor([known[name] for name in names])
+
+    @staticmethod
+    def train_tokenizer(texts: Iterable[str], config: Any) -> PreTrainedTokenizerBase:
+        """A BPE of bytes with T5's special tokens, and as many sentinels as a block has spans."""
+        sentinels = [SENTINEL.format(index) for index in range(_spans(config)[1])]
+        special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+        return train_bpe(texts, config.vocab_size, special, sentinels)
+
+    @property
+    def frame(self) -> Frame:
+        """Text alone."""
+        return Frame(self.config.block_size, lines=True)
+
+    def examples(self, ids: Tensor) -> dict[str, Tensor]:
+        """What the encoder reads, what the decoder reads (the labels, one later), and the labels."""
+        out = self._drawn(len(ids))
+        labels = self._marked(ids, out, ~out)
+        start = torch.full_like(labels[:, :1], self.tokenizer.pad_token_id)
+        return {
+            "input_ids": self._marked(ids, ~out, out),
+            "decoder_input_ids": torch.cat([start, labels[:, :-1]], 1),
+            "labels": labels,
+        }
+
+    def candidates(self, ids: Tensor) -> Tensor:
+        """Labels of spans drawn once: sentinels and ends are as frequent in them as in any others."""
+        return self.examples(ids)["labels"].flatten()
+
+    def model_args(self) -> dict[str, Any]:
+        """The vocabulary's size and the special tokens."""
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return {
+            "vocab_size": len(self.tokenizer),
+            "pad_token_id": pad,
+            "eos_token_id": eos,
+            "decoder_start_token_id": pad,
+        }
+
+    def _drawn(self, count: int) -> Tensor:
+        """Which tokens are cut out, bool [count, T]: text and spans in turn, each of random length, text first."""
+        kept = _parts(count, self.config.block_size - self._cut, self._spans)
+        cut = _parts(count, self._cut, self._spans)
+        runs = torch.stack([kept, cut], 2).flatten(1)
+        ends = runs.cumsum(1)
+        at = torch.arange(self.config.block_size).expand(count, -1).contiguous()
+        return torch.searchsorted(ends, at, right=True) % 2 == 1
+
+    def _marked(self, ids: Tensor, stays: Tensor, goes: Tensor) -> Tensor:
+        """What stays of blocks, a sentinel for every run that goes, and the end."""
+        first = goes & ~torch.cat([torch.zeros_like(goes[:, :1]), goes[:, :-1]], 1)
+        number = (first.cumsum(1) - 1).clamp_min(0)
+        marked = torch.where(first, self._sentinels[number], ids)[stays | first].view(len(ids), -1)
+        return torch.cat([marked, torch.full_like(marked[:, :1], self.tokenizer.eos_token_id)], 1)
+
+
+def _spans(config: SpanTextConfig) -> tuple[int, int]:
+    """How many tokens of a block are cut out, and in how many spans."""
+    size = config.block_size
+    cut = min(max(round(size * config.noise), 1), size - 1)
+    spans = min(max(round(cut / config.span_length), 1), cut, size - cut)
+    if spans < 1:
+        raise FusionError(f"data.block_size is {size}; of a block something is cut out and something stays")
+    return cut, spans
+
+
+def _parts(count: int, total: int, parts: int) -> Tensor:
+    """Random positive numbers [count, parts] with the sum `total` in every row; every division is as likely."""
+    cuts = torch.rand(count, total - 1).argsort(1)[:, : parts - 1].sort(1).values + 1
+    edges = torch.cat([torch.zeros(count, 1, dtype=cuts.dtype), cuts, torch.full((count, 1), total)], 1)
+    return edges.diff(dim=1)

@@ -1,0 +1,78 @@
+"""Causal and encoder-decoder language models from train.py through finetune.py, on a corpus of a few sentences."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusionpl.cli import finetune, train
+from fusionpl.cli.common import main
+from fusionpl.models import load_tokenizer
+from tests.integration.runs import make_corpus, make_sentences
+from tests.integration.test_text_cli import preset
+
+DATA = {"vocab_size": 300, "block_size": 20}
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gpt2": ("causal-language-modeling", "GPT2LMHeadModel",
+             {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "n_positions": 24}),
+    "t5": ("span-corruption", "T5ForConditionalGeneration",
+           {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 16}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each kind."""
+    folder = tmp_path_factory.mktemp("language")
+    path = str(make_corpus(folder / "corpus"))
+    for name, (task, architecture, args) in MODELS.items():
+        model = {"library": "transformers", "architecture": architecture, "args": args}
+        config = preset(folder, name, name=name, task=task, model=model, data={**DATA, "path": path})
+        assert main(train.run, ["--config", config, "--seed", "1", "--output", str(folder / name)]) == 0
+    return folder
+
+
+def figures(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "metrics.json").read_text()))
+
+
+def test_figures_of_the_test_part(home: Path) -> None:
+    assert {"loss", "perplexity", "accuracy", "bits_per_byte", "unigram_loss"} <= set(figures(home / "gpt2"))
+    assert {"loss", "perplexity", "accuracy", "unigram_loss"} <= set(figures(home / "t5"))
+    assert "bits_per_byte" not in figures(home / "t5")  # most of the text is given
+    assert "bits_per_byte" in (home / "gpt2" / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_finetuned_with_its_own_data_and_tokenizer(name: str, home: Path) -> None:
+    config = preset(home, "again")
+    words = ["--config", config, "--model", str(home / name), "--output", str(home / f"{name}-more")]
+    assert main(finetune.run, words) == 0
+    more = figures(home / f"{name}-more")
+    assert more["loss"] < figures(home / name)["loss"]
+    assert ("bits_per_byte" in more) == (name == "gpt2")
+    first, second = (load_tokenizer(home / run) for run in (name, f"{name}-more"))
+    assert first is not None
+    assert second is not None
+    assert first.get_vocab() == second.get_vocab()
+    assert first.special_tokens_map == second.special_tokens_map
+
+
+def test_a_classifier_is_put_on_a_causal_model(home: Path) -> None:
+    data = {"path": str(make_sentences(home / "cats")), "max_length": 20, "validation": 30, "calibration": 20}
+    config = preset(home, "cats", task="text-classification", data=data)
+    words = ["--config", config, "--model", str(home / "gpt2"), "--output", str(home / "cats-gpt2")]
+    assert main(finetune.run, words) == 0
+    assert figures(home / "cats-gpt2")["accuracy"] > 0
+
+
+def test_data_of_another_task_are_refused_in_one_line(home: Path, capsys: Any) -> None:
+    path = str(home / "corpus")
+    words = ["--config", preset(home, "never"), "--model", str(home / "gpt2"), "--output", str(home / "never")]
+    assert main(finetune.run, [*words, "--task", "masked-lm", "--data.path", path, "--data.block_size", "20"]) == 2
+    assert "the tokenizer has no cls_token, which this task needs" in capsys.readouterr().err
+    words[3] = str(home / "t5")
+    assert main(finetune.run, [*words, "--task", "causal-language-modeling", "--data.path", path]) == 2
+    assert "can't read the data" in capsys.readouterr().err
+    assert not (home / "never").exists()

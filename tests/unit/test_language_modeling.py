@@ -309,8 +309,10 @@ def test_a_report_shows_how_models_go_on(folder: Path, tmp_path: Path) -> None:
     for seed in (1, 2):
         save_model(built("GPT2LMHeadModel", data, seed), tmp_path / f"seed-{seed}" / "model", tokenizer=data.tokenizer)
         parents[f"seed-{seed}"] = str(tmp_path / f"seed-{seed}")
-    result: Any = SimpleNamespace(config=FuseConfig(), refitted=None, model=load_model(parents["seed-1"]))
-    report = measure(parents, result, {}, data, torch.device("cpu"), {}, "rows")
+    result: Any = SimpleNamespace(config=FuseConfig(), refitted=None, warnings=[], model=load_model(parents["seed-1"]))
+    report = measure(
+        list(parents), lambda name: load_model(parents[name]), result, {}, data, torch.device("cpu"), {}, "rows"
+    )
     assert set(report.continuations) == {"parent seed-1", "parent seed-2", "vanilla", "fused"}
     assert report.continuations["fused"] == report.continuations["parent seed-1"]
     assert report.prompt == data.tokenizer.decode(data.prompt)

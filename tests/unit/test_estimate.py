@@ -1,6 +1,7 @@
 """What a fusion is expected to take, before it is run."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fusionpl.calibration import GIB, Network
 from fusionpl.errors import FusionError
 from fusionpl.families import bind
 from fusionpl.fusion import Estimate, estimate, load_config, make_plan
-from tests.models_for_tests import images, sentences, text_model, timm_vit
+from tests.models_for_tests import CAUSAL, ELECTRA, VISION, causal, images, sentences, text_model, timm_vit
 
 CPU = torch.device("cpu")
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -62,6 +63,15 @@ def test_parents_of_other_widths_and_text() -> None:
     assert wide.work["products"] > expected([timm_vit(0), timm_vit(1)], SETTINGS["refit"]).work["products"]
     text = expected([text_model("bert masked-lm", seed) for seed in (0, 1)], SETTINGS["refit"], batch=sentences(8))
     assert text.work["products"] > 0
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, *ELECTRA, *VISION])
+def test_every_family_is_estimated(name: str) -> None:
+    make = ELECTRA.get(name) or VISION.get(name) or partial(causal, name)
+    batch = images(8) if name in VISION else sentences(8)
+    found = expected([make(0), make(1)], SETTINGS["refit"] | {"align.residual": "auto"}, batch=batch)
+    assert found.work["forward"] > 0
+    assert found.memory > 0
 
 
 def test_no_weight_is_read() -> None:

@@ -14,7 +14,7 @@ from fusionpl.families.axes import Axis, Binding, Index, Join, Slot, Tap, bounda
 from fusionpl.families.binding import bind
 from fusionpl.families.canonical import canonical, check_rotatable, without_scales
 from fusionpl.families.compatible import check_compatible, check_finite
-from fusionpl.families.family import STEM, TAIL, VOCABULARY, Family, family_of, library, parse_family
+from fusionpl.families.family import STEM, TAIL, VOCABULARY, Family, family_of, library, parse_family, read_family
 from fusionpl.families.grammar import GrammarError, parse
 from fusionpl.families.proof import allowed, permutation_error, permuted, random_permutations
 
@@ -51,6 +51,7 @@ __all__ = [
     "permutation_error",
     "permuted",
     "random_permutations",
+    "read_family",
     "section_of",
     "with_parameters",
     "without_scales",

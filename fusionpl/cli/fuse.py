@@ -33,7 +33,7 @@ from fusionpl.cli.common import (
 from fusionpl.cli.measuring import Depth, card, measure
 from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError
-from fusionpl.families import VOCABULARY, Family, allowed, permutation_error, read_family
+from fusionpl.families import PROOF_TOLERANCE, VOCABULARY, Family, allowed, permutation_error, read_family
 from fusionpl.fusion import (
     Estimate,
     FuseConfig,
@@ -60,7 +60,6 @@ from fusionpl.models import (
 from fusionpl.training import TASKS, LoggerName, OTFusion, TaskName, finish_loggers, log_report, make_loggers
 
 PRESET = CONF / "fuse" / "default.yaml"
-PROOF_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)

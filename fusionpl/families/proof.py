@@ -13,6 +13,8 @@ from fusionpl.families.binding import bind
 from fusionpl.families.family import Family
 from fusionpl.transport import TransportMap, permutation
 
+PROOF_TOLERANCE = 1e-3  # as a share of the outputs
+
 
 def random_permutations(binding: Binding, generator: torch.Generator) -> dict[str, TransportMap]:
     """A random map for every free axis that keeps the function of the network: a permutation wherever one does.

@@ -15,10 +15,22 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor, nn
 
-from fusionpl.calibration import logits
+from fusionpl.calibration import Network, logits
 from fusionpl.cli.common import add_reading_options, main, quiet
 from fusionpl.errors import FusionError
-from fusionpl.families import PROOF_TOLERANCE, Family, bind, draft, parse_family, permutation_error, read_family
+from fusionpl.families import (
+    PROOF_TOLERANCE,
+    Binding,
+    Family,
+    bind,
+    canonical,
+    check_rotatable,
+    draft,
+    parse_family,
+    permutation_error,
+    read_family,
+    without_scales,
+)
 from fusionpl.models import load_model
 from fusionpl.options import explain
 
@@ -108,6 +120,13 @@ def proof(model: nn.Module, family: Family, batch: Any, source: str) -> str:
             f"{source}: all parameters are described, but moving units at random changes outputs by {difference:.1e} "
             f"(outputs up to {size:.1f}); look at its guesses, at joins, maps and gates, and at the order of q, k and v"
         )
+    folded, what = _folded(changed, binding)
+    difference_of_folding = float((_scores(folded, batch) - _scores(changed, batch)).abs().max())
+    if not difference_of_folding <= PROOF_TOLERANCE * size:
+        raise FusionError(
+            f"{source}: its units move freely, but folding {what} changes outputs by {difference_of_folding:.1e} "
+            f"(outputs up to {size:.1f}); a norm with an empty list of readers is let alone"
+        )
     return (
         f"{source} holds: {len(binding.free)} axes in {binding.depth} blocks; moving their units at random changes "
         f"outputs by {difference:.1e} (outputs up to {size:.1f})"
@@ -145,6 +164,18 @@ def _scores(model: nn.Module, batch: Any) -> Tensor:
         raise FusionError(
             f"{type(model).__name__} gives no logits for random inputs: {type(error).__name__} {error}"
         ) from error
+
+
+def _folded(model: nn.Module, binding: Binding) -> tuple[nn.Module, str]:
+    """The model in the form in which it is fused, and what was folded."""
+    try:
+        check_rotatable(binding, "the model")
+    except FusionError:
+        scales = Network(model, binding).prepared(
+            lambda state, bound, section, _: without_scales(state, bound, section)
+        )
+        return scales.whole(), "scales into the maps before them"
+    return Network(model, binding).prepared(canonical).whole(), "norms into what reads them, and scales,"
 
 
 def _changed(model: nn.Module) -> nn.Module:

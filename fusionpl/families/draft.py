@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fusionpl.families.family import STEM, TAIL, VOCABULARY, attribute
-from fusionpl.families.tree import Seen, stack_of, traced
+from fusionpl.families.tree import Seen, multiplies, stack_of, traced
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
 _WIDTHS = ("hidden_size", "embed_dim", "n_embd", "d_model", "dim")
@@ -180,7 +180,7 @@ class _Draft:
             axis = middle if behind_out and own.source != self.trace.entry else "in"
             part.taps.setdefault(axis, f"input({name})")
             part.norms[name] = [reader for reader in readers if seen[reader].reads(own)]
-        return self._add(part, name, axis)
+        return self._add(part, name, axis, self._plain(part, name, f"{self.block}."))
 
     def _mlp(self, part: _Part, ups: Sequence[str], down: str | None, reads: str) -> None:
         gate = next((name for name in ups if _GATE.search(name)), ups[0]) if len(ups) > 1 else None
@@ -194,6 +194,13 @@ class _Draft:
             self._linear(part, down, "mlp", "up" if gate else "ffn")
             part.taps["mlp"] = down
         part.more += ["gates: {up: ffn}"] * (gate is not None)
+
+    def _plain(self, part: _Part, name: str, prefix: str) -> str:
+        """Lets a norm alone whose gain can't be folded into what reads it."""
+        if name not in part.norms or multiplies(self.model.get_submodule(prefix + name), self.width):
+            return ""
+        part.norms[name] = []
+        return "its gain is no plain factor, so it stays where it is, and the stream is not rotated"
 
     # what stands before it and behind it
 
@@ -297,6 +304,7 @@ class _Draft:
                 last = name
         if last:
             part.norms[last] = heads
+            self._plain(part, last, "")
         return part
 
     # the tree

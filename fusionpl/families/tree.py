@@ -1,5 +1,6 @@
 """What can be seen of a model that no family describes: its stack of blocks, and the order in which its modules run."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -111,3 +112,13 @@ def stack_of(model: nn.Module) -> tuple[str, list[str]]:
         )
     best = max(found, key=lambda name: found[name])
     return best, [name for name in found if not f"{name}.".startswith(f"{best}.") and not best.startswith(f"{name}.")]
+
+
+def multiplies(norm: nn.Module, width: int) -> bool:
+    """Whether a norm multiplies by its weight as it is, not by 1 + weight, say."""
+    probe = copy.deepcopy(norm)
+    with torch.no_grad():
+        for parameter in probe.parameters(recurse=False):
+            parameter.zero_()
+        like = next(probe.parameters())
+        return not bool(probe(torch.arange(1.0, width + 1).to(like)).any())

@@ -18,6 +18,7 @@ from tests.models_for_tests import (
     TEXT_MODELS,
     VISION,
     causal,
+    causal_model,
     hf_vit,
     outputs,
     text_model,
@@ -128,6 +129,7 @@ def test_what_is_wrong_is_told(parents: list[str], tmp_path: Path, capsys: pytes
         ("    mlp.fc1.bias: ffn\n", "", "no pattern matches parameter 'blocks.0.mlp.fc1.bias' [32]"),
         ("ffn: mlp.fc1", "ffn: mlp.fc2", "axis 'blocks.0.ffn' has neither tap nor join"),
         ("(head q)|(head k)|(head v)", "(head q)|(head v)|(head k)", "moving units at random changes outputs by"),
+        ("norm1: [attn.qkv]", "norm1: [mlp.fc1]", "folding norms into what reads them, and scales, changes outputs by"),
         ("mlp <- ffn", "mlp <- ffn)", "block.parameters.mlp.fc2.weight: 'mlp <- ffn)': unbalanced parenthesis"),
         ("sizes: {head: blocks.0.attn.num_heads}", "sizes: {head: blocks.0.heads}", "the model has no blocks.0.heads"),
     ):
@@ -153,6 +155,14 @@ def test_a_language_model_from_a_folder(tmp_path: Path, capsys: pytest.CaptureFi
     save_model(causal("llama"), tmp_path / "model")
     assert main(family.run, [str(tmp_path / "model"), "--output", str(tmp_path / "my.yaml")]) == 0
     assert "my.yaml holds: " in capsys.readouterr().out
+
+
+def test_a_gain_that_is_no_plain_factor_is_not_folded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(causal_model("gemma", head_dim=4), tmp_path / "model")
+    own = tmp_path / "my.yaml"
+    assert main(family.run, [str(tmp_path / "model"), "--output", str(own)]) == 0
+    assert "norms: {input_layernorm: [], post_attention_layernorm: []}" in own.read_text()
+    assert "model.norm: []" in own.read_text()
 
 
 def test_a_network_without_blocks_has_no_draft() -> None:

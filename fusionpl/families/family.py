@@ -250,5 +250,5 @@ def family_of(model: object) -> Family:
         )
     raise FusionError(
         f"no family for {type(model).__module__}.{type(model).__qualname__}; known: {', '.join(library())} "
-        "(a new architecture is one YAML file, see docs/families.md)"
+        "(`python -m fusionpl.cli.family MODEL` drafts one for --family, see docs/families.md)"
     )

@@ -15,6 +15,7 @@ from tests.integration.runs import make_run
 from tests.models_for_tests import (
     CAUSAL,
     ELECTRA,
+    MODERN,
     TEXT_MODELS,
     VISION,
     causal,
@@ -34,7 +35,7 @@ MODELS = {
     **{name: (lambda name=name: text_model(name), text_outputs) for name in TEXT_MODELS},
     **{name: (lambda name=name: causal(name), text_outputs) for name in CAUSAL},
     **{name: (lambda build=build: build(0), outputs) for name, build in VISION.items()},
-    **{name: (lambda build=build: build(0), text_outputs) for name, build in ELECTRA.items()},
+    **{name: (lambda build=build: build(0), text_outputs) for name, build in (ELECTRA | MODERN).items()},
 }
 
 

@@ -26,6 +26,7 @@ from transformers import (
     Dinov2WithRegistersForImageClassification,
     DistilBertConfig,
     ElectraConfig,
+    ModernBertConfig,
     PreTrainedConfig,
     PreTrainedModel,
     RobertaConfig,
@@ -241,4 +242,19 @@ ELECTRA: dict[str, Callable[[int], nn.Module]] = {
     for name, auto in {"discriminator": AutoModelForPreTraining, "masked-lm": AutoModelForMaskedLM,
                        "classifier": AutoModelForSequenceClassification}.items()
     for note, width in {"": 16, ", small": 8}.items()
+}  # fmt: skip
+MODERN: dict[str, Callable[[int], nn.Module]] = {
+    f"modernbert {name}": lambda seed, auto=auto, options=options: redrawn(
+        auto.from_config(ModernBertConfig(
+            vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, intermediate_size=24,
+            max_position_embeddings=POSITIONS, local_attention=8, global_attn_every_n_layers=2, num_labels=CLASSES,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, **options,
+        )), seed
+    )
+    for name, auto, options in (
+        ("masked-lm", AutoModelForMaskedLM, {}),
+        ("classifier", AutoModelForSequenceClassification, {}),
+        ("classifier, biases", AutoModelForSequenceClassification,
+         {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True}),
+    )
 }  # fmt: skip

@@ -29,6 +29,7 @@ from fusionpl.cli.common import (
 )
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import Report, Row, best_of, flops, parameters, readable
+from fusionpl.families import read_family
 from fusionpl.fusion import mixing_weights, vanilla
 from fusionpl.models import (
     Vocabulary,
@@ -126,8 +127,9 @@ def _candidates(source: str, origin: dict[str, Any], options: Namespace, *, ever
     if not options.baselines:
         return candidates
     allowed = options.allow_pickle or origin.get("allow_pickle", False)
-    vocabulary = Vocabulary.of(source, fused)
-    parents = [load_parent(path, vocabulary, allow_pickle=allowed) for path in origin["parents"]]
+    family = read_family(origin.get("family"))
+    vocabulary = Vocabulary.of(source, fused, family)
+    parents = [load_parent(path, vocabulary, allow_pickle=allowed, family=family) for path in origin["parents"]]
     plain = vanilla(parents, mixing_weights(origin.get("weights"), len(parents)))
     report = Report.load(Path(source) / "report").rows
     rows = [row for row in report if row.name.startswith("parent ") and row.stage == "one-shot"]

@@ -33,7 +33,7 @@ from fusionpl.cli.common import (
 from fusionpl.cli.measuring import Depth, card, measure
 from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError
-from fusionpl.families import VOCABULARY, allowed, permutation_error
+from fusionpl.families import PROOF_TOLERANCE, VOCABULARY, Family, allowed, permutation_error, read_family
 from fusionpl.fusion import (
     Estimate,
     FuseConfig,
@@ -60,7 +60,6 @@ from fusionpl.models import (
 from fusionpl.training import TASKS, LoggerName, OTFusion, TaskName, finish_loggers, log_report, make_loggers
 
 PRESET = CONF / "fuse" / "default.yaml"
-PROOF_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,7 @@ class Job:
         anchor: index of the anchor.
         data: to calibrate and test on.
         tokenizer: that the parents share, or None.
+        family: the user's own, or None.
     """
 
     args: Namespace
@@ -86,6 +86,7 @@ class Job:
     anchor: int
     data: FixedSplits
     tokenizer: Any
+    family: Family | None
 
     @classmethod
     def of(cls, argv: Sequence[str]) -> "Job":
@@ -97,22 +98,23 @@ class Job:
         parser, args = arguments(argv)
         settings = {key: value for key, value in settings_of(parser, args).items() if key not in ("check", "dry_run")}
         chosen = parser.instantiate(args)
-        config, parents = fuse_config(chosen), named(args.parents)
+        config, parents, family = fuse_config(chosen), named(args.parents), read_family(args.family)
         anchor = resolve_anchor(config, len(parents))
         mixing_weights(config.weights, len(parents))
-        opened = open_parents(list(parents.values()), list(parents), allow_pickle=args.allow_pickle)
+        reading = {"allow_pickle": args.allow_pickle, "family": family}
+        opened = open_parents(list(parents.values()), list(parents), **reading)
         tokenizer = common_tokenizer(parents, anchor)
         match_vocabularies(list(parents.values()), opened, anchor)
         networks = [network for network, _ in opened]
         check_parents(networks)
         data = TASKS[args.task].datamodule(chosen.data, 0, tokenizer)
-        return cls(args, settings, config, parents, networks, anchor, data, tokenizer)
+        return cls(args, settings, config, parents, networks, anchor, data, tokenizer, family)
 
     def load(self, name: str) -> nn.Module:
         """A whole parent, with the anchor's vocabulary."""
         axis = self.networks[self.anchor].binding.axes.get(VOCABULARY)
         vocabulary = Vocabulary(self.tokenizer, axis.size) if axis and self.tokenizer is not None else None
-        return load_parent(self.parents[name], vocabulary, allow_pickle=self.args.allow_pickle)
+        return load_parent(self.parents[name], vocabulary, allow_pickle=self.args.allow_pickle, family=self.family)
 
     def estimate(self, plan: Plan, device: torch.device) -> Estimate:
         """What the fusion will take."""
@@ -150,7 +152,7 @@ def run(argv: Sequence[str]) -> None:
         f"anchor: {names[job.anchor]}"
     )
     with staged(output, args.overwrite) if is_main_process() else nullcontext(output) as folder:
-        reading = {"names": names, "allow_pickle": args.allow_pickle}
+        reading = {"names": names, "allow_pickle": args.allow_pickle, "family": job.family}
         fusion = _Fusion(list(job.parents.values()), job.config, output=folder, progress=progress_bar, **reading)
         trainer = L.Trainer(callbacks=[fusion], **_launching(args.trainer))
         trainer.test(_Nothing(), datamodule=job.data, verbose=False)
@@ -219,6 +221,8 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
                         "several models in memory at once; none: measure nothing")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="prove the family on the parents; fuse nothing")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, with time and memory")
+    parser.add_argument("--family", type=str | None, help="a YAML file that says what the parents are, in place of the "
+                        "library's; python -m fusionpl.cli.family drafts one")  # fmt: skip
     add_reading_options(parser)
     parser.add_class_arguments(FuseConfig)
     parser.add_class_arguments(TASKS[task].data, "data")
@@ -298,7 +302,7 @@ def _check(job: Job) -> None:
         model = job.load(name)
         with torch.inference_mode():
             size = float(logits(model, batch).abs().max())
-        error = permutation_error(model, lambda one: logits(one, batch))
+        error = permutation_error(model, lambda one: logits(one, batch), family=job.family)
         if not error <= PROOF_TOLERANCE * size:
             raise FusionError(
                 f"{name}: moving its units at random changes outputs by {error:.1e} (outputs are up to {size:.1f}); "

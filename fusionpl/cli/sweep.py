@@ -20,6 +20,7 @@ from fusionpl.cli.common import check_output, main, quiet, settings_of, staged
 from fusionpl.cli.fuse import arguments, common_tokenizer, fuse_config, named, progress_bar
 from fusionpl.errors import FusionError, flattened
 from fusionpl.evaluation import Report, Row, evaluate
+from fusionpl.families import read_family
 from fusionpl.fusion import Calibrated, FuseConfig, load_config, mixing_weights, resolve_anchor
 from fusionpl.models import load_model
 from fusionpl.training import TASKS, finish_loggers, log_report, make_loggers
@@ -37,7 +38,7 @@ def run(argv: Sequence[str]) -> None:
     parser, args = arguments(argv, _sweep_option)
     settings = {key: value for key, value in settings_of(parser, args).items() if key not in ("check", "dry_run")}
     chosen = parser.instantiate(args)
-    base = asdict(fuse_config(chosen))
+    base, family = asdict(fuse_config(chosen)), read_family(args.family)
     cells = grid(args.sweep)
     configs = {label(cell): load_config(None, {**flattened(base), **cell}) for cell in cells}
     groups = passes(configs, len(args.parents))
@@ -57,8 +58,9 @@ def run(argv: Sequence[str]) -> None:
         report.add(Row(f"parent {name}", **_scores(evaluate(model, test))))
     for group in groups:
         calibrated = Calibrated(
-            models, data.calibration_dataloader(), list(group.values()), names=list(parents), progress=progress_bar
-        )
+            models, data.calibration_dataloader(), list(group.values()), names=list(parents), family=family,
+            progress=progress_bar,
+        )  # fmt: skip
         for name, config in progress_bar(group.items(), f"sweep, {len(configs)} cells"):
             started = time.monotonic()
             result = calibrated.fuse(config)

@@ -14,9 +14,10 @@ from fusionpl.families.axes import Axis, Binding, Index, Join, Slot, Tap, bounda
 from fusionpl.families.binding import bind
 from fusionpl.families.canonical import canonical, check_rotatable, without_scales
 from fusionpl.families.compatible import check_compatible, check_finite
-from fusionpl.families.family import STEM, TAIL, VOCABULARY, Family, family_of, library, parse_family
+from fusionpl.families.draft import draft
+from fusionpl.families.family import STEM, TAIL, VOCABULARY, Family, family_of, library, parse_family, read_family
 from fusionpl.families.grammar import GrammarError, parse
-from fusionpl.families.proof import allowed, permutation_error, permuted, random_permutations
+from fusionpl.families.proof import PROOF_TOLERANCE, allowed, permutation_error, permuted, random_permutations
 
 __all__ = [
     "Axis",
@@ -25,6 +26,7 @@ __all__ = [
     "GrammarError",
     "Index",
     "Join",
+    "PROOF_TOLERANCE",
     "STEM",
     "Slot",
     "State",
@@ -40,6 +42,7 @@ __all__ = [
     "check_finite",
     "check_rotatable",
     "copy_rows",
+    "draft",
     "family_of",
     "in_float32",
     "library",
@@ -51,6 +54,7 @@ __all__ = [
     "permutation_error",
     "permuted",
     "random_permutations",
+    "read_family",
     "section_of",
     "with_parameters",
     "without_scales",

@@ -32,7 +32,9 @@ def _count(model: nn.Module, family: Family, path: str) -> int:
     found = attribute(model, path)
     if found is None:
         raise FusionError(f"{family.name}: the model has no {path}, which says how its units are grouped")
-    return int(found)
+    if not isinstance(found, int) or found < 1:
+        raise FusionError(f"{family.name}: the model's {path} is {type(found).__name__} {found}, not a number of heads")
+    return found
 
 
 _Names = tuple[str, ...]

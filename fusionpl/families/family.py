@@ -5,17 +5,19 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import yaml
 
-from fusionpl.errors import FusionError
-from fusionpl.families.grammar import Dim, parse
+from fusionpl.errors import FusionError, nearest
+from fusionpl.families.grammar import Dim, GrammarError, parse
 
 STEM, TAIL = "stem", "tail"
 VOCABULARY = "vocabulary"  # the axis of tokens
 
 Kind = Literal["permutation", "pairs", "signs", "scale"]
+Norm = Literal["pre", "rms", "post"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Family:
     name: str
     models: tuple[str, ...]
     when: Mapping[str, Any]
-    norm: Literal["pre", "rms", "post"]
+    norm: Norm
     sizes: Mapping[str, str]
     fixed: frozenset[str]
     stem: Section
@@ -92,10 +94,29 @@ def _all(one_or_more: str | list[str]) -> tuple[str, ...]:
     return (one_or_more,) if isinstance(one_or_more, str) else tuple(one_or_more)
 
 
-def _section(raw: Mapping[str, Any]) -> Section:
+_MAPPINGS = ("parameters", "taps", "joins", "circuits", "maps", "gates", "norms", "scales")
+
+
+def _section(name: str, raw: Any) -> Section:
+    _keys(raw, name, ("parameters",), ("path", *_MAPPINGS))
+    for key in _MAPPINGS:
+        if not isinstance(raw.get(key, {}), Mapping):
+            raise FusionError(f"{name}.{key} is no mapping")
+    lists = [("joins", 2), ("circuits", 1), ("norms", 0)]
+    for key, least in lists:
+        for axis, members in raw.get(key, {}).items():
+            if not isinstance(members, list) or len(members) < least:
+                raise FusionError(
+                    f"{name}.{key}.{axis}: '{members}' is no list" + f" of {least} names or more" * (least > 0)
+                )
+    for axis, kind in raw.get("maps", {}).items():
+        if kind not in get_args(Kind):
+            raise FusionError(f"{name}.maps.{axis}: '{kind}' is not {' or '.join(get_args(Kind))}")
     return Section(
         path=raw.get("path", ""),
-        parameters={name: parse(str(dims)) for name, dims in raw["parameters"].items()},
+        parameters={
+            pattern: _dims(f"{name}.parameters.{pattern}", line) for pattern, line in raw["parameters"].items()
+        },
         taps={axis: _all(places) for axis, places in raw.get("taps", {}).items()},
         joins={axis: tuple(members) for axis, members in raw.get("joins", {}).items()},
         circuits={name: tuple(members) for name, members in raw.get("circuits", {}).items()},
@@ -106,25 +127,89 @@ def _section(raw: Mapping[str, Any]) -> Section:
     )
 
 
+def _dims(place: str, line: object) -> tuple[Dim, ...]:
+    try:
+        return parse(str(line))
+    except GrammarError as error:
+        raise GrammarError(f"{place}: {error}") from error
+
+
+def _keys(raw: Any, place: str, needed: tuple[str, ...], known: tuple[str, ...]) -> None:
+    if not isinstance(raw, Mapping):
+        raise FusionError(f"{place} is no mapping of {', '.join(known)}")
+    for key in needed:
+        if key not in raw:
+            raise FusionError(f"{place} lacks the key {key}")
+    for key in raw:
+        if key not in known:
+            raise FusionError(f"{place} has an unknown key {key}{nearest(str(key), known)}")
+
+
+_NEEDED = ("name", "models", "norm", "sizes", "fixed", STEM, "block", TAIL)
+
+
 def parse_family(text: str) -> Family:
     """Reads a family from YAML text; see library/*.yaml for the keys.
 
     Raises:
-        GrammarError: a malformed dimension string.
-        KeyError: a missing section.
+        GrammarError: a malformed dimension string; names its key.
+        FusionError: a key that is missing, unknown or of the wrong kind.
+        yaml.YAMLError: it is not YAML.
     """
     raw = yaml.safe_load(text)
-    return Family(
+    _keys(raw, "the family", _NEEDED, (*_NEEDED, "when"))
+    if raw["norm"] not in get_args(Norm):
+        raise FusionError(f"norm: '{raw['norm']}' is not {' or '.join(get_args(Norm))}")
+    for key in ("sizes", "when"):
+        if not isinstance(raw.get(key, {}), Mapping):
+            raise FusionError(f"{key} is no mapping")
+    for key in ("models", "fixed"):
+        if not isinstance(raw[key], list):
+            raise FusionError(f"{key} is no list")
+    family = Family(
         name=raw["name"],
         models=tuple(raw["models"]),
         when=dict(raw.get("when", {})),
         norm=raw["norm"],
         sizes=dict(raw["sizes"]),
         fixed=frozenset(raw["fixed"]),
-        stem=_section(raw[STEM]),
-        block=_section(raw["block"]),
-        tail=_section(raw[TAIL]),
+        stem=_section(STEM, raw[STEM]),
+        block=_section("block", raw["block"]),
+        tail=_section(TAIL, raw[TAIL]),
     )
+    if "{l}" not in family.block.path:
+        raise FusionError("block.path has no {l}, which stands for the number of a block")
+    for part in (family.stem, family.block, family.tail):
+        groups = {
+            group for dims in part.parameters.values() for dim in dims for s in dim.segments for group in s.groups
+        }
+        for group in sorted(groups - family.sizes.keys()):
+            raise FusionError(f"sizes lacks the key {group}, by which units are grouped")
+    return family
+
+
+def read_family(source: "Family | str | Path | None") -> Family | None:
+    """A family that a user has written.
+
+    Args:
+        source: the path of a YAML file; a Family, or None, is returned as it is.
+
+    Raises:
+        FusionError: no such file, no YAML (names the line), a key that is missing, unknown or of the wrong kind, a
+            dimension string that is not in the grammar (names the key).
+    """
+    if source is None or isinstance(source, Family):
+        return source
+    try:
+        return parse_family(Path(source).read_text())
+    except FileNotFoundError as error:
+        raise FusionError(f"there is no family file {source}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise FusionError(f"{source} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise FusionError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+    except FusionError as error:
+        raise type(error)(f"{source}: {error}") from error
 
 
 @functools.cache
@@ -139,7 +224,9 @@ def attribute(model: object, path: str) -> Any:
     """What stands at a dotted path on a model, such as `blocks.0.attn.num_heads`; None where there is nothing."""
 
     def step(owner: Any, part: str) -> Any:
-        return owner[int(part)] if part.isdigit() else getattr(owner, part, None)
+        if part.isdigit() and hasattr(owner, "__getitem__"):
+            return owner[int(part)] if int(part) < len(owner) else None
+        return getattr(owner, part, None)
 
     return functools.reduce(step, path.split("."), model)
 
@@ -163,5 +250,5 @@ def family_of(model: object) -> Family:
         )
     raise FusionError(
         f"no family for {type(model).__module__}.{type(model).__qualname__}; known: {', '.join(library())} "
-        "(a new architecture is one YAML file, see docs/families.md)"
+        "(`python -m fusionpl.cli.family MODEL` drafts one for --family, see docs/families.md)"
     )

@@ -21,7 +21,7 @@ from fusionpl.calibration import (
     no_progress,
 )
 from fusionpl.errors import FusionError
-from fusionpl.families import VOCABULARY, bind, canonical, check_compatible, without_scales
+from fusionpl.families import VOCABULARY, Family, bind, canonical, check_compatible, read_family, without_scales
 from fusionpl.fusion.average import mixing_weights
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.plan import make_plan
@@ -55,6 +55,7 @@ def fuse(
     output: str | Path | None = None,
     seed: int = 0,
     allow_pickle: bool = False,
+    family: Family | str | Path | None = None,
     progress: Progress = no_progress,
 ) -> FusionResult:
     """Aligns the parents to the anchor and averages them into one model.
@@ -73,18 +74,21 @@ def fuse(
             model is written into it block by block, and loaded only when `FusionResult.model` is asked for.
         seed: decides the order of the batches of learned refinement; nothing else is random.
         allow_pickle: see `load_model`.
+        family: what the parents are, where the library does not say (or not well): a YAML file as
+            docs/families.md explains, or a Family.
         progress: wraps loops for a progress bar.
 
     Returns:
         FusionResult; its model is new, the parents are untouched.
 
     Raises:
-        FusionError: parents that do not fit together, NaN weights, an empty calibration set, options that don't fit.
+        FusionError: parents that do not fit together, a family that does not fit them, NaN weights, an empty
+            calibration set, options that don't fit.
     """
     config = config or FuseConfig()
     ready = Calibrated(
         parents, calibration, [config], names=names, device=device, seed=seed, allow_pickle=allow_pickle,
-        progress=progress,
+        family=family, progress=progress,
     )  # fmt: skip
     return ready.fuse(config, output=output)
 
@@ -96,7 +100,7 @@ class Calibrated:
     only to refit.
 
     Args:
-        parents, names, device, seed, allow_pickle, progress: see `fuse`.
+        parents, names, device, seed, allow_pickle, family, progress: see `fuse`.
         calibration: see `fuse`.
         configs: they share the anchor, what is collected (`calibration` but for its `scale`), and `align.stream`.
 
@@ -114,6 +118,7 @@ class Calibrated:
         device: torch.device | str | None = None,
         seed: int = 0,
         allow_pickle: bool = False,
+        family: Family | str | Path | None = None,
         progress: Progress = no_progress,
     ) -> None:
         first = configs[0]
@@ -123,7 +128,7 @@ class Calibrated:
         anchor = resolve_anchor(first, len(parents))
         for config in configs:
             mixing_weights(config.weights, len(parents))
-        opened = open_parents(parents, self.names, device, allow_pickle=allow_pickle)
+        opened = open_parents(parents, self.names, device, allow_pickle=allow_pickle, family=read_family(family))
         self._matched = match_vocabularies(parents, opened, anchor)
         networks = [network for network, _ in opened]
         check_parents(networks)
@@ -181,6 +186,7 @@ def open_parents(
     device: torch.device | str | None = None,
     *,
     allow_pickle: bool = False,
+    family: Family | None = None,
 ) -> list[tuple[Network, ModelFolder | None]]:
     """Binds each parent; of one that is named no weight is read where its library allows that.
 
@@ -189,6 +195,7 @@ def open_parents(
         names: how messages call them.
         device: where those that are named go; by default where the first model is, or the CPU.
         allow_pickle: see `load_model`.
+        family: see `bind`.
 
     Raises:
         FusionError: see `load_model` and `bind`.
@@ -198,15 +205,16 @@ def open_parents(
     found: list[tuple[Network, ModelFolder | None]] = []
     for parent, name in zip(parents, names, strict=True):
         if isinstance(parent, nn.Module):
-            found.append((Network(parent, bind(parent), name), None))
+            found.append((Network(parent, bind(parent, family), name), None))
         elif (folder := open_model(parent, allow_pickle=allow_pickle)) is not None:
             for buffer_owner in folder.module.modules():
                 for key, buffer in buffer_owner.named_buffers(recurse=False):
                     buffer_owner._buffers[key] = buffer.to(home)
-            found.append((Network(folder.module, bind(folder.module), name, read=folder.read, device=home), folder))
+            binding = bind(folder.module, family)
+            found.append((Network(folder.module, binding, name, read=folder.read, device=home), folder))
         else:
             model = load_model(parent, allow_pickle=allow_pickle).to(home)
-            found.append((Network(model, bind(model), name), None))
+            found.append((Network(model, bind(model, family), name), None))
     return found
 
 
@@ -227,7 +235,8 @@ def match_vocabularies(
         FusionError: see `check_tokenizers`.
     """
     reference, source = opened[anchor][0], parents[anchor]
-    vocabulary = None if isinstance(source, nn.Module) else Vocabulary.of(source, reference.module)
+    family = reference.binding.family
+    vocabulary = None if isinstance(source, nn.Module) else Vocabulary.of(source, reference.module, family)
     lines = []
     for parent, (network, folder) in zip(parents, opened, strict=True):
         tokenizer = None if vocabulary is None or isinstance(parent, nn.Module) else load_tokenizer(parent)
@@ -236,10 +245,10 @@ def match_vocabularies(
         check_tokenizers({reference.name: vocabulary.tokenizer, network.name: tokenizer})
         found = vocabulary.renumbering(tokenizer, network.binding.axes[VOCABULARY].size)
         if found is not None:
-            moved = renumber(network.module, found)
+            moved = renumber(network.module, found, family)
             if folder is not None:
                 network.read = lambda name, read=network.read, moved=moved: moved(name, read(name))  # type: ignore[misc]
-            network.binding, network.absent = bind(network.module), found.absent
+            network.binding, network.absent = bind(network.module, family), found.absent
             lines.append(found.told(network.name, reference.name))
     return lines
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from fusionpl.families import VOCABULARY, bind
+from fusionpl.families import VOCABULARY, Family, bind
 from fusionpl.models.load import load_model
 from fusionpl.models.tokenizers import load_tokenizer
 
@@ -44,9 +44,9 @@ class Vocabulary:
     size: int
 
     @classmethod
-    def of(cls, source: str | Path, model: nn.Module) -> "Vocabulary | None":
+    def of(cls, source: str | Path, model: nn.Module, family: Family | None = None) -> "Vocabulary | None":
         """That of a model that was read from `source`; None where it reads no tokens or has no tokenizer."""
-        axis = bind(model).axes.get(VOCABULARY)
+        axis = bind(model, family).axes.get(VOCABULARY)
         tokenizer = load_tokenizer(source) if axis else None
         return cls(tokenizer, axis.size) if axis and tokenizer is not None else None
 
@@ -69,28 +69,32 @@ class Vocabulary:
         return Renumbering(rows, absent, len(theirs.keys() - ours.keys()))
 
 
-def load_parent(source: str | Path, vocabulary: Vocabulary | None, *, allow_pickle: bool = False) -> nn.Module:
+def load_parent(
+    source: str | Path, vocabulary: Vocabulary | None, *, allow_pickle: bool = False, family: Family | None = None
+) -> nn.Module:
     """Loads a whole model (see `load_model`) that reads and writes the tokens of `vocabulary`, if one is given."""
     model = load_model(source, allow_pickle=allow_pickle)
     if vocabulary is not None:
-        axis = bind(model).axes[VOCABULARY]
+        axis = bind(model, family).axes[VOCABULARY]
         found = vocabulary.renumbering(load_tokenizer(source), axis.size)
         if found is not None:
-            renumber(model, found)
+            renumber(model, found, family)
     return model
 
 
-def renumber(model: Any, found: Renumbering) -> Callable[[str, Tensor], Tensor]:
+def renumber(model: Any, found: Renumbering, family: Family | None = None) -> Callable[[str, Tensor], Tensor]:
     """Puts the rows of a model's vocabulary into another order, in place; they may be on the meta device.
 
     Args:
         model: of transformers.
         found: the order.
+        family: see `bind`.
 
     Returns:
         What does the same to a parameter that is read later, by its name.
     """
-    dims = {slot.parameter: slot.axes.index(VOCABULARY) for slot in bind(model).slots if VOCABULARY in slot.axes}
+    slots = bind(model, family).slots
+    dims = {slot.parameter: slot.axes.index(VOCABULARY) for slot in slots if VOCABULARY in slot.axes}
 
     def moved(name: str, tensor: Tensor) -> Tensor:
         return tensor.index_select(dims[name], found.rows.to(tensor.device)) if name in dims else tensor

@@ -9,6 +9,7 @@ from torch import nn
 
 from fusionpl.calibration import Progress, device_of, has_float64, no_progress
 from fusionpl.errors import FusionError
+from fusionpl.families import Family
 from fusionpl.fusion import FuseConfig, FusionResult, fuse
 
 
@@ -26,6 +27,7 @@ class OTFusion(L.Callback):
         names: how messages call the parents.
         output: a run folder that the fused model goes to; see `fusionpl.fuse`. Written by rank 0.
         allow_pickle: see `fusionpl.load_model`.
+        family: see `fusionpl.fuse`.
         progress: wraps loops for a progress bar; used on rank 0.
 
     Attributes:
@@ -40,6 +42,7 @@ class OTFusion(L.Callback):
         names: Sequence[str] | None = None,
         output: str | Path | None = None,
         allow_pickle: bool = False,
+        family: Family | str | Path | None = None,
         progress: Progress = no_progress,
     ) -> None:
         self.parents = parents
@@ -47,6 +50,7 @@ class OTFusion(L.Callback):
         self.names = names
         self.output = output
         self.allow_pickle = allow_pickle
+        self.family = family
         self.progress = progress
         self.result: FusionResult | None = None
 
@@ -80,6 +84,7 @@ class OTFusion(L.Callback):
             device=device,
             output=self.output if trainer.is_global_zero else None,
             allow_pickle=self.allow_pickle,
+            family=self.family,
             progress=self.progress if trainer.is_global_zero else no_progress,
         )
         for model, home in zip(models, homes, strict=True):

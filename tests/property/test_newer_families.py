@@ -19,11 +19,12 @@ from fusionpl.families import (
     permuted,
     random_permutations,
 )
-from tests.models_for_tests import CAUSAL, ELECTRA, VISION, causal, outputs, text_outputs
+from tests.models_for_tests import CAUSAL, ELECTRA, MODERN, VISION, causal, outputs, text_outputs
 
 BUILD: dict[str, Callable[[int], nn.Module]] = {
     **{name: partial(causal, name) for name in CAUSAL},
     **ELECTRA,
+    **MODERN,
     **VISION,
 }
 

@@ -224,6 +224,7 @@ def test_two_processes_train_one_model(preset: Path, strategy: str) -> None:
     assert [row.split(",")[1] for row in (folder / "metrics.csv").read_text().splitlines()[1:3]] == ["1", "3"]
 
 
+@pytest.mark.slow
 def test_a_sharded_run_goes_on_after_ctrl_c(preset: Path) -> None:
     words = ["--trainer.devices", "2", "--trainer.strategy", "fsdp", "--trainer.max_epochs", "20"]
     stopped, whole = (Path("stopped/checkpoints/last.ckpt"), Path("whole/checkpoints/last.ckpt"))

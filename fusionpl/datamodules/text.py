@@ -21,7 +21,7 @@ from fusionpl.models import load_tokenizer
 
 EXAMPLE_SEED = 0
 SHUFFLE_BUFFER = 10_000
-PROMPT = 16
+PROMPT = 32
 LOOKS_AHEAD = 1e-4
 
 

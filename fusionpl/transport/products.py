@@ -42,7 +42,8 @@ def self_product(x: Tensor) -> Tensor:
     cuts = [round(index * n / _BLOCKS) for index in range(_BLOCKS + 1)]
     blocks = [slice(*pair) for pair in itertools.pairwise(cuts)]
     for index, rows in enumerate(blocks):
-        for columns in blocks[: index + 1]:
+        found[rows, rows] = x[:, rows].T @ x[:, rows]
+        for columns in blocks[:index]:
             found[rows, columns] = x[:, rows].T @ x[:, columns]
             found[columns, rows] = found[rows, columns].T
     return found

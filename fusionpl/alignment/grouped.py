@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusionpl.alignment.aligner import Aligner
 from fusionpl.alignment.config import AlignConfig
-from fusionpl.alignment.heads import assembled, head_plan, pairs_of, unit_costs, used
+from fusionpl.alignment.heads import assembled, head_map, pairs_of, unit_costs, used
 from fusionpl.alignment.problem import Problem, Size, seen_at
 from fusionpl.alignment.rotation import dissimilarity, rotate_units
 from fusionpl.errors import FusionError
@@ -84,7 +84,7 @@ class GroupedHeads(Problem):
         else:
             compare = dissimilarity if self.rotation else lambda pairs: unit_costs(pairs, config)
             costs = [compare(pairs) for pairs in (values, *([others] if others else []))]
-            plan = head_plan([*costs, *([1 - scores.likeness] if scores.pairs else [])])
+            plan = head_map([*costs, *([1 - scores.likeness] if scores.pairs else [])]).plan
         places = used(plan)
         vo = dict(zip(places, self._units([values[i][j] for i, j in places], work), strict=True))
         qk = None

@@ -18,6 +18,7 @@ def match_heads(
     *,
     compare: Callable[[Pairs], Tensor],
     solve_units: Callable[[list[Gram]], list[TransportMap]],
+    plan: Tensor | None = None,
 ) -> dict[str, TransportMap]:
     """Matches heads by the cost of aligning their circuits, then aligns units pair by pair.
 
@@ -27,12 +28,14 @@ def match_heads(
         compare: the cost of each pair of heads at their best alignment, [heads of the parent, of the anchor]. Each
             circuit's costs are divided by their mean magnitude before they are added.
         solve_units: solves the problems of matched pairs for the maps inside them.
+        plan: between heads, where it is known.
 
     Returns:
         name -> map over all units: the head plan times the unit plan of each pair it uses.
     """
     pairs = {name: pairs_of(inner, heads) for name, inner in circuits.items()}
-    plan = head_plan([compare(each) for each in pairs.values()])
+    if plan is None:
+        plan = head_map([compare(each) for each in pairs.values()]).plan
     found = {}
     for name, each in pairs.items():
         places = used(plan)
@@ -41,10 +44,10 @@ def match_heads(
     return found
 
 
-def head_plan(costs: list[Tensor]) -> Tensor:
-    """The plan between heads, [of the parent, of the anchor]; each of the costs is divided by its mean magnitude."""
+def head_map(costs: list[Tensor]) -> TransportMap:
+    """The map between heads, [of the parent, of the anchor]; each of the costs is divided by its mean magnitude."""
     total = torch.stack([cost / cost.abs().mean().clamp_min(1e-300) for cost in costs]).sum(0)
-    return solve(total, "assignment" if total.shape[0] == total.shape[1] else "emd").plan
+    return solve(total, "assignment" if total.shape[0] == total.shape[1] else "emd")
 
 
 def used(plan: Tensor) -> list[tuple[int, int]]:

@@ -10,13 +10,13 @@ from fusionpl.alignment.aligner import Aligner
 from fusionpl.alignment.config import AlignConfig, Residual, residual_of
 from fusionpl.alignment.evidence import WeightEvidence
 from fusionpl.alignment.grouped import grouped_heads, needs_groups
-from fusionpl.alignment.heads import match_heads, unit_costs
+from fusionpl.alignment.heads import head_map, match_heads, pairs_of, unit_costs
 from fusionpl.alignment.problem import Problem, Size, seen_at, sizes_in
 from fusionpl.alignment.rotation import dissimilarity, rotate_stream, rotate_units
 from fusionpl.calibration import Key
 from fusionpl.errors import FusionError
 from fusionpl.families import Binding, Join
-from fusionpl.transport import TransportMap, check_one_width, identity
+from fusionpl.transport import Gram, TransportMap, check_one_width, ground_metric, identity
 
 # With weights as evidence a tied stream needs the maps that depend on it: rounds of coordinate descent.
 _TIE_ROUNDS = 3
@@ -113,10 +113,12 @@ class Heads(Problem):
     Attributes:
         circuits: the axes, those that must move alike together.
         rotation: each pair's map is a rotation.
+        order: the axis of heads, where others have the same.
     """
 
     circuits: tuple[tuple[str, ...], ...] = ()
     rotation: bool = False
+    order: str | None = None
 
     def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
         """Solvers that pair units one by one need as many units in a head on both sides."""
@@ -126,19 +128,27 @@ class Heads(Problem):
 
     def solve(self, work: Aligner) -> None:
         """Assigns heads by the cost of their best alignment."""
-        ours, theirs = (one.axes[self.axes[0]].heads for one in (work.parent, work.anchor))
+        heads, plan = self.heads(work), work.map_of(self.order).plan if self.order else None
         if self.rotation:
-            grams = {circuit[0]: work.activations.unscaled(circuit) for circuit in self.circuits}
-            found = match_heads(grams, (ours, theirs), compare=dissimilarity, solve_units=rotate_units)
+            found = match_heads(self.grams(work), heads, compare=dissimilarity, solve_units=rotate_units, plan=plan)
         else:
-            grams = {circuit[0]: work.alike(circuit) for circuit in self.circuits}
             found = match_heads(
-                grams, (ours, theirs), compare=lambda pairs: unit_costs(pairs, work.config),
-                solve_units=lambda pairs: [work.solved(pair) for pair in pairs],
+                self.grams(work), heads, compare=lambda pairs: unit_costs(pairs, work.config),
+                solve_units=lambda pairs: [work.solved(pair) for pair in pairs], plan=plan,
             )  # fmt: skip
         for circuit in self.circuits:
             one = found[circuit[0]]
             work.maps.give(circuit, work.rescaled(circuit[0], one) if len(circuit) > 1 else one)
+
+    def heads(self, work: Aligner) -> tuple[int, int]:
+        """The numbers of heads of the parent and of the anchor."""
+        return work.parent.axes[self.axes[0]].heads, work.anchor.axes[self.axes[0]].heads
+
+    def grams(self, work: Aligner) -> dict[str, Gram]:
+        """What describes the units of each circuit."""
+        if self.rotation:
+            return {circuit[0]: work.activations.unscaled(circuit) for circuit in self.circuits}
+        return {circuit[0]: work.alike(circuit) for circuit in self.circuits}
 
     def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
         """One a circuit and pair of heads."""
@@ -153,6 +163,47 @@ class Heads(Problem):
         return f"{seen_at(axis, binding, self.keys)}, heads {verb} in pairs" + (
             f", with {' and '.join(others)}" if others else ""
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order(Problem):
+    """One order of the heads of several attentions, which share a bias by position.
+
+    Attributes:
+        attentions: whose heads they are. With weights as evidence the bias alone is compared: what the heads read has
+            no map yet.
+    """
+
+    attentions: tuple[Heads, ...]
+
+    @property
+    def whole(self) -> bool:
+        """The attentions stand in all blocks of a stack."""
+        return True
+
+    def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
+        """Any numbers of heads."""
+
+    def solve(self, work: Aligner) -> None:
+        """Adds up the costs of the bias and of the heads of each attention at their best alignment."""
+        (axis,) = self.axes
+        if work.config.solver == "identity":
+            work.maps.give(self.axes, identity(work.anchor.axes[axis].size, device=work.device))
+            return
+        costs = [ground_metric(work.alike([axis]), work.config.metric, "none")]
+        for one in self.attentions if self.keys else ():
+            pairs = [pairs_of(gram, one.heads(work)) for gram in one.grams(work).values()]
+            costs += [dissimilarity(each) if one.rotation else unit_costs(each, work.config) for each in pairs]
+        work.maps.give(self.axes, head_map(costs))
+
+    def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
+        """One."""
+        yield Size("transport", *sizes_in(self.axes, parent, anchor))
+
+    def told(self, axis: str, binding: Binding) -> str:
+        """What is compared."""
+        heads = f", and the heads of {len(self.attentions)} blocks" if self.keys else ""
+        return f"{seen_at(axis, binding, self.keys)}{heads}: one order for all"
 
 
 @dataclass(frozen=True)
@@ -275,6 +326,15 @@ def problems(binding: Binding, config: AlignConfig) -> list[Problem]:
     circuit_of = {axis: circuit for circuit in binding.circuits for axis in circuit}
     group_of = {axis: group for group in binding.attention for axis in group}
     gated = {axis: (gate, partner) for partner, gate in binding.gates.items() for axis in (gate, partner)}
+    ordered: dict[str, list[tuple[str, ...]]] = {}
+    for group in binding.attention:
+        ordered.setdefault(binding.axes[group[0]].order or "", []).append(group)
+
+    def matched(group: tuple[str, ...]) -> Heads:
+        circuits = tuple(dict.fromkeys(circuit_of.get(one, (one,)) for one in group))
+        rotation, order = config.stream == "rotation", binding.axes[group[0]].order
+        return Heads(group, alone(*group), circuits=circuits, rotation=rotation, order=order)
+
     for axis in binding.free:
         if axis in found:
             continue
@@ -289,11 +349,12 @@ def problems(binding: Binding, config: AlignConfig) -> list[Problem]:
             problem = Gated(gated[axis], alone(*gated[axis]))
         elif axis in group_of and needs_groups(binding, group_of[axis]):
             problem = grouped_heads(binding, group_of[axis], config)
-        elif config.heads == "matched" and axis in group_of:
-            circuits = tuple(dict.fromkeys(circuit_of.get(one, (one,)) for one in group_of[axis]))
-            problem = Heads(
-                group_of[axis], alone(*group_of[axis]), circuits=circuits, rotation=config.stream == "rotation"
-            )
+        elif axis in group_of and (config.heads == "matched" or binding.axes[axis].order):
+            problem = matched(group_of[axis])
+        elif axis in ordered:
+            attentions = tuple(matched(group) for group in ordered[axis])
+            keys = tuple(key for one in attentions for key in one.keys)
+            problem = Order((axis,), (*alone(axis), *keys), attentions=attentions)
         elif config.qk == "joint" and len(circuit) > 1:
             problem = Joint(circuit, (circuit,) if seen else ())
         elif config.qk == "shared":

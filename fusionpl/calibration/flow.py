@@ -26,7 +26,6 @@ class CalibrationSet:
 
     Attributes:
         firsts: the number of each batch's first sample.
-        masks: for each batch [B, T], true for real tokens, or None.
         grid: whether samples are images, cut into a grid of patches.
 
     Raises:
@@ -38,12 +37,11 @@ class CalibrationSet:
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.grid = False
         self.firsts: list[int] = []
-        self.masks: list[Tensor | None] = []
+        self._masks: list[dict[str, Tensor]] = []
         for index, (first, batch) in enumerate(batches(calibration, config)):
-            self.grid = "pixel_values" in batch
-            mask = batch.get("attention_mask")
+            self.grid = "pixel_values" in batch and "input_ids" not in batch
             self.firsts.append(first)
-            self.masks.append(None if mask is None else mask.bool().clone())
+            self._masks.append({key: value.bool().clone() for key, value in batch.items() if key.endswith("mask")})
             # Whoever made the batch may write the next one into the same memory.
             kept["batch", index] = {key: value.clone() for key, value in batch.items()}
 
@@ -54,6 +52,10 @@ class CalibrationSet:
         """The model inputs of a batch."""
         batch: dict[str, Tensor] = self.kept["batch", index]
         return batch
+
+    def mask(self, batch: int, binding: Binding, axis: str) -> Tensor | None:
+        """True for real tokens among those that an axis is computed for, [B, T]; None where all are."""
+        return self._masks[batch].get(binding.family.stacks[binding.runs_over[axis]].mask)
 
     def meant(self, tokens: str) -> str:
         """The tokens that `calibration.tokens` asks for: a window is all of them where there is no grid."""
@@ -122,12 +124,6 @@ class Flow:
     def __init__(self, network: Network, data: CalibrationSet, name: str) -> None:
         self.network, self.data, self.name = network, data, name
 
-    def states(self, section: str) -> State:
-        """The parameters that `step` needs there."""
-        if section != TAIL:
-            return self.network.parameters(section)
-        return self.network.parameters(STEM) | self.network.parameters(TAIL)
-
     def step(
         self,
         section: str,
@@ -142,26 +138,34 @@ class Flow:
 
         Args:
             section: the next section.
-            state: its parameters, from `states` or other ones of the same shapes.
+            state: the parameters that it takes: see `Network.states`.
             index: the batch.
             places: where to look on the way.
             stop: go no further than the last of `places`; the batch then still stands before the section.
             given: what modules of a block put out, who are not run then.
         """
         kept, binding = self.data.kept, self.network.binding
-        entry = out = None
-        if section == STEM:
-            out, calls, seen = self.network.enter(state, self.data[index], places)
-            kept[self.name, "calls", index] = calls
+        key = self.name, "hidden", index
+        entry = kept[key] if section != STEM else None
+        out, carried = None, {}
+        if section in binding.blocks:
+            assert entry is not None
+            args, keywords = kept[self.name, "calls", index][binding.stacks[binding.stack_of[section]].index(section)]
+            call = args, keywords | kept[self.name, "carried", index]
+            out, carried, seen = self.network.through(section, state, entry, call, places, stop=stop, given=given)
         else:
-            entry = kept[self.name, "hidden", index]
+            done = binding.ends.index(section)  # stacks
+            ends = [kept[*key, stack] if stack < done - 1 else entry for stack in range(done)]
             if section == TAIL:
-                _, seen = self.network.leave(state, self.data[index], entry, places, stop=stop)
+                _, seen = self.network.leave(state, self.data[index], ends, places, stop=stop)
             else:
-                call = kept[self.name, "calls", index][binding.blocks.index(section)]
-                out, seen = self.network.through(section, state, entry, call, places, stop=stop, given=given)
+                out, calls, seen = self.network.enter(state, self.data[index], ends, places)
+                kept[self.name, "calls", index] = calls
+                if done:
+                    kept[*key, done - 1] = entry
         if out is not None and not stop:
-            self.data.keep((self.name, "hidden", index), out)
+            kept[self.name, "carried", index] = carried
+            self.data.keep(key, out)
         return Passage(binding, section, seen, entry, out)
 
 

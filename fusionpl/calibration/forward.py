@@ -81,6 +81,9 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def scores(output: Any) -> Tensor:
-    """The logits in what a model of either library returns."""
-    found: Tensor = output if isinstance(output, Tensor) else output.logits
-    return found
+    """The logits in what a model of either library returns; of a model of images and texts their similarities, and of
+    one of its towers the embeddings."""
+    if isinstance(output, Tensor):
+        return output
+    found = (getattr(output, name, None) for name in ("logits", "logits_per_image", "image_embeds", "text_embeds"))
+    return next(one for one in found if one is not None)

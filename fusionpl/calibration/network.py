@@ -1,7 +1,9 @@
 """A model that is read and run one section at a time: the stem, each block, the tail."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch.func import functional_call
 
 from fusionpl.calibration.forward import Batch, arguments, device_of, scores
 from fusionpl.calibration.taps import Place, Reached, captured
-from fusionpl.families import STEM, TAIL, Binding, State, check_finite, in_float32, with_parameters
+from fusionpl.families import TAIL, Binding, State, check_finite, in_float32, with_parameters
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with behind the hidden states
 Seen = dict[Place, Tensor]
@@ -54,7 +56,7 @@ class Network:
         self.float32 = float32 or self.device.type == "cpu"
         self.prepare = prepare
         self.absent = absent
-        self._blocks = [module.get_submodule(path) for path in binding.blocks]
+        self._stacks = [[module.get_submodule(path) for path in stack] for stack in binding.stacks]
 
     def prepared(self, prepare: Prepare | None) -> "Network":
         """The same model with other preparation."""
@@ -96,29 +98,33 @@ class Network:
         """The model with all its prepared parameters, in eval mode."""
         return with_parameters(self.module, self.state()).eval()
 
-    def enter(self, state: State, batch: Batch, places: Iterable[Place] = ()) -> tuple[Tensor, list[Call], Seen]:
-        """Runs the stem.
+    def enter(
+        self, state: State, batch: Batch, ends: Sequence[Tensor] = (), places: Iterable[Place] = ()
+    ) -> tuple[Tensor, list[Call], Seen]:
+        """Runs what stands before a stack of blocks.
 
         Args:
-            state: the stem's parameters.
+            state: the parameters of the stack's stem and of those before it.
             batch: model inputs.
+            ends: the hidden states behind each stack before it.
             places: where to look on the way.
 
         Returns:
             The hidden states that the first block takes, what else each block is called with, and what was seen.
         """
+        blocks, returns = self._stacks[len(ends)], self.binding.family.stacks[len(ends)].returns
         hidden: list[Tensor] = []
         calls: list[Call] = []
 
-        def arrive(args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-            states, call = _parted(args, keywords)
+        def arrive(block: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            states, call = _parted(block, args, keywords, named=bool(returns))
             hidden[:] = hidden or [states]
             calls.append(call)
-            if len(calls) == len(self._blocks):
+            if len(calls) == len(blocks):
                 raise Reached
-            return states
+            return _returned(states, returns)
 
-        steps = dict.fromkeys(self._blocks, arrive)
+        steps = self._passing(state, ends) | {block: partial(arrive, block) for block in blocks}
         with captured(self.module, places) as seen, _replaced(steps), suppress(Reached):
             self._run(state, batch)
         return hidden[0], calls, seen
@@ -133,7 +139,7 @@ class Network:
         *,
         stop: bool = False,
         given: Mapping[str, Tensor] | None = None,
-    ) -> tuple[Tensor | None, Seen]:
+    ) -> tuple[Tensor | None, dict[str, Any], Seen]:
         """Runs one block.
 
         Args:
@@ -146,53 +152,79 @@ class Network:
             given: module -> what it puts out; it is not run.
 
         Returns:
-            The hidden states behind it (None if stopped), and what was seen.
+            The hidden states behind it (None if stopped), what the next block is called with because of it, and what
+            was seen.
         """
         found = None
+        returns = self.binding.family.stacks[self.binding.stack_of[section]].returns
+        carried: dict[str, Any] = {}
         local = {name.removeprefix(f"{section}."): tensor for name, tensor in state.items()}
-        hidden = hidden.to(next(iter(state.values())).dtype)
+        hidden = hidden.to(_type_of(state))
         steps = {self.module.get_submodule(module): _giving(output) for module, output in (given or {}).items()}
         with _replaced(steps), captured(self.module, places, stop=stop) as seen:
             found = functional_call(self.module.get_submodule(section), local, (hidden, *call[0]), call[1])
-            found = found[0] if isinstance(found, tuple) else found
-        return found, seen
+            if isinstance(found, tuple):
+                found, *others = found
+                carried = dict(zip(returns, others, strict=False))
+        return found, carried, seen
 
     def leave(
-        self, state: State, batch: Batch, hidden: Tensor, places: Iterable[Place] = (), *, stop: bool = False
+        self, state: State, batch: Batch, ends: Sequence[Tensor], places: Iterable[Place] = (), *, stop: bool = False
     ) -> tuple[Tensor | None, Seen]:
         """Runs the tail.
 
         Args:
-            state: the parameters of stem and tail.
+            state: the parameters of the stems and the tail.
             batch: model inputs.
-            hidden: the hidden states behind the last block.
+            ends: the hidden states behind each stack.
             places: where to look on the way.
             stop: go no further than the last of `places`.
 
         Returns:
             The logits (None if stopped), and what was seen.
         """
-        hidden = hidden.to(next(iter(state.values())).dtype)
-
-        def skip(args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-            return _parted(args, keywords)[0]
-
-        def resume(args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-            return hidden
-
         found = None
-        steps = dict.fromkeys(self._blocks, skip) | {self._blocks[-1]: resume}
-        with _replaced(steps), captured(self.module, places, stop=stop) as seen:
+        with _replaced(self._passing(state, ends)), captured(self.module, places, stop=stop) as seen:
             found = scores(self._run(state, batch))
         return found, seen
 
+    def _passing(self, state: State, ends: Sequence[Tensor]) -> dict[nn.Module, Step]:
+        """Steps past whole stacks of blocks, whose last ones put out what is known."""
+        steps: dict[nn.Module, Step] = {}
+        for blocks, stack, end in zip(self._stacks, self.binding.family.stacks, ends, strict=False):
+            known = end.to(_type_of(state))
+
+            def skip(args: tuple[Any, ...], keywords: dict[str, Any], returns: tuple[str, ...] = stack.returns) -> Any:
+                return _returned(args[0] if args else keywords["hidden_states"], returns)
+
+            steps |= dict.fromkeys(blocks, skip) | {blocks[-1]: _giving(_returned(known, stack.returns))}
+        return steps
+
+    def beneath(self, section: str) -> State:
+        """The parameters that it takes to run a section beside its own: for a stem or the tail, those of the stems
+        before it."""
+        found: State = {}
+        if section in self.binding.ends:
+            for stem in self.binding.ends[: self.binding.ends.index(section)]:
+                found |= self.parameters(stem)
+        return found
+
+    def states(self, section: str) -> State:
+        """All parameters that it takes to run a section."""
+        return self.beneath(section) | self.parameters(section)
+
     def logits(self, batch: Batch) -> Tensor:
         """Runs the whole network on a batch, with one section in memory at a time; the logits."""
+        ends: list[Tensor] = []
         with torch.no_grad():
-            hidden, calls, _ = self.enter(self.parameters(STEM), batch)
-            for section, call in zip(self.binding.blocks, calls, strict=True):
-                hidden, _ = self.through(section, self.parameters(section), hidden, call)  # type: ignore[assignment]
-            found, _ = self.leave(self.parameters(STEM) | self.parameters(TAIL), batch, hidden)
+            for stack, blocks in zip(self.binding.family.stacks, self.binding.stacks, strict=True):
+                hidden, calls, _ = self.enter(self.states(stack.stem_name), batch, ends)
+                carried: dict[str, Any] = {}
+                for section, (args, keywords) in zip(blocks, calls, strict=True):
+                    call = args, keywords | carried
+                    hidden, carried, _ = self.through(section, self.parameters(section), hidden, call)  # type: ignore[assignment]
+                ends.append(hidden)
+            found, _ = self.leave(self.states(TAIL), batch, ends)
         assert found is not None
         return found
 
@@ -212,7 +244,7 @@ def _replaced(steps: Mapping[nn.Module, Step]) -> Iterator[None]:
         yield
 
 
-def _giving(output: Tensor) -> Step:
+def _giving(output: Any) -> Step:
     return lambda args, keywords: output
 
 
@@ -222,8 +254,23 @@ def _give_back(module: nn.Module, forward: Any) -> None:
         module.forward = forward
 
 
-def _parted(args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Tensor, Call]:
-    """The hidden states that a block is called with, and the rest."""
+def _type_of(state: State) -> torch.dtype:
+    return next(iter(state.values())).dtype
+
+
+def _returned(states: Tensor, returns: Sequence[str]) -> Any:
+    """What a block that computes nothing puts out."""
+    return (states, *[None] * len(returns)) if returns else states
+
+
+def _parted(
+    block: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], *, named: bool
+) -> tuple[Tensor, Call]:
+    """The hidden states that a block is called with, and the rest; `named` gives all of it by its names."""
+    if args and named:
+        names = list(inspect.signature(type(block).forward).parameters)[2:]  # behind self and the hidden states
+        keywords = dict(zip(names, args[1:], strict=False)) | keywords
+        args = args[:1]
     if args:
         return args[0], (args[1:], keywords)
     return keywords["hidden_states"], ((), {key: value for key, value in keywords.items() if key != "hidden_states"})

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -89,6 +90,7 @@ def observe(
     order = [anchor, *(index for index in range(len(flows)) if index != anchor)]
     tokens = data.meant(wanted.tokens)
     for batch in data:
+        mask_of = partial(data.mask, batch, bindings[anchor])
         theirs: dict[str, Tensor] = {}
         read: list[dict[int, Tensor]] = [{} for _ in derived]
         for index in order:
@@ -97,8 +99,8 @@ def observe(
             for target in wanted.targets:
                 data.keep(target.key(wanted.section, index, batch), _target(passage, target))
             for one, inputs in zip(derived, read, strict=True):
-                inputs[index] = select(passage.seen[one.source.place], tokens, data.masks[batch])
-            rows = {axis: select(passage.units(axis), tokens, data.masks[batch]) for axis in looked_at}
+                inputs[index] = select(passage.seen[one.source.place], tokens, mask_of(one.source.keys[0][0]))
+            rows = {axis: select(passage.units(axis), tokens, mask_of(axis)) for axis in looked_at}
             if index == anchor:
                 theirs = rows
                 for axis, total in sums.items():

@@ -26,6 +26,7 @@ class Axis:
         kind: which maps keep the function, of a head inside it.
         pairs: of a rotary head, the number of its frequency pairs: unit i with unit i + pairs, from the first unit on.
         repeats: the axis whose heads this one repeats, once for each member of a group: what attention puts out.
+        order: the axis whose units are the groups of heads, where others share their order.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Axis:
     kind: Kind = "permutation"
     pairs: int = 0
     repeats: str | None = None
+    order: str | None = None
 
     @property
     def groups(self) -> int:
@@ -116,8 +118,8 @@ class Binding:
         joins: axis -> the axes added into it, in the order of the forward pass.
         circuits: axes that must move alike although they are seen apart (Q and K).
         gates: axis -> the gate that multiplies it, unit by unit, and with which it moves.
-        attention: for each block, the axes whose units come in heads.
-        depth: the number of blocks.
+        attention: for each attention of each block, the axes whose units come in heads.
+        depths: the number of blocks of each stack.
         uses: section -> the parameters that its modules hold; a tied one under the first of its names.
         closed: parameters that stand at both ends of a stream: embeddings tied to the decoder.
     """
@@ -130,19 +132,53 @@ class Binding:
     circuits: tuple[tuple[str, ...], ...]
     gates: Mapping[str, str]
     attention: tuple[tuple[str, ...], ...]
-    depth: int
+    depths: tuple[int, ...]
     uses: Mapping[str, tuple[str, ...]]
     closed: frozenset[str] = frozenset()
 
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        return sum(self.depths)
+
+    @functools.cached_property
+    def stacks(self) -> tuple[tuple[str, ...], ...]:
+        """For each stack the module paths of its blocks, which are the names of their sections."""
+        return tuple(stack.blocks(depth) for stack, depth in zip(self.family.stacks, self.depths, strict=True))
+
     @functools.cached_property
     def blocks(self) -> tuple[str, ...]:
-        """The module paths of the blocks, which are the names of their sections."""
-        return tuple(self.family.block.path.format(l=index) for index in range(self.depth))
+        """The module paths of all blocks."""
+        return tuple(block for stack in self.stacks for block in stack)
 
-    @property
+    @functools.cached_property
     def sections(self) -> tuple[str, ...]:
         """The names of all sections, in forward order."""
-        return (STEM, *self.blocks, TAIL)
+        return tuple(name for name, *_ in self.family.sections(self.depths))
+
+    @functools.cached_property
+    def ends(self) -> tuple[str, ...]:
+        """The sections that no block is: every stack's stem, and the tail."""
+        return tuple(stack.stem_name for stack in self.family.stacks) + (TAIL,)
+
+    @functools.cached_property
+    def stack_of(self) -> Mapping[str, int]:
+        """Section -> its stack; the tail belongs to the last."""
+        found = {}
+        for index, (stack, blocks) in enumerate(zip(self.family.stacks, self.stacks, strict=True)):
+            found |= dict.fromkeys((stack.stem_name, *blocks, TAIL), index)
+        return found
+
+    @functools.cached_property
+    def runs_over(self) -> Mapping[str, int]:
+        """Axis -> the stack whose tokens it is computed for: what attention reads of another stack is that one's."""
+        found = {axis: self.stack_of[section_of(axis)] for axis in self.axes if section_of(axis)}
+        for slot in self.slots:
+            read = [axis for axis, reads in zip(slot.axes, slot.reads, strict=True) if axis and reads and axis in found]
+            if read and slot.section in self.blocks:
+                stack = self.stack_of[section_of(read[0])]
+                found |= {axis: stack for axis in slot.axes if axis and slot.writes(axis)}
+        return found
 
     @functools.cached_property
     def owners(self) -> Mapping[str, str]:

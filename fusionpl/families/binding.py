@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fusionpl.errors import FusionError
-from fusionpl.families.axes import Axis, Binding, Index, Join, Slot, Tap
-from fusionpl.families.family import STEM, TAIL, Family, Kind, Section, attribute, family_of
+from fusionpl.families.axes import Axis, Binding, Index, Join, Slot, Tap, section_of
+from fusionpl.families.family import STEM, TAIL, Family, Kind, Stack, attribute, family_of
 from fusionpl.families.grammar import Dim, Segment
 from fusionpl.families.sizes import Layout, sizes_of
 
@@ -51,16 +51,19 @@ class _Line:
 class _Binder:
     def __init__(self, family: Family, parameters: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
         self.family, self.parameters, self.counts = family, parameters, counts
-        indices = [found[0] for name in parameters if (found := family.block_index(name))]
-        self.depth = max(indices, default=-1) + 1
-        if self.depth == 0:
-            raise FusionError(f"{family.name}: the model has no block {family.block.path}")
+        self.depths = tuple(self._depth(stack) for stack in family.stacks)
+        self.sections = tuple((name, part) for name, _, part in family.sections(self.depths))
+        self.stack_of = {
+            name: stack
+            for stack, depth in zip(family.stacks, self.depths, strict=True)
+            for name in (stack.stem_name, *stack.blocks(depth), TAIL)
+        }
 
     def bind(self) -> Binding:
         lines = {name: self._match(name, tensor) for name, tensor in self.parameters.items()}
         grouped, repeats = self._grouped(lines)
         layouts = {name: self._layout(line, grouped) for name, line in lines.items()}
-        ranks = {section: rank for rank, (section, _) in enumerate(self._sections())}
+        ranks = {section: rank for rank, (section, _) in enumerate(self.sections)}
         sizes = sizes_of({name: tensor.shape for name, tensor in self.parameters.items()}, layouts, ranks)
         slots = tuple(self._slots(lines, layouts, sizes, grouped))
         taps = {tap.axis: tap for tap in self._taps(slots)}
@@ -72,16 +75,16 @@ class _Binder:
                 raise FusionError(f"join {name}: members of different size: {widths}")
         gates = {
             self._name(section, axis): self._name(section, gate)
-            for section, part in self._sections()
+            for section, part in self.sections
             for axis, gate in part.gates.items()
-            if self._name(section, axis) in sizes
+            if {self._name(section, axis), self._name(section, gate)} <= sizes.keys()
         }
         kinds: dict[str, Kind] = dict.fromkeys(gates, "scale")
-        for section, part in self._sections():
+        for section, part in self.sections:
             kinds |= {self._name(section, axis): kind for axis, kind in part.maps.items()}
         axes = {
-            name: self._axis(name, size, grouped.get(name, ()), repeats.get(name), kinds.get(name, "permutation"))
-            for name, size in sizes.items()
+            name: self._axis(name, sizes, grouped.get(name, ()), repeats.get(name), kinds.get(name, "permutation"))
+            for name in sizes
         }
         for name, axis in axes.items():
             if not (axis.fixed or axis.repeats) and name not in taps and name not in joins:
@@ -93,34 +96,35 @@ class _Binder:
                 )
         circuits = [
             tuple(self._name(section, member) for member in members)
-            for section, part in self._sections()
+            for section, part in self.sections
             for members in part.circuits.values()
         ]
-        attention = [
-            tuple(name for name in axes if name in grouped and name.rpartition(".")[0] == section)
-            for section, _ in self._sections()
-        ]
+        attention: dict[tuple[str, str], list[str]] = {}
+        for name in axes:
+            if name in grouped:
+                attention.setdefault((section_of(name), grouped[name][0]), []).append(name)
         binding = Binding(
             self.family, axes, slots, taps, joins,
             circuits=tuple(c for c in circuits if all(member in axes for member in c)),
-            gates=gates, attention=tuple(group for group in attention if group),
-            depth=self.depth, uses=self._uses(lines), closed=frozenset(self._closed(layouts)),
+            gates=gates, attention=tuple(map(tuple, attention.values())), depths=self.depths,
+            uses=self._uses(lines), closed=frozenset(self._closed(layouts)),
         )  # fmt: skip
         self._check_ties(layouts, binding.tied())
         return binding
 
-    def _sections(self) -> Iterator[tuple[str, Section]]:
-        return ((name, section) for name, _, section in self.family.sections(self.depth))
-
-    def _block(self, index: int) -> str:
-        return self.family.block.path.format(l=index)
+    def _depth(self, stack: Stack) -> int:
+        indices = [found[0] for name in self.parameters if (found := stack.block_index(name))]
+        if not indices:
+            raise FusionError(f"{self.family.name}: the model has no block {stack.block.path}")
+        return max(indices) + 1
 
     def _match(self, name: str, tensor: Tensor) -> _Line:
-        found = self.family.block_index(name)
-        if found:
-            candidates = [(self._block(found[0]), found[1], self.family.block)]
-        else:
-            candidates = [(STEM, name, self.family.stem), (TAIL, name, self.family.tail)]
+        candidates = [
+            (stack.block.path.format(l=found[0]), found[1], stack.block)
+            for stack in self.family.stacks if (found := stack.block_index(name))
+        ] or [
+            *((stack.stem_name, name, stack.stem) for stack in self.family.stacks), (TAIL, name, self.family.tail)
+        ]  # fmt: skip
         matches = [
             _Line(section, dims)
             for section, local, part in candidates
@@ -138,21 +142,26 @@ class _Binder:
 
     def _uses(self, lines: Mapping[str, _Line]) -> dict[str, tuple[str, ...]]:
         first: dict[int, str] = {}
-        names: dict[str, dict[str, None]] = {section: {} for section, _ in self._sections()}
+        names: dict[str, dict[str, None]] = {section: {} for section, _ in self.sections}
         for name, line in lines.items():
             names[line.section][first.setdefault(id(self.parameters[name]), name)] = None
         return {section: tuple(found) for section, found in names.items()}
 
     def _name(self, section: str, local: str) -> str:
-        """The global name of an axis: `in` is what the section before leaves as `out`."""
-        if local in self.family.fixed or "." in local:
+        """The global name of an axis: `in` is what the section before leaves as `out`, `decoder.stem.in` that of
+        another section."""
+        elsewhere, dot, axis = local.rpartition(".")
+        if dot and axis == "in" and elsewhere in self.stack_of:
+            return self._name(elsewhere, axis)
+        if local in self.family.fixed or dot:
             return local
-        if local == "in" and section == TAIL:
-            return f"{self._block(self.depth - 1)}.out"
+        stack = self.stack_of[section]
         if local == "in" and section != STEM:
-            found = self.family.block_index(f"{section}.in")
-            assert found is not None
-            return f"{self._block(found[0] - 1)}.out" if found[0] else f"{STEM}.out"
+            names = [name for name, _ in self.sections]
+            before = names[names.index(section) - 1]
+            return self._name(before, stack.enters if before == stack.stem_name else "out")
+        if local in stack.shared and section not in (stack.stem_name, TAIL):
+            section = stack.block.path.format(l=0)
         return f"{section}.{local}"
 
     def _grouped(self, lines: Mapping[str, _Line]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
@@ -178,14 +187,19 @@ class _Binder:
 
         return tuple((tuple(map(resolved, dim.segments)), dim.repeated) for dim in line.dims)
 
-    def _axis(self, name: str, size: int, groups: tuple[str, ...], repeats: str | None, kind: Kind) -> Axis:
+    def _axis(
+        self, name: str, sizes: Mapping[str, int], groups: tuple[str, ...], repeats: str | None, kind: Kind
+    ) -> Axis:
+        size = sizes[name]
         outer = self.counts[groups[0]] if groups else 1
         members = self.counts[groups[1]] if len(groups) > 1 else 1
         heads = outer * members
         if size % heads:
             raise FusionError(f"axis '{name}': {size} units do not divide into {heads} heads")
         rotated = self.counts.get("rotated", size // heads) if kind in ("pairs", "signs") else 0
-        return Axis(name, size, heads, name in self.family.fixed, members, kind, rotated // 2, repeats)
+        order = self._name(section_of(name), groups[0]) if groups else None
+        order = order if order in sizes else None
+        return Axis(name, size, heads, name in self.family.fixed, members, kind, rotated // 2, repeats, order)
 
     def _twins(self, layouts: Mapping[str, Layout]) -> Iterator[tuple[str, str, list[_Names], list[_Names]]]:
         """The names of tied tensors, and their axes, where these differ."""
@@ -217,7 +231,7 @@ class _Binder:
     ) -> Iterator[Slot]:
         seen: set[int] = set()
         gains = {
-            f"{prefix}{norm}.weight" for _, prefix, part in self.family.sections(self.depth) for norm in part.norms
+            f"{prefix}{norm}.weight" for _, prefix, part in self.family.sections(self.depths) for norm in part.norms
         }
         for name, line in lines.items():
             if id(self.parameters[name]) in seen:
@@ -243,10 +257,11 @@ class _Binder:
             for axis, units, reads in zip(slot.axes, slot.index, slot.reads, strict=True):
                 if axis and not reads:
                     outputs.setdefault((slot.parameter, axis), units)
-        for section, prefix, part in self.family.sections(self.depth):
+        for section, prefix, part in self.family.sections(self.depths):
             for local, places in part.taps.items():
                 axis = self._name(section, local)
-                yield from itertools.islice(self._seen(axis, prefix, places, outputs), 1)
+                if self.stack_of[section_of(axis)] is self.stack_of[section]:
+                    yield from itertools.islice(self._seen(axis, prefix, places, outputs), 1)
 
     def _seen(
         self, axis: str, prefix: str, places: tuple[str, ...], outputs: Mapping[tuple[str, str], Index]
@@ -263,7 +278,7 @@ class _Binder:
 
     def _joins(self, sizes: Mapping[str, int]) -> Iterator[tuple[str, Join]]:
         known = set(sizes)
-        for section, part in self._sections():
+        for section, part in self.sections:
             for local, members in part.joins.items():
                 skip, branch, *aside = (self._name(section, member) for member in members)
                 known.add(self._name(section, local))

@@ -32,7 +32,7 @@ def check_rotatable(binding: Binding, name: str) -> None:
             "can't be folded into the decoder, and only permutations keep the function; use align.stream transport "
             "with align.residual tie and align.solver assignment"
         )
-    for section, prefix, part in binding.family.sections(binding.depth):
+    for section, prefix, part in binding.family.sections(binding.depths):
         for norm, readers in part.norms.items():
             if not readers and f"{prefix}{norm}.weight" in binding.uses[section]:
                 raise FusionError(f"{name}: '{prefix}{norm}' normalises inside the stream, which can't be rotated; use "
@@ -104,7 +104,7 @@ def without_scales(state: Mapping[str, Tensor], binding: Binding, section: str) 
 
 
 def _part(binding: Binding, section: str) -> tuple[str, Section]:
-    return next((prefix, part) for name, prefix, part in binding.family.sections(binding.depth) if name == section)
+    return next((prefix, part) for name, prefix, part in binding.family.sections(binding.depths) if name == section)
 
 
 def _fold_norm(state: State, binding: Binding, norm: str, readers: list[str], name: str) -> None:

@@ -21,9 +21,10 @@ def check_compatible(bindings: Mapping[str, Binding]) -> None:
             raise FusionError(
                 f"parents of different families: {first} is {reference.family.name}, {name} is {binding.family.name}"
             )
-        if binding.depth != reference.depth:
+        if binding.depths != reference.depths:
+            ours, theirs = (" and ".join(map(str, one.depths)) for one in (reference, binding))
             raise FusionError(
-                f"parents of different depth: {first} has {reference.depth} blocks, {name} has {binding.depth}; "
+                f"parents of different depth: {first} has {ours} blocks, {name} has {theirs}; "
                 "train parents of one depth"
             )
         parts, others_parts = ({slot.parameter: slot.axes for slot in one.slots} for one in (reference, binding))

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -51,6 +51,39 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Blocks that repeat, behind a stem of their own: one in most families, an encoder and a decoder in others.
+
+    Attributes:
+        stem, block: its sections.
+        stem_name: of the stem's section.
+        enters: the axis of the hidden states that the first block takes: what the stem leaves as `out`, or another
+            section's, where both embed with one matrix.
+        shared: axes of the block that are one for all blocks of the stack, such as the order of its heads.
+        returns: what a block returns behind its hidden states: the names under which the next block is called with it.
+        mask: the model input that marks the stack's real tokens.
+    """
+
+    stem: Section
+    block: Section
+    stem_name: str = STEM
+    enters: str = "out"
+    shared: tuple[str, ...] = ()
+    returns: tuple[str, ...] = ()
+    mask: str = "attention_mask"
+
+    def blocks(self, depth: int) -> tuple[str, ...]:
+        """The module paths of `depth` blocks, which are the names of their sections."""
+        return tuple(self.block.path.format(l=index) for index in range(depth))
+
+    def block_index(self, name: str) -> tuple[int, str] | None:
+        """Splits `blocks.3.norm1.weight` into (3, `norm1.weight`); None outside the blocks."""
+        pattern = re.escape(self.block.path).replace(re.escape("{l}"), r"(\d+)") + r"\.(.+)"
+        match = re.fullmatch(pattern, name)
+        return (int(match[1]), match[2]) if match else None
+
+
+@dataclass(frozen=True)
 class Family:
     """What an architecture is.
 
@@ -62,7 +95,8 @@ class Family:
         sizes: attribute paths on the model for what is in no tensor's shape: the numbers of heads, and `rotated`, the
             units of a rotary head that are rotated, if not all are.
         fixed: axes that no map moves.
-        stem, block, tail: the sections.
+        stacks: of blocks, in forward order.
+        tail: the section behind them.
     """
 
     name: str
@@ -71,23 +105,20 @@ class Family:
     norm: Norm
     sizes: Mapping[str, str]
     fixed: frozenset[str]
-    stem: Section
-    block: Section
+    stacks: tuple[Stack, ...]
     tail: Section
 
-    def sections(self, depth: int) -> Iterator[tuple[str, str, Section]]:
-        """The sections of a model with `depth` blocks, in forward order: name, prefix of its modules, section."""
-        yield STEM, "", self.stem
-        for index in range(depth):
-            name = self.block.path.format(l=index)
-            yield name, f"{name}.", self.block
-        yield TAIL, "", self.tail
+    def sections(self, depths: Sequence[int]) -> Iterator[tuple[str, str, Section]]:
+        """The sections of a model, in forward order: name, prefix of its modules, section.
 
-    def block_index(self, name: str) -> tuple[int, str] | None:
-        """Splits `blocks.3.norm1.weight` into (3, `norm1.weight`); None outside the blocks."""
-        pattern = re.escape(self.block.path).replace(re.escape("{l}"), r"(\d+)") + r"\.(.+)"
-        match = re.fullmatch(pattern, name)
-        return (int(match[1]), match[2]) if match else None
+        Args:
+            depths: the number of blocks of each stack.
+        """
+        for stack, depth in zip(self.stacks, depths, strict=True):
+            yield stack.stem_name, "", stack.stem
+            for name in stack.blocks(depth):
+                yield name, f"{name}.", stack.block
+        yield TAIL, "", self.tail
 
 
 def _all(one_or_more: str | list[str]) -> tuple[str, ...]:
@@ -145,7 +176,34 @@ def _keys(raw: Any, place: str, needed: tuple[str, ...], known: tuple[str, ...])
             raise FusionError(f"{place} has an unknown key {key}{nearest(str(key), known)}")
 
 
-_NEEDED = ("name", "models", "norm", "sizes", "fixed", STEM, "block", TAIL)
+_NEEDED = ("name", "models", "norm", "sizes", "fixed", TAIL)
+_STACK = (STEM, "block")
+_OF_STACK = ("enters", "shared", "returns", "mask")
+
+
+def _stacks(raw: Mapping[str, Any]) -> tuple[Stack, ...]:
+    if "stacks" not in raw:
+        return (_stack("", raw, STEM),)
+    if not isinstance(raw["stacks"], Mapping) or not raw["stacks"]:
+        raise FusionError("stacks is no mapping of names to stem and block")
+    found = []
+    for number, (name, one) in enumerate(raw["stacks"].items()):
+        place = f"stacks.{name}"
+        _keys(one, place, _STACK, (*_STACK, *_OF_STACK))
+        found.append(_stack(f"{place}.", one, f"{name}.{STEM}" if number else STEM))
+    return tuple(found)
+
+
+def _stack(place: str, raw: Mapping[str, Any], stem_name: str) -> Stack:
+    for key in ("shared", "returns"):
+        if not isinstance(raw.get(key, []), list):
+            raise FusionError(f"{place}{key} is no list")
+    stem, block = _section(f"{place}{STEM}", raw[STEM]), _section(f"{place}block", raw["block"])
+    if "{l}" not in block.path:
+        raise FusionError(f"{place}block.path has no {{l}}, which stands for the number of a block")
+    lists = {key: tuple(raw.get(key, ())) for key in ("shared", "returns")}
+    names = {key: str(raw[key]) for key in ("enters", "mask") if key in raw}
+    return Stack(stem, block, stem_name, **lists, **names)
 
 
 def parse_family(text: str) -> Family:
@@ -157,7 +215,8 @@ def parse_family(text: str) -> Family:
         yaml.YAMLError: it is not YAML.
     """
     raw = yaml.safe_load(text)
-    _keys(raw, "the family", _NEEDED, (*_NEEDED, "when"))
+    needed = _NEEDED if isinstance(raw, Mapping) and "stacks" in raw else (*_NEEDED, *_STACK)
+    _keys(raw, "the family", needed, (*needed, "when", *(("stacks",) if needed is _NEEDED else _OF_STACK)))
     if raw["norm"] not in get_args(Norm):
         raise FusionError(f"norm: '{raw['norm']}' is not {' or '.join(get_args(Norm))}")
     for key in ("sizes", "when"):
@@ -173,13 +232,10 @@ def parse_family(text: str) -> Family:
         norm=raw["norm"],
         sizes=dict(raw["sizes"]),
         fixed=frozenset(raw["fixed"]),
-        stem=_section(STEM, raw[STEM]),
-        block=_section("block", raw["block"]),
+        stacks=_stacks(raw),
         tail=_section(TAIL, raw[TAIL]),
     )
-    if "{l}" not in family.block.path:
-        raise FusionError("block.path has no {l}, which stands for the number of a block")
-    for part in (family.stem, family.block, family.tail):
+    for part in (*(part for stack in family.stacks for part in (stack.stem, stack.block)), family.tail):
         groups = {
             group for dims in part.parameters.values() for dim in dims for s in dim.segments for group in s.groups
         }

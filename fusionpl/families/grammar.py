@@ -5,7 +5,7 @@
 A space separates tensor dimensions, `( )` is a product of axes (the last one names the units, those before it group
 them, from the outside in), `|` concatenates along a dimension or, inside a product, within each group; `a*` is an axis
 as many times over as the dimension has room for, `1` a dimension of size one. `a <- b` writes a and reads b; `b -> a`
-says the same of a transposed weight. Without an arrow everything is written.
+says the same of a transposed weight. Without an arrow everything is written. A number has an empty line.
 """
 
 import re
@@ -51,6 +51,8 @@ def parse(text: str) -> tuple[Dim, ...]:
     Raises:
         GrammarError: naming the piece that is wrong.
     """
+    if not text:  # a number has no dimensions
+        return ()
     if len(re.findall("<-|->", text)) > 1:
         raise GrammarError(f"'{text}': at most one arrow")
     if "->" in text:

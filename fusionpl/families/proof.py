@@ -27,7 +27,11 @@ def random_permutations(binding: Binding, generator: torch.Generator) -> dict[st
     maps: dict[str, TransportMap] = {}
     in_heads = {axis for group in binding.attention for axis in group}
     for group in binding.attention:
-        maps |= _of_heads(binding, group, generator)
+        first = binding.axes[group[0]]
+        order = orders.get(first.order or "", torch.randperm(first.groups, generator=generator))
+        if first.order:
+            orders[first.order] = order
+        maps |= _of_heads(binding, group, order, generator)
     for name, root in binding.tied().items():
         if name not in in_heads:
             if root not in orders:
@@ -38,10 +42,11 @@ def random_permutations(binding: Binding, generator: torch.Generator) -> dict[st
     return {name: maps[name] for name in binding.free}
 
 
-def _of_heads(binding: Binding, group: Sequence[str], generator: torch.Generator) -> dict[str, TransportMap]:
+def _of_heads(
+    binding: Binding, group: Sequence[str], order: Tensor, generator: torch.Generator
+) -> dict[str, TransportMap]:
     axes = [binding.axes[name] for name in group]
     groups, members = axes[0].groups, max(axis.members for axis in axes)
-    order = torch.randperm(groups, generator=generator)
     inside = torch.stack([torch.randperm(members, generator=generator) for _ in range(groups)])
     heads = {1: order, members: (order[:, None] * members + inside).flatten()}
     tied = binding.tied()
@@ -124,7 +129,9 @@ def allowed(binding: Binding) -> str:
     rows: dict[str, str] = {}
     for name in binding.free:
         section, _, local = name.rpartition(".")
-        shown = f"{binding.family.block.path.format(l='*')}.{local}" if section in binding.blocks else name
+        shown = name
+        if section in binding.blocks:
+            shown = f"{binding.family.stacks[binding.stack_of[section]].block.path.format(l='*')}.{local}"
         axis = binding.axes[name]
         if name in streams:
             rows["the stream"] = stream

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fusionpl.calibration import GIB, Batch, Key, Network, budget, eval_mode, free_memory, inputs_of, sources
 from fusionpl.errors import FusionError
-from fusionpl.families import STEM, TAIL, Binding, State, boundary
+from fusionpl.families import Binding, State, boundary
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.plan import Plan, SectionPlan
 from fusionpl.fusion.stages import Stage
@@ -168,7 +169,7 @@ class _Shapes:
     """What a batch looks like in a network: found without computing anything.
 
     Attributes:
-        tokens: of a sample.
+        tokens: of a sample, in the stack that has most.
         forward: floating-point operations of a batch.
         widths: weight of a linear module -> the width of what the module reads.
     """
@@ -185,22 +186,26 @@ class _Shapes:
             empty = {name: torch.empty(one.shape) for name, one in module.named_parameters()}
             fake = {key: mode.from_tensor(value) for key, value in inputs.items()}
 
-            def counted(run: Callable[[State], Any], *sections: str) -> Any:
+            def counted(times: int, run: Callable[[State], Any], *sections: str) -> Any:
                 with FlopCounterMode(display=False) as counter:
                     found = run({name: empty[name] for section in sections for name in binding.uses[section]})
-                counts.append(counter.get_total_flops())
+                counts.append(times * counter.get_total_flops())
                 return found
 
-            first = binding.blocks[0]
-            hidden, calls, _ = counted(lambda state: network.enter(state, fake), STEM)
-            out, _ = counted(lambda state: network.through(first, state, hidden, calls[0]), first)
-            counted(lambda state: network.leave(state, fake, out), STEM, TAIL)
-            tokens = hidden[..., 0].numel() // len(hidden)
+            ends: list[Tensor] = []
+            tokens = 0
+            for blocks in binding.stacks:
+                enter = partial(network.enter, batch=fake, ends=ends)
+                hidden, calls, _ = counted(1, enter, *binding.ends[: len(ends) + 1])
+                through = partial(network.through, blocks[0], hidden=hidden, call=calls[0])
+                ends.append(counted(len(blocks), through, blocks[0])[0])
+                tokens = max(tokens, hidden[..., 0].numel() // len(hidden))
+            counted(1, partial(network.leave, batch=fake, ends=ends), *binding.ends)
         widths = {name: one.flatten(1).shape for name, one in empty.items() if one.ndim > 1}
         reads = {slot.parameter: slot.reads[0] for slot in binding.slots}
         return cls(
             tokens,
-            counts[0] + binding.depth * counts[1] + counts[2],
+            sum(counts),
             {name: shape[0 if reads.get(name) else 1] for name, shape in widths.items()},
         )
 
@@ -234,7 +239,8 @@ def _kept(
     plan: Plan, shapes: Sequence[_Shapes], bindings: Sequence[Binding], anchor: int, config: FuseConfig, rows: int
 ) -> tuple[int, int]:
     """Bytes of the activations that are kept between sections, and of the maps."""
-    stream = [binding.axes[boundary(STEM)].size for binding in bindings]
+    # Behind the last stack, those of the stacks before it are still there.
+    stream = [sum(binding.axes[boundary(blocks[-1])].size for blocks in binding.stacks) for binding in bindings]
     widths = [0] * len(bindings)
     for section in plan.sections:
         each = [

@@ -110,7 +110,12 @@ def make_plan(bindings: Sequence[Binding], anchor: int, config: FuseConfig, name
 
 def anchor_only(binding: Binding, config: AlignConfig) -> frozenset[str]:
     """The parameters that `align.embeddings` and `align.classifier` leave to the anchor."""
-    stem = {slot.parameter for slot in binding.slots if slot.section == STEM}
+    stem = {
+        slot.parameter
+        for slot in binding.slots
+        if slot.section in binding.ends[:-1]
+        and all(binding.stack_of.get(section_of(axis)) == binding.stack_of[slot.section] for axis in slot.axes if axis)
+    }
     classifier = {
         slot.parameter
         for slot in binding.slots

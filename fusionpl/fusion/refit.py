@@ -98,7 +98,7 @@ class Refit:
                         target = self._target(section, index, stage, batch)
                         still = still + parent.weight * _moved(parent, stage, target)
                 targets.insert(0, still)
-            for part, rows in zip(parts, self._rows(x, batch), strict=True):
+            for part, rows in zip(parts, self._rows(stage, x, batch), strict=True):
                 part.update(*(tensor.flatten(0, -2)[rows] for tensor in (x, *targets)))
         sum_over_ranks([tensor for part in parts for tensor in part.tensors()])
 
@@ -126,7 +126,7 @@ class Refit:
             target = torch.zeros_like(out)
             for index, parent in self.parents.items():
                 target = target + parent.weight * _moved(parent, stage, self._target(section, index, stage, batch))
-            rows = torch.cat(self._rows(out, batch))
+            rows = torch.cat(self._rows(stage, out, batch))
             out, target = (tensor.flatten(0, -2)[rows].double() for tensor in (out, target))
             count += len(rows)
             for total, values in zip(sums, (out, out.square(), target, out * target), strict=True):
@@ -153,9 +153,9 @@ class Refit:
             for axis in stage.axes
         ], dim=-1)  # fmt: skip
 
-    def _rows(self, tensor: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    def _rows(self, stage: Stage, tensor: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """The rows of a batch [B, ..., n] that are fitted, and those that choose the penalty; padding is neither."""
-        mask, first = self.data.masks[batch], self.data.firsts[batch]
+        mask, first = self.data.mask(batch, self.binding, stage.axes[0]), self.data.firsts[batch]
         held = (torch.arange(first, first + len(tensor)) + 1) % HOLD_OUT == 0
         held = held.view(-1, *[1] * (tensor.ndim - 2)).expand(tensor.shape[:-1])
         real = torch.ones_like(held) if mask is None or tensor.ndim == 2 else mask.cpu()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusionpl.calibration import Place, Target, places_of
-from fusionpl.families import STEM, TAIL, Binding, Index, Slot
+from fusionpl.families import TAIL, Binding, Index, Slot
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Stage:
 def stages(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Stage, ...]:
     """The stages of a section, in forward order.
 
-    The stem has none: it reads the same input in every parent, so its average is its least-squares solution. Modules of
+    A stem has none: it reads the same input in every parent, so its average is its least-squares solution. Modules of
     a block that read one axis read one tensor; in the tail one may read all tokens and another the first. Decoders
     stay: what they put out, a number for each entry of the vocabulary, would be too much to keep.
 
@@ -70,7 +70,7 @@ def stages(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Stage,
         section: its name.
         keep: parameters that stay as they are.
     """
-    if section == STEM:
+    if section in binding.ends and section != TAIL:
         return ()
     norms = {tap.target: axis for axis, tap in binding.taps.items() if axis in binding.joins and tap.kind == "output"}
     linear: dict[str, list[Slot]] = defaultdict(list)

@@ -19,7 +19,7 @@ from fusionpl.calibration import (
     eval_mode,
     observe,
 )
-from fusionpl.families import STEM, TAIL, VOCABULARY, State, copy_rows, in_float32, section_of
+from fusionpl.families import VOCABULARY, State, copy_rows, in_float32, section_of
 from fusionpl.fusion.average import averaged
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.parents import AlignedParent
@@ -80,8 +80,9 @@ class Team:
 
     def observe(self, wanted: Wanted, states: Sequence[State], *, others: bool) -> Statistics:
         """Takes the batches through a section; where nothing is asked of the others, the anchor goes alone."""
-        if wanted.section == TAIL:
-            states = [parent.parameters(STEM) | state for parent, state in zip(self.parents, states, strict=True)]
+        states = [
+            parent.beneath(wanted.section) | state for parent, state in zip(self.parents, states, strict=True)
+        ]
         if others:
             return observe(self.flows, self.anchor, states, self.data, wanted)
         return observe([self.flows[self.anchor]], 0, [states[self.anchor]], self.data, wanted)
@@ -216,8 +217,7 @@ class Sweep:
         assert self._refit is not None
         others = [name for name in self.team.binding.uses[section.name] if name not in own]
         state = own | in_float32({name: self.sink.read(name).to(self._fused.device) for name in others})
-        if section.name == TAIL:
-            state = self._fused.parameters(STEM) | state
+        state = self._fused.beneath(section.name) | state
         for stage in section.stages:
             self._refit.fit(section.name, stage, state, states)
         if onward:

@@ -17,6 +17,13 @@ from transformers import (
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     BertConfig,
+    CLIPConfig,
+    CLIPForImageClassification,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
@@ -30,6 +37,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     RobertaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -258,3 +267,61 @@ MODERN: dict[str, Callable[[int], nn.Module]] = {
          {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True}),
     )
 }  # fmt: skip
+
+
+def t5(seed: int = 0, *, width: int = 16, heads: int = 4, mlp: int = 24, depth: int = 2, **options: Any) -> nn.Module:
+    """An encoder of `depth` blocks and a decoder of one more; vocabulary 40."""
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=width, d_kv=4, num_heads=heads, d_ff=mlp, num_layers=depth,
+        num_decoder_layers=depth + 1, relative_attention_num_buckets=8, relative_attention_max_distance=12,
+        dropout_rate=0.0, pad_token_id=0, decoder_start_token_id=0, **options,
+    )  # fmt: skip
+    return redrawn(T5ForConditionalGeneration(config), seed)
+
+
+def _clip(cls: type[PreTrainedModel], seed: int) -> nn.Module:
+    common = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, "projection_dim": 12}
+    text = CLIPTextConfig(
+        vocab_size=VOCABULARY, hidden_size=16, max_position_embeddings=POSITIONS, eos_token_id=2, bos_token_id=1,
+        pad_token_id=0, **common,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(hidden_size=20, image_size=SIZE, patch_size=4, **{**common, "num_hidden_layers": 3})
+    whole = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12, num_labels=CLASSES)
+    config = {CLIPTextModelWithProjection: text, CLIPVisionModelWithProjection: vision}.get(cls, whole)
+    return redrawn(cls(config), seed)
+
+
+# Several stacks of blocks, and the towers of one that has two.
+STACKS: dict[str, Callable[[int], nn.Module]] = {
+    "t5": t5,
+    "t5, gated": lambda seed: t5(seed, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "clip": partial(_clip, CLIPModel),
+    "clip text": partial(_clip, CLIPTextModelWithProjection),
+    "clip vision": partial(_clip, CLIPVisionModelWithProjection),
+    "clip classifier": partial(_clip, CLIPForImageClassification),
+}
+
+
+def batch_for(name: str, count: int = 24, seed: int = 0) -> dict[str, Tensor]:
+    """What a model of any of these tables takes."""
+    if name in VISION or name in ("clip vision", "clip classifier"):
+        return {"pixel_values": images(count, seed)}
+    found = sentences(count, seed)
+    if name.startswith("t5"):
+        given = sentences(count, seed + 1)
+        found |= {f"decoder_{key}": value[:, :9] for key, value in given.items()}
+    return found | ({"pixel_values": images(count, seed)} if name == "clip" else {})
+
+
+def run(name: str, model: nn.Module, batch: dict[str, Tensor] | None = None) -> Tensor:
+    """Outputs of a model of any of these tables, without gradients, of real tokens alone; by default on samples that no
+    calibration here uses."""
+    batch = batch_for(name, 16, seed=99) if batch is None else batch
+    with torch.inference_mode():
+        return real(logits(model, batch), batch)
+
+
+def real(found: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Outputs of real tokens, where there is one a token."""
+    mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
+    return found if found.ndim < 3 or mask is None else found[mask.bool()]

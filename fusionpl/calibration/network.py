@@ -263,9 +263,7 @@ def _returned(states: Tensor, returns: Sequence[str]) -> Any:
     return (states, *[None] * len(returns)) if returns else states
 
 
-def _parted(
-    block: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], *, named: bool
-) -> tuple[Tensor, Call]:
+def _parted(block: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], *, named: bool) -> tuple[Tensor, Call]:
     """The hidden states that a block is called with, and the rest; `named` gives all of it by its names."""
     if args and named:
         names = list(inspect.signature(type(block).forward).parameters)[2:]  # behind self and the hidden states

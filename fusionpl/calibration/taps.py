@@ -85,4 +85,4 @@ def units_of(seen: dict[Place, Tensor], tap: Tap) -> Tensor:
 
 def parameter_units(parameter: Tensor, tap: Tap) -> Tensor:
     """The values of a tapped parameter as rows: [rows, n], one row a position or token."""
-    return parameter.detach().flatten(0, -2)[..., tap.units]
+    return parameter.detach().reshape(-1, parameter.shape[-1])[:, tap.units]

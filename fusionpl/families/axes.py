@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusionpl.families.family import STEM, TAIL, Family, Kind
+from fusionpl.families.family import TAIL, Family, Kind
 
 Index = slice | Tensor  # Tensor: the places of units that are not side by side
 
@@ -159,7 +159,7 @@ class Binding:
     @functools.cached_property
     def ends(self) -> tuple[str, ...]:
         """The sections that no block is: every stack's stem, and the tail."""
-        return tuple(stack.stem_name for stack in self.family.stacks) + (TAIL,)
+        return (*(stack.stem_name for stack in self.family.stacks), TAIL)
 
     @functools.cached_property
     def stack_of(self) -> Mapping[str, int]:
@@ -175,7 +175,10 @@ class Binding:
         found = {axis: self.stack_of[section_of(axis)] for axis in self.axes if section_of(axis)}
         for slot in self.slots:
             read = [axis for axis, reads in zip(slot.axes, slot.reads, strict=True) if axis and reads and axis in found]
-            if read and slot.section in self.blocks:
+            if slot.section not in self.blocks:
+                continue
+            own = self.family.stacks[self.stack_of[slot.section]]
+            if read and read[0] not in (own.enters, boundary(own.stem_name)):
                 stack = self.stack_of[section_of(read[0])]
                 found |= {axis: stack for axis in slot.axes if axis and slot.writes(axis)}
         return found

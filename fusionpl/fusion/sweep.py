@@ -80,9 +80,7 @@ class Team:
 
     def observe(self, wanted: Wanted, states: Sequence[State], *, others: bool) -> Statistics:
         """Takes the batches through a section; where nothing is asked of the others, the anchor goes alone."""
-        states = [
-            parent.beneath(wanted.section) | state for parent, state in zip(self.parents, states, strict=True)
-        ]
+        states = [parent.beneath(wanted.section) | state for parent, state in zip(self.parents, states, strict=True)]
         if others:
             return observe(self.flows, self.anchor, states, self.data, wanted)
         return observe([self.flows[self.anchor]], 0, [states[self.anchor]], self.data, wanted)

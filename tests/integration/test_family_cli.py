@@ -88,7 +88,7 @@ def readers(binding: Binding, model: nn.Module) -> dict[str, list[str]]:
     have = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
     return {
         prefix + norm: [prefix + one for one in read if prefix + one in have]
-        for _, prefix, part in binding.family.sections(binding.depth)
+        for _, prefix, part in binding.family.sections(binding.depths)
         for norm, read in part.norms.items()
         if prefix + norm in have
     }

@@ -38,10 +38,10 @@ def walked(network: Network, batch: dict[str, Tensor]) -> Tensor:
         hidden, calls, _ = network.enter(network.parameters(STEM), batch)
         assert len(calls) == network.binding.depth
         for section, call in zip(network.binding.blocks, calls, strict=True):
-            out, _ = network.through(section, network.parameters(section), hidden, call)
+            out, _, _ = network.through(section, network.parameters(section), hidden, call)
             assert out is not None
             hidden = out
-        found, _ = network.leave(network.parameters(STEM) | network.parameters(TAIL), batch, hidden)
+        found, _ = network.leave(network.states(TAIL), batch, [hidden])
     assert found is not None
     return found
 
@@ -127,18 +127,17 @@ def test_what_is_seen_on_the_way_is_what_passes_in_the_model(name: str) -> None:
     with torch.no_grad():
         with captured(model, set().union(*places.values())) as wanted:
             logits(model, batch)
-        hidden, calls, found = network.enter(network.parameters(STEM), batch, places[STEM])
+        hidden, calls, found = network.enter(network.parameters(STEM), batch, places=places[STEM])
         seen = dict(found)
         for section, call in zip(binding.blocks, calls, strict=True):
             state, here = network.parameters(section), places[section]
-            stopped, early = network.through(section, state, hidden, call, here, stop=True)
+            stopped, _, early = network.through(section, state, hidden, call, here, stop=True)
             assert stopped is None
-            hidden, found = network.through(section, state, hidden, call, here)  # type: ignore[assignment]
+            hidden, _, found = network.through(section, state, hidden, call, here)  # type: ignore[assignment]
             assert set(early) == set(found) == here
             assert all(torch.equal(early[place], found[place]) for place in here)
             seen |= found
-        state = network.parameters(STEM) | network.parameters(TAIL)
-        _, found = network.leave(state, batch, hidden, places[TAIL], stop=bool(places[TAIL]))
+        _, found = network.leave(network.states(TAIL), batch, [hidden], places[TAIL], stop=bool(places[TAIL]))
         seen |= found
     assert set(seen) == set(wanted)
     for place, tensor in wanted.items():
@@ -219,7 +218,7 @@ def test_the_model_is_left_alone_when_something_goes_wrong(name: str, monkeypatc
         wrong = [
             lambda: network.enter(network.parameters(STEM), {key: one[0] for key, one in batch.items()}),
             lambda: network.through(block, network.parameters(block), hidden[..., :3], calls[0], places),
-            lambda: network.leave(network.parameters(STEM) | network.parameters(TAIL), batch, hidden[..., :3]),
+            lambda: network.leave(network.states(TAIL), batch, [hidden[..., :3]]),
         ]
         for step in wrong:
             with pytest.raises(Exception):  # noqa: B017  # what the modules raise

@@ -19,18 +19,15 @@ from fusionpl.families import (
     permuted,
     random_permutations,
 )
-from tests.models_for_tests import CAUSAL, ELECTRA, MODERN, VISION, causal, outputs, text_outputs
+from tests.models_for_tests import CAUSAL, ELECTRA, MODERN, STACKS, VISION, causal, run, text_outputs
 
 BUILD: dict[str, Callable[[int], nn.Module]] = {
     **{name: partial(causal, name) for name in CAUSAL},
     **ELECTRA,
     **MODERN,
     **VISION,
+    **STACKS,
 }
-
-
-def run(name: str, model: nn.Module) -> Tensor:
-    return outputs(model) if name in VISION else text_outputs(model)
 
 
 @pytest.mark.parametrize("name", BUILD)
@@ -49,9 +46,9 @@ def test_the_proof_moves_every_tensor_and_every_free_axis(name: str) -> None:
     other = permuted(model, torch.Generator().manual_seed(1))
     same = {key for key, tensor in model.named_parameters() if torch.equal(tensor, other.get_parameter(key))}
     sizes = (1, 5, 40)  # classes, vocabulary
-    gains = ("q_norm.weight", "k_norm.weight")  # fixed
+    fixed = ("q_norm.weight", "k_norm.weight", "logit_scale")
     assert all(
-        key.endswith(gains) or (key.endswith("bias") and model.get_parameter(key).shape[0] in sizes) for key in same
+        key.endswith(fixed) or (key.endswith("bias") and model.get_parameter(key).shape[0] in sizes) for key in same
     ), same
     binding = bind(model)
     assert set(random_permutations(binding, torch.Generator().manual_seed(0))) == set(binding.free)

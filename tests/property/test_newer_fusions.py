@@ -13,21 +13,22 @@ from fusionpl.errors import FusionError
 from fusionpl.families import bind, permuted
 from fusionpl.fusion import FuseConfig, FusionResult, RefitConfig, fuse, vanilla
 from fusionpl.models import load_model, save_model
-from tests.models_for_tests import VISION, causal, images, largest_difference, sentences
-from tests.property.test_newer_families import BUILD, run
+from tests.models_for_tests import batch_for, causal, largest_difference, real, run, sentences
+from tests.property.test_newer_families import BUILD
 
 EXACT: dict[str, Any] = {"residual": "tie", "heads": "matched", "solver": "assignment"}
 # One of each kind: what the others add is only names.
 SOME = ("gpt2", "gpt_neox", "llama", "llama, tied", "qwen3 classifier", "electra masked-lm, small",
-        "modernbert masked-lm", "timm, packed gate", "dinov2, gate")  # fmt: skip
+        "modernbert masked-lm", "timm, packed gate", "dinov2, gate", "t5", "t5, gated", "clip")  # fmt: skip
 ROTARY = ("gpt_neox", "llama", "llama, one key-value head", "qwen2", "qwen3")
 
 
 def fused(
     name: str, parents: list[Any], weights: list[float] | None = None, refit: Any = "none", **options: Any
 ) -> FusionResult:
-    calibration = [images(64) if name in VISION else sentences(64)]
-    return fuse(parents, calibration, FuseConfig(0, weights, align=AlignConfig(**options), refit=RefitConfig(refit)))
+    return fuse(
+        parents, [batch_for(name, 64)], FuseConfig(0, weights, align=AlignConfig(**options), refit=RefitConfig(refit))
+    )
 
 
 def copy_of(model: nn.Module, seed: int = 4) -> nn.Module:
@@ -72,10 +73,8 @@ def test_weight_one_returns_that_parents_function(name: str) -> None:
 @pytest.mark.parametrize("name", SOME)
 def test_a_model_is_run_section_by_section(name: str) -> None:
     model = BUILD[name](3)
-    batch = images(16, seed=99) if name in VISION else sentences(16, seed=99)
-    found = Network(model, bind(model)).logits(batch)
-    if name not in VISION and found.ndim == 3:
-        found = found[batch["attention_mask"].bool()]  # type: ignore[index]
+    batch = batch_for(name, 16, seed=99)
+    found = real(Network(model, bind(model)).logits(batch), batch)
     torch.testing.assert_close(found, run(name, model), atol=1e-5, rtol=1e-5)
 
 
@@ -105,7 +104,7 @@ def test_folders_fuse_as_models_do(name: str, tmp_path: Path) -> None:
         save_model(parent, tmp_path / str(index))
         torch.testing.assert_close(run(name, load_model(tmp_path / str(index))), run(name, parent))
     config = FuseConfig(align=AlignConfig(residual="auto"), refit=RefitConfig("ridge"))
-    calibration = [images(64) if name in VISION else sentences(64)]
+    calibration = [batch_for(name, 64)]
     paths = [tmp_path / str(index) for index in range(2)]
     fuse(paths, calibration, config, output=tmp_path / "out")
     found = load_model(tmp_path / "out")

@@ -12,8 +12,8 @@ from fusionpl.errors import FusionError
 from fusionpl.families import aligned_state, bind, canonical, load_parameters, own_state, permuted
 from fusionpl.fusion import FusionResult
 from fusionpl.transport import TransportMap
-from tests.models_for_tests import causal
-from tests.property.test_newer_families import BUILD, run
+from tests.models_for_tests import causal, run
+from tests.property.test_newer_families import BUILD
 from tests.property.test_newer_fusions import fused
 
 ROTATION: dict[str, Any] = {"stream": "rotation", "residual": "auto", "heads": "matched", "solver": "assignment"}

@@ -1,7 +1,7 @@
 """What is measured of language models: masked-language-model loss, then SST-2 and TREC."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any
@@ -11,6 +11,7 @@ from fusionpl.datamodules import TextClassificationConfig, TextClassificationDat
 from fusionpl.evaluation import evaluate, evaluate_ensemble
 from fusionpl.fusion import fuse, load_config
 from fusionpl.models import load_tokenizer
+from fusionpl.training import TaskName
 
 Measure = Callable[[], Figures]
 TEXT: dict[str, Any] = {"calibration.tokens": "all", "anchor": 0}
@@ -27,17 +28,28 @@ FINETUNED = ("best parent", "vanilla", "OT soft (paper)", "OT hard (EMD)", "defa
 CLASSIFIERS = ("vanilla", "OT soft (paper)", "default")
 EPOCHS = 3
 ONE_SHOT, AFTER = "one-shot", f"after {EPOCHS} epochs"
-PRESETS = {"pydoc": "bert-pydoc.yaml", "wikitext2": "bert-wikitext2.yaml"}
+TASKS: dict[str, TaskName] = {
+    "bert": "masked-lm",
+    "gpt2": "causal-language-modeling",
+    "llama": "causal-language-modeling",
+    "t5": "span-corruption",
+}
+ROTATION: dict[str, Any] = {**TEXT, **EXACT, "align.stream": "rotation", "align.scaling": "two_sided"}
+# The rows of the table of families, and which of them are finetuned.
+FAMILY_ROWS = ("best parent", "vanilla", "OT soft (paper)", "permutations + refit", "rotations + refit", "default")
 
 
-def fused_models(parents: Parents, pair: tuple[int, int]) -> dict[str, Maker]:
-    """Name -> what makes the model, from parents and calibration data that are loaded once."""
+def fused_models(parents: Parents, pair: tuple[int, int], *, rotate: bool = False) -> dict[str, Maker]:
+    """Name -> what makes the model, from parents and calibration data that are loaded once; `rotate` where streams of
+    their family may be rotated."""
     models = cache(lambda: parents.models(pair))
     calibration = cache(lambda: list(parents.data(pair[0]).calibration_dataloader()))
 
     configs = {name: load_config(PAPER, changes) for name, changes in VARIANTS.items()}
     configs |= {f"{name} + refit": load_config(PAPER, {**VARIANTS[name], "refit.method": "ridge"})
                 for name in ("OT soft (paper)", "permutations")}  # fmt: skip
+    if rotate:
+        configs["rotations + refit"] = load_config(PAPER, {**ROTATION, "refit.method": "ridge"})
     configs["default"] = load_config(DEFAULT)
     configs["default, residual tie"] = load_config(DEFAULT, {"align.residual": "tie"})
     made: dict[str, Maker] = {
@@ -47,7 +59,14 @@ def fused_models(parents: Parents, pair: tuple[int, int]) -> dict[str, Maker]:
     return {"vanilla": lambda: plain_average(models()), **made}
 
 
-def language(parents: Parents, pair: tuple[int, int]) -> dict[str, Measure]:
+def language(
+    parents: Parents,
+    pair: tuple[int, int],
+    task: TaskName = "masked-lm",
+    finetuning: Sequence[str] = FINETUNED,
+    *,
+    rotate: bool = False,
+) -> dict[str, Measure]:
     """Name -> what measures its test loss, and after finetuning where that is shown."""
     models = cache(lambda: parents.models(pair))
     data = cache(lambda: parents.data(pair[0]))
@@ -57,17 +76,27 @@ def language(parents: Parents, pair: tuple[int, int]) -> dict[str, Measure]:
     def measure(name: str, make: Maker) -> Figures:
         model = make()
         figures = {ONE_SHOT: evaluate(model, test())["loss"]}
-        if name in FINETUNED:
-            after = finetuned(model, data(), "masked-lm", "default.yaml", seed=pair[0], epochs=EPOCHS)
+        if name in finetuning:
+            after = finetuned(model, data(), task, "default.yaml", seed=pair[0], epochs=EPOCHS)
             figures[AFTER] = after["loss"]
         return figures
 
-    made = {"best parent": lambda: models()[losses().index(min(losses()))], **fused_models(parents, pair)}
+    made = {
+        "best parent": lambda: models()[losses().index(min(losses()))],
+        **fused_models(parents, pair, rotate=rotate),
+    }
     return {
         "parents, mean": lambda: {ONE_SHOT: statistics.mean(losses())},
         "ensemble": lambda: {ONE_SHOT: evaluate_ensemble(models(), test())["loss"]},
         **{name: partial(measure, name, make) for name, make in made.items()},
     }
+
+
+def of_family(family: str, parents: Parents, pair: tuple[int, int]) -> dict[str, Measure]:
+    """The same for the rows that all families have."""
+    rows = ("parents, mean", "ensemble", *FAMILY_ROWS)
+    found = language(parents, pair, TASKS[family], FAMILY_ROWS, rotate=family == "llama")
+    return {name: measure for name, measure in found.items() if name in rows}
 
 
 @dataclass(frozen=True)

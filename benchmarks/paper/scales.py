@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from benchmarks.common import PAIRS, Parents
-from benchmarks.text import PRESETS
 from fusionpl.datamodules import ImageDataModule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,6 +30,7 @@ class Scale:
         samples: calibration samples of the ablation.
         accelerated: trained on a GPU, in bf16.
         corpus, text: the language models' corpus and further options of train.py for them.
+        families: of language models that are compared.
         sentences: finetune on at most this many of SST-2 and TREC; None for all.
     """
 
@@ -45,6 +45,7 @@ class Scale:
     accelerated: bool = False
     corpus: str = "wikitext2"
     text: tuple[str, ...] = ()
+    families: tuple[str, ...] = ("gpt2", "llama")
     sentences: int | None = None
 
     @property
@@ -62,6 +63,7 @@ SCALES = {
         short=3,
         samples=(25, 50, 100),
         corpus="pydoc",
+        families=("bert", "gpt2", "llama", "t5"),
         sentences=2000,
     ),
     # A small ViT on a sixth of CIFAR-10: a table takes up to an hour on 2 cores, the finetuning curve four.
@@ -131,8 +133,8 @@ class Lab:
         """Parents of a smaller width."""
         return self.parents("narrow", *self.scale.narrow)
 
-    @property
-    def text(self) -> Parents:
-        """Parents of the language model."""
+    def language(self, family: str = "bert") -> Parents:
+        """Parents of a language model."""
         path = ("--data.path", self.paths["corpus"]) if "corpus" in self.paths else ()
-        return Parents(PRESETS[self.scale.corpus], self.runs / "text", (*self.scale.text, *path))
+        folder = "text" if family == "bert" else family
+        return Parents(f"{family}-{self.scale.corpus}.yaml", self.runs / folder, (*self.scale.text, *path))

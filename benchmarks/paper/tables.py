@@ -170,12 +170,23 @@ def bert(lab: Lab) -> Table:
     cells: list[Cell] = []
     for pair in lab.scale.pairs:
         repeat = "-".join(map(str, pair))
-        cells += [Cell(name, repeat, measure, "loss") for name, measure in text.language(lab.text, pair).items()]
+        cells += [Cell(name, repeat, measure, "loss") for name, measure in text.language(lab.language(), pair).items()]
         for task in ("sst2", "trec"):
             if task in lab.paths:
-                task_of = text.Classifying(lab.text, task, lab.paths[task], lab.scale.sentences)
+                task_of = text.Classifying(lab.language(), task, lab.paths[task], lab.scale.sentences)
                 cells += [Cell(f"{task}: {name}", repeat, one) for name, one in task_of.measures(pair).items()]
     return Table("Masked-language-model loss, and accuracy of classifiers on the encoders.", cells)
+
+
+def families(lab: Lab) -> Table:
+    """Language models of several families, each on its own task."""
+    cells = [
+        Cell(f"{family}: {name}", "-".join(map(str, pair)), measure, "loss")
+        for family in lab.scale.families
+        for pair in lab.scale.pairs
+        for name, measure in text.of_family(family, lab.language(family), pair).items()
+    ]
+    return Table("Test loss in nats a token of language models by family.", cells)
 
 
 TABLES: dict[str, Callable[[Lab], Table]] = {
@@ -187,4 +198,5 @@ TABLES: dict[str, Callable[[Lab], Table]] = {
     "beyond": beyond,
     "shards": shards,
     "bert": bert,
+    "families": families,
 }

@@ -202,8 +202,8 @@ def large(sizes: Sizes, runs: Path) -> Table:
     (model, shape, number), (filed, text, few) = sizes.large
     preset, changes = SETTINGS["default"]
     folders = tuple(str((runs / "parents" / f"{filed}-{seed}").absolute()) for seed in (1, 2))
-    request = Request(text, few, 2, str(preset), {**changes, "calibration.memory": limit}, folders)
-    entries = [_entry(sizes, model, shape, "default", number, 2, limit), Entry(filed, "default", request, sizes.fresh)]
+    request = Request(text, few, 1, str(preset), {**changes, "calibration.memory": limit}, folders)
+    entries = [_entry(sizes, model, shape, "default", number, 1, limit), Entry(filed, "default", request, sizes.fresh)]
     return Table(
         f"Large parents, `calibration.memory` at {limit:g} GiB: all the memory of the process at its peak, parents in "
         "memory included. Those in files are read from shards block by block, and the fused model is written so.",

@@ -355,9 +355,9 @@ def problems(binding: Binding, config: AlignConfig) -> list[Problem]:
             attentions = tuple(matched(group) for group in ordered[axis])
             keys = tuple(key for one in attentions for key in one.keys)
             problem = Order((axis,), (*alone(axis), *keys), attentions=attentions)
-        elif config.qk == "joint" and len(circuit) > 1:
+        elif config.qk == "joint" and len(circuit) > 1 and len({binding.runs_over[one] for one in circuit}) == 1:
             problem = Joint(circuit, (circuit,) if seen else ())
-        elif config.qk == "shared":
+        elif config.qk != "separate":  # queries and keys of different tokens can't be one set
             problem = Units(circuit, alone(*circuit))
         else:
             problem = Units((axis,), alone(axis))

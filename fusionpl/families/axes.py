@@ -172,7 +172,7 @@ class Binding:
     @functools.cached_property
     def runs_over(self) -> Mapping[str, int]:
         """Axis -> the stack whose tokens it is computed for: what attention reads of another stack is that one's."""
-        found = {axis: self.stack_of[section_of(axis)] for axis in self.axes if section_of(axis)}
+        found = {axis: self.stack_of[section_of(axis) or TAIL] for axis in self.axes}
         for slot in self.slots:
             read = [axis for axis, reads in zip(slot.axes, slot.reads, strict=True) if axis and reads and axis in found]
             if slot.section not in self.blocks:

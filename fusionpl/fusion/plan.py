@@ -110,12 +110,7 @@ def make_plan(bindings: Sequence[Binding], anchor: int, config: FuseConfig, name
 
 def anchor_only(binding: Binding, config: AlignConfig) -> frozenset[str]:
     """The parameters that `align.embeddings` and `align.classifier` leave to the anchor."""
-    stem = {
-        slot.parameter
-        for slot in binding.slots
-        if slot.section in binding.ends[:-1]
-        and all(binding.stack_of.get(section_of(axis)) == binding.stack_of[slot.section] for axis in slot.axes if axis)
-    }
+    stem = {slot.parameter for slot in binding.slots if slot.section in binding.ends[:-1] and _within(binding, slot)}
     classifier = {
         slot.parameter
         for slot in binding.slots
@@ -123,6 +118,12 @@ def anchor_only(binding: Binding, config: AlignConfig) -> frozenset[str]:
         and all(axis in binding.family.fixed for axis, reads in zip(slot.axes, slot.reads, strict=True) if not reads)
     }
     return frozenset((set() if config.embeddings else stem) | (set() if config.classifier else classifier))
+
+
+def _within(binding: Binding, slot: Slot) -> bool:
+    """Whether a slot has no axis of another stack: that of a stem also ends the stack before it."""
+    own = binding.stack_of[slot.section]
+    return all(binding.stack_of.get(section_of(axis), own) == own for axis in slot.axes if axis)
 
 
 def describe(plan: Plan, bindings: Sequence[Binding], anchor: int, config: FuseConfig, names: Sequence[str]) -> str:

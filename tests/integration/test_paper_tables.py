@@ -40,6 +40,7 @@ TINY = dataclasses.replace(
     samples=(25,),
     text=(*options("model.args", BERT), *options("trainer", {"max_epochs": 1}), *options("data", BERT_DATA)),
     sentences=40,
+    families=("bert",),
     accelerated=True,
 )  # fmt: skip
 
@@ -73,6 +74,7 @@ ROWS = {
     "beyond": {"vanilla", "rotation", "default + refine"},
     "shards": {"IID: best parent", "80:20: default", "a parent of all the data"},
     "bert": {"ensemble", "permutations", "default", "sst2: parents, mean", "trec: vanilla"},
+    "families": {"bert: parents, mean", "bert: vanilla", "bert: permutations + refit", "bert: default"},
 }
 COLUMNS = {
     "finetune": ("default", {"0", "1"}),
@@ -80,14 +82,16 @@ COLUMNS = {
     "widths": ("wide parent", {"one-shot", "finetuned"}),
     "beyond": ("paper, soft", {"average", "average, after 1 epoch", "refitted"}),
     "bert": ("vanilla", {"one-shot", "after 3 epochs"}),
+    "families": ("bert: vanilla", {"one-shot", "after 3 epochs"}),
 }
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_is_measured_and_written(runs: Path, tmp_path: Path, name: str) -> None:
     words = [name, "--scale", "digits", "--output", str(tmp_path), "--runs", str(runs)]
-    if name == "bert":
+    if name in ("bert", "families"):
         words += ["--corpus", str(make_corpus(tmp_path / "corpus"))]
+    if name == "bert":
         words += ["--sst2", str(make_sentences(tmp_path / "sst2", train=900))]
         words += ["--trec", str(make_sentences(tmp_path / "trec", text="text", train=900))]
     command.run(words)

@@ -61,7 +61,11 @@ def test_malformed(text: str, message: str) -> None:
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "<-", "a <- ", "(head q)(head k) <- in", ")head q( <- in", "a < - b"])
+@pytest.mark.parametrize("text", ["<-", " ", "a <- ", "(head q)(head k) <- in", ")head q( <- in", "a < - b"])
 def test_no_nonsense_passes_in_silence(text: str) -> None:
     with pytest.raises(GrammarError):
         parse(text)
+
+
+def test_a_number_has_no_dimensions() -> None:
+    assert parse("") == ()

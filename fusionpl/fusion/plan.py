@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fusionpl.alignment import AlignConfig, Problem, problems
 from fusionpl.calibration import Key
-from fusionpl.families import TAIL, Binding, check_rotatable, section_of
+from fusionpl.families import TAIL, Binding, Slot, check_rotatable, section_of
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.stages import Stage, stages
 

@@ -229,6 +229,8 @@ def _finish(
     """Adds the rows to the report of the fused model, and prints it."""
     known = (source / "report" / "report.json").is_file()
     report = Report.load(source / "report") if known else Report()
+    # Rows of an earlier finetuning may stay; what was finetuned otherwise is not compared.
+    report.outcomes = {key: one for key, one in report.outcomes.items() if key[1] != "finetuned"}
     for row, outcomes in rows:
         report.add(row, outcomes)
     report.config["finetune"] = settings

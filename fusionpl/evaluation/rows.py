@@ -87,6 +87,8 @@ def judged(figures: Mapping[str, float]) -> float:
 def best_parent(rows: Sequence[Row]) -> tuple[Row, Literal["validation", "test"]] | None:
     """The best parent and the data it was chosen on: validation where that was measured, else test.
 
+    Among equals in validation it is the one that is better on the test data: the judgement then is no kinder.
+
     Args:
         rows: of a report; parents before finetuning if there are any, else finetuned ones.
     """
@@ -95,12 +97,13 @@ def best_parent(rows: Sequence[Row]) -> tuple[Row, Literal["validation", "test"]
     if not parents:
         return None
     metric = judged_metric(rows)
-    chosen: Literal["validation", "test"] = "test"
-    found = {row.name: getattr(row, metric) for row in parents}
-    if all(row.validation is not None for row in parents):
-        chosen, found = "validation", {row.name: row.validation for row in parents}
-    sign = 1 if metric == "accuracy" else -1
-    return max(parents, key=lambda row: sign * found[row.name] if known(found[row.name]) else -math.inf), chosen
+    validated = all(row.validation is not None for row in parents)
+
+    def worth(row: Row) -> list[float]:
+        figures = [row.validation if validated else None, getattr(row, metric)]
+        return [(one if metric == "accuracy" else -one) if known(one) else -math.inf for one in figures]
+
+    return max(parents, key=worth), "validation" if validated else "test"
 
 
 def as_table(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:

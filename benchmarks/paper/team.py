@@ -11,11 +11,10 @@ from torch import nn
 from benchmarks.common import DEFAULT, Figures, Maker, Parents, finetuned, plain_average
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.choices import ALL, VARIANTS
-from benchmarks.paper.distillation import Distillation
 from benchmarks.paper.scales import DEVICE, Lab
 from fusionpl.evaluation import evaluate, evaluate_ensemble
 from fusionpl.fusion import FuseConfig, fuse, load_config
-from fusionpl.training import ClassificationModule
+from fusionpl.training import ClassificationModule, Distillation
 
 ONE_SHOT, FINETUNED = "one-shot", "finetuned"
 
@@ -71,7 +70,7 @@ class Team:
 
     def taught(self) -> Figures:
         """The second parent, taught by the first for as many epochs as others are finetuned."""
-        module = partial(Distillation, teacher=copy.deepcopy(self.models[0]))
+        module = partial(Distillation, teachers=[copy.deepcopy(self.models[0])], labels=True)
         return self.finetuned(partial(self.parent, 1), self.lab.scale.short, module=module)
 
     def parent(self, index: int) -> nn.Module:

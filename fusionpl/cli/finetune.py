@@ -28,11 +28,22 @@ from fusionpl.cli.common import (
     task_of,
 )
 from fusionpl.errors import FusionError
-from fusionpl.evaluation import Report, Row, best_of, flops, parameters, readable
+from fusionpl.evaluation import (
+    Outcomes,
+    Report,
+    Row,
+    best_parent,
+    flops,
+    load_outcomes,
+    parameters,
+    readable,
+    save_outcomes,
+)
 from fusionpl.families import read_family
 from fusionpl.fusion import mixing_weights, vanilla
 from fusionpl.models import (
     Vocabulary,
+    add_to_card,
     load_model,
     load_parent,
     load_tokenizer,
@@ -43,7 +54,7 @@ from fusionpl.models import (
 from fusionpl.training import TASKS, LoggerName, OptimConfig, TaskName, finish_loggers, fit, log_report, make_loggers
 
 PRESET = CONF / "finetune" / "default.yaml"
-DONE = "metrics.json"
+DONE, SAMPLES = "metrics.json", "samples.safetensors"
 
 
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
@@ -133,8 +144,14 @@ def _candidates(source: str, origin: dict[str, Any], options: Namespace, *, ever
     plain = vanilla(parents, mixing_weights(origin.get("weights"), len(parents)))
     report = Report.load(Path(source) / "report").rows
     rows = [row for row in report if row.name.startswith("parent ") and row.stage == "one-shot"]
-    best = best_of(rows)
-    candidates |= {row.name: parent for row, parent in zip(rows, parents, strict=True) if every_parent or row is best}
+    found = best_parent(report)
+    if found is None:
+        raise FusionError(
+            f"{source} was fused with --report none, so nobody knows its best parent; add --baselines false"
+        )
+    candidates |= {
+        row.name: parent for row, parent in zip(rows, parents, strict=True) if every_parent or row is found[0]
+    }
     return candidates | ({"vanilla": plain} if plain is not None else {})
 
 
@@ -149,7 +166,7 @@ def _check_sharding(folder: Path, options: Namespace) -> None:
 
 def _finetune_all(
     parser: ArgumentParser, options: Namespace, candidates: dict[str, nn.Module], folder: Path
-) -> list[Row]:
+) -> list[tuple[Row, Outcomes | None]]:
     """The same finetuning for every candidate; finished ones are not repeated when a run resumes."""
     chosen = parser.instantiate(options)
     if is_main_process():
@@ -161,7 +178,8 @@ def _finetune_all(
         if not (options.resume and done.is_file()):
             _finetune(options, chosen, name, model, place)
         if is_main_process():
-            rows.append(Row(**json.loads(done.read_text())))
+            row = Row(**json.loads(done.read_text()))
+            rows.append((row, load_outcomes(place / SAMPLES).get(name)))
     return rows
 
 
@@ -181,7 +199,7 @@ def _finetune(options: Namespace, chosen: Namespace, name: str, model: nn.Module
         monitor=task.monitor, mode=task.mode,
     )  # fmt: skip
     if is_main_process():
-        tested = {**result.figures, **data.derived(result.figures)}
+        tested: dict[str, Any] = {**result.figures, **data.derived(result.figures)}
         row = Row(
             name,
             "finetuned",
@@ -194,26 +212,38 @@ def _finetune(options: Namespace, chosen: Namespace, name: str, model: nn.Module
         figures = ", ".join(f"{key} {readable(key, value)}" for key, value in tested.items())
         card = f"# {name}, finetuned from {options.model}\n\non the test split: {figures}"
         save_model(result.model, place / "model", tokenizer=data.tokenizer, card=card)
+        if result.outcomes is not None:
+            save_outcomes(place / SAMPLES, {name: result.outcomes})
         (place / DONE).write_text(json.dumps(row.as_dict(), indent=2) + "\n")
     finish_loggers(loggers)
 
 
 def _finish(
-    source: Path, origin: dict[str, Any], options: Namespace, rows: list[Row], folder: Path, settings: dict[str, Any]
+    source: Path,
+    origin: dict[str, Any],
+    options: Namespace,
+    rows: list[tuple[Row, Outcomes | None]],
+    folder: Path,
+    settings: dict[str, Any],
 ) -> None:
     """Adds the rows to the report of the fused model, and prints it."""
     known = (source / "report" / "report.json").is_file()
     report = Report.load(source / "report") if known else Report()
-    for row in rows:
-        report.add(row)
+    # Rows of an earlier finetuning may stay; what was finetuned otherwise is not compared.
+    report.outcomes = {key: one for key, one in report.outcomes.items() if key[1] != "finetuned"}
+    for row, outcomes in rows:
+        report.add(row, outcomes)
     report.config["finetune"] = settings
     report.save(source / "report" if known else folder / "report")
+    for verdict in report.verdicts:
+        if verdict.stage == "finetuned":
+            add_to_card(folder / "model", f"**{verdict.words}**")
     if known:
         loggers = make_loggers(options.logger, folder, name=f"report {source.name}", config=report.config, resume=True)
         log_report(loggers, report, source, parents=origin.get("parents", []))
         finish_loggers(loggers)
     print(f"\n{report.table()}\n")
     parent = settings_in(Path(origin["parents"][0])) if origin.get("parents") else origin
-    whole = parent.get("trainer", {}).get("max_epochs")
-    if whole and rows[0].epochs:
-        print(f"finetuning took {rows[0].epochs:g} epochs, {100 * rows[0].epochs / whole:.0f} % of a parent's {whole}")
+    whole, epochs = parent.get("trainer", {}).get("max_epochs"), rows[0][0].epochs
+    if whole and epochs:
+        print(f"finetuning took {epochs:g} epochs, {100 * epochs / whole:.0f} % of a parent's {whole}")

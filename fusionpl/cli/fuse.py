@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fusionpl.calibration import Network, logits
+from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON, alternative, compared
 from fusionpl.cli.common import (
     CONF,
     add_reading_options,
@@ -30,18 +32,19 @@ from fusionpl.cli.common import (
     staged,
     task_of,
 )
-from fusionpl.cli.measuring import Depth, card, measure
+from fusionpl.cli.measuring import Cost, Depth, Made, card, measure
 from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError
+from fusionpl.evaluation import Needs
 from fusionpl.families import PROOF_TOLERANCE, VOCABULARY, Family, allowed, permutation_error, read_family
 from fusionpl.fusion import (
     Estimate,
     FuseConfig,
+    FusionResult,
     Plan,
     check_parents,
     describe,
     estimate,
-    load_config,
     make_plan,
     match_vocabularies,
     mixing_weights,
@@ -76,6 +79,8 @@ class Job:
         data: to calibrate and test on.
         tokenizer: that the parents share, or None.
         family: the user's own, or None.
+        presets: row -> another configuration to compare with.
+        alternatives: what else to compare with, of ALTERNATIVES.
     """
 
     args: Namespace
@@ -87,6 +92,8 @@ class Job:
     data: FixedSplits
     tokenizer: Any
     family: Family | None
+    presets: Mapping[str, FuseConfig]
+    alternatives: Sequence[str]
 
     @classmethod
     def of(cls, argv: Sequence[str]) -> "Job":
@@ -99,8 +106,13 @@ class Job:
         settings = {key: value for key, value in settings_of(parser, args).items() if key not in ("check", "dry_run")}
         chosen = parser.instantiate(args)
         config, parents, family = fuse_config(chosen), named(args.parents), read_family(args.family)
+        presets, alternatives = compared(args.compare)
+        if args.compare and args.report == "none":
+            raise FusionError("--compare adds rows to the report, and --report none makes none; leave one of them out")
         anchor = resolve_anchor(config, len(parents))
-        mixing_weights(config.weights, len(parents))
+        for one in (config, *presets.values()):
+            mixing_weights(one.weights, len(parents))
+            resolve_anchor(one, len(parents))
         reading = {"allow_pickle": args.allow_pickle, "family": family}
         opened = open_parents(list(parents.values()), list(parents), **reading)
         tokenizer = common_tokenizer(parents, anchor)
@@ -108,7 +120,7 @@ class Job:
         networks = [network for network, _ in opened]
         check_parents(networks)
         data = TASKS[args.task].datamodule(chosen.data, 0, tokenizer)
-        return cls(args, settings, config, parents, networks, anchor, data, tokenizer, family)
+        return cls(args, settings, config, parents, networks, anchor, data, tokenizer, family, presets, alternatives)
 
     def load(self, name: str) -> nn.Module:
         """A whole parent, with the anchor's vocabulary."""
@@ -129,11 +141,9 @@ def run(argv: Sequence[str]) -> None:
     started = time.monotonic()
     job = Job.of(argv)
     names, args = list(job.parents), job.args
-    beside = {path: load_config(path) for path in args.compare}
     bindings = [network.binding for network in job.networks]
     plan = make_plan(bindings, job.anchor, job.config, names)
-    for other in beside.values():
-        mixing_weights(other.weights, len(names))
+    for other in job.presets.values():
         make_plan(bindings, resolve_anchor(other, len(names)), other, names)
     device, output = _device(args.trainer), Path(args.output or _default_output(args.parents))
     if not args.dry_run:
@@ -155,19 +165,29 @@ def run(argv: Sequence[str]) -> None:
         reading = {"names": names, "allow_pickle": args.allow_pickle, "family": job.family}
         fusion = _Fusion(list(job.parents.values()), job.config, output=folder, progress=progress_bar, **reading)
         trainer = L.Trainer(callbacks=[fusion], **_launching(args.trainer))
+        if job.alternatives and trainer.world_size > 1:
+            raise FusionError(
+                f"--compare {' '.join(job.alternatives)} trains in one process, not in {trainer.world_size}; "
+                "add --trainer.devices 1"
+            )
         trainer.test(_Nothing(), datamodule=job.data, verbose=False)
         assert fusion.result is not None
         device = trainer.strategy.root_device
-        others = {
-            f"fused ({Path(path).stem})": OTFusion(fusion.parents, other, **reading).fuse(trainer).model
-            for path, other in beside.items()
-        }
+        others: dict[str, Made] = {}
+        for name, other in job.presets.items():
+            result, cost = _fused(OTFusion(fusion.parents, other, **reading), trainer)
+            others[name] = result.model, cost
         if not trainer.is_global_zero:
             return
+        job.data.trainer = None  # whose test data are shared out among the processes
         (folder / "config.yaml").write_text(yaml.safe_dump(job.settings, sort_keys=False))
         if job.tokenizer is not None:
             job.tokenizer.save_pretrained(folder / "model")
-        report = measure(names, job.load, fusion.result, others, job.data, device, job.settings, args.report)
+        alternatives = {name: partial(_alternative, job, name, fusion.cost.seconds) for name in job.alternatives}
+        report = measure(
+            names, job.load, fusion.result, fusion.cost, others, alternatives, job.data, device, job.settings,
+            args.report,
+        )  # fmt: skip
         report.save(folder / "report")
         write_card(folder / "model", library_of(job.networks[job.anchor].module), card(report, names))
     for line in fusion.result.warnings:
@@ -183,9 +203,31 @@ def run(argv: Sequence[str]) -> None:
 class _Fusion(OTFusion):
     """Fuses in the processes that a Trainer starts, and leaves the result on disk."""
 
+    cost: Cost
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Fuses."""
-        self.result = self.fuse(trainer)
+        self.result, self.cost = _fused(self, trainer)
+
+
+def _fused(fusion: OTFusion, trainer: L.Trainer) -> tuple[FusionResult, Cost]:
+    """Fuses, and says what it took."""
+    started = time.monotonic()
+    result = fusion.fuse(trainer)
+    reads_nothing = fusion.config.align.evidence == "weights" and fusion.config.refit.method == "none"
+    blind = reads_nothing and fusion.config.refine.method == "none"
+    return result, Cost(None if blind else "unlabelled data", time.monotonic() - started)
+
+
+def _alternative(job: Job, name: str, seconds: float, best: nn.Module, parents: Sequence[nn.Module]) -> Made:
+    """What the fusion's time is good for otherwise."""
+    print(f"{name}: the best parent for {seconds:.0f} s")
+    given = {key: job.args.trainer[key] for key in ("accelerator", "precision")}
+    trained = alternative(
+        name, best, parents, job.data, samples=job.config.calibration.samples, seconds=seconds, trainer_args=given
+    )
+    needs: Needs = "labels" if name == TRAINED_ON else "unlabelled data"
+    return trained.model, Cost(needs, trained.seconds, trained.steps)
 
 
 class _Nothing(L.LightningModule):
@@ -216,7 +258,9 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     parser.add_argument("--output", type=str | None, help="where the fused model goes")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     parser.add_argument("--logger", type=LoggerName, default="wandb", help="metrics.csv is always written")
-    parser.add_argument("--compare", nargs="+", type=str, default=[], help="more fuse presets, for rows in the report")
+    parser.add_argument("--compare", nargs="+", type=str, default=[], help="more rows in the report: other presets; "
+                        f"{DISTILLED}, the ensemble distilled into the best parent on the calibration data; {TRAINED_ON},"
+                        " the best parent trained on labels; both as long as the fusion took")  # fmt: skip
     parser.add_argument("--report", type=Depth, default="full", help="rows: no curves and aligned average, which hold "
                         "several models in memory at once; none: measure nothing")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="prove the family on the parents; fuse nothing")

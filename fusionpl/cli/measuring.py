@@ -1,6 +1,7 @@
 """What fuse.py measures: a fused model, its parents, and what it is compared with, whole models on the test data."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
@@ -8,24 +9,58 @@ import torch
 from torch import Tensor, nn
 
 from fusionpl.datamodules import FixedSplits
-from fusionpl.evaluation import Curve, Report, Row, continuation, evaluate_ensemble, flops, interpolation, parameters
+from fusionpl.evaluation import (
+    Curve,
+    Needs,
+    Report,
+    Row,
+    best_parent,
+    continuation,
+    evaluate,
+    evaluate_samples,
+    flops,
+    interpolation,
+    judged,
+    parameters,
+)
 from fusionpl.fusion import FusionResult, mixing_weights, vanilla
 
 Depth = Literal["full", "rows", "none"]
 CURVE_BATCHES = 4
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a model took beside its parents.
+
+    Attributes:
+        needs: the data; None for none.
+        seconds: wall time.
+        steps: optimiser steps, of what is trained for a given time.
+    """
+
+    needs: Needs | None
+    seconds: float
+    steps: int | None = None
+
+
+Made = tuple[nn.Module, Cost]
+Alternative = Callable[[nn.Module, Sequence[nn.Module]], Made]
+
+
 def measure(
     names: Sequence[str],
     load: Callable[[str], nn.Module],
     result: FusionResult,
-    others: Mapping[str, nn.Module],
+    cost: Cost,
+    others: Mapping[str, Made],
+    alternatives: Mapping[str, Alternative],
     data: FixedSplits,
     device: torch.device,
     settings: dict[str, Any],
     depth: Depth = "full",
 ) -> Report:
-    """Measures parents, their ensemble, the plain average, other fusions and the fused model.
+    """Measures parents, their ensemble, the plain average, other fusions, alternatives and the fused model.
 
     Causal language models go on with a prompt, too.
 
@@ -33,8 +68,10 @@ def measure(
         names: of the parents.
         load: gives a parent by its name.
         result: of the fusion; its warnings are the report's notes.
-        others: row -> a model to compare with.
-        data: its test split decides the rows, its validation split the curves.
+        cost: of the fusion.
+        others: row -> a model to compare with, and its cost.
+        alternatives: row -> what makes a model of the best parent, which is its own, and of all parents.
+        data: its test split decides the rows, its validation split the best parent and the curves.
         device: where models are run.
         settings: shown in the report.
         depth: `full` adds what is made of aligned parents: their average, the curves and the maps; `none` measures
@@ -46,42 +83,56 @@ def measure(
     batches, prompt = list(data.test_dataloader()), data.prompt
     report.prompt = "" if prompt is None else data.tokenizer.decode(prompt)
 
-    def add(name: str, models: Sequence[nn.Module]) -> None:
+    def add(name: str, models: Sequence[nn.Module], **more: Any) -> None:
         models = [model.to(device) for model in models]
-        measured = evaluate_ensemble(models, batches)
-        metrics: dict[str, Any] = {**measured, **data.derived(measured)}
-        report.add(
-            Row(
-                name=name,
-                parameters=sum(parameters(model) for model in models),
-                flops=sum(flops(model, batches[0]) for model in models),
-                **metrics,
-            )
+        measured, outcomes = evaluate_samples(models, batches)
+        metrics: dict[str, Any] = {**measured, **data.derived(measured), **more}
+        row = Row(
+            name=name,
+            parameters=sum(parameters(model) for model in models),
+            flops=sum(flops(model, batches[0]) for model in models),
+            **metrics,
         )
+        report.add(row, outcomes)
         if prompt is not None and name in told:
             report.continuations[name] = continuation(models[0], data.tokenizer, prompt)
 
-    told = {*(f"parent {name}" for name in names), "vanilla", *others, "fused"}
+    def add_made(name: str, model: nn.Module, cost: Cost) -> None:
+        add(name, [model], needs=cost.needs, seconds=round(cost.seconds, 1), steps=cost.steps)
+
+    told = {*(f"parent {name}" for name in names), "vanilla", *others, *alternatives, "fused"}
     models = {name: load(name) for name in names}
     plain = vanilla(list(models.values()), mixing_weights(result.config.weights, len(models)))  # where float64 is
     for name, model in models.items():
-        add(f"parent {name}", [model])
+        add(f"parent {name}", [model], validation=_validated(model.to(device), data))
     add("ensemble", list(models.values()))
+    chosen = best_parent(report.rows)
+    assert chosen is not None
+    best = chosen[0].name.removeprefix("parent ")
+    trained = {name: make(load(best), list(models.values())) for name, make in alternatives.items()}
     models.clear()
-    for name, found in {"vanilla": plain, **others}.items():
-        if found is not None:
-            add(name, [found])
+    if plain is not None:
+        add("vanilla", [plain])
+    for name, made in {**others, **trained}.items():
+        add_made(name, *made)
     if depth == "full" and (result.config.refit.method != "none" or result.refitted is not None):
         add("aligned average", [result.average()])
     if result.refitted is not None and result.config.refit.method != "none":
         add("refitted", [result.refitted])
-    add("fused", [result.model])
+    add_made("fused", result.model, cost)
     if depth == "full":
         report.maps = dict(_shown_maps(result))
         if report.rows[0].accuracy is not None:  # the curve of a regression has no accuracy to show
             seen = list(islice(data.val_dataloader(), CURVE_BATCHES))
             report.barrier = _curves(names, load, result, seen, device, plain)
     return report
+
+
+def _validated(model: nn.Module, data: FixedSplits) -> float | None:
+    """The figure by which the best parent is chosen; None without validation data."""
+    if not len(data.dataset("validation")):  # type: ignore[arg-type]  # all have a length
+        return None
+    return judged(evaluate(model, data.val_dataloader()))
 
 
 def card(report: Report, names: Sequence[str]) -> str:

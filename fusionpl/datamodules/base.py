@@ -86,6 +86,14 @@ class FixedSplits(L.LightningDataModule):
         """Further figures that follow from those of a model on the test part, `loss` among them."""
         return {}
 
+    def augmented(self, batch: Any) -> Any:
+        """A batch as training sees it, changed at random; here as it is."""
+        return batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augments training batches, as one batch and on their device."""
+        return self.augmented(batch) if self.trainer is not None and self.trainer.training else batch
+
     def check_model(self, model: nn.Module, run: Run | None = None) -> None:
         """Checks that `model` reads the data and has an output for each class.
 

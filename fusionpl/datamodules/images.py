@@ -133,10 +133,8 @@ class ImageDataModule(FixedSplits):
                 self._sets["train"] = self.dataset("train").to(self.trainer.strategy.root_device)
         return super().train_dataloader()
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Augments training batches, as one batch and on their device."""
-        if self.trainer is None or not self.trainer.training:
-            return batch
+    def augmented(self, batch: Any) -> Any:
+        """The batch with its images shifted and mirrored."""
         return {**batch, "pixel_values": augment(batch["pixel_values"], self.config.shift, self.config.flip)}
 
     @cached_property

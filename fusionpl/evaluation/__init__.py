@@ -3,20 +3,30 @@
 from fusionpl.evaluation.barrier import Curve, interpolation
 from fusionpl.evaluation.continuation import continuation
 from fusionpl.evaluation.cost import flops, parameters
-from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble
+from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble, evaluate_samples
+from fusionpl.evaluation.outcomes import Outcomes, load_outcomes, save_outcomes, scored
 from fusionpl.evaluation.report import Report
-from fusionpl.evaluation.rows import Row, best_of, readable
+from fusionpl.evaluation.rows import Needs, Row, best_parent, judged, readable
+from fusionpl.evaluation.verdict import Verdict
 
 __all__ = [
     "Curve",
+    "Needs",
+    "Outcomes",
     "Report",
     "Row",
-    "best_of",
+    "Verdict",
+    "best_parent",
     "continuation",
     "evaluate",
     "evaluate_ensemble",
+    "evaluate_samples",
     "flops",
     "interpolation",
+    "judged",
+    "load_outcomes",
     "parameters",
     "readable",
+    "save_outcomes",
+    "scored",
 ]

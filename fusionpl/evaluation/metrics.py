@@ -1,19 +1,16 @@
 """Accuracy and loss of one model, or of several whose probabilities are averaged."""
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
-from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 
 from fusionpl.calibration import device_of, eval_mode, logits
-from fusionpl.datamodules import IGNORED
 from fusionpl.errors import FusionError
+from fusionpl.evaluation.outcomes import Outcomes, scored
 
 
 def evaluate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -35,61 +32,48 @@ def evaluate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str
     return evaluate_ensemble([model], batches)
 
 
-@torch.inference_mode()
 def evaluate_ensemble(models: Sequence[nn.Module], batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Measures the mean of the models' predicted probabilities; see `evaluate` for the rest."""
-    batches = iter(batches)
-    first = next(batches, None)
-    if first is None:
-        raise FusionError("cannot evaluate: there are no batches (an empty data set, or a used-up iterator)")
-    batches = itertools.chain([first], batches)
-    if "labels" in first and first["labels"].is_floating_point():
-        return _evaluate_regression(models, batches)
-    device = device_of(models[0])
-    loss = torch.zeros((), device=device)
-    count = torch.zeros((), dtype=torch.int64, device=device)
-    accuracy: MulticlassAccuracy | None = None
+    return evaluate_samples(models, batches)[0]
+
+
+@torch.inference_mode()
+def evaluate_samples(
+    models: Sequence[nn.Module], batches: Iterable[Mapping[str, Any]]
+) -> tuple[dict[str, float], Outcomes]:
+    """What `evaluate_ensemble` measures, and what the models did on each sample."""
+    values, predictions, targets = [], [], []
     of_tokens = False
     with eval_mode(*models):
         for batch in batches:
             if "labels" not in batch:
                 raise FusionError(f"cannot evaluate: a batch has no 'labels', only {sorted(batch)}")
-            labels = batch["labels"].to(device)
+            labels = batch["labels"].to(device_of(models[0]))
             of_tokens = labels.ndim > 1
-            scores = _log_probabilities(models, batch).flatten(0, -2)
-            labels = labels.flatten()
-            if accuracy is None:
-                # Filtering ignored labels and validating both wait for the device: only where needed.
-                accuracy = MulticlassAccuracy(
-                    scores.shape[-1],
-                    average="micro",
-                    ignore_index=IGNORED if of_tokens else None,
-                    validate_args=False,
-                    sync_on_compute=False,
-                ).to(device)
-            accuracy.update(scores, labels)
-            loss += cross_entropy(scores, labels, ignore_index=IGNORED, reduction="sum")
-            count += (labels != IGNORED).sum()
-    assert accuracy is not None
-    result = {"accuracy": accuracy.compute().item(), "loss": (loss / count).item()}
+            output = _mean(models, batch, of_numbers=labels.is_floating_point())
+            values.append(scored(output, labels))
+            if labels.is_floating_point():
+                predictions.append(output.squeeze(-1))
+                targets.append(labels)
+    if not values:
+        raise FusionError("cannot evaluate: there are no batches (an empty data set, or a used-up iterator)")
+    outcomes = Outcomes(torch.cat(values).cpu())
+    figures = outcomes.figures
+    if predictions:
+        found, wanted = torch.cat(predictions).cpu(), torch.cat(targets).cpu().float()
+        correlations = {"pearson": pearson_corrcoef, "spearman": spearman_corrcoef}
+        figures = {**{name: float(of(found, wanted)) for name, of in correlations.items()}, **figures}
     if of_tokens:
-        result["perplexity"] = math.exp(result["loss"]) if result["loss"] < 700 else math.inf
-    return result
+        figures["perplexity"] = math.exp(figures["loss"]) if figures["loss"] < 700 else math.inf
+    return figures, outcomes
 
 
-def _evaluate_regression(models: Sequence[nn.Module], batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    predictions, labels = [], []
-    with eval_mode(*models):
-        for batch in batches:
-            found = torch.stack([logits(model, batch).float().squeeze(-1).cpu() for model in models])
-            predictions.append(found.mean(0))
-            labels.append(batch["labels"].float().cpu())
-    values, wanted = torch.cat(predictions), torch.cat(labels)
-    return {
-        "pearson": float(pearson_corrcoef(values, wanted)),
-        "spearman": float(spearman_corrcoef(values, wanted)),
-        "loss": float(mse_loss(values, wanted)),
-    }
+def _mean(models: Sequence[nn.Module], batch: Mapping[str, Any], *, of_numbers: bool) -> Tensor:
+    """The mean number [B, 1], or the log of the mean probability, [B, classes] or [B, T, vocabulary]; float32."""
+    if of_numbers:
+        first, *others = (logits(model, batch).float() for model in models)
+        return torch.stack([first, *(other.to(first.device) for other in others)]).mean(0)
+    return _log_probabilities(models, batch)
 
 
 def _log_probabilities(models: Sequence[nn.Module], batch: Mapping[str, Any]) -> Tensor:

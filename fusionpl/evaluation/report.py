@@ -5,7 +5,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ from torch import Tensor
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import plots
 from fusionpl.evaluation.barrier import Curve
-from fusionpl.evaluation.rows import Row, as_table, as_text_cells, known, readable
+from fusionpl.evaluation.outcomes import Outcomes, load_outcomes, save_outcomes
+from fusionpl.evaluation.rows import Row, Stage, as_table, as_text_cells, equal_cost_cells, known, readable
+from fusionpl.evaluation.verdict import Verdict, verdict_cells, verdicts
 
+SAMPLES = "samples.safetensors"
 BARS, LINE, MAPS = "bars.png", "interpolation.png", "transport-maps.png"
 CAPTIONS = {
     BARS: "All models on the same test data. Hatched bars: after finetuning.",
@@ -25,6 +28,10 @@ CAPTIONS = {
     MAPS: "Of which parent units each anchor unit is made, and of how many (partners). "
     "A sharp diagonal is a one-to-one matching.",
 }
+EQUAL_COST = (
+    "What its parents' owner could have instead. `distilled` and `trained-on` start from the best parent and had the "
+    "seconds of the fused model. Seconds are wall time behind the parents' training."
+)
 
 
 @dataclass
@@ -39,6 +46,7 @@ class Report:
         maps: transport maps to draw, axis name -> [n_parent, n_anchor]; `save` draws them.
         prompt: what language models went on with.
         continuations: how they did, by the name of the row.
+        outcomes: (name, stage) of a row -> what it did on each test sample; the verdict is made of them.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -48,35 +56,45 @@ class Report:
     maps: dict[str, Tensor] = field(default_factory=dict)
     prompt: str = ""
     continuations: dict[str, str] = field(default_factory=dict)
+    outcomes: dict[tuple[str, Stage], Outcomes] = field(default_factory=dict)
 
-    def add(self, row: Row) -> None:
-        """Adds a row; one of the same name and stage is replaced where it stands."""
+    def add(self, row: Row, outcomes: Outcomes | None = None) -> None:
+        """Adds a row; one of the same name and stage is replaced where it stands.
+
+        Args:
+            row: what a model measured.
+            outcomes: what it did on each test sample.
+        """
+        self.outcomes.pop((row.name, row.stage), None)
+        if outcomes is not None:
+            self.outcomes[row.name, row.stage] = outcomes
         for index, known_row in enumerate(self.rows):
             if (known_row.name, known_row.stage) == (row.name, row.stage):
                 self.rows[index] = row
                 return
         self.rows.append(row)
 
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """The verdict on the fused model, before finetuning and after it; see `fusionpl.evaluation.verdict`."""
+        return verdicts(self.rows, self.outcomes)
+
     def rows_as_table(self) -> tuple[list[str], list[list[Any]]]:
         """Column names and raw values (None where not measured), one-shot rows first; for `wandb.Table`."""
         return as_table(self.rows)
 
     def table(self) -> str:
-        """The rows as aligned plain text, and a line with the loss barriers."""
-        cells = as_text_cells(self.rows)
-        widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-        cells.insert(1, ["-" * width for width in widths])
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column < 2 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in cells
-        ]
+        """The rows as aligned plain text, the loss barriers, what could be had at equal cost, and last the verdict."""
+        parts = [_text_table(as_text_cells(self.rows), left=2)]
         if self.barrier:
             values = [f"{name} {readable('loss', curve.barrier)}" for name, curve in self.barrier.items()]
-            lines += ["", f"loss barrier: {', '.join(values)}"]
-        return "\n".join(lines)
+            parts.append(f"loss barrier: {', '.join(values)}")
+        found = self.verdicts
+        if alternatives := self._alternatives(found):
+            parts.append(_text_table(alternatives, left=2))
+        if found:
+            parts += [_text_table(verdict_cells(found), left=1), "\n".join(one.words for one in found)]
+        return "\n\n".join(parts)
 
     def markdown(self, figures: tuple[str, ...] = ()) -> str:
         """The report as Markdown, with the configuration as YAML.
@@ -86,6 +104,16 @@ class Report:
         """
         header, *body = as_text_cells(self.rows)
         parts = ["# Fusion report", _markdown_table(header, body), *_embedded(BARS, figures)]
+        found = self.verdicts
+        if found:
+            parts += [
+                "## Verdict",
+                *(f"**{one.words}**" for one in found),
+                _markdown_table(*_split(verdict_cells(found))),
+            ]
+            parts += [f"± is one standard error, from the same {found[-1].difference.samples:,} test samples."]
+        if alternatives := self._alternatives(found):
+            parts += ["## At equal cost", EQUAL_COST, _markdown_table(*_split(alternatives))]
         if self.notes:
             parts += ["\n".join(f"- {note}" for note in self.notes)]
         if self.barrier:
@@ -105,11 +133,24 @@ class Report:
             parts += ["## Configuration", f"```yaml\n{text}```"]
         return "\n\n".join(parts) + "\n"
 
+    def _alternatives(self, found: Sequence[Verdict]) -> list[list[str]]:
+        """What a user could have instead for the fusion's time; nothing where that was not measured."""
+        if not (found and found[0].stage == "one-shot" and any(row.steps is not None for row in self.rows)):
+            return []
+        verdict = found[0]
+        best = self.outcomes[f"parent {verdict.parent}", "one-shot"]
+        against = {
+            name: verdict.told(one.better(best, verdict.metric))
+            for (name, stage), one in self.outcomes.items()
+            if stage == "one-shot" and one is not best
+        }
+        return equal_cost_cells(self.rows, f"parent {verdict.parent}", against)
+
     def _continued(self) -> list[list[str]]:
         return [[name, _quoted(text)] for name, text in self.continuations.items()]
 
     def save(self, folder: str | Path) -> None:
-        """Writes report.json, report.md and the PNGs; no file is ever half written.
+        """Writes report.json, report.md, the PNGs and samples.safetensors; no file is ever half written.
 
         A picture of transport maps that is already there stays when `maps` is empty, so that a report that
         was loaded keeps it.
@@ -128,6 +169,8 @@ class Report:
                 figure.savefig(new / name, dpi=160, metadata={"Software": None})
             there = (*figures, MAPS) if (folder / MAPS).exists() else tuple(figures)
             (new / "report.md").write_text(self.markdown(there), encoding="utf-8")
+            if self.outcomes:
+                save_outcomes(new / SAMPLES, {f"{stage}/{name}": one for (name, stage), one in self.outcomes.items()})
             (new / "report.json").write_text(json.dumps(self._as_dict(), indent=2) + "\n", encoding="utf-8")
             for path in sorted(new.iterdir()):
                 os.replace(path, folder / path.name)
@@ -147,9 +190,14 @@ class Report:
             rows = [Row(**row) for row in data["rows"]]
             barrier = {name: _curve(values) for name, values in data["barrier"].items()}
             continued = {key: data[key] for key in ("notes", "prompt", "continuations") if key in data}
-            return cls(rows, data["config"], barrier, **continued)
+            report = cls(rows, data["config"], barrier, **continued)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FusionError(f"'{path}' is not a fusion report ({error}); run fuse.py again") from error
+        samples = load_outcomes(path.with_name(SAMPLES))
+        report.outcomes = {
+            (row.name, row.stage): samples[key] for row in rows if (key := f"{row.stage}/{row.name}") in samples
+        }
+        return report
 
     def _as_dict(self) -> dict[str, Any]:
         barrier = {
@@ -167,6 +215,7 @@ class Report:
             "rows": [row.as_dict() for row in self.rows],
             "config": _plain(self.config),
             "barrier": barrier,
+            **({"verdict": [one.as_dict() for one in found]} if (found := self.verdicts) else {}),
             **({"notes": self.notes} if self.notes else {}),
             **continued,
         }
@@ -193,8 +242,25 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def _text_table(cells: list[list[str]], left: int) -> str:
+    """Aligned plain text with a line under the header; the first `left` columns are words."""
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    cells = [cells[0], ["-" * width for width in widths], *cells[1:]]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    )
+
+
+def _split(cells: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    return cells[0], cells[1:]
+
+
 def _markdown_table(header: list[str], body: list[list[str]]) -> str:
-    rule = [":--" if column in ("", "name", "stage", "text") else "--:" for column in header]
+    rule = [":--" if column in ("", "name", "stage", "needs", "text") else "--:" for column in header]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *body))
 
 

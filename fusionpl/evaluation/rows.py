@@ -1,11 +1,16 @@
 """The rows of a report: what one model measured, and how rows become tables."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from fusionpl.evaluation.outcomes import Metric
+
 Stage = Literal["one-shot", "finetuned"]
+Needs = Literal["unlabelled data", "labels"]
+FIGURES = ("accuracy", "f1", "matthews", "pearson", "spearman", "loss", "perplexity", "bits_per_byte")
+ELSEWHERE = ("steps", "needs", "validation")  # in the verdict and the table of equal cost
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,9 @@ class Row:
         flops: floating-point operations for one sample.
         epochs: training epochs that led to this stage.
         seconds: wall time that led to this stage.
+        steps: optimiser steps of a wall time.
+        needs: what that took, "unlabelled data" or "labels".
+        validation: accuracy, or else loss, on the validation data; of parents.
     """
 
     name: str
@@ -40,6 +48,9 @@ class Row:
     flops: int | None = None
     epochs: float | None = None
     seconds: float | None = None
+    steps: int | None = None
+    needs: Needs | None = None
+    validation: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The row for JSON: without what was not measured or is not a finite number."""
@@ -63,11 +74,36 @@ def shown_metric(rows: Sequence[Row]) -> Literal["accuracy", "perplexity", "loss
     return "accuracy" if any(row.accuracy is not None for row in rows) else "loss"
 
 
-def best_of(rows: Sequence[Row]) -> Row:
-    """The row with the lowest perplexity, or else the highest accuracy, or else the lowest loss."""
-    metric = shown_metric(rows)
-    sign = 1 if metric == "accuracy" else -1
-    return max(rows, key=lambda row: sign * float(getattr(row, metric) or 0.0))
+def judged_metric(rows: Sequence[Row]) -> Metric:
+    """What models are judged by, because it adds up over samples: accuracy, or the loss of language and regression."""
+    return "accuracy" if shown_metric(rows) == "accuracy" else "loss"
+
+
+def judged(figures: Mapping[str, float]) -> float:
+    """What a model is judged by (see `judged_metric`), of the figures that `evaluate` gives."""
+    return figures["accuracy" if "accuracy" in figures and "perplexity" not in figures else "loss"]
+
+
+def best_parent(rows: Sequence[Row]) -> tuple[Row, Literal["validation", "test"]] | None:
+    """The best parent and the data it was chosen on: validation where that was measured, else test.
+
+    Among equals in validation it is the one that is better on the test data: the judgement then is no kinder.
+
+    Args:
+        rows: of a report; parents before finetuning if there are any, else finetuned ones.
+    """
+    parents = [row for row in ordered(rows) if row.name.startswith("parent ")]
+    parents = [row for row in parents if row.stage == parents[0].stage]
+    if not parents:
+        return None
+    metric = judged_metric(rows)
+    validated = all(row.validation is not None for row in parents)
+
+    def worth(row: Row) -> list[float]:
+        figures = [row.validation if validated else None, getattr(row, metric)]
+        return [(one if metric == "accuracy" else -one) if known(one) else -math.inf for one in figures]
+
+    return max(parents, key=worth), "validation" if validated else "test"
 
 
 def as_table(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
@@ -75,7 +111,8 @@ def as_table(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
     columns = [
         field.name
         for field in fields(Row)
-        if field.name in ("name", "stage") or any(getattr(row, field.name) is not None for row in rows)
+        if field.name in ("name", "stage")
+        or (field.name not in ELSEWHERE and any(getattr(row, field.name) is not None for row in rows))
     ]
     return columns, [[getattr(row, column) for column in columns] for row in ordered(rows)]
 
@@ -85,6 +122,32 @@ def as_text_cells(rows: Sequence[Row]) -> list[list[str]]:
     columns, data = as_table(rows)
     header = ["FLOPs" if column == "flops" else column for column in columns]
     return [header, *([readable(*cell) for cell in zip(columns, row, strict=True)] for row in data)]
+
+
+def equal_cost_cells(rows: Sequence[Row], best: str, against: Mapping[str, str]) -> list[list[str]]:
+    """What can be had for the time of a fusion, as text, header first.
+
+    Args:
+        rows: of a report; shown are the best parent, the ensemble, and what took time before finetuning.
+        best: name of the best parent's row.
+        against: name of a row -> its difference to the best parent in words.
+    """
+    shown = [
+        row for row in rows if row.stage == "one-shot" and (row.name in (best, "ensemble") or row.seconds is not None)
+    ]
+    figures = [name for name in FIGURES if any(getattr(row, name) is not None for row in shown)]
+    columns = ["seconds", "steps", "flops", *figures]
+    header = ["name", "needs", *("FLOPs" if column == "flops" else column for column in columns), "to the best parent"]
+    body = [
+        [
+            row.name,
+            row.needs or "nothing",
+            *(readable(column, getattr(row, column)) for column in columns),
+            against.get(row.name, "-"),
+        ]
+        for row in shown
+    ]
+    return [header, *body]
 
 
 def readable(column: str, value: Any) -> str:

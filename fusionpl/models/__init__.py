@@ -5,7 +5,7 @@ from fusionpl.models.folders import ModelFolder, open_model
 from fusionpl.models.heads import with_classifier
 from fusionpl.models.hub import short_name
 from fusionpl.models.load import load_model
-from fusionpl.models.save import class_names, library_of, save_model, write_card
+from fusionpl.models.save import add_to_card, class_names, library_of, save_model, write_card
 from fusionpl.models.tensors import TensorFile
 from fusionpl.models.tokenizers import check_tokenizers, load_tokenizer, train_bpe, train_wordpiece
 from fusionpl.models.vocabulary import Renumbering, Vocabulary, load_parent, renumber
@@ -18,6 +18,7 @@ __all__ = [
     "Renumbering",
     "TensorFile",
     "Vocabulary",
+    "add_to_card",
     "build_model",
     "check_tokenizers",
     "class_names",

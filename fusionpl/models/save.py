@@ -82,6 +82,14 @@ def write_card(folder: Path, library: str, card: str) -> None:
     huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card}\n").save(folder / "README.md")
 
 
+def add_to_card(folder: Path, paragraph: str) -> None:
+    """Adds a paragraph to the model card of a model folder, unless it is there already."""
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    if paragraph not in card.text:
+        card.text = f"{card.text.rstrip()}\n\n{paragraph}\n"
+        card.save(folder / "README.md")
+
+
 def library_of(model: nn.Module) -> str:
     """The library that a model is of, as model cards name it."""
     return "transformers" if isinstance(model, transformers.PreTrainedModel) else "timm"

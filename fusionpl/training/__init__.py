@@ -1,6 +1,8 @@
 """Training with Lightning: the module, the loggers, and `fit`, which the commands share."""
 
+from fusionpl.training.budget import Trained, train_for
 from fusionpl.training.dashboard import log_report
+from fusionpl.training.distillation import Distillation, UnlabelledData
 from fusionpl.training.fit import FitResult, build_trainer, fit
 from fusionpl.training.fusion_callback import OTFusion
 from fusionpl.training.loggers import LoggerName, finish_loggers, make_loggers
@@ -12,13 +14,17 @@ __all__ = [
     "Task",
     "TaskName",
     "ClassificationModule",
+    "Distillation",
     "FitResult",
     "LoggerName",
     "OTFusion",
     "OptimConfig",
+    "Trained",
+    "UnlabelledData",
     "build_trainer",
     "finish_loggers",
     "fit",
     "log_report",
     "make_loggers",
+    "train_for",
 ]

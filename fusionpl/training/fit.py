@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError
+from fusionpl.evaluation import Outcomes
 from fusionpl.training.callbacks import RunProgress, SeedEpochs
 from fusionpl.training.module import ClassificationModule, OptimConfig
 
@@ -32,6 +33,7 @@ class FitResult:
         best_epoch: the epoch (from 1) that was best in validation.
         epochs: epochs trained.
         seconds: wall time of the training, over all parts of a resumed run.
+        outcomes: what the model did on each test sample; None where the Trainer's options leave no test.
     """
 
     model: nn.Module
@@ -39,6 +41,7 @@ class FitResult:
     best_epoch: int
     epochs: int
     seconds: float
+    outcomes: Outcomes | None
 
 
 def fit(
@@ -105,6 +108,7 @@ def fit(
         best_epoch=best_epoch,
         epochs=trainer.current_epoch,
         seconds=timer.time_elapsed("train"),
+        outcomes=trained.outcomes,
     )
 
 

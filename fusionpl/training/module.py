@@ -1,9 +1,12 @@
 """Training a model of either library as a LightningModule."""
 
 import copy
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import lightning as L
@@ -14,7 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
+from torchmetrics.aggregation import CatMetric
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.text import Perplexity
@@ -23,6 +28,7 @@ from transformers import get_cosine_schedule_with_warmup
 from fusionpl.calibration.forward import logits
 from fusionpl.datamodules import IGNORED
 from fusionpl.errors import FusionError
+from fusionpl.evaluation import Outcomes, scored
 from fusionpl.families import bind
 
 
@@ -55,6 +61,11 @@ class ClassificationModule(L.LightningModule):
         num_classes: number of classes or tokens; 1 for regression.
         metrics: what is measured besides the loss, a name of METRICS each.
         compiled: run the model through `torch.compile`.
+        seconds: wall time that the learning rate's schedule is spread over, in place of the Trainer's steps; see
+            `train_for`.
+
+    Attributes:
+        outcomes: what the model did on each test sample, of all ranks in the data's order; None before a test.
     """
 
     def __init__(
@@ -65,9 +76,13 @@ class ClassificationModule(L.LightningModule):
         metrics: Sequence[str] = ("accuracy",),
         *,
         compiled: bool = False,
+        seconds: float | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.seconds = seconds
+        self.outcomes: Outcomes | None = None
+        self._scored = CatMetric(nan_strategy="disable")
         # the function, not the model: what is trained and saved stays an ordinary model
         self._logits = torch.compile(logits) if compiled else logits
         self.optim = optim
@@ -126,6 +141,16 @@ class ClassificationModule(L.LightningModule):
         """Logs test/loss and the metrics."""
         self._step("test", batch, 0.0)
 
+    def on_test_epoch_end(self) -> None:
+        """Puts the outcomes of all ranks together: the first has samples 0, n, 2n, ... of n ranks."""
+        found, world = self._scored.compute(), self.trainer.world_size
+        self._scored.reset()
+        if isinstance(found, Tensor):
+            order = torch.cat([torch.arange(rank, len(found), world) for rank in range(world)])
+            values = torch.empty(found.shape)
+            values[order] = found.cpu()
+            self.outcomes = Outcomes(values)
+
     def on_train_epoch_end(self) -> None:
         """Logs the learning rate the epoch ended with."""
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], rank_zero_only=True)
@@ -138,6 +163,9 @@ class ClassificationModule(L.LightningModule):
         """
         groups = param_groups_weight_decay(self.model, self.optim.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.optim.lr)
+        if self.seconds is not None:
+            by_clock = LambdaLR(optimizer, partial(_by_clock, time.monotonic(), self.seconds, self.optim.warmup))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": by_clock, "interval": "step"}}
         steps = self.trainer.estimated_stepping_batches
         endless = steps in (-1, float("inf"))  # Lightning hands on the -1 of an unset max_steps
         if endless and self.trainer.limit_train_batches:  # 0 trains nothing, and needs no end
@@ -151,6 +179,8 @@ class ClassificationModule(L.LightningModule):
 
     def _step(self, stage: str, batch: dict[str, Tensor], label_smoothing: float) -> Tensor:
         labels, output = batch["labels"], self(batch)
+        if stage == "test":
+            self._scored.update(scored(output, labels))
         if labels.is_floating_point():
             output = output.squeeze(-1)
             loss, count = functional.mse_loss(output, labels), len(labels)
@@ -168,6 +198,14 @@ class ClassificationModule(L.LightningModule):
                 cast(Metric, metric)(*((output.flatten(0, -2), labels.flatten()) if tokens else (output, labels)))
                 self.log(f"{stage}/{name}", cast(Metric, metric), **settings)
         return loss
+
+
+def _by_clock(started: float, seconds: float, warmup: float, step: int) -> float:
+    """The same warm-up and cosine, by the share of the time that is over instead of the steps."""
+    share = min(1.0, (time.monotonic() - started) / seconds)
+    if share < warmup:
+        return share / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (share - warmup) / max(1e-9, 1 - warmup))
 
 
 class _F1OfClassOne(BinaryF1Score):

@@ -1,0 +1,75 @@
+"""`fuse.py --compare`: what stands beside the fused model, other presets and what their owner could do instead."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from fusionpl.cli.common import CONF
+from fusionpl.datamodules import FixedSplits
+from fusionpl.errors import FusionError, nearest
+from fusionpl.fusion import FuseConfig, load_config
+from fusionpl.training import ClassificationModule, Distillation, OptimConfig, Trained, UnlabelledData, train_for
+
+DISTILLED, TRAINED_ON = "distilled", "trained-on"
+ALTERNATIVES = (DISTILLED, TRAINED_ON)
+SEED = 0
+
+
+def compared(words: Sequence[str]) -> tuple[dict[str, FuseConfig], list[str]]:
+    """What `--compare` names: row -> configuration of a preset, and alternatives.
+
+    Raises:
+        FusionError: it is neither an alternative nor a file, or the file is no preset.
+    """
+    presets = {}
+    for word in words:
+        if word in ALTERNATIVES:
+            continue
+        if not Path(word).is_file():
+            known = [*ALTERNATIVES, *(str(path.relative_to(CONF.parent)) for path in sorted((CONF / "fuse").iterdir()))]
+            raise FusionError(f"--compare: there is no '{word}'{nearest(word, known)}; use {', '.join(known)}, or a "
+                              "preset of your own")  # fmt: skip
+        presets[f"fused ({Path(word).stem})"] = load_config(word)
+    return presets, [name for name in ALTERNATIVES if name in words]
+
+
+def alternative(
+    name: str,
+    student: nn.Module,
+    parents: Sequence[nn.Module],
+    data: FixedSplits,
+    *,
+    samples: int,
+    seconds: float,
+    trainer_args: dict[str, Any],
+) -> Trained:
+    """The best parent, trained for a while with the optimiser of conf/finetune/default.yaml.
+
+    Args:
+        name: `distilled` draws it to the mean of all parents' probabilities on the calibration data, whose labels are
+            not read; `trained-on` trains it on the labels of the training data.
+        student: the best parent, trained in place, in float32.
+        parents: all of them.
+        data: of the parents.
+        samples: of the calibration data, at most; as many as the fusion had.
+        seconds: wall time.
+        trainer_args: where, and in which precision.
+
+    Raises:
+        FusionError: the loss is not finite.
+    """
+    preset = yaml.safe_load((CONF / "finetune" / "default.yaml").read_text())
+    optim = OptimConfig(**preset["optim"])
+    arguments = {**trainer_args, "gradient_clip_val": preset["trainer"]["gradient_clip_val"]}
+    student = student.float()
+    torch.manual_seed(SEED)
+    if name == TRAINED_ON:
+        module = ClassificationModule(student, optim, data.num_classes, (), seconds=seconds)
+        return train_for(module, data, seed=SEED, trainer_args=arguments)
+    taught = Distillation(student, optim, data.num_classes, teachers=parents, labels=False, seconds=seconds)
+    unlabelled = UnlabelledData(data, samples, data.config.batch_size, SEED)
+    return train_for(taught, unlabelled, seed=SEED, trainer_args=arguments)

@@ -1,0 +1,137 @@
+"""What a model did on each sample of a test set, so that two models can be compared on the same samples."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from scipy.stats import binom
+from scipy.stats import t as student
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fusionpl.datamodules import IGNORED
+from fusionpl.errors import FusionError
+
+Metric = Literal["accuracy", "loss"]
+
+
+def scored(output: Tensor, labels: Tensor) -> Tensor:
+    """What a batch of outputs is worth, sample by sample.
+
+    Args:
+        output: logits or log-probabilities, [B, classes] or [B, T, tokens]; of a regression, [B, 1].
+        labels: classes [B] or tokens [B, T] (-100 is not scored); of a regression, floating-point numbers [B].
+
+    Returns:
+        Float32 [B, 3]: the loss, summed over the scored labels (cross-entropy in nats), how many labels were scored,
+        and how many of them are the likeliest. Of a regression [B, 2]: the squared error, and 1.
+    """
+    output = output.float()
+    if labels.is_floating_point():
+        loss = (output.squeeze(-1) - labels).square()
+        return torch.stack([loss, torch.ones_like(loss)], 1)
+    if labels.ndim == 1:
+        output, labels = output[:, None], labels[:, None]
+    losses = cross_entropy(output.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    right = output.argmax(-1) == labels
+    return torch.stack([losses.view(labels.shape).sum(1), (labels != IGNORED).sum(1), right.sum(1)], 1)
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What a model did on each of N samples: images, sentences, or blocks of text.
+
+    Attributes:
+        values: what `scored` gave, on the CPU, [N, 3], or [N, 2] of a regression.
+    """
+
+    values: Tensor
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The mean `loss` over all scored labels and, but of a regression, `accuracy` in [0, 1]."""
+        loss, count, *right = self.values.double().sum(0)
+        totals = {"accuracy": right[0], "loss": loss} if right else {"loss": loss}
+        return {name: float(total / count) for name, total in totals.items()}
+
+    def better(self, other: "Outcomes", metric: Metric) -> "Difference":
+        """By how much this model is better than another one, on the same samples.
+
+        The difference of two means over labels is a ratio of sums over samples, D = sum d_i / sum n_i, where d_i is
+        what sample i adds and n_i its number of scored labels. Samples are taken as independent, so its standard error
+        is sqrt(N / (N - 1) sum (d_i - D n_i)^2) / sum n_i (linearised, as in a cluster sample; Cochran, "Sampling
+        Techniques", 6.4). Where each sample has one label that is the paired standard error; of accuracies, McNemar's.
+
+        The probability of a difference at least as large, were there none: of classes McNemar's mid-p test on the
+        samples that one model alone has right (Fagerland et al., 2013); else Student's t with N - 1 degrees of freedom.
+
+        Args:
+            other: of the same samples, in the same order.
+            metric: what is compared; more accuracy and less loss are better.
+
+        Raises:
+            FusionError: they are not of the same samples.
+        """
+        ours, theirs = self.values.double(), other.values.double()
+        if ours.shape != theirs.shape or not torch.equal(ours[:, 1], theirs[:, 1]):
+            raise FusionError("two models can only be compared on the same test samples; measure both on one test set")
+        count, samples = ours[:, 1], len(ours)
+        gains = ours[:, 2] - theirs[:, 2] if metric == "accuracy" else theirs[:, 0] - ours[:, 0]
+        value = float(gains.sum() / count.sum())
+        if samples < 2:
+            return Difference(value, math.nan, math.nan, samples)
+        spread = (gains - value * count).square().sum() * samples / (samples - 1)
+        error = float(spread.sqrt() / count.sum())
+        if metric == "accuracy" and bool((count == 1).all()):
+            chance = _mid_p(int((gains > 0).sum()), int((gains < 0).sum()))
+        elif error:
+            chance = float(2 * student.sf(abs(value / error), samples - 1))
+        else:
+            chance = float(value == 0)
+        return Difference(value, error, chance, samples)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much one model is better than another on the same test samples.
+
+    Attributes:
+        value: of accuracies a share, of losses nats (or squared error); negative where it is worse.
+        error: its standard error; NaN of one sample.
+        chance: how probable a difference at least as large is between equal models, the p-value of a two-sided test.
+        samples: how many.
+    """
+
+    value: float
+    error: float
+    chance: float
+    samples: int
+
+
+def _mid_p(only_ours: int, only_theirs: int) -> float:
+    """McNemar's two-sided mid-p value from the discordant samples."""
+    less, both = min(only_ours, only_theirs), only_ours + only_theirs
+    return min(1.0, float(2 * binom.cdf(less, both, 0.5) - binom.pmf(less, both, 0.5)))
+
+
+def save_outcomes(file: Path, outcomes: Mapping[str, Outcomes]) -> None:
+    """Writes the outcomes of models by their names, as safetensors."""
+    save_file({name: one.values.contiguous() for name, one in outcomes.items()}, file)
+
+
+def load_outcomes(file: Path) -> dict[str, Outcomes]:
+    """Reads what `save_outcomes` wrote; nothing where there is no such file.
+
+    Raises:
+        FusionError: the file is damaged.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        return {name: Outcomes(values) for name, values in load_file(file).items()}
+    except Exception as error:  # safetensors has its own for a damaged file
+        raise FusionError(f"'{file}' is damaged ({error}); run fuse.py again") from error

@@ -1,0 +1,145 @@
+"""Whether a fused model is worth having: judged beside its best parent, which its user has for nothing."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fusionpl.evaluation.outcomes import Difference, Metric, Outcomes
+from fusionpl.evaluation.rows import Row, Stage, best_parent, judged_metric, known, readable
+
+SIGNIFICANT = 0.05
+MINUS = "−"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A fused model beside its best parent and the ensemble, on the same test samples.
+
+    Attributes:
+        stage: of the fused model and, where it was finetuned too, of the parent.
+        metric: accuracy, or the loss where that is what adds up over samples.
+        unit: of a difference in words: points (of per cent), nats, or squared error.
+        parent: the best parent's name.
+        chosen: the data it was chosen on, validation or test.
+        best, ensemble, fused: test figures; the ensemble is that of the parents before finetuning.
+        difference: fused and best parent, paired.
+    """
+
+    stage: Stage
+    metric: Metric
+    unit: str
+    parent: str
+    chosen: str
+    best: float | None
+    ensemble: float | None
+    fused: float | None
+    difference: Difference
+
+    @property
+    def share(self) -> float | None:
+        """(fused - best parent) / (ensemble - best parent); None where the ensemble was not measured or gains nothing."""
+        gain = self._gain(self.ensemble)
+        mine = self._gain(self.fused)
+        return mine / gain if gain is not None and mine is not None and gain > 0 else None
+
+    @property
+    def words(self) -> str:
+        """The verdict in one sentence."""
+        found, name = self.difference, "fused, finetuned" if self.stage == "finetuned" else "fused"
+        best = "the best parent finetuned alike" if self.stage == "finetuned" else "the best parent"
+        if math.isnan(found.value):
+            return f"{name}: its {self.metric} is not a number: keep {best}"
+        if math.isnan(found.error):
+            return f"{name}: not to be told apart from {best} (one test sample): keep that one"
+        if not found.chance < SIGNIFICANT:
+            return f"{name}: not to be told apart from {best} ({self.told(found)}): keep that one"
+        size = self.told(Difference(abs(found.value), found.error, found.chance, found.samples)).removeprefix("+")
+        if self.metric == "accuracy":
+            return f"{name}: {size} {'above' if found.value > 0 else 'below'} {best}" + self._advice
+        return f"{name}: {size} {'better' if found.value > 0 else 'worse'} than {best}" + self._advice
+
+    @property
+    def _advice(self) -> str:
+        return "" if self.difference.value > 0 else ": keep that one"
+
+    def told(self, difference: Difference) -> str:
+        """`+2.9 ± 0.5 points`: a difference and its standard error; positive is better, of losses too."""
+        scale, digits = (100, 1) if self.metric == "accuracy" else (1, 4)
+        value = f"{abs(scale * difference.value):.{digits}f}"
+        sign = "" if not float(value) else "+" if difference.value > 0 else MINUS
+        return f"{sign}{value} ± {scale * difference.error:.{digits}f} {self.unit}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The verdict for JSON; null for what is not known."""
+        found = self.difference
+        numbers = {"best_parent": self.best, "ensemble": self.ensemble, "fused": self.fused, "share": self.share,
+                   "difference": found.value, "standard_error": found.error, "p_value": found.chance}  # fmt: skip
+        return {
+            "stage": self.stage,
+            "metric": self.metric,
+            "parent": self.parent,
+            "chosen_on": self.chosen,
+            **{key: value if known(value) else None for key, value in numbers.items()},
+            "samples": found.samples,
+            "words": self.words,
+        }
+
+    def _gain(self, value: float | None) -> float | None:
+        if value is None or self.best is None:
+            return None
+        return value - self.best if self.metric == "accuracy" else self.best - value
+
+
+def verdicts(rows: Sequence[Row], outcomes: Mapping[tuple[str, Stage], Outcomes]) -> list[Verdict]:
+    """The verdict on the fused model before finetuning and on the finetuned one, where the best parent is beside it.
+
+    Args:
+        rows: of a report.
+        outcomes: (name, stage) of a row -> what it did on each test sample.
+    """
+    chosen = best_parent(rows)
+    if chosen is None:
+        return []
+    parent, data = chosen
+    by_key = {(row.name, row.stage): row for row in rows}
+    ensemble = by_key.get(("ensemble", "one-shot"))
+    metric = judged_metric(rows)
+    unit = "points" if metric == "accuracy" else "of squared error" if parent.pearson is not None else "nats"
+    found = []
+    stages: tuple[Stage, ...] = ("one-shot", "finetuned")
+    for stage in stages:
+        ours, theirs = (outcomes.get((name, stage)) for name in ("fused", parent.name))
+        if ours is not None and theirs is not None:
+            best, fused = (getattr(by_key[name, stage], metric) for name in (parent.name, "fused"))
+            found.append(
+                Verdict(
+                    stage, metric, unit, parent.name.removeprefix("parent "), data, best,
+                    None if ensemble is None else getattr(ensemble, metric), fused, ours.better(theirs, metric),
+                )
+            )  # fmt: skip
+    return found
+
+
+def verdict_cells(found: Sequence[Verdict]) -> list[list[str]]:
+    """Verdicts as a table of text, header first, a column each."""
+    first = found[0]
+    header = ["before finetuning" if one.stage == "one-shot" else "after finetuning" for one in found]
+    figures = [
+        [label, *(readable(one.metric, getattr(one, key)) for one in found)]
+        for label, key in (
+            (f"best parent ({first.parent}, by {first.chosen})", "best"), ("ensemble", "ensemble"), ("fused", "fused")
+        )
+    ]  # fmt: skip
+    return [
+        ["", *header],
+        *figures,
+        ["share of the ensemble's gain", *(_share(one) for one in found)],
+        ["fused against best parent", *(one.told(one.difference) for one in found)],
+    ]
+
+
+def _share(one: Verdict) -> str:
+    if one.share is not None:
+        return f"{one.share:.2f}".replace("-", MINUS)
+    return "undefined: no gain" if known(one.ensemble) else "-"

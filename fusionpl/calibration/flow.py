@@ -146,8 +146,9 @@ class Flow:
         """
         kept, binding = self.data.kept, self.network.binding
         key = self.name, "hidden", index
-        entry = kept[key] if section != STEM else None
-        out, carried = None, {}
+        entry: Tensor | None = kept[key] if section != STEM else None
+        out: Tensor | None = None
+        carried: dict[str, Any] = {}
         if section in binding.blocks:
             assert entry is not None
             args, keywords = kept[self.name, "calls", index][binding.stacks[binding.stack_of[section]].index(section)]
@@ -155,7 +156,7 @@ class Flow:
             out, carried, seen = self.network.through(section, state, entry, call, places, stop=stop, given=given)
         else:
             done = binding.ends.index(section)  # stacks
-            ends = [kept[*key, stack] if stack < done - 1 else entry for stack in range(done)]
+            ends: list[Any] = [kept[*key, stack] if stack < done - 1 else entry for stack in range(done)]
             if section == TAIL:
                 _, seen = self.network.leave(state, self.data[index], ends, places, stop=stop)
             else:

@@ -85,5 +85,6 @@ def scores(output: Any) -> Tensor:
     one of its towers the embeddings."""
     if isinstance(output, Tensor):
         return output
-    found = (getattr(output, name, None) for name in ("logits", "logits_per_image", "image_embeds", "text_embeds"))
-    return next(one for one in found if one is not None)
+    names = ("logits", "logits_per_image", "image_embeds", "text_embeds")
+    found: Tensor = next(one for name in names if (one := getattr(output, name, None)) is not None)
+    return found

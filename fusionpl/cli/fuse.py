@@ -258,9 +258,9 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     parser.add_argument("--output", type=str | None, help="where the fused model goes")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     parser.add_argument("--logger", type=LoggerName, default="wandb", help="metrics.csv is always written")
-    parser.add_argument("--compare", nargs="+", type=str, default=[], help="more rows in the report: other presets; "
-                        f"{DISTILLED}, the ensemble distilled into the best parent on the calibration data; {TRAINED_ON},"
-                        " the best parent trained on labels; both as long as the fusion took")  # fmt: skip
+    parser.add_argument("--compare", nargs="+", type=str, default=[], help=f"""more rows in the report: other presets;
+                        {DISTILLED}, the ensemble distilled into the best parent on the calibration data; {TRAINED_ON},
+                        the best parent trained on labels; both as long as the fusion took""")  # fmt: skip
     parser.add_argument("--report", type=Depth, default="full", help="rows: no curves and aligned average, which hold "
                         "several models in memory at once; none: measure nothing")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="prove the family on the parents; fuse nothing")

@@ -138,13 +138,14 @@ class Report:
         if not (found and found[0].stage == "one-shot" and any(row.steps is not None for row in self.rows)):
             return []
         verdict = found[0]
-        best = self.outcomes[f"parent {verdict.parent}", "one-shot"]
+        parent = f"parent {verdict.parent}"
+        best = self.outcomes[parent, "one-shot"]
         against = {
             name: verdict.told(one.better(best, verdict.metric))
             for (name, stage), one in self.outcomes.items()
-            if stage == "one-shot" and one is not best
+            if stage == "one-shot" and name != parent
         }
-        return equal_cost_cells(self.rows, f"parent {verdict.parent}", against)
+        return equal_cost_cells(self.rows, parent, against)
 
     def _continued(self) -> list[list[str]]:
         return [[name, _quoted(text)] for name, text in self.continuations.items()]

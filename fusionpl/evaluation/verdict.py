@@ -38,7 +38,7 @@ class Verdict:
 
     @property
     def share(self) -> float | None:
-        """(fused - best parent) / (ensemble - best parent); None where the ensemble was not measured or gains nothing."""
+        """(fused - best parent) / (ensemble - best parent); None where no ensemble was measured or it gains nothing."""
         gain = self._gain(self.ensemble)
         mine = self._gain(self.fused)
         return mine / gain if gain is not None and mine is not None and gain > 0 else None

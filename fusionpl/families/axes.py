@@ -164,7 +164,7 @@ class Binding:
     @functools.cached_property
     def stack_of(self) -> Mapping[str, int]:
         """Section -> its stack; the tail belongs to the last."""
-        found = {}
+        found: dict[str, int] = {}
         for index, (stack, blocks) in enumerate(zip(self.family.stacks, self.stacks, strict=True)):
             found |= dict.fromkeys((stack.stem_name, *blocks, TAIL), index)
         return found

@@ -201,9 +201,9 @@ def _stack(place: str, raw: Mapping[str, Any], stem_name: str) -> Stack:
     stem, block = _section(f"{place}{STEM}", raw[STEM]), _section(f"{place}block", raw["block"])
     if "{l}" not in block.path:
         raise FusionError(f"{place}block.path has no {{l}}, which stands for the number of a block")
-    lists = {key: tuple(raw.get(key, ())) for key in ("shared", "returns")}
-    names = {key: str(raw[key]) for key in ("enters", "mask") if key in raw}
-    return Stack(stem, block, stem_name, **lists, **names)
+    given: dict[str, Any] = {key: tuple(raw[key]) for key in ("shared", "returns") if key in raw}
+    given |= {key: str(raw[key]) for key in ("enters", "mask") if key in raw}
+    return Stack(stem, block, stem_name, **given)
 
 
 def parse_family(text: str) -> Family:

@@ -169,7 +169,7 @@ def run(argv: Sequence[str]) -> None:
             job.tokenizer.save_pretrained(folder / "model")
         report = measure(names, job.load, fusion.result, others, job.data, device, job.settings, args.report)
         report.save(folder / "report")
-        write_card(folder / "model", library_of(job.networks[job.anchor].module), card(report, names))
+        write_card(folder / "model", library_of(job.networks[job.anchor].module), card(report, names, job.config.strategy))
     for line in fusion.result.warnings:
         print(f"warning: {line}")
     print(f"\n{report.table()}\n")

@@ -3,6 +3,7 @@
 from fusionpl.alignment.aligner import Aligner
 from fusionpl.alignment.config import AlignConfig, Residual
 from fusionpl.alignment.evidence import ActivationEvidence, Evidence, WeightEvidence
+from fusionpl.alignment.joint import JointStream, joint_problems, joint_stream
 from fusionpl.alignment.maps import Alignment, Maps
 from fusionpl.alignment.problem import Problem
 from fusionpl.alignment.problems import problems
@@ -13,9 +14,12 @@ __all__ = [
     "Aligner",
     "Alignment",
     "Evidence",
+    "JointStream",
     "Maps",
     "Problem",
     "Residual",
     "WeightEvidence",
+    "joint_problems",
+    "joint_stream",
     "problems",
 ]

@@ -36,12 +36,14 @@ class Aligner:
         kept: where maps are kept.
         owner: tells them from those of other parents.
         device: where maps are.
+        weight: the parent's share.
 
     Attributes:
         alignment: the maps found so far.
         evidence: what describes the units of the section that is solved; whoever calls `solve` sets it, and takes it
             away afterwards.
         magnitudes: anchor's axis -> mean absolute activation [n], for the weighted residual policies.
+        streams: first axis of a stream -> the parent's map into the one stream of all parents, where there is one.
     """
 
     evidence: Evidence
@@ -55,11 +57,13 @@ class Aligner:
         kept: Kept,
         owner: object,
         device: torch.device,
+        weight: float,
     ) -> None:
-        self.parent, self.anchor, self.config, self.device = parent, anchor, config, device
+        self.parent, self.anchor, self.config, self.device, self.weight = parent, anchor, config, device, weight
         self.problems = {axis: problem for problem in found for axis in problem.axes}
         self.alignment = Alignment(Maps(kept, owner))
         self.magnitudes: Mapping[str, Tensor] = {}
+        self.streams: Mapping[str, TransportMap] = {}
 
     @property
     def maps(self) -> Maps:

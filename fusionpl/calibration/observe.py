@@ -15,6 +15,7 @@ from fusionpl.calibration.moments import Key, Moments
 from fusionpl.calibration.taps import Place, parameter_units
 from fusionpl.calibration.tokens import select
 from fusionpl.families import TAIL, Binding, State
+from fusionpl.transport import self_product
 
 
 class Target(NamedTuple):
@@ -37,6 +38,7 @@ class Wanted:
         keys: axes whose joint moments with the anchor's are needed.
         magnitudes: axes of the anchor whose mean absolute activation is needed.
         targets: what is kept, of all networks.
+        together: axes whose units are multiplied with those of all networks, side by side.
         tokens: which tokens count as evidence.
     """
 
@@ -44,6 +46,7 @@ class Wanted:
     keys: Sequence[Key] = ()
     magnitudes: Sequence[str] = ()
     targets: Sequence[Target] = ()
+    together: Sequence[str] = ()
     tokens: str = "all"
 
 
@@ -54,10 +57,12 @@ class Statistics:
     Attributes:
         moments: for each network, key -> its moments with the anchor; none for the anchor itself.
         magnitudes: axis of the anchor -> mean absolute activation, [n].
+        together: axis -> the products of the units of all networks, side by side, [sum of n, sum of n].
     """
 
     moments: list[dict[Key, Moments]]
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
+    together: dict[str, Tensor] = field(default_factory=dict)
 
 
 def observe(
@@ -87,20 +92,25 @@ def observe(
     elsewhere = {key for one in derived for key in one.source.keys}
     direct = [key for key in seen if key not in elsewhere]
     axes = list(dict.fromkeys(axis for key in direct for axis in key))
+    for axis in wanted.together:
+        width = sum(binding.axes[axis].size for binding in bindings)
+        found.together[axis] = torch.zeros(width, width, dtype=torch.float64, device=device)
     order = [anchor, *(index for index in range(len(flows)) if index != anchor)]
     tokens = data.meant(wanted.tokens)
     for batch in data:
         mask_of = partial(data.mask, batch, bindings[anchor])
         theirs: dict[str, Tensor] = {}
+        joined: dict[int, dict[str, Tensor]] = {}
         read: list[dict[int, Tensor]] = [{} for _ in derived]
         for index in order:
-            looked_at = [*axes, *(sums if index == anchor else ())]
+            looked_at = list(dict.fromkeys([*axes, *wanted.together, *(sums if index == anchor else ())]))
             passage = _pass(flows[index], states[index], batch, looked_at, [one.source for one in derived], wanted)
             for target in wanted.targets:
                 data.keep(target.key(wanted.section, index, batch), _target(passage, target))
             for one, inputs in zip(derived, read, strict=True):
                 inputs[index] = select(passage.seen[one.source.place], tokens, mask_of(one.source.keys[0][0]))
             rows = {axis: select(passage.units(axis), tokens, mask_of(axis)) for axis in looked_at}
+            joined[index] = {axis: rows[axis] for axis in wanted.together}
             if index == anchor:
                 theirs = rows
                 for axis, total in sums.items():
@@ -111,6 +121,8 @@ def observe(
                     moments[index][key].update(_beside(rows, key), _beside(theirs, key))
         for one, inputs in zip(derived, read, strict=True):
             one.update(inputs)
+        for axis, total in found.together.items():
+            total += self_product(torch.cat([joined[index][axis] for index in range(len(flows))], dim=-1))
     for index, ours in enumerate(moments):
         if index != anchor:
             for one in derived:
@@ -167,5 +179,5 @@ def _sum(found: Statistics, keys: Sequence[Key], sums: Mapping[str, Tensor]) -> 
         for ours in found.moments:
             ours.update({key: ours[key].unshifted() for key in keys if key in ours})
         tensors = [tensor for ours in found.moments for key in keys if key in ours for tensor in ours[key].tensors()]
-        sum_over_ranks([*tensors, *sums.values()])
+        sum_over_ranks([*tensors, *sums.values(), *found.together.values()])
     found.magnitudes |= {axis: total[:-1] / total[-1] for axis, total in sums.items()}

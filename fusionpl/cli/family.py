@@ -169,7 +169,7 @@ def _scores(model: nn.Module, batch: Any) -> Tensor:
 def _folded(model: nn.Module, binding: Binding) -> tuple[nn.Module, str]:
     """The model in the form in which it is fused, and what was folded."""
     try:
-        check_rotatable(binding, "the model")
+        check_rotatable(binding, "the model", "its scales alone")
     except FusionError:
         scales = Network(model, binding).prepared(
             lambda state, bound, section, _: without_scales(state, bound, section)

@@ -189,7 +189,9 @@ def run(argv: Sequence[str]) -> None:
             args.report,
         )  # fmt: skip
         report.save(folder / "report")
-        write_card(folder / "model", library_of(job.networks[job.anchor].module), card(report, names))
+        write_card(
+            folder / "model", library_of(job.networks[job.anchor].module), card(report, names, job.config.strategy)
+        )
     for line in fusion.result.warnings:
         print(f"warning: {line}")
     print(f"\n{report.table()}\n")

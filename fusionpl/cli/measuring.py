@@ -74,8 +74,8 @@ def measure(
         data: its test split decides the rows, its validation split the best parent and the curves.
         device: where models are run.
         settings: shown in the report.
-        depth: `full` adds what is made of aligned parents: their average, the curves and the maps; `none` measures
-            nothing.
+        depth: `full` adds what is made of aligned parents: their average, the curves and the maps (with strategy joint
+            no parent is a model of its own there); `none` measures nothing.
     """
     report = Report(config=settings, notes=list(result.warnings))
     if depth == "none":
@@ -115,12 +115,13 @@ def measure(
         add("vanilla", [plain])
     for name, made in {**others, **trained}.items():
         add_made(name, *made)
-    if depth == "full" and (result.config.refit.method != "none" or result.refitted is not None):
+    aligned = depth == "full" and result.config.strategy == "transport"
+    if aligned and (result.config.refit.method != "none" or result.refitted is not None):
         add("aligned average", [result.average()])
     if result.refitted is not None and result.config.refit.method != "none":
         add("refitted", [result.refitted])
     add_made("fused", result.model, cost)
-    if depth == "full":
+    if aligned:
         report.maps = dict(_shown_maps(result))
         if report.rows[0].accuracy is not None:  # the curve of a regression has no accuracy to show
             seen = list(islice(data.val_dataloader(), CURVE_BATCHES))
@@ -135,14 +136,14 @@ def _validated(model: nn.Module, data: FixedSplits) -> float | None:
     return judged(evaluate(model, data.val_dataloader()))
 
 
-def card(report: Report, names: Sequence[str]) -> str:
+def card(report: Report, names: Sequence[str], strategy: str) -> str:
     """The model card of a fused model."""
-    return (
-        f"# Fused from {', '.join(names)}\n\n"
-        "Aligned with optimal transport and averaged by fusionpl "
-        "([Transformer Fusion with Optimal Transport](https://arxiv.org/abs/2310.05719)).\n\n"
-        + report.markdown().partition("\n")[2].lstrip()
-    )
+    how = {
+        "transport": "Aligned with optimal transport and averaged by fusionpl "
+        "([Transformer Fusion with Optimal Transport](https://arxiv.org/abs/2310.05719)).",
+        "joint": "Fitted by fusionpl to one residual stream that holds the parents' streams.",
+    }
+    return f"# Fused from {', '.join(names)}\n\n{how[strategy]}\n\n" + report.markdown().partition("\n")[2].lstrip()
 
 
 def _curves(

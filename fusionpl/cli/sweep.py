@@ -110,7 +110,7 @@ def passes(configs: Mapping[str, FuseConfig], count: int) -> list[dict[str, Fuse
     groups: dict[tuple[Any, ...], dict[str, FuseConfig]] = defaultdict(dict)
     for name, config in configs.items():
         anchor = resolve_anchor(config, count)
-        collected = replace(config.calibration, scale="none"), config.align.stream
+        collected = replace(config.calibration, scale="none"), config.align.stream, config.strategy
         groups[anchor, *collected][name] = config
     return list(groups.values())
 

@@ -59,7 +59,8 @@ class Slot:
         index: where the part lies, dimension by dimension.
         axes, reads: of each dimension, its axis and whether the parameter reads it.
         section: that the parameter belongs to.
-        gain: it is the gain of a norm, which multiplies unit by unit; before a stream is rotated, it is folded.
+        gain: it is the gain of a norm, or a LayerScale: it multiplies unit by unit; before a stream is rotated, it is
+            folded.
     """
 
     parameter: str

@@ -230,9 +230,9 @@ class _Binder:
         grouped: Mapping[str, tuple[str, ...]],
     ) -> Iterator[Slot]:
         seen: set[int] = set()
-        gains = {
-            f"{prefix}{norm}.weight" for _, prefix, part in self.family.sections(self.depths) for norm in part.norms
-        }
+        parts = list(self.family.sections(self.depths))
+        gains = {f"{prefix}{norm}.weight" for _, prefix, part in parts for norm in part.norms}
+        scales = {f"{prefix}{scale}" for _, prefix, part in parts for scale in part.scales}
         for name, line in lines.items():
             if id(self.parameters[name]) in seen:
                 continue
@@ -249,7 +249,7 @@ class _Binder:
                     for axis, units in _spans(axes, sizes, turns)
                 ]
             for index, names in cuts:
-                yield Slot(name, index, names, reads, line.section, name in gains)
+                yield Slot(name, index, names, reads, line.section, name in gains or name.rpartition(".")[0] in scales)
 
     def _taps(self, slots: tuple[Slot, ...]) -> Iterator[Tap]:
         outputs: dict[tuple[str, str], Index] = {}

@@ -15,8 +15,13 @@ from fusionpl.families.axes import Binding, Slot
 from fusionpl.families.family import Section
 
 
-def check_rotatable(binding: Binding, name: str) -> None:
-    """Checks that the residual stream of the model `name` may be rotated at all.
+def check_rotatable(binding: Binding, name: str, instead: str) -> None:
+    """Checks that the residual stream of a model may be rotated at all.
+
+    Args:
+        binding: the model's.
+        name: how messages call it.
+        instead: the options to use where it may not.
 
     Raises:
         FusionError: a post-LN family, or a norm inside the stream, which is named.
@@ -24,19 +29,19 @@ def check_rotatable(binding: Binding, name: str) -> None:
     if binding.family.norm == "post":
         raise FusionError(
             f"{name}: {binding.family.name} is post-LN, its norms scale the stream unit by unit, so only permutations "
-            "keep its function; use align.stream transport with align.residual tie and align.solver assignment"
+            f"keep its function; use {instead}"
         )
     if binding.closed:
         raise FusionError(
             f"{name}: '{next(iter(binding.closed))}' stands at both ends of the stream, so the gain of the last norm "
-            "can't be folded into the decoder, and only permutations keep the function; use align.stream transport "
-            "with align.residual tie and align.solver assignment"
+            f"can't be folded into the decoder, and only permutations keep the function; use {instead}"
         )
     for section, prefix, part in binding.family.sections(binding.depths):
         for norm, readers in part.norms.items():
             if not readers and f"{prefix}{norm}.weight" in binding.uses[section]:
-                raise FusionError(f"{name}: '{prefix}{norm}' normalises inside the stream, which can't be rotated; use "
-                                  "align.stream transport")  # fmt: skip
+                raise FusionError(
+                    f"{name}: '{prefix}{norm}' normalises inside the stream, which can't be rotated; use {instead}"
+                )
 
 
 def canonical(state: Mapping[str, Tensor], binding: Binding, section: str, name: str = "the model") -> State:
@@ -117,7 +122,7 @@ def _fold_norm(state: State, binding: Binding, norm: str, readers: list[str], na
         # It stays in the norm, in the units of its readers, and turns with the stream.
         if not bool(gamma.all()):
             raise FusionError(f"{name}: '{norm}.bias' has no bias of the map behind it to be folded into; use "
-                              "align.stream transport")  # fmt: skip
+                              "strategy transport and align.stream transport")  # fmt: skip
         beta.div_(gamma)
     for reader in linear:
         weight, bias = state[f"{reader}.weight"], state.get(f"{reader}.bias")

@@ -62,6 +62,9 @@ class FuseConfig:
         align: how units are matched.
         refit: what happens to the average.
         refine: what happens after that; see `fusionpl.training.refine`.
+        strategy: `transport`: units are matched and averaged; `joint`: one stream holds as much of all parents' streams
+            as fits into it, the other units are the anchor's, and what reads and writes the stream is refitted (pre-LN
+            families; `align` has nothing to do).
     """
 
     anchor: int = 0
@@ -70,6 +73,28 @@ class FuseConfig:
     align: AlignConfig = field(default_factory=AlignConfig)
     refit: RefitConfig = field(default_factory=RefitConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
+    strategy: Literal["transport", "joint"] = "transport"
+
+    def __post_init__(self) -> None:
+        """Raises FusionError for options that contradict each other."""
+        if self.strategy != "joint":
+            return
+        if self.refit.method == "none":
+            raise FusionError("strategy joint fits what reads and writes the stream; it needs refit.method ridge")
+        default = AlignConfig()
+        for option in (one.name for one in fields(AlignConfig)):
+            if getattr(self.align, option) != getattr(default, option):
+                raise FusionError(
+                    f"strategy joint matches no units, so align.{option} has nothing to do; use --config "
+                    "conf/fuse/joint.yaml, or strategy transport"
+                )
+        if self.weights and min(self.weights) <= 0:
+            raise FusionError(f"strategy joint needs weights above 0, not {min(self.weights):g}; leave that parent out")
+
+    @property
+    def canonical(self) -> bool:
+        """Whether parents are fused in canonical form."""
+        return self.strategy == "joint" or self.align.stream == "rotation"
 
 
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> FuseConfig:

@@ -102,7 +102,8 @@ class Calibrated:
     Args:
         parents, names, device, seed, allow_pickle, family, progress: see `fuse`.
         calibration: see `fuse`.
-        configs: they share the anchor, what is collected (`calibration` but for its `scale`), and `align.stream`.
+        configs: they share the anchor, what is collected (`calibration` but for its `scale`), `strategy` and
+            `align.stream`.
 
     Raises:
         FusionError: see `fuse`; configurations that can't share a calibration.
@@ -135,6 +136,12 @@ class Calibrated:
         self._folder = opened[anchor][1]
         bindings = [network.binding for network in networks]
         plans = [make_plan(bindings, anchor, config, self.names) for config in configs]
+        for network in networks:
+            if first.strategy == "joint" and network.absent is not None:
+                raise FusionError(
+                    f"{network.name} lacks tokens of {networks[anchor].name}, and strategy joint has nothing to put in "
+                    "their places; use strategy transport"
+                )
         self._limit = budget(first.calibration.memory, networks[anchor].device)
         kept = Kept(self._limit)
         observes = any(plan.observes for plan in plans) or any(config.refine.method != "none" for config in configs)
@@ -147,7 +154,10 @@ class Calibrated:
         if len(configs) > 1:
             keys += [key for plan in plans for section in plan.sections for key in section.keys]
             magnitudes = [axis for plan in plans for section in plan.sections for axis in section.magnitudes]
-        look(self._team, list(dict.fromkeys(keys)), list(dict.fromkeys(magnitudes)), first.calibration.tokens)
+        together = {join: stream for plan in plans for join, stream in plan.together.items()}
+        look(
+            self._team, list(dict.fromkeys(keys)), list(dict.fromkeys(magnitudes)), first.calibration.tokens, together
+        )  # fmt: skip
 
     def fuse(self, config: FuseConfig, *, output: str | Path | None = None) -> FusionResult:
         """Fuses under one of the configurations; see `fuse`."""
@@ -254,7 +264,7 @@ def match_vocabularies(
 
 
 def _prepared(network: Network, configs: Sequence[FuseConfig]) -> Network:
-    if configs[0].align.stream == "rotation":
+    if configs[0].canonical:
         return network.prepared(canonical)
     if any(config.refit.method != "none" for config in configs):
         return network.prepared(lambda state, binding, section, _: without_scales(state, binding, section))

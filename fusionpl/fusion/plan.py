@@ -3,11 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fusionpl.alignment import AlignConfig, Problem, problems
+from fusionpl.alignment import AlignConfig, JointStream, Problem, joint_problems, problems
 from fusionpl.calibration import Key
 from fusionpl.families import TAIL, Binding, Slot, check_rotatable, section_of
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.stages import Stage, stages
+
+# What to use where a stream may not be rotated.
+_INSTEAD = {
+    "transport": "align.stream transport with align.residual tie and align.solver assignment",
+    "joint": "strategy transport",
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,12 @@ class Plan:
         return tuple(dict.fromkeys(key for problem in self.whole for key in problem.keys))
 
     @property
+    def together(self) -> dict[str, str]:
+        """Joins whose units are multiplied with those of all parents -> the first axis of their stream."""
+        streams = [problem for problem in self.whole if isinstance(problem, JointStream)]
+        return {join: stream.axes[0] for stream in streams for join in stream.joins}
+
+    @property
     def fits(self) -> bool:
         """Whether anything is fitted, so that the fused network is run."""
         return any(section.stages for section in self.sections)
@@ -66,7 +78,7 @@ class Plan:
     @property
     def observes(self) -> bool:
         """Whether there is anything to run the parents for."""
-        return bool(self.survey) or any(section.observes for section in self.sections)
+        return bool(self.survey or self.together) or any(section.observes for section in self.sections)
 
 
 def make_plan(bindings: Sequence[Binding], anchor: int, config: FuseConfig, names: Sequence[str]) -> Plan:
@@ -82,10 +94,10 @@ def make_plan(bindings: Sequence[Binding], anchor: int, config: FuseConfig, name
         FusionError: options that don't fit the family, the widths or the head counts.
     """
     reference = bindings[anchor]
-    if config.align.stream == "rotation":
+    if config.canonical:
         for binding, name in zip(bindings, names, strict=True):
-            check_rotatable(binding, name)
-    found = problems(reference, config.align)
+            check_rotatable(binding, name, _INSTEAD[config.strategy])
+    found = joint_problems(reference) if config.strategy == "joint" else problems(reference, config.align)
     for problem in found:
         for index, binding in enumerate(bindings):
             if index != anchor:
@@ -129,11 +141,13 @@ def _within(binding: Binding, slot: Slot) -> bool:
 def describe(plan: Plan, bindings: Sequence[Binding], anchor: int, config: FuseConfig, names: Sequence[str]) -> str:
     """A table of axes with their sizes (parents in order), and how each gets its map."""
     reference = bindings[anchor]
-    align = config.align
+    how = "one stream for all parents"
+    if config.strategy == "transport":
+        how = f"{_solver(config.align)}, {config.align.metric} cost / {config.align.normalize}"
     header = (
         f"{reference.family.name}, {reference.depth} blocks, {len(reference.slots)} parameter slots on "
-        f"{len(reference.free)} free axes; anchor: {names[anchor]}; {_solver(align)}, {align.metric} cost / "
-        f"{align.normalize}" + (f"; refit: {config.refit.method}" if config.refit.method != "none" else "")
+        f"{len(reference.free)} free axes; anchor: {names[anchor]}; {how}"
+        + (f"; refit: {config.refit.method}" if config.refit.method != "none" else "")
     )
     problem_of = {axis: problem for problem in plan.problems for axis in problem.axes}
     rows = [("axis", "units", "heads", "map")]

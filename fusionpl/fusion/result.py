@@ -71,7 +71,7 @@ class FusionResult:
 
     Args:
         sink: holds the fused parameters.
-        parents: in order, each with its alignment; for a rotation they are in canonical form.
+        parents: in order, each with its alignment; for a rotation and one stream they are in canonical form.
         anchor: index of the anchor.
         config: what was asked for.
         kept: parameters that stayed the anchor's.
@@ -95,7 +95,7 @@ class FusionResult:
 
     @property
     def alignments(self) -> list[Alignment | None]:
-        """One a parent, in order; None for the anchor, whose units stay."""
+        """One a parent, in order; None for the anchor, whose units stay (but for `strategy joint`)."""
         return [parent.alignment for parent in self.parents]
 
     @property
@@ -106,7 +106,8 @@ class FusionResult:
     @property
     def maps(self) -> Mapping[str, TransportMap]:
         """Axis -> map of the first parent that is not the anchor."""
-        return next((alignment.maps for alignment in self.alignments if alignment), {})
+        others = (alignment for index, alignment in enumerate(self.alignments) if index != self.anchor)
+        return next((alignment.maps for alignment in others if alignment), {})
 
     def aligned(self, index: int) -> State:
         """The parameters of parent `index` in the anchor's units, made anew at each call."""
@@ -115,7 +116,8 @@ class FusionResult:
             return parent.aligned(parent.network.state(), anchor.network.state(), anchor.binding)
 
     def aligned_parent(self, index: int) -> nn.Module:
-        """Parent `index` in the anchor's units, as a model of its own."""
+        """Parent `index` in the anchor's units, as a model of its own; with `strategy joint`, its share of the average,
+        which is none."""
         return with_parameters(self.parents[self.anchor].network.module, self.aligned(index)).eval()
 
     def average(self) -> nn.Module:

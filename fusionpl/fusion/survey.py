@@ -12,12 +12,18 @@ class Survey:
 
     Args:
         kept: where.
+
+    Attributes:
+        magnitudes: anchor's axis -> mean absolute activation, [n].
+        streams: first axis of a stream -> the products of its units with those of all parents' side by side, added up
+            over its joins, those of each join with unit energy.
     """
 
     def __init__(self, kept: Kept) -> None:
         self._kept = kept
         self._places: dict[tuple[int, Key], None] = {}
         self.magnitudes: dict[str, Tensor] = {}
+        self.streams: dict[str, Tensor] = {}
 
     def has(self, key: Key) -> bool:
         """Whether the moments of `key` are known."""
@@ -27,13 +33,20 @@ class Survey:
         """Key -> the moments of a parent with the anchor."""
         return _OfParent(self._kept, parent, [key for index, key in self._places if index == parent])
 
-    def add(self, found: Statistics) -> None:
-        """Keeps the statistics of a section."""
+    def add(self, found: Statistics, streams: Mapping[str, str]) -> None:
+        """Keeps the statistics of a section.
+
+        Args:
+            found: the statistics.
+            streams: join -> the first axis of its stream.
+        """
         for index, moments in enumerate(found.moments):
             for key, one in moments.items():
                 self._kept["moments", index, key] = vars(one)
                 self._places[index, key] = None
         self.magnitudes |= found.magnitudes
+        for join, products in found.together.items():
+            self.streams[streams[join]] = self.streams.get(streams[join], 0) + products / products.trace()
 
 
 class _OfParent(Mapping[Key, Moments]):

@@ -1,12 +1,12 @@
 """One walk through the parents and the fused network, section by section: observe, align, average, refit, write."""
 
 from collections import ChainMap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from fusionpl.alignment import ActivationEvidence, Aligner, Evidence, Problem, WeightEvidence
+from fusionpl.alignment import ActivationEvidence, Aligner, Evidence, Problem, WeightEvidence, joint_stream
 from fusionpl.calibration import (
     CalibrationSet,
     Flow,
@@ -92,21 +92,24 @@ class Team:
             yield
 
 
-def look(team: Team, keys: Sequence[Key], magnitudes: Sequence[str], tokens: str) -> None:
-    """Walks through the parents alone; the survey learns the moments of `keys`, and magnitudes of the anchor's axes."""
+def look(team: Team, keys: Sequence[Key], magnitudes: Sequence[str], tokens: str, together: Mapping[str, str]) -> None:
+    """Walks through the parents alone; the survey learns the moments of `keys`, magnitudes of the anchor's axes, and
+    the products of the joins `together`: see Plan."""
     wanted = [
         Wanted(
             name,
             tuple(key for key in keys if section_of(key[0]) == name),
             tuple(axis for axis in magnitudes if section_of(axis) == name),
+            together=tuple(axis for axis in together if section_of(axis) == name),
             tokens=tokens,
         )
         for name in team.binding.sections
     ]
-    last = max((index for index, one in enumerate(wanted) if one.keys or one.magnitudes), default=-1)
+    last = max((at for at, one in enumerate(wanted) if one.keys or one.magnitudes or one.together), default=-1)
     with team.at_work():
         for one in team.progress(wanted[: last + 1], "look"):
-            team.survey.add(team.observe(one, team.states(one.section), others=bool(keys)))
+            found = team.observe(one, team.states(one.section), others=bool(keys or together))
+            team.survey.add(found, together)
 
 
 class Sweep:
@@ -130,9 +133,11 @@ class Sweep:
         self.team, self.plan, self.config, self.weights, self.sink = team, plan, config, weights, sink
         anchor = team.parents[team.anchor]
         self.aligners = {
-            index: Aligner(binding, team.binding, config.align, plan.problems, maps, index, anchor.device)
+            index: Aligner(
+                binding, team.binding, config.align, plan.problems, maps, index, anchor.device, weights[index]
+            )
             for index, binding in enumerate(team.bindings)
-            if index != team.anchor
+            if index != team.anchor or config.strategy == "joint"
         }
         self.aligned = [
             AlignedParent(parent, self.aligners[index].alignment if index in self.aligners else None, weights[index])
@@ -151,6 +156,7 @@ class Sweep:
         last = max((at for at, one in enumerate(self._wanted) if one.keys or one.magnitudes or one.targets), default=-1)
         fitted = max((at for at, one in enumerate(self.plan.sections) if one.stages), default=-1)
         with self.team.at_work():
+            self._join_streams()
             self._solve(self.plan.whole, self._nothing())
             for at, section in enumerate(self.team.progress(self.plan.sections, "fuse")):
                 states = self.team.states(section.name)
@@ -166,6 +172,16 @@ class Sweep:
                     self._forget(self._wanted[at])
                 self.sink.write(fused)
                 del states, fused  # before the next section is read
+
+    def _join_streams(self) -> None:
+        """Finds the parents' maps into the one stream that holds them all, where that is asked for."""
+        centred = self.team.binding.family.norm == "pre"
+        for axis in dict.fromkeys(self.plan.together.values()):
+            widths = [binding.axes[axis].size for binding in self.team.bindings]
+            width = self.team.binding.axes[axis].size
+            found = joint_stream(self.team.survey.streams[axis], widths, self.weights, width, centred=centred)
+            for index, aligner in self.aligners.items():
+                aligner.streams = {**aligner.streams, axis: found[index]}
 
     def _forget(self, wanted: Wanted) -> None:
         for index, _ in enumerate(self.team.parents):
@@ -184,7 +200,7 @@ class Sweep:
             tuple(key for key in section.keys if not known.has(key)),
             tuple(axis for axis in section.magnitudes if axis not in known.magnitudes),
             targets,
-            self.config.calibration.tokens,
+            tokens=self.config.calibration.tokens,
         )
 
     def _solve(self, problems: Sequence[Problem], found: Statistics) -> None:

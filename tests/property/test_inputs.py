@@ -53,7 +53,7 @@ def moments(models: list[nn.Module]) -> dict[tuple[str, ...], Moments]:
     kept = Kept(10**9)
     data = CalibrationSet([batch_of(models[0])], CalibrationConfig(batch_size=5), kept)
     team = Team(networks, 0, data, Survey(kept), no_progress)
-    look(team, keys, (), "all")
+    look(team, keys, (), "all", {})
     return dict(team.survey.of(1))
 
 

@@ -257,7 +257,7 @@ def surveyed(
 ) -> list[dict[tuple[str, ...], Moments]]:
     config, kept = CalibrationConfig(**options), Kept(10**9)
     team = Team(networks, anchor, CalibrationSet(calibration, config, kept), Survey(kept), no_progress)
-    look(team, keys, (), config.tokens)
+    look(team, keys, (), config.tokens, {})
     return [dict(team.survey.of(index)) for index in range(len(networks))]
 
 

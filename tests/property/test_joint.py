@@ -1,0 +1,120 @@
+"""One stream for all parents: what holds exactly, what is refused, and that it is worth having."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusionpl
+from fusionpl.alignment import joint_stream
+from fusionpl.errors import FusionError
+from fusionpl.families import bind
+from fusionpl.fusion import FusionResult, load_config, make_plan, vanilla
+from tests.models_for_tests import batch_for, images, largest_difference, run, text_model, timm_vit
+from tests.property.test_newer_families import BUILD
+
+JOINT = "conf/fuse/joint.yaml"
+# With each kind of norm: LayerNorm (one that stays with its shift, one with LayerScale), RMSNorm with groups and gates.
+NAMES = ("timm, DINOv2", "dinov2, gate", "gpt2, decoder of its own", "gpt_neox", "llama", "qwen3")
+
+
+def joined(name: str, parents: list[Any], **changes: Any) -> FusionResult:
+    return fusionpl.fuse(parents, [batch_for(name, 64)], load_config(JOINT, changes))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_model_fused_with_itself_keeps_its_function(name: str, count: int) -> None:
+    """Streams side by side that are equal have as many directions as one."""
+    model = BUILD[name](1)
+    found = joined(name, [model] * count).model
+    torch.testing.assert_close(run(name, found), run(name, model), atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_nearer_to_the_mean_of_the_parents_than_their_average(name: str) -> None:
+    parents = [BUILD[name](seed) for seed in range(2)]
+    wanted = torch.stack([run(name, parent) for parent in parents]).mean(0)
+
+    def distance(model: nn.Module | None) -> Tensor:
+        assert model is not None
+        return (run(name, model) - wanted).square().mean()
+
+    assert distance(joined(name, parents).model) < distance(vanilla(parents, [0.5, 0.5]))
+
+
+def test_parents_of_other_widths_and_numbers_of_heads() -> None:
+    narrow, wide = timm_vit(0), timm_vit(1, width=24, heads=6, mlp=40)
+    for parents in ([narrow, wide], [wide, narrow]):
+        found = fusionpl.fuse(parents, [images(64)], load_config(JOINT)).model
+        assert [one.shape for one in found.parameters()] == [one.shape for one in parents[0].parameters()]
+        assert run("timm, DINOv2", found).isfinite().all()
+
+
+def test_the_basis_holds_all_that_fits_and_nothing_where_means_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randn(200, 5, generator=generator).double()
+    streams = [low @ torch.randn(5, 8, generator=generator).double() for _ in range(2)]
+    streams = [one - one.mean(1, keepdim=True) for one in streams]
+    both = torch.cat(streams, 1)
+    weights = [0.3, 0.7]
+    for centred in (True, False):
+        maps = joint_stream(both.T @ both, [8, 8], weights, 8, centred=centred)
+        target = sum(w * one @ found.to_output for w, one, found in zip(weights, streams, maps, strict=True))
+        assert isinstance(target, Tensor)
+        energy = sum(w * one.square().sum() for w, one in zip(weights, streams, strict=True))
+        torch.testing.assert_close(target.square().sum(), energy)
+        if centred:
+            assert target.sum(1).abs().max() < 1e-9
+        for one, found in zip(streams, maps, strict=True):  # read back, but for what a norm divides by
+            torch.testing.assert_close(target @ found.to_input.T, one, atol=1e-9, rtol=0)
+
+
+def test_weights_tell_how_much_of_each_parent_stays() -> None:
+    parents = [timm_vit(seed) for seed in range(2)]
+    outputs = [run("timm, DINOv2", parent) for parent in parents]
+    gaps = []
+    for weight in (0.1, 0.9):
+        found = fusionpl.fuse(parents, [images(64)], load_config(JOINT, {"weights": [weight, 1 - weight]})).model
+        gaps.append([float((run("timm, DINOv2", found) - one).square().mean()) for one in outputs])
+    assert gaps[0][1] < gaps[1][1]
+    assert gaps[1][0] < gaps[0][0]
+
+
+def test_streams_on_disk_give_the_same_bits() -> None:
+    parents = [timm_vit(seed) for seed in range(2)]
+    whole, cut = (
+        fusionpl.fuse(parents, [images(24)], load_config(JOINT, {"calibration.memory": gib})).model for gib in (8, 0)
+    )
+    assert largest_difference(whole, cut) == 0
+
+
+@pytest.mark.parametrize("name", ["bert masked-lm", "gpt2", "t5", "clip"])
+def test_streams_that_cannot_be_rotated_are_refused_in_one_line(name: str) -> None:
+    make = BUILD.get(name) or (lambda seed: text_model(name, seed))
+    with pytest.raises(FusionError, match="use strategy transport") as caught:
+        joined(name, [make(seed) for seed in range(2)])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"refit.method": "none"}, r"needs refit\.method ridge"),
+        ({"align.solver": "emd"}, r"align\.solver has nothing to do; use --config"),
+        ({"weights": [1.0, 0.0]}, r"needs weights above 0, not 0; leave that parent out"),
+    ],
+)
+def test_options_that_contradict_it(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(FusionError, match=message):
+        load_config(JOINT, changes)
+
+
+def test_the_plan_tells_what_it_does() -> None:
+    binding = bind(timm_vit())
+    config = load_config(JOINT)
+    plan = make_plan([binding, binding], 0, config, ["a", "b"])
+    text = fusionpl.fusion.describe(plan, [binding, binding], 0, config, ["a", "b"])
+    assert "one stream for all parents" in text
+    assert "the anchor's units, output of blocks.0.mlp.fc1" in text

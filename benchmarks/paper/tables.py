@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 
 from benchmarks import text
-from benchmarks.common import DEFAULT, PAPER, Maker
+from benchmarks.common import DEFAULT, JOINT, PAPER, Maker
 from benchmarks.paper.cells import Cell, Table
 from benchmarks.paper.choices import ALIGNMENTS, BLOCKS
 from benchmarks.paper.scales import SEEDS, Lab
@@ -44,6 +44,16 @@ def finetune(lab: Lab) -> Table:
                 for epochs in lab.scale.finetuning
             ]
     return Table("Test accuracy by epochs of finetuning.", cells, curve=True)
+
+
+def worth(lab: Lab) -> Table:
+    """What a fusion is worth beside what its user has for nothing."""
+    cells: list[Cell] = []
+    for repeat, team in pairs(lab):
+        cells += [*team.references(repeat), Cell("best parent", repeat, partial(team.one_shot, team.best))]
+        for name, file in (("default", DEFAULT), ("one stream", JOINT)):
+            cells.append(Cell(name, repeat, partial(team.one_shot, partial(team.fused, load_config(file)))))
+    return Table("One-shot test accuracy of fusions beside what their user has for nothing.", cells)
 
 
 def parents(lab: Lab) -> Table:
@@ -192,6 +202,7 @@ def families(lab: Lab) -> Table:
 TABLES: dict[str, Callable[[Lab], Table]] = {
     "one-shot": one_shot,
     "finetune": finetune,
+    "worth": worth,
     "parents": parents,
     "widths": widths,
     "ablation": ablation,

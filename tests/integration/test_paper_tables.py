@@ -68,6 +68,7 @@ def rows(file: Path) -> dict[str, set[str]]:
 ROWS = {
     "one-shot": {"parents, mean", "ensemble", "vanilla", "OT weights soft", "OT activations EMD", "default"},
     "finetune": {"best parent", "vanilla", "OT activations soft", "default"},
+    "worth": {"best parent", "ensemble", "default", "one stream"},
     "parents": {"ensemble", "vanilla", "default"},
     "widths": {"wide parent", "narrow parent, taught by the wide one", "wide into narrow, default"},
     "ablation": {"Heads: matched", "Calibration samples, default: 25"},

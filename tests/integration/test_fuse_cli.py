@@ -101,6 +101,43 @@ def test_rotation_refinement_and_another_preset_beside_it(parents: list[str], tm
     assert refined["fused"].loss != refined["refitted"].loss
 
 
+def test_what_its_owner_could_do_instead_stands_beside_it(
+    parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "fused"
+    words = ["--parents", *parents[:2], *QUICK, "--report", "rows", "--output", str(output)]
+    assert main(fuse.run, [*words, "--compare", "distilled", "trained-on"]) == 0
+    printed = capsys.readouterr().out
+    rows = {row.name: row for row in Report.load(output / "report").rows}
+    assert rows["distilled"].needs == rows["fused"].needs == "unlabelled data"
+    assert rows["trained-on"].needs == "labels"
+    assert all((rows[name].steps or 0) >= 1 for name in ("distilled", "trained-on"))
+    (verdict,) = Report.load(output / "report").verdicts
+    assert verdict.words in printed
+    assert verdict.words in (output / "model" / "README.md").read_text()
+    assert json.loads((output / "report" / "report.json").read_text())["verdicts"][0]["words"] == verdict.words
+
+
+def test_one_stream_for_all_parents(parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    joint = ["--config", str(ROOT / "conf/fuse/joint.yaml"), "--parents", *parents]
+    assert main(fuse.run, [*joint, "--dry-run"]) == 0
+    assert "one stream for all parents" in capsys.readouterr().out
+    assert main(fuse.run, [*joint, *QUICK, "--output", str(tmp_path / "fused")]) == 0
+    names = [row.name for row in Report.load(tmp_path / "fused" / "report").rows]
+    assert names[-2:] == ["vanilla", "fused"]
+    assert "one residual stream" in (tmp_path / "fused" / "model" / "README.md").read_text()
+    line = refused(capsys, fuse.run, [*joint, *QUICK, "--align.solver", "emd", "--output", str(tmp_path / "other")])
+    assert "align.solver has nothing to do" in line
+    assert not (tmp_path / "other").exists()
+
+
+def test_nothing_to_compare_with(parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--parents", *parents[:2], *QUICK, "--output", str(tmp_path / "fused"), "--compare", "distiled"]
+    line = refused(capsys, fuse.run, words)
+    assert "there is no 'distiled'; did you mean distilled" in line or "distilled, trained-on" in line
+    assert not (tmp_path / "fused").exists()
+
+
 def test_check_and_dry_run_write_nothing(parents: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(Path(parents[0]).parent.rglob("*"))
     assert main(fuse.run, ["--parents", *parents[:2], "--check"]) == 0

@@ -90,6 +90,7 @@ if trainer.is_global_zero:
 """
 
 
+@pytest.mark.slow
 def test_it_fuses_before_fsdp_shards(runs: list[Path], tmp_path: Path) -> None:
     script, output = tmp_path / "sharded.py", tmp_path / "model.pt"
     script.write_text(SHARDED.format(runs=[str(run) for run in runs], output=output))

@@ -116,7 +116,7 @@ def test_a_draft_is_all_that_the_commands_need(
 def test_a_draft_is_printed(parents: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(family.run, [parents[0]]) == 0
     text = capsys.readouterr().out
-    assert parse_family(text).block.path == "blocks.{l}"  # the line with the proof is a comment
+    assert parse_family(text).stacks[0].block.path == "blocks.{l}"  # the line with the proof is a comment
     assert "# the draft holds: " in text
     assert "# guess: " in text
 

@@ -216,6 +216,7 @@ def check_alike(fused: Path, folder: Path, tolerance: float, *more: str) -> None
         }
 
 
+@pytest.mark.slow
 def test_finetune_on_two_processes(fused: Path, tmp_path: Path) -> None:
     check_alike(fused, tmp_path, 1e-4, "--trainer.gradient_clip_val", "0.5")
 

@@ -87,7 +87,11 @@ COLUMNS = {
 }
 
 
-@pytest.mark.parametrize("name", TABLES)
+# These measure in other combinations what the others measure, for minutes.
+LONG = ("beyond", "ablation", "widths", "shards")
+
+
+@pytest.mark.parametrize("name", [pytest.param(one, marks=pytest.mark.slow) if one in LONG else one for one in TABLES])
 def test_a_table_is_measured_and_written(runs: Path, tmp_path: Path, name: str) -> None:
     words = [name, "--scale", "digits", "--output", str(tmp_path), "--runs", str(runs)]
     if name in ("bert", "families"):

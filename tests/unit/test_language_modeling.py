@@ -176,16 +176,19 @@ def test_bits_per_byte_of_predicting_bytes_alike(tmp_path: Path) -> None:
     assert data.derived({"loss": 8 * math.log(2)})["bits_per_byte"] == pytest.approx(8)
 
 
-def test_a_causal_tokenizer_is_the_same_in_every_process() -> None:
+def test_tokenizers_are_the_same_in_every_process() -> None:
     code = (
         "from fusionpl.datamodules import *;"
-        "print(CausalTextDataModule(TextConfig(vocab_size=500)).tokenizer.backend_tokenizer.to_str())"
+        "made = [CausalTextDataModule(TextConfig(vocab_size=500))];"
+        "made += [MaskedTextDataModule(MaskedTextConfig(vocab_size=500))];"
+        "print(*(one.tokenizer.backend_tokenizer.to_str() for one in made), sep='\\n')"
     )
     root = Path(__file__).parents[2]
     env = os.environ | {"PYTHONPATH": str(root), "PYTHONHASHSEED": "3"}
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env, cwd=root)
     found = causal(vocab_size=500).tokenizer
-    assert other.stdout.strip() == found.backend_tokenizer.to_str()
+    masked = MaskedTextDataModule(MaskedTextConfig(vocab_size=500)).tokenizer
+    assert other.stdout.splitlines() == [one.backend_tokenizer.to_str() for one in (found, masked)]
     assert len(found) == 500
     assert found.pad_token_id != found.eos_token_id  # the padding token's embedding is never trained
 

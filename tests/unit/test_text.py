@@ -1,8 +1,5 @@
 """Masked text: fixed splits and masks, tokenizers that are the same everywhere, and what a mistake is told."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,20 +111,6 @@ def test_the_baseline_is_the_loss_of_frequencies(folder: Path) -> None:
     labels = data.dataset("test").tensors["labels"].flatten()
     losses = [-float(torch.log(counts[label] / counts.sum())) for label in labels.tolist() if label != IGNORED]
     assert data.baseline()["unigram_loss"] == pytest.approx(sum(losses) / len(losses))
-
-
-def test_a_tokenizer_is_the_same_in_every_process(tmp_path: Path) -> None:
-    code = (
-        "from fusionpl.datamodules import *;"
-        "print(MaskedTextDataModule(MaskedTextConfig(vocab_size=500)).tokenizer.backend_tokenizer.to_str())"
-    )
-    root = Path(__file__).parents[2]
-    env = os.environ | {"PYTHONPATH": str(root), "PYTHONHASHSEED": "3"}
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env, cwd=root)
-    assert (
-        other.stdout.strip()
-        == MaskedTextDataModule(MaskedTextConfig(vocab_size=500)).tokenizer.backend_tokenizer.to_str()
-    )
 
 
 def test_a_corpus_without_training_text_trains_on_its_validation_part(tmp_path: Path) -> None:

@@ -108,8 +108,8 @@ def look(team: Team, keys: Sequence[Key], magnitudes: Sequence[str], tokens: str
     last = max((at for at, one in enumerate(wanted) if one.keys or one.magnitudes or one.together), default=-1)
     with team.at_work():
         for one in team.progress(wanted[: last + 1], "look"):
-            found = team.observe(one, team.states(one.section), others=bool(keys or together))
-            team.survey.add(found, together)
+            # No name for what is found: the next section's is not in memory beside it.
+            team.survey.add(team.observe(one, team.states(one.section), others=bool(keys or together)), together)
 
 
 class Sweep:

@@ -115,7 +115,7 @@ def test_what_its_owner_could_do_instead_stands_beside_it(
     (verdict,) = Report.load(output / "report").verdicts
     assert verdict.words in printed
     assert verdict.words in (output / "model" / "README.md").read_text()
-    assert json.loads((output / "report" / "report.json").read_text())["verdicts"][0]["words"] == verdict.words
+    assert json.loads((output / "report" / "report.json").read_text())["verdict"][0]["words"] == verdict.words
 
 
 def test_one_stream_for_all_parents(parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -379,6 +379,7 @@ def test_finetune_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "give --model" in refused(capsys, finetune.run, [])
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_finetuning_can_be_resumed(fused: Path, tmp_path: Path) -> None:
     copy = tmp_path / "fused"
     shutil.copytree(fused, copy)

@@ -88,7 +88,7 @@ COLUMNS = {
 
 
 # These measure in other combinations what the others measure, for minutes.
-LONG = ("beyond", "ablation", "widths", "shards")
+LONG = ("finetune", "parents", "beyond", "ablation", "widths", "shards")
 
 
 @pytest.mark.parametrize("name", [pytest.param(one, marks=pytest.mark.slow) if one in LONG else one for one in TABLES])

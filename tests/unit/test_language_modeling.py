@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForMaskedLM
 
 from fusionpl.calibration import logits
-from fusionpl.cli.measuring import measure
+from fusionpl.cli.measuring import Cost, measure
 from fusionpl.datamodules import (
     CausalTextDataModule,
     MaskedTextConfig,
@@ -314,8 +314,9 @@ def test_a_report_shows_how_models_go_on(folder: Path, tmp_path: Path) -> None:
         parents[f"seed-{seed}"] = str(tmp_path / f"seed-{seed}")
     result: Any = SimpleNamespace(config=FuseConfig(), refitted=None, warnings=[], model=load_model(parents["seed-1"]))
     report = measure(
-        list(parents), lambda name: load_model(parents[name]), result, {}, data, torch.device("cpu"), {}, "rows"
-    )
+        list(parents), lambda name: load_model(parents[name]), result, Cost("unlabelled data", 1.0), {}, {}, data,
+        torch.device("cpu"), {}, "rows",
+    )  # fmt: skip
     assert set(report.continuations) == {"parent seed-1", "parent seed-2", "vanilla", "fused"}
     assert report.continuations["fused"] == report.continuations["parent seed-1"]
     assert report.prompt == data.tokenizer.decode(data.prompt)

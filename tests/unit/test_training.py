@@ -138,7 +138,10 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(whole: tuple[FitResult, Pa
         resumed.model.state_dict().items(), expected.model.state_dict().values(), strict=True
     ):
         assert torch.equal(tensor, other), name
-    fields = ("model", "seconds")
+    fields = ("model", "seconds", "outcomes")
+    assert resumed.outcomes is not None
+    assert expected.outcomes is not None
+    assert torch.equal(resumed.outcomes.values, expected.outcomes.values)
     assert {key: value for key, value in vars(resumed).items() if key not in fields} == {
         key: value for key, value in vars(expected).items() if key not in fields
     }

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from fusionpl.cli import finetune, train
+from fusionpl.cli import finetune, fuse, train
 from fusionpl.cli.common import main
+from fusionpl.evaluation import Report
 from fusionpl.models import load_tokenizer
 from tests.integration.runs import make_corpus, make_sentences
 from tests.integration.test_text_cli import preset
@@ -57,6 +58,12 @@ def test_a_model_is_finetuned_with_its_own_data_and_tokenizer(name: str, home: P
     assert second is not None
     assert first.get_vocab() == second.get_vocab()
     assert first.special_tokens_map == second.special_tokens_map
+    parents = ["--parents", str(home / name), str(home / f"{name}-more")]
+    assert main(fuse.run, [*parents, "--check"]) == 0
+    fused = home / f"{name}-fused"
+    assert main(fuse.run, [*parents, "--logger", "csv", "--report", "rows", "--output", str(fused)]) == 0
+    rows = {row.name: row for row in Report.load(fused / "report").rows}
+    assert (rows["fused"].loss or 9) < (rows["vanilla"].loss or 0) + 0.1  # a parent and what became of it
 
 
 def test_a_classifier_is_put_on_a_causal_model(home: Path) -> None:

@@ -6,7 +6,19 @@ from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any
 
-from benchmarks.common import DEFAULT, EXACT, PAIRS, PAPER, WEIGHTS, Figures, Maker, Parents, finetuned, plain_average
+from benchmarks.common import (
+    DEFAULT,
+    EXACT,
+    JOINT,
+    PAIRS,
+    PAPER,
+    WEIGHTS,
+    Figures,
+    Maker,
+    Parents,
+    finetuned,
+    plain_average,
+)
 from fusionpl.datamodules import TextClassificationConfig, TextClassificationDataModule
 from fusionpl.evaluation import evaluate, evaluate_ensemble
 from fusionpl.fusion import fuse, load_config
@@ -36,7 +48,9 @@ TASKS: dict[str, TaskName] = {
 }
 ROTATION: dict[str, Any] = {**TEXT, **EXACT, "align.stream": "rotation", "align.scaling": "two_sided"}
 # The rows of the table of families, and which of them are finetuned.
-FAMILY_ROWS = ("best parent", "vanilla", "OT soft (paper)", "permutations + refit", "rotations + refit", "default")
+FAMILY_ROWS = (
+    "best parent", "vanilla", "OT soft (paper)", "permutations + refit", "rotations + refit", "one stream", "default"
+)  # fmt: skip
 
 
 def fused_models(parents: Parents, pair: tuple[int, int], *, rotate: bool = False) -> dict[str, Maker]:
@@ -50,6 +64,7 @@ def fused_models(parents: Parents, pair: tuple[int, int], *, rotate: bool = Fals
                 for name in ("OT soft (paper)", "permutations")}  # fmt: skip
     if rotate:
         configs["rotations + refit"] = load_config(PAPER, {**ROTATION, "refit.method": "ridge"})
+        configs["one stream"] = load_config(JOINT)
     configs["default"] = load_config(DEFAULT)
     configs["default, residual tie"] = load_config(DEFAULT, {"align.residual": "tie"})
     made: dict[str, Maker] = {

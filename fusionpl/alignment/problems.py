@@ -182,7 +182,9 @@ class Order(Problem):
         return True
 
     def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
-        """Any numbers of heads."""
+        """`identity` needs one number of heads."""
+        if config.solver == "identity":
+            check_one_width(config.solver, *sizes_in(self.axes, parent, anchor))
 
     def solve(self, work: Aligner) -> None:
         """Adds up the costs of the bias and of the heads of each attention at their best alignment."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusionpl.errors import FusionError
+
 Batch = Mapping[str, Any] | Tensor
 
 
@@ -82,9 +84,16 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
 
 def scores(output: Any) -> Tensor:
     """The logits in what a model of either library returns; of a model of images and texts their similarities, and of
-    one of its towers the embeddings."""
+    one of its towers the embeddings.
+
+    Raises:
+        FusionError: it has none of these.
+    """
     if isinstance(output, Tensor):
         return output
     names = ("logits", "logits_per_image", "image_embeds", "text_embeds")
-    found: Tensor = next(one for name in names if (one := getattr(output, name, None)) is not None)
+    found: Tensor | None = next((one for name in names if (one := getattr(output, name, None)) is not None), None)
+    if found is None:
+        raise FusionError(f"a model that returns {type(output).__name__} has none of {', '.join(names)} to compare; "
+                          "take one with a head")  # fmt: skip
     return found

@@ -14,6 +14,7 @@ from fusionpl.calibration.forward import Batch, arguments, device_of, scores
 from fusionpl.calibration.taps import Place, Reached, captured
 from fusionpl.families import TAIL, Binding, State, check_finite, in_float32, with_parameters
 
+_HIDDEN = "hidden_states"  # by which transformers name them
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with behind the hidden states
 Seen = dict[Place, Tensor]
 Step = Callable[[tuple[Any, ...], dict[str, Any]], Any]
@@ -195,7 +196,7 @@ class Network:
             known = end.to(_type_of(state))
 
             def skip(args: tuple[Any, ...], keywords: dict[str, Any], returns: tuple[str, ...] = stack.returns) -> Any:
-                return _returned(args[0] if args else keywords["hidden_states"], returns)
+                return _returned(_states(args, keywords), returns)
 
             steps |= dict.fromkeys(blocks, skip) | {blocks[-1]: _giving(_returned(known, stack.returns))}
         return steps
@@ -269,6 +270,11 @@ def _parted(block: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], *
         names = list(inspect.signature(type(block).forward).parameters)[2:]  # behind self and the hidden states
         keywords = dict(zip(names, args[1:], strict=False)) | keywords
         args = args[:1]
-    if args:
-        return args[0], (args[1:], keywords)
-    return keywords["hidden_states"], ((), {key: value for key, value in keywords.items() if key != "hidden_states"})
+    rest = {key: value for key, value in keywords.items() if key != _HIDDEN}
+    return _states(args, keywords), (args[1:], rest)
+
+
+def _states(args: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+    """The hidden states that a block is called with."""
+    states: Tensor = args[0] if args else keywords[_HIDDEN]
+    return states

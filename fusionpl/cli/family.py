@@ -24,11 +24,11 @@ from fusionpl.families import (
     Family,
     bind,
     canonical,
-    check_rotatable,
     draft,
     parse_family,
     permutation_error,
     read_family,
+    unrotatable,
     without_scales,
 )
 from fusionpl.models import load_model
@@ -168,9 +168,7 @@ def _scores(model: nn.Module, batch: Any) -> Tensor:
 
 def _folded(model: nn.Module, binding: Binding) -> tuple[nn.Module, str]:
     """The model in the form in which it is fused, and what was folded."""
-    try:
-        check_rotatable(binding, "the model", "its scales alone")
-    except FusionError:
+    if unrotatable(binding):
         scales = Network(model, binding).prepared(
             lambda state, bound, section, _: without_scales(state, bound, section)
         )

@@ -12,7 +12,7 @@ from fusionpl.families.apply import (
 )
 from fusionpl.families.axes import Axis, Binding, Index, Join, Slot, Tap, boundary, section_of
 from fusionpl.families.binding import bind
-from fusionpl.families.canonical import canonical, check_rotatable, without_scales
+from fusionpl.families.canonical import canonical, unrotatable, without_scales
 from fusionpl.families.compatible import check_compatible, check_finite
 from fusionpl.families.draft import draft
 from fusionpl.families.family import STEM, TAIL, VOCABULARY, Family, family_of, library, parse_family, read_family
@@ -40,7 +40,6 @@ __all__ = [
     "canonical",
     "check_compatible",
     "check_finite",
-    "check_rotatable",
     "copy_rows",
     "draft",
     "family_of",
@@ -57,5 +56,6 @@ __all__ = [
     "read_family",
     "section_of",
     "with_parameters",
+    "unrotatable",
     "without_scales",
 ]

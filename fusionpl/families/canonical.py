@@ -15,33 +15,26 @@ from fusionpl.families.axes import Binding, Slot
 from fusionpl.families.family import Section
 
 
-def check_rotatable(binding: Binding, name: str, instead: str) -> None:
-    """Checks that the residual stream of a model may be rotated at all.
+def unrotatable(binding: Binding) -> str | None:
+    """Why the residual stream of a model may not be rotated; None where it may.
 
-    Args:
-        binding: the model's.
-        name: how messages call it.
-        instead: the options to use where it may not.
-
-    Raises:
-        FusionError: a post-LN family, or a norm inside the stream, which is named.
+    Its family is post-LN, its embedding is tied to its decoder, or a norm, which is named, stands inside the stream.
     """
     if binding.family.norm == "post":
-        raise FusionError(
-            f"{name}: {binding.family.name} is post-LN, its norms scale the stream unit by unit, so only permutations "
-            f"keep its function; use {instead}"
+        return (
+            f"{binding.family.name} is post-LN, its norms scale the stream unit by unit, so only permutations keep its "
+            "function"
         )
     if binding.closed:
-        raise FusionError(
-            f"{name}: '{next(iter(binding.closed))}' stands at both ends of the stream, so the gain of the last norm "
-            f"can't be folded into the decoder, and only permutations keep the function; use {instead}"
+        return (
+            f"'{next(iter(binding.closed))}' stands at both ends of the stream, so the gain of the last norm can't be "
+            "folded into the decoder, and only permutations keep the function"
         )
     for section, prefix, part in binding.family.sections(binding.depths):
         for norm, readers in part.norms.items():
             if not readers and f"{prefix}{norm}.weight" in binding.uses[section]:
-                raise FusionError(
-                    f"{name}: '{prefix}{norm}' normalises inside the stream, which can't be rotated; use {instead}"
-                )
+                return f"'{prefix}{norm}' normalises inside the stream, which can't be rotated"
+    return None
 
 
 def canonical(state: Mapping[str, Tensor], binding: Binding, section: str, name: str = "the model") -> State:
@@ -58,7 +51,7 @@ def canonical(state: Mapping[str, Tensor], binding: Binding, section: str, name:
 
     Args:
         state: the parameters that the section uses; they are left as they are.
-        binding: the model's, which `check_rotatable` accepts.
+        binding: the model's, whose stream may be rotated: see `unrotatable`.
         section: its name.
         name: how messages call the model.
 

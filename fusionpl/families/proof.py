@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fusionpl.families.apply import aligned_state, load_parameters, own_state
 from fusionpl.families.axes import Axis, Binding
 from fusionpl.families.binding import bind
+from fusionpl.families.canonical import unrotatable
 from fusionpl.families.family import Family
 from fusionpl.transport import TransportMap, permutation
 
@@ -122,10 +123,9 @@ def allowed(binding: Binding) -> str:
     """A table of the maps that keep the function: axis -> kind of map, the same axis of all blocks in one line."""
     streams = {axis for members in binding.streams() for axis in members}
     stream = "permutation, one for all" + (
-        ""
-        if binding.family.norm == "post" or binding.closed
-        else "; rotation, once norms are folded into their readers"
+        "" if unrotatable(binding) else "; rotation, once norms are folded into their readers"
     )
+    several = len(binding.streams()) > 1
     rows: dict[str, str] = {}
     for name in binding.free:
         section, _, local = name.rpartition(".")
@@ -134,7 +134,7 @@ def allowed(binding: Binding) -> str:
             shown = f"{binding.family.stacks[binding.stack_of[section]].block.path.format(l='*')}.{local}"
         axis = binding.axes[name]
         if name in streams:
-            rows["the stream"] = stream
+            rows["each stream" if several else "the stream"] = stream
         elif axis.kind == "scale":
             rows[shown] = f"as its gate, {binding.gates[name].rpartition('.')[2]}; scale and sign"
         elif axis.heads > 1 or any(name in group for group in binding.attention):

@@ -108,13 +108,15 @@ def estimate(
     evidence = samples * _evidence(config.calibration.tokens, shapes[anchor].tokens, inputs)
     bindings = [network.binding for network in networks]
     work = dict.fromkeys(("forward", "products", "elementwise", "cholesky", "solves", "transport", "svd"), 0.0)
-    runs = bool(plan.survey) + any(section.keys or section.stages for section in plan.sections)
+    runs = plan.looks + any(section.keys or section.stages for section in plan.sections)
     alone = not runs and any(section.magnitudes for section in plan.sections)
     forward = runs * sum(one.forward for one in shapes) + (plan.fits + alone) * shapes[anchor].forward
     work["forward"] = forward * samples / size
     for index in range(len(networks)):
         if index != anchor:
             _add_alignment(work, plan, shapes, bindings, index, anchor, config, evidence)
+    for axis in plan.together:
+        work["products"] += 2 * evidence * _SYMMETRIC * sum(binding.axes[axis].size for binding in bindings) ** 2
     for stage in (stage for section in plan.sections for stage in section.stages if not stage.norm):
         n, m = shapes[anchor].reads(stage.first), stage.width(bindings[anchor])
         columns = _columns(stage, shapes, bindings, anchor)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from fusionpl.alignment import AlignConfig, JointStream, Problem, joint_problems, problems
 from fusionpl.calibration import Key
-from fusionpl.families import TAIL, Binding, Slot, check_rotatable, section_of
+from fusionpl.errors import FusionError
+from fusionpl.families import TAIL, Binding, Slot, section_of, unrotatable
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.stages import Stage, stages
 
@@ -71,6 +72,11 @@ class Plan:
         return {join: stream.axes[0] for stream in streams for join in stream.joins}
 
     @property
+    def looks(self) -> bool:
+        """Whether the parents are walked through alone, before any section is fused."""
+        return bool(self.survey or self.together)
+
+    @property
     def fits(self) -> bool:
         """Whether anything is fitted, so that the fused network is run."""
         return any(section.stages for section in self.sections)
@@ -78,7 +84,7 @@ class Plan:
     @property
     def observes(self) -> bool:
         """Whether there is anything to run the parents for."""
-        return bool(self.survey or self.together) or any(section.observes for section in self.sections)
+        return self.looks or any(section.observes for section in self.sections)
 
 
 def make_plan(bindings: Sequence[Binding], anchor: int, config: FuseConfig, names: Sequence[str]) -> Plan:
@@ -96,7 +102,8 @@ def make_plan(bindings: Sequence[Binding], anchor: int, config: FuseConfig, name
     reference = bindings[anchor]
     if config.canonical:
         for binding, name in zip(bindings, names, strict=True):
-            check_rotatable(binding, name, _INSTEAD[config.strategy])
+            if reason := unrotatable(binding):
+                raise FusionError(f"{name}: {reason}; use {_INSTEAD[config.strategy]}")
     found = joint_problems(reference) if config.strategy == "joint" else problems(reference, config.align)
     for problem in found:
         for index, binding in enumerate(bindings):

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from fusionpl import load_model
 from fusionpl.cli import finetune, fuse, sweep
 from fusionpl.cli.common import main
-from fusionpl.evaluation import Report
+from fusionpl.evaluation import Report, evaluate_samples
+from fusionpl.training import TASKS
 from tests.integration.runs import hears_ctrl_c, make_run
 
 ROOT = Path(__file__).parents[2]
@@ -204,6 +205,13 @@ def check_alike(fused: Path, folder: Path, tolerance: float, *more: str) -> None
         reports.append([row for row in Report.load(folder / strategy / "report").rows if row.stage == "finetuned"])
     assert [row.name for row in reports[1]] == [row.name for row in reports[0]]
     assert len(reports[1]) == 3
+    task, settings = TASKS["image-classification"], yaml.safe_load((fused / "config.yaml").read_text())["data"]
+    batches = list(task.datamodule(task.data(**settings), 0, None).test_dataloader())
+    for strategy in ("ddp", "fsdp"):  # what both processes saw, in the data's order
+        _, wanted = evaluate_samples([load_model(folder / f"{strategy}-finetuned")], batches)
+        gathered = Report.load(folder / strategy / "report").outcomes["fused", "finetuned"]
+        assert torch.equal(gathered.values[:, 1:], wanted.values[:, 1:])
+        torch.testing.assert_close(gathered.values, wanted.values, atol=1e-4, rtol=1e-3)
     for copied, sharded in zip(*reports, strict=True):
         assert (sharded.parameters, sharded.flops, sharded.epochs) == (copied.parameters, copied.flops, 2)
         assert sharded.loss == pytest.approx(copied.loss, rel=tolerance)

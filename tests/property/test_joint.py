@@ -1,5 +1,6 @@
 """One stream for all parents: what holds exactly, what is refused, and that it is worth having."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -8,9 +9,10 @@ from torch import Tensor, nn
 
 import fusionpl
 from fusionpl.alignment import joint_stream
+from fusionpl.calibration import Network
 from fusionpl.errors import FusionError
 from fusionpl.families import bind
-from fusionpl.fusion import FusionResult, load_config, make_plan, vanilla
+from fusionpl.fusion import FusionResult, estimate, load_config, make_plan, vanilla
 from tests.models_for_tests import batch_for, images, largest_difference, run, text_model, timm_vit
 from tests.property.test_newer_families import BUILD
 
@@ -108,6 +110,28 @@ def test_streams_that_cannot_be_rotated_are_refused_in_one_line(name: str) -> No
 def test_options_that_contradict_it(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(FusionError, match=message):
         load_config(JOINT, changes)
+
+
+def test_its_first_walk_is_expected() -> None:
+    parents = [timm_vit(seed) for seed in range(2)]
+    networks = [Network(parent, bind(parent)) for parent in parents]
+    bindings = [network.binding for network in networks]
+    found = {}
+    for name, config in (("joint", load_config(JOINT)), ("transport", load_config(None, {"refit.method": "ridge"}))):
+        plan = make_plan(bindings, 0, config, ["a", "b"])
+        assert plan.looks == (name == "joint")
+        found[name] = estimate(plan, networks, 0, config, {"pixel_values": images(4)}, 64, torch.device("cpu")).work
+    assert found["joint"]["forward"] > 1.5 * found["transport"]["forward"]
+
+
+def test_a_parent_that_lacks_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents = [BUILD["llama"](seed) for seed in range(2)]
+    networks = [Network(parent, bind(parent), f"parent {index}") for index, parent in enumerate(parents)]
+    networks[1].absent = torch.tensor([3])
+    opened = [(network, None) for network in networks]
+    monkeypatch.setattr(sys.modules[fusionpl.fuse.__module__], "open_parents", lambda *_, **__: opened)
+    with pytest.raises(FusionError, match=r"parent 1 lacks tokens of parent 0, .*use strategy transport"):
+        joined("llama", parents)
 
 
 def test_the_plan_tells_what_it_does() -> None:

@@ -154,7 +154,7 @@ def test_more_queries_and_more_heads_are_found_in_their_copies() -> None:
         torch.testing.assert_close(run("llama", found), run("llama", narrow), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen3", "gpt2", "t5"])
 def test_the_solver_identity_is_the_plain_average(name: str) -> None:
     parents = [BUILD[name](seed) for seed in range(2)]
     plain = vanilla(parents, [0.5, 0.5])

@@ -89,6 +89,12 @@ def test_other_widths_and_numbers_of_heads() -> None:
             assert run("t5", found).isfinite().all()
 
 
+def test_the_solver_identity_needs_one_number_of_heads() -> None:
+    config = FuseConfig(align=AlignConfig(solver="identity", heads="matched", residual="tie"))
+    with pytest.raises(FusionError, match="identity needs parents of one width, here 6 and 4 units"):
+        fuse([t5(0), t5(1, heads=6)], [batch_for("t5", 8)], config)
+
+
 def test_three_parents_and_both_presets() -> None:
     for name in ("t5", "clip"):
         parents = [STACKS[name](seed) for seed in range(3)]
@@ -146,3 +152,10 @@ def test_the_plan_and_the_table_name_the_order_of_heads() -> None:
     table = allowed(binding)
     assert "decoder.block.*.cross_q" in table
     assert "encoder.block.*.q" in table
+
+
+@pytest.mark.parametrize(("name", "line"), [("clip", "each stream"), ("t5, gated", "the stream")])
+def test_the_table_allows_no_rotation_that_a_fusion_refuses(name: str, line: str) -> None:
+    (shown,) = (one for one in allowed(bind(STACKS[name](0))).splitlines() if "stream" in one)
+    assert shown.split("  ")[0] == line
+    assert shown.endswith("permutation, one for all")

@@ -71,6 +71,29 @@ def test_mistakes_name_the_file_and_the_key(tmp_path: Path, old: str, new: str, 
     assert refused(own(tmp_path, (old, new))).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("shared: [head]", "shared: head", "my.yaml: stacks.encoder.shared is no list"),
+        ("enters: stem.out", "entres: stem.out", "my.yaml: stacks.decoder has an unknown key entres; did you mean"),
+        ("path: decoder.block.{l}", "path: decoder.block", "my.yaml: stacks.decoder.block.path has no {l}"),
+        ("stacks:", "stem: {parameters: {}}\nstacks:", "my.yaml: the family has an unknown key stem"),
+    ],
+)
+def test_mistakes_in_a_stack_name_it(tmp_path: Path, old: str, new: str, message: str) -> None:
+    text = (resources.files("fusionpl.families") / "library" / "t5.yaml").read_text()
+    (tmp_path / "my.yaml").write_text(text.replace(old, new, 1))
+    assert refused(tmp_path / "my.yaml").startswith(message)
+
+
+def test_stacks_that_are_no_mapping(tmp_path: Path) -> None:
+    for written in ("[]", "{}", "encoder"):
+        (tmp_path / "my.yaml").write_text(
+            f"{{name: a, models: [], norm: rms, sizes: {{}}, fixed: [], stacks: {written}, tail: {{parameters: {{}}}}}}"
+        )
+        assert refused(tmp_path / "my.yaml") == "my.yaml: stacks is no mapping of names to stem and block"
+
+
 def test_a_list_and_an_empty_file(tmp_path: Path) -> None:
     for text in ("", "[1, 2]", "stem"):
         (tmp_path / "my.yaml").write_text(text)

@@ -3,7 +3,7 @@
 from fusionpl.alignment.aligner import Aligner
 from fusionpl.alignment.config import AlignConfig, Residual
 from fusionpl.alignment.evidence import ActivationEvidence, Evidence, WeightEvidence
-from fusionpl.alignment.joint import JointStream, joint_problems, joint_stream
+from fusionpl.alignment.joint import ChosenUnits, JointStream, check_choice, choose, joint_problems, joint_stream
 from fusionpl.alignment.maps import Alignment, Maps
 from fusionpl.alignment.problem import Problem
 from fusionpl.alignment.problems import problems
@@ -13,12 +13,15 @@ __all__ = [
     "AlignConfig",
     "Aligner",
     "Alignment",
+    "ChosenUnits",
     "Evidence",
     "JointStream",
     "Maps",
     "Problem",
     "Residual",
     "WeightEvidence",
+    "check_choice",
+    "choose",
     "joint_problems",
     "joint_stream",
     "problems",

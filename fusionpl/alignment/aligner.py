@@ -44,6 +44,8 @@ class Aligner:
             away afterwards.
         magnitudes: anchor's axis -> mean absolute activation [n], for the weighted residual policies.
         streams: first axis of a stream -> the parent's map into the one stream of all parents, where there is one.
+        chosen: first axis of units that are chosen -> which of the parent's are taken, and their places.
+        given: what a map of chosen units is made of -> the first axis that has it.
     """
 
     evidence: Evidence
@@ -64,6 +66,8 @@ class Aligner:
         self.alignment = Alignment(Maps(kept, owner))
         self.magnitudes: Mapping[str, Tensor] = {}
         self.streams: Mapping[str, TransportMap] = {}
+        self.chosen: dict[str, tuple[Tensor, Tensor]] = {}
+        self.given: dict[tuple[int, ...], str] = {}
 
     @property
     def maps(self) -> Maps:

@@ -13,7 +13,8 @@ from torch import Tensor
 from fusionpl.alignment.aligner import Aligner
 from fusionpl.alignment.config import AlignConfig
 from fusionpl.alignment.problem import Problem, Size, seen_at, sizes_in
-from fusionpl.families import Binding
+from fusionpl.errors import FusionError
+from fusionpl.families import Axis, Binding, State
 from fusionpl.transport import TransportMap
 
 
@@ -50,27 +51,48 @@ class JointStream(Problem):
 
 
 @dataclass(frozen=True)
-class AnchorUnits(Problem):
-    """All units outside the stream: they are the anchor's, and nothing of the others."""
+class ChosenUnits(Problem):
+    """Units outside the stream, which stay whole: a mixture of two that match badly computes neither.
 
-    @property
-    def whole(self) -> bool:
-        """No activations are compared."""
-        return True
+    All of the anchor's, then those of the others that write most into the stream; where the fused network has fewer
+    than the anchor, those of the anchor's that do. Such rankings are known from pruning, e.g. Li et al., "Pruning
+    Filters for Efficient ConvNets", ICLR 2017.
+
+    Attributes:
+        heads: whether they are chosen a group of heads at a time.
+    """
+
+    heads: bool = False
+
+    def count(self, binding: Binding) -> int:
+        """The number of what is chosen from."""
+        axis = binding.axes[self.axes[0]]
+        return axis.groups if self.heads else axis.size
+
+    def gives(self, parent: Binding, goal: Binding) -> int:
+        """How much of a parent may be chosen: nothing where its heads are built otherwise."""
+        ours, theirs = ([_built(one.axes[axis], self.count(one)) for axis in self.axes] for one in (parent, goal))
+        return self.count(parent) if ours == theirs else 0
 
     def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
         """Nothing: widths and heads may differ."""
 
     def solve(self, work: Aligner) -> None:
-        """Axes of one size share one map."""
-        sizes = {axis: sizes_in([axis], work.parent, work.anchor) for axis in self.axes}
-        for n, m in dict.fromkeys(sizes.values()):
+        """Axes that have the same places for the same units share one map."""
+        units, places = work.chosen[self.axes[0]]
+        for axis in self.axes:
+            n, m = sizes_in([axis], work.parent, work.anchor)
+            key = n, m, *units.tolist(), *places.tolist()
+            if key in work.given:
+                work.maps.share(axis, work.given[key])
+                continue
+            work.given[key] = axis
+            width = m // self.count(work.anchor)
+            rows, columns = (at[:, None] * width + torch.arange(width) for at in (units, places))
             plan = torch.zeros(n, m, dtype=torch.float64, device=work.device)
-            if work.parent is work.anchor:
-                plan.fill_diagonal_(1)
-            # A mean over the parents must leave the anchor's units as they are.
-            found = TransportMap(plan, "anchor", "orthogonal", gain=1 / work.weight)
-            work.maps.give([axis for axis, size in sizes.items() if size == (n, m)], found)
+            plan[rows.flatten(), columns.flatten()] = 1
+            # A mean over the parents must leave a unit as it is.
+            work.maps.give([axis], TransportMap(plan, "chosen", "orthogonal", gain=1 / work.weight))
 
     def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
         """None."""
@@ -79,21 +101,100 @@ class AnchorUnits(Problem):
     def told(self, axis: str, binding: Binding) -> str:
         """Where the units are seen."""
         repeats = binding.axes[axis].repeats
-        return f"the anchor's units, {seen_at(repeats or axis, binding, ((axis,),))}"
+        return f"units of the parents, the anchor's first, {seen_at(repeats or axis, binding, ((axis,),))}"
+
+
+def _built(axis: Axis, count: int) -> tuple[int, int, int]:
+    return axis.size // count, axis.members, axis.pairs
 
 
 def joint_problems(binding: Binding) -> list[Problem]:
     """All problems of a fusion into one stream; each free axis is in one of them.
 
     Args:
-        binding: the anchor's.
+        binding: the fused network's.
     """
     found: list[Problem] = []
     for members in binding.streams():
         seen = (axis for axis in members if binding.on_boundary(axis) or axis in binding.taps)
         found.append(JointStream(tuple(members), joins=tuple(axis for axis in seen if axis in binding.joins)))
+    found += [ChosenUnits(group, heads=True) for group in binding.attention]
     held = {axis for problem in found for axis in problem.axes}
-    return [*found, AnchorUnits(tuple(axis for axis in binding.free if axis not in held))]
+    alike: dict[str, list[str]] = {}
+    for axis, root in binding.tied().items():
+        if axis not in held:
+            alike.setdefault(root, []).append(axis)
+    return [*found, *(ChosenUnits(tuple(axes)) for axes in alike.values())]
+
+
+def check_choice(problem: ChosenUnits, parents: Sequence[Binding], anchor: int, goal: Binding) -> None:
+    """Raises FusionError where the parents together have fewer units than the fused network wants, or the anchor's are
+    built otherwise than the fused network's."""
+    given = [problem.gives(parent, goal) for parent in parents]
+    wanted, what = problem.count(goal), "heads" if problem.heads else "units"
+    if not given[anchor]:
+        raise FusionError(f"'{problem.axes[0]}' of the fused network has other heads than the anchor; leave width out")
+    if sum(given) < wanted:
+        raise FusionError(
+            f"'{problem.axes[0]}' would have {wanted} {what} and the parents have {sum(given)} of that kind together; "
+            f"choose a width of at most {sum(given) / given[anchor]:g} times the anchor's"
+        )
+
+
+def choose(
+    problem: ChosenUnits, parents: Sequence[Binding], states: Sequence[State], anchor: int, goal: Binding
+) -> list[tuple[Tensor, Tensor]]:
+    """Chooses units of the parents.
+
+    Args:
+        problem: which.
+        parents: their bindings.
+        states: their parameters of the section, in canonical form.
+        anchor: index of the anchor.
+        goal: the fused network's binding.
+
+    Returns:
+        For each parent the numbers of its units (or groups of heads) that are taken, and their places, both int64 [n].
+    """
+    wanted = problem.count(goal)
+    use = [
+        _use(problem, parent, state) if problem.gives(parent, goal) else torch.empty(0, dtype=torch.float64)
+        for parent, state in zip(parents, states, strict=True)
+    ]
+    first = use[anchor].sort(descending=True, stable=True).indices[:wanted].sort().values
+    others = [(index, unit) for index, one in enumerate(use) if index != anchor for unit in range(len(one))]
+    others.sort(key=lambda place: -float(use[place[0]][place[1]]))
+    places = [(anchor, int(unit)) for unit in first] + others[: wanted - len(first)]
+    found = []
+    for index in range(len(parents)):
+        mine = [(unit, place) for place, (owner, unit) in enumerate(places) if owner == index]
+        both = torch.tensor(mine, dtype=torch.int64).reshape(-1, 2)
+        found.append((both[:, 0], both[:, 1]))
+    return found
+
+
+def _use(problem: ChosenUnits, binding: Binding, state: State) -> Tensor:
+    """About how much each unit, or group of heads, writes: the energy of its incoming weights times that of its
+    outgoing ones, which is right for inputs that are white, as those behind a norm nearly are; float64."""
+    count = problem.count(binding)
+    total = torch.zeros(count, dtype=torch.float64)
+    for axis in problem.axes:
+        out, into = (
+            _energy(binding, state, name, count, reads=reads)
+            for name, reads in ((axis, True), (binding.axes[axis].repeats or axis, False))
+        )
+        total += out * into
+    return total
+
+
+def _energy(binding: Binding, state: State, axis: str, count: int, *, reads: bool) -> Tensor:
+    total = torch.zeros(count, dtype=torch.float64)
+    for slot in binding.slots:
+        for dim, place in enumerate(zip(slot.axes, slot.reads, strict=True)):
+            if place == (axis, reads) and slot.parameter in state and not slot.gain:
+                rows = slot.of(state[slot.parameter]).movedim(dim, 0).reshape(count, -1)
+                total += rows.double().square().sum(1).cpu()
+    return total
 
 
 def joint_stream(
@@ -115,23 +216,26 @@ def joint_stream(
     """
     parts = list(zip(widths, weights, strict=True))
     scale = torch.cat([products.new_full((n,), w**0.5) for n, w in parts])
-    vectors = torch.linalg.eigh(products * torch.outer(scale, scale)).eigenvectors.flip(1)
+    energies, shared = products * torch.outer(scale, scale), sum(widths)
+    if centred:  # each stream's mean comes last, and is no direction
+        means = torch.block_diag(*(products.new_full((n, n), 1 / n) for n in widths))
+        energies, shared = energies - energies.trace() * means, shared - len(widths)
+    vectors = torch.linalg.eigh(energies).eigenvectors.flip(1)
     if centred:
         ones = torch.eye(width, dtype=products.dtype, device=products.device)
         ones[:, 0] = 1
         inside = torch.linalg.qr(ones).Q[:, 1:]
-        held = min(width - 1, len(vectors))
+        held = min(width - 1, shared)
         basis = vectors[:, :held] @ inside[:, :held].T
         # No stream has a mean over the units, but the shift of a norm that no bias takes may.
         mean = torch.cat([products.new_full((n,), (w / n) ** 0.5) for n, w in parts])
         basis += torch.outer(mean, torch.full_like(basis[0], width**-0.5))
     else:
         basis = vectors.new_zeros(len(vectors), width)
-        held = min(width, len(vectors))
+        held = min(width, shared)
         basis[:, :held] = vectors[:, :held]
-    # A norm divides by the root mean square over the units, of which there may be more or fewer than a parent has.
     ratio = (sum(n * w for n, w in parts) / width) ** 0.5
     return [
-        TransportMap(part, "joint", "orthogonal", gain=w**-0.5, read_gain=w**-0.5 * ratio)
+        TransportMap(part, "joint", "orthogonal", gain=w**-0.5, read_gain=w**-0.5, norm_gain=ratio)
         for part, w in zip(basis.split(list(widths)), weights, strict=True)
     ]

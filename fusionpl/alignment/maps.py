@@ -42,6 +42,10 @@ class Maps(Mapping[str, TransportMap]):
         self._found |= dict.fromkeys(axes, (bare, found.plan.shape, self._count))
         self._count += 1
 
+    def share(self, axis: str, other: str) -> None:
+        """Gives `axis` the map of another."""
+        self._found[axis] = self._found[other]
+
     def shape(self, axis: str) -> torch.Size:
         """The size of an axis' plan, which is not read."""
         return self._found[axis][1]

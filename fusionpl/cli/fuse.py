@@ -45,11 +45,12 @@ from fusionpl.fusion import (
     check_parents,
     describe,
     estimate,
-    make_plan,
     match_vocabularies,
     mixing_weights,
     open_parents,
+    plan_of,
     resolve_anchor,
+    settled,
 )
 from fusionpl.models import (
     Vocabulary,
@@ -119,6 +120,10 @@ class Job:
         match_vocabularies(list(parents.values()), opened, anchor)
         networks = [network for network, _ in opened]
         check_parents(networks)
+        config = settled(config, networks, anchor)
+        presets = {
+            name: settled(one, networks, resolve_anchor(one, len(parents))) for name, one in presets.items()
+        }
         data = TASKS[args.task].datamodule(chosen.data, 0, tokenizer)
         return cls(args, settings, config, parents, networks, anchor, data, tokenizer, family, presets, alternatives)
 
@@ -128,11 +133,11 @@ class Job:
         vocabulary = Vocabulary(self.tokenizer, axis.size) if axis and self.tokenizer is not None else None
         return load_parent(self.parents[name], vocabulary, allow_pickle=self.args.allow_pickle, family=self.family)
 
-    def estimate(self, plan: Plan, device: torch.device) -> Estimate:
+    def estimate(self, plan: Plan, goal: Network, device: torch.device) -> Estimate:
         """What the fusion will take."""
         calibration = self.data.calibration_dataloader(self.config.calibration.batch_size)
         batch, samples = next(iter(calibration)), len(calibration.dataset)  # type: ignore[arg-type]  # all have a length
-        return estimate(plan, self.networks, self.anchor, self.config, batch, samples, device)
+        return estimate(plan, self.networks, self.anchor, self.config, batch, samples, device, goal)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -142,15 +147,15 @@ def run(argv: Sequence[str]) -> None:
     job = Job.of(argv)
     names, args = list(job.parents), job.args
     bindings = [network.binding for network in job.networks]
-    plan = make_plan(bindings, job.anchor, job.config, names)
+    goal, plan = plan_of(job.networks, job.anchor, job.config, names)
     for other in job.presets.values():
-        make_plan(bindings, resolve_anchor(other, len(names)), other, names)
+        plan_of(job.networks, resolve_anchor(other, len(names)), other, names)
     device, output = _device(args.trainer), Path(args.output or _default_output(args.parents))
     if not args.dry_run:
         job.data.check_model(job.networks[job.anchor].module, job.networks[job.anchor].logits)
-    expected = job.estimate(plan, device)
+    expected = job.estimate(plan, goal, device)
     if args.dry_run:
-        print(describe(plan, bindings, job.anchor, job.config, names), expected.told(device), sep="\n")
+        print(describe(plan, bindings, job.anchor, job.config, names, goal.binding), expected.told(device), sep="\n")
         return
     if args.check:
         _check(job)

@@ -40,6 +40,8 @@ def run(argv: Sequence[str]) -> None:
     chosen = parser.instantiate(args)
     base, family = asdict(fuse_config(chosen)), read_family(args.family)
     cells = grid(args.sweep)
+    if base["strategy"] == "auto" and any(key.startswith("align.") for key in cells[0]):
+        base["strategy"] = "transport"
     configs = {label(cell): load_config(None, {**flattened(base), **cell}) for cell in cells}
     groups = passes(configs, len(args.parents))
     for config in configs.values():

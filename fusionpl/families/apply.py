@@ -69,8 +69,10 @@ def aligned_state(
     for slot, place in zip(binding.slots, goal.slots, strict=True):
         if slot.parameter not in source or any(second in slot.axes for _, second in pairs):
             continue
-        if slot.gain and any(axis in maps and maps[axis].scaling == "orthogonal" for axis in slot.axes if axis):
-            place.put(state[place.parameter], place.of(target[place.parameter]))  # 1 in both
+        turned = [maps[axis] for axis in slot.axes if axis in maps and maps[axis].scaling == "orthogonal"]
+        if slot.gain and turned:  # it is 1 in both
+            gain = turned[0].norm_gain if slot.gain == "norm" else 1.0
+            place.put(state[place.parameter], torch.full_like(place.of(state[place.parameter]), gain))
             continue
         found = moved(slot)
         for first, second in pairs:

@@ -4,6 +4,7 @@ import functools
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -59,8 +60,8 @@ class Slot:
         index: where the part lies, dimension by dimension.
         axes, reads: of each dimension, its axis and whether the parameter reads it.
         section: that the parameter belongs to.
-        gain: it is the gain of a norm, or a LayerScale: it multiplies unit by unit; before a stream is rotated, it is
-            folded.
+        gain: `norm` for the gain of a norm, `scale` for a LayerScale: it multiplies unit by unit; before a stream is
+            rotated, it is folded.
     """
 
     parameter: str
@@ -68,7 +69,7 @@ class Slot:
     axes: tuple[str | None, ...]
     reads: tuple[bool, ...]
     section: str
-    gain: bool = False
+    gain: Literal["norm", "scale"] | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
         """The slot's part of its parameter: a view, or a copy where its units are not side by side."""

@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -231,7 +232,7 @@ class _Binder:
     ) -> Iterator[Slot]:
         seen: set[int] = set()
         parts = list(self.family.sections(self.depths))
-        gains = {f"{prefix}{norm}.weight" for _, prefix, part in parts for norm in part.norms}
+        norms = {f"{prefix}{norm}.weight" for _, prefix, part in parts for norm in part.norms}
         scales = {f"{prefix}{scale}" for _, prefix, part in parts for scale in part.scales}
         for name, line in lines.items():
             if id(self.parameters[name]) in seen:
@@ -248,8 +249,9 @@ class _Binder:
                     for index, names in cuts
                     for axis, units in _spans(axes, sizes, turns)
                 ]
+            gain: Any = "norm" if name in norms else "scale" if name.rpartition(".")[0] in scales else None
             for index, names in cuts:
-                yield Slot(name, index, names, reads, line.section, name in gains or name.rpartition(".")[0] in scales)
+                yield Slot(name, index, names, reads, line.section, gain)
 
     def _taps(self, slots: tuple[Slot, ...]) -> Iterator[Tap]:
         outputs: dict[tuple[str, str], Index] = {}

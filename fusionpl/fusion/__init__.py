@@ -3,7 +3,16 @@
 from fusionpl.fusion.average import mixing_weights, vanilla
 from fusionpl.fusion.config import FuseConfig, RefineConfig, RefitConfig, load_config
 from fusionpl.fusion.estimate import Estimate, estimate
-from fusionpl.fusion.fuse import Calibrated, check_parents, fuse, match_vocabularies, open_parents, resolve_anchor
+from fusionpl.fusion.fuse import (
+    Calibrated,
+    check_parents,
+    fuse,
+    match_vocabularies,
+    open_parents,
+    plan_of,
+    resolve_anchor,
+)
+from fusionpl.fusion.goal import settled
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.plan import Plan, describe, make_plan
 from fusionpl.fusion.result import FusionResult
@@ -26,6 +35,8 @@ __all__ = [
     "match_vocabularies",
     "mixing_weights",
     "open_parents",
+    "plan_of",
     "resolve_anchor",
+    "settled",
     "vanilla",
 ]

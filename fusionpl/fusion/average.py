@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionpl.errors import FusionError
-from fusionpl.families import State, own_state, with_parameters
+from fusionpl.families import Binding, State, own_state, with_parameters
 from fusionpl.fusion.parents import AlignedParent
 
 
@@ -40,7 +40,14 @@ def average(
     return {name: mean(name) for name in states[anchor]}
 
 
-def averaged(parents: Sequence[AlignedParent], anchor: int, states: Sequence[State], kept: frozenset[str]) -> State:
+def averaged(
+    parents: Sequence[AlignedParent],
+    anchor: int,
+    states: Sequence[State],
+    kept: frozenset[str],
+    target: State,
+    goal: Binding,
+) -> State:
     """The mean of the aligned parents' parameters, in the type that they were moved in.
 
     Args:
@@ -48,11 +55,10 @@ def averaged(parents: Sequence[AlignedParent], anchor: int, states: Sequence[Sta
         anchor: index of the anchor.
         states: each parent's parameters of whole sections.
         kept: those that are the anchor's.
+        target: parameters of the fused network's shape: the anchor's, where that is the same.
+        goal: the fused network's binding.
     """
-    reference = parents[anchor].network
-    aligned = [
-        parent.aligned(state, states[anchor], reference.binding) for parent, state in zip(parents, states, strict=True)
-    ]
+    aligned = [parent.aligned(state, target, goal) for parent, state in zip(parents, states, strict=True)]
     return average(aligned, [parent.weight for parent in parents], kept, anchor)
 
 

@@ -14,6 +14,10 @@ from fusionpl.errors import FusionError, flattened
 from fusionpl.options import explain, read_yaml
 
 
+# How units are matched where nobody asked for anything: by this class, and by conf/fuse/default.yaml.
+UNTOUCHED = (AlignConfig(), AlignConfig(reg=0.02, residual="auto"))
+
+
 @dataclass(frozen=True)
 class RefitConfig:
     """What happens to the average without labels and gradients.
@@ -64,7 +68,10 @@ class FuseConfig:
         refine: what happens after that; see `fusionpl.training.refine`.
         strategy: `transport`: units are matched and averaged; `joint`: one stream holds as much of all parents' streams
             as fits into it, the other units are the anchor's, and what reads and writes the stream is refitted (pre-LN
-            families; `align` has nothing to do).
+            families; `align` has nothing to do); `auto`: `joint` where the family allows it and `align` is as in
+            conf/fuse/default.yaml, else `transport`.
+        width: with `joint`, the units of the fused model's stream, or up to 8 a factor of the anchor's; its heads and
+            hidden units grow with it, and are more of the parents'. null: the anchor's.
     """
 
     anchor: int = 0
@@ -73,20 +80,24 @@ class FuseConfig:
     align: AlignConfig = field(default_factory=AlignConfig)
     refit: RefitConfig = field(default_factory=RefitConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
-    strategy: Literal["transport", "joint"] = "transport"
+    strategy: Literal["transport", "joint", "auto"] = "transport"
+    width: int | float | None = None
 
     def __post_init__(self) -> None:
         """Raises FusionError for options that contradict each other."""
+        if self.width is not None and not (math.isfinite(self.width) and self.width > 0):
+            raise FusionError(f"width must be above 0, not {self.width}")
+        if self.strategy == "transport" and self.width is not None:
+            raise FusionError("strategy transport fuses into the anchor's width; width needs strategy joint")
         if self.strategy != "joint":
             return
         if self.refit.method == "none":
             raise FusionError("strategy joint fits what reads and writes the stream; it needs refit.method ridge")
-        default = AlignConfig()
-        for option in (one.name for one in fields(AlignConfig)):
-            if getattr(self.align, option) != getattr(default, option):
+        for option in (one.name for one in fields(AlignConfig) if self.align not in UNTOUCHED):
+            if all(getattr(self.align, option) != getattr(one, option) for one in UNTOUCHED):
                 raise FusionError(
-                    f"strategy joint matches no units, so align.{option} has nothing to do; use --config "
-                    "conf/fuse/joint.yaml, or strategy transport"
+                    f"strategy joint matches no units, so align.{option} has nothing to do; leave it out, or use "
+                    "strategy transport"
                 )
         if self.weights and min(self.weights) <= 0:
             raise FusionError(f"strategy joint needs weights above 0, not {min(self.weights):g}; leave that parent out")

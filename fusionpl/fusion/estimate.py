@@ -87,6 +87,7 @@ def estimate(
     batch: Batch,
     samples: int,
     device: torch.device,
+    goal: Network | None = None,
 ) -> Estimate:
     """What a fusion will take.
 
@@ -98,11 +99,14 @@ def estimate(
         batch: one of the calibration set.
         samples: in the calibration set.
         device: where it will run.
+        goal: what the fused network looks like, where it is not like the anchor.
     """
+    goal = goal or networks[anchor]
     inputs = inputs_of(batch)
     size = min(len(next(iter(inputs.values()))), config.calibration.batch_size)
     inputs = {key: value[:size] for key, value in inputs.items()}
     shapes = [_Shapes.of(network, inputs) for network in networks]
+    fused = shapes[anchor] if goal is networks[anchor] else _Shapes.of(goal, inputs)
     samples = min(samples, config.calibration.samples)
     rows = samples * shapes[anchor].tokens
     evidence = samples * _evidence(config.calibration.tokens, shapes[anchor].tokens, inputs)
@@ -110,7 +114,7 @@ def estimate(
     work = dict.fromkeys(("forward", "products", "elementwise", "cholesky", "solves", "transport", "svd"), 0.0)
     runs = plan.looks + any(section.keys or section.stages for section in plan.sections)
     alone = not runs and any(section.magnitudes for section in plan.sections)
-    forward = runs * sum(one.forward for one in shapes) + (plan.fits + alone) * shapes[anchor].forward
+    forward = runs * sum(one.forward for one in shapes) + (plan.fits + alone) * fused.forward
     work["forward"] = forward * samples / size
     for index in range(len(networks)):
         if index != anchor:
@@ -118,19 +122,19 @@ def estimate(
     for axis in plan.together:
         work["products"] += 2 * evidence * _SYMMETRIC * sum(binding.axes[axis].size for binding in bindings) ** 2
     for stage in (stage for section in plan.sections for stage in section.stages if not stage.norm):
-        n, m = shapes[anchor].reads(stage.first), stage.width(bindings[anchor])
-        columns = _columns(stage, shapes, bindings, anchor)
+        n, m = fused.reads(stage.first), stage.width(goal.binding)
+        columns = _columns(stage, shapes, bindings, anchor, goal.binding)
         work["products"] += 2 * rows * n * (n * _SYMMETRIC + columns)
         work["elementwise"] += 4 * _PASSES * rows * (n + columns)
         work["cholesky"] += (_PENALTIES + 1) * n**3 / 3
         work["solves"] += 4 * n * n * (m + _PENALTIES * min(m, COMBINATIONS))
-    kept = _kept(plan, shapes, bindings, anchor, config, rows)
+    kept = _kept(plan, shapes, bindings, anchor, config, rows, fused, goal.binding)
     limit = budget(config.calibration.memory, device)
-    working = _working(plan.sections, shapes, networks, anchor, shapes[anchor].tokens * size)
+    working = _working(plan.sections, shapes, networks, anchor, shapes[anchor].tokens * size, fused, goal)
     return Estimate(
         memory=working + sum(min(one, limit) for one in kept),
         disk=sum(max(one - limit, 0) for one in kept),
-        output=sum(one.numel() * one.element_size() for one in networks[anchor].module.parameters()),
+        output=sum(one.numel() * one.element_size() for one in goal.module.parameters()),
         work=work,
     )
 
@@ -227,10 +231,12 @@ def _evidence(tokens: str, length: int, inputs: Mapping[str, Tensor]) -> int:
     return 1 if tokens in ("class", "mean") else length
 
 
-def _columns(stage: Stage, shapes: Sequence[_Shapes], bindings: Sequence[Binding], anchor: int) -> int:
+def _columns(
+    stage: Stage, shapes: Sequence[_Shapes], bindings: Sequence[Binding], anchor: int, goal: Binding
+) -> int:
     """What the inputs of a stage are multiplied with."""
     others = [one.shows(stage, binding) for one, binding in zip(shapes, bindings, strict=True)]
-    return sum(others) if stage.narrow else sum(others) - others[anchor] + stage.width(bindings[anchor])
+    return sum(others) if stage.narrow else sum(others) - others[anchor] + stage.width(goal)
 
 
 def _units(binding: Binding, key: Key) -> int:
@@ -238,22 +244,31 @@ def _units(binding: Binding, key: Key) -> int:
 
 
 def _kept(
-    plan: Plan, shapes: Sequence[_Shapes], bindings: Sequence[Binding], anchor: int, config: FuseConfig, rows: int
+    plan: Plan,
+    shapes: Sequence[_Shapes],
+    bindings: Sequence[Binding],
+    anchor: int,
+    config: FuseConfig,
+    rows: int,
+    fused: _Shapes,
+    goal: Binding,
 ) -> tuple[int, int]:
     """Bytes of the activations that are kept between sections, and of the maps."""
     # Behind the last stack, those of the stacks before it are still there.
-    stream = [sum(binding.axes[boundary(blocks[-1])].size for blocks in binding.stacks) for binding in bindings]
-    widths = [0] * len(bindings)
+    *stream, ours = [
+        sum(binding.axes[boundary(blocks[-1])].size for blocks in binding.stacks) for binding in (*bindings, goal)
+    ]
+    widths = [0] * (len(bindings) + 1)
     for section in plan.sections:
         each = [
             sum(one.shows(stage, binding) for stage in section.stages)
-            for one, binding in zip(shapes, bindings, strict=True)
+            for one, binding in zip((*shapes, fused), (*bindings, goal), strict=True)
         ]
         widths = [max(pair) for pair in zip(widths, each, strict=True)]
     item = getattr(torch, config.calibration.dtype).itemsize
-    activations = sum(stream) + sum(widths) + (stream[anchor] + widths[anchor] if plan.fits else 0)
+    activations = sum(stream) + sum(widths[:-1]) + (ours + widths[-1] if plan.fits else 0)
     maps = sum(
-        8 * axis.size * bindings[anchor].axes[name].size
+        8 * axis.size * goal.axes[name].size
         for index, binding in enumerate(bindings)
         for name, axis in binding.axes.items()
         if index != anchor and not axis.fixed
@@ -262,18 +277,24 @@ def _kept(
 
 
 def _working(
-    sections: Sequence[SectionPlan], shapes: Sequence[_Shapes], networks: Sequence[Network], anchor: int, rows: int
+    sections: Sequence[SectionPlan],
+    shapes: Sequence[_Shapes],
+    networks: Sequence[Network],
+    anchor: int,
+    rows: int,
+    fused: _Shapes,
+    goal: Network,
 ) -> int:
     """Bytes that one section needs at once, of the largest."""
-    ours = networks[anchor].binding
+    ours = goal.binding
     found = []
     for section in sections:
-        weights = [
+        *weights, new = [
             4 * sum(network.module.get_parameter(name).numel() for name in network.binding.uses[section.name])
-            for network in networks
+            for network in (*networks, goal)
         ]
         read = sum(one for one, network in zip(weights, networks, strict=True) if _is_elsewhere(network.module))
-        held = read + sum(weights) + 2 * weights[anchor]
+        held = read + sum(weights) + 2 * new
         moments = [
             8 * _units(network.binding, key) * _units(ours, key)
             for index, network in enumerate(networks) if index != anchor for key in section.keys
@@ -281,8 +302,8 @@ def _working(
         fits = []
         for stage in section.stages:
             if not stage.norm:
-                n, m = shapes[anchor].reads(stage.first), stage.width(ours)
-                columns = _columns(stage, shapes, [network.binding for network in networks], anchor)
+                n, m = fused.reads(stage.first), stage.width(ours)
+                columns = _columns(stage, shapes, [network.binding for network in networks], anchor, ours)
                 fits.append(8 * (5 * n * n + 2 * n * columns + 5 * n * m))
         passing = 4 * rows * 2 * sum(stage.width(ours) for stage in section.stages) if section.stages else 0
         found.append(held + max(sum(moments) + 6 * max(moments, default=0), max(fits, default=0)) + passing)

@@ -24,7 +24,8 @@ from fusionpl.errors import FusionError
 from fusionpl.families import VOCABULARY, Family, bind, canonical, check_compatible, read_family, without_scales
 from fusionpl.fusion.average import mixing_weights
 from fusionpl.fusion.config import FuseConfig
-from fusionpl.fusion.plan import make_plan
+from fusionpl.fusion.goal import goal_of, parted, settled
+from fusionpl.fusion.plan import Plan, make_plan
 from fusionpl.fusion.refine import refine
 from fusionpl.fusion.result import FusionResult, InMemory, Sink
 from fusionpl.fusion.survey import Survey
@@ -134,14 +135,23 @@ class Calibrated:
         networks = [network for network, _ in opened]
         check_parents(networks)
         self._folder = opened[anchor][1]
-        bindings = [network.binding for network in networks]
-        plans = [make_plan(bindings, anchor, config, self.names) for config in configs]
+        configs = [settled(config, networks, anchor) for config in configs]
+        first = configs[0]
+        plans = [plan_of(networks, anchor, config, self.names)[1] for config in configs]
         for network in networks:
             if first.strategy == "joint" and network.absent is not None:
                 raise FusionError(
                     f"{network.name} lacks tokens of {networks[anchor].name}, and strategy joint has nothing to put in "
                     "their places; use strategy transport"
                 )
+        closed = networks[anchor].binding.closed
+        if first.canonical:
+            networks = [parted(network) for network in networks]
+        self._parted = [
+            f"'{name}' is no longer embedding and decoder in one: the fused model's decoder has parameters of its own, "
+            "because a rotated stream can't have the gain of its last norm elsewhere"
+            for name in closed - networks[anchor].binding.closed
+        ]
         self._limit = budget(first.calibration.memory, networks[anchor].device)
         kept = Kept(self._limit)
         observes = any(plan.observes for plan in plans) or any(config.refine.method != "none" for config in configs)
@@ -162,32 +172,45 @@ class Calibrated:
     def fuse(self, config: FuseConfig, *, output: str | Path | None = None) -> FusionResult:
         """Fuses under one of the configurations; see `fuse`."""
         team = self._team
-        plan = make_plan(team.bindings, team.anchor, config, self.names)
+        config = settled(config, team.parents, team.anchor)
+        goal, plan = plan_of(team.parents, team.anchor, config, self.names)
         weights = mixing_weights(config.weights, len(team.parents))
-        sink: Sink = InMemory(team.parents[team.anchor])
-        if output is not None and self._folder is not None:
-            sink = ModelWriter(self._folder, Path(output) / "model")
-        sweep = Sweep(team, plan, config, weights, sink, Kept(self._limit))
+        sink: Sink = InMemory(goal)
+        folder = self._folder if self._folder and self._folder.module is goal.module else None
+        if output is not None and folder is not None:
+            sink = ModelWriter(folder, Path(output) / "model")
+        sweep = Sweep(team, plan, config, weights, goal, sink, Kept(self._limit))
         with closing(sink):
             sweep.run()
             sink.finish()
-        result = FusionResult(sink, sweep.aligned, team.anchor, config, plan.keep)
-        result.warnings = [*self._matched, *_unconverged(result, self.names)]
+        result = FusionResult(sink, sweep.aligned, team.anchor, goal, config, plan.keep)
+        result.warnings = [*self._matched, *self._parted, *_unconverged(result, self.names)]
         if config.refine.method != "none":
             result.refitted = copy.deepcopy(result.model)
             refine(
-                result.model, team.binding, sweep.aligned, team.data, config.refine, seed=self._seed,
+                result.model, goal.binding, sweep.aligned, team.data, config.refine, seed=self._seed,
                 progress=team.progress,
             )  # fmt: skip
         if output is not None:
-            if self._folder is None:
-                save_model(result.model, Path(output) / "model")
+            if folder is None:
+                tokenizer = load_tokenizer(self._folder.path) if self._folder else None
+                save_model(result.model, Path(output) / "model", tokenizer=tokenizer)
             elif config.refine.method != "none":
-                with closing(ModelWriter(self._folder, Path(output) / "model")) as refined:
+                with closing(ModelWriter(folder, Path(output) / "model")) as refined:
                     refined.write(dict(result.model.named_parameters()))
                     refined.finish()
             result.save_maps(Path(output))
         return result
+
+
+def plan_of(
+    networks: Sequence[Network], anchor: int, config: FuseConfig, names: Sequence[str]
+) -> tuple[Network, Plan]:
+    """What the fused network looks like, and the plan of the fusion: see `goal_of` and `make_plan`."""
+    if config.canonical:
+        networks = [parted(network) for network in networks]
+    goal = goal_of(networks[anchor], config)
+    return goal, make_plan([network.binding for network in networks], anchor, config, names, goal.binding)
 
 
 def open_parents(

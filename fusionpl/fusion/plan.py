@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fusionpl.alignment import AlignConfig, JointStream, Problem, joint_problems, problems
+from fusionpl.alignment import AlignConfig, ChosenUnits, JointStream, Problem, check_choice, joint_problems, problems
 from fusionpl.calibration import Key
 from fusionpl.errors import FusionError
 from fusionpl.families import TAIL, Binding, Slot, section_of, unrotatable
@@ -87,7 +87,9 @@ class Plan:
         return self.looks or any(section.observes for section in self.sections)
 
 
-def make_plan(bindings: Sequence[Binding], anchor: int, config: FuseConfig, names: Sequence[str]) -> Plan:
+def make_plan(
+    bindings: Sequence[Binding], anchor: int, config: FuseConfig, names: Sequence[str], goal: Binding | None = None
+) -> Plan:
     """The plan of a fusion.
 
     Args:
@@ -95,17 +97,20 @@ def make_plan(bindings: Sequence[Binding], anchor: int, config: FuseConfig, name
         anchor: index of the anchor.
         config: what is asked for.
         names: how messages call the parents.
+        goal: of the fused network, where it is not like the anchor.
 
     Raises:
         FusionError: options that don't fit the family, the widths or the head counts.
     """
-    reference = bindings[anchor]
+    reference = goal or bindings[anchor]
     if config.canonical:
         for binding, name in zip(bindings, names, strict=True):
             if reason := unrotatable(binding):
                 raise FusionError(f"{name}: {reason}; use {_INSTEAD[config.strategy]}")
     found = joint_problems(reference) if config.strategy == "joint" else problems(reference, config.align)
     for problem in found:
+        if isinstance(problem, ChosenUnits):
+            check_choice(problem, bindings, anchor, reference)
         for index, binding in enumerate(bindings):
             if index != anchor:
                 problem.check(binding, reference, config.align)
@@ -145,9 +150,17 @@ def _within(binding: Binding, slot: Slot) -> bool:
     return all(binding.stack_of.get(section_of(axis), own) == own for axis in slot.axes if axis)
 
 
-def describe(plan: Plan, bindings: Sequence[Binding], anchor: int, config: FuseConfig, names: Sequence[str]) -> str:
-    """A table of axes with their sizes (parents in order), and how each gets its map."""
-    reference = bindings[anchor]
+def describe(
+    plan: Plan,
+    bindings: Sequence[Binding],
+    anchor: int,
+    config: FuseConfig,
+    names: Sequence[str],
+    goal: Binding | None = None,
+) -> str:
+    """A table of axes with their sizes (parents in order, and of the fused network where it is not like the anchor),
+    and how each gets its map."""
+    reference = goal or bindings[anchor]
     how = "one stream for all parents"
     if config.strategy == "transport":
         how = f"{_solver(config.align)}, {config.align.metric} cost / {config.align.normalize}"
@@ -160,10 +173,13 @@ def describe(plan: Plan, bindings: Sequence[Binding], anchor: int, config: FuseC
     rows = [("axis", "units", "heads", "map")]
     for name in reference.free:
         axes = [binding.axes[name] for binding in bindings]
-        sizes = dict.fromkeys(str(axis.size) for axis in axes)
-        heads = dict.fromkeys(str(axis.heads) for axis in axes)
+        own, like = reference.axes[name], bindings[anchor].axes[name]
+        sizes = " / ".join(dict.fromkeys(str(axis.size) for axis in axes))
+        heads = " / ".join(dict.fromkeys(str(axis.heads) for axis in axes))
+        if own.size != like.size:
+            sizes, heads = f"{sizes} -> {own.size}", f"{heads} -> {own.heads}"
         told = problem_of[name].told(name, reference)
-        rows.append((name, " / ".join(sizes), " / ".join(heads) if heads != {"1": None} else "", told))
+        rows.append((name, sizes, heads if max(axis.heads for axis in (*axes, own)) > 1 else "", told))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     fixed = ", ".join(f"{axis.name} ({axis.size})" for axis in reference.axes.values() if axis.fixed)

@@ -42,10 +42,14 @@ class Sink(Protocol):
 
 
 class InMemory:
-    """A sink that keeps the parameters and makes a model like the anchor of them."""
+    """A sink that keeps the parameters and makes a model of them.
 
-    def __init__(self, anchor: Network) -> None:
-        self._anchor, self._state = anchor, State()
+    Args:
+        goal: what it looks like.
+    """
+
+    def __init__(self, goal: Network) -> None:
+        self._goal, self._state = goal, State()
 
     def write(self, state: State) -> None:
         """Keeps the parameters of a section."""
@@ -63,7 +67,7 @@ class InMemory:
 
     def model(self) -> nn.Module:
         """A new model, which owns what was written."""
-        return with_parameters(self._anchor.module, self._state).eval()
+        return with_parameters(self._goal.module, self._state).eval()
 
 
 class FusionResult:
@@ -73,6 +77,7 @@ class FusionResult:
         sink: holds the fused parameters.
         parents: in order, each with its alignment; for a rotation and one stream they are in canonical form.
         anchor: index of the anchor.
+        goal: what the fused network looks like.
         config: what was asked for.
         kept: parameters that stayed the anchor's.
 
@@ -82,15 +87,22 @@ class FusionResult:
     """
 
     def __init__(
-        self, sink: Sink, parents: Sequence[AlignedParent], anchor: int, config: FuseConfig, kept: frozenset[str]
+        self,
+        sink: Sink,
+        parents: Sequence[AlignedParent],
+        anchor: int,
+        goal: Network,
+        config: FuseConfig,
+        kept: frozenset[str],
     ) -> None:
         self._sink, self.parents, self.anchor, self.config, self._kept = sink, list(parents), anchor, config, kept
+        self._goal = goal
         self.refitted: nn.Module | None = None
         self.warnings: list[str] = []
 
     @cached_property
     def model(self) -> nn.Module:
-        """The fused model, with the anchor's architecture; in eval mode."""
+        """The fused model, with the anchor's architecture, and its width unless another was asked for; in eval mode."""
         return self._sink.model()
 
     @property
@@ -100,8 +112,8 @@ class FusionResult:
 
     @property
     def binding(self) -> Binding:
-        """The model's: it has the anchor's architecture."""
-        return self.parents[self.anchor].binding
+        """The model's."""
+        return self._goal.binding
 
     @property
     def maps(self) -> Mapping[str, TransportMap]:
@@ -111,22 +123,21 @@ class FusionResult:
 
     def aligned(self, index: int) -> State:
         """The parameters of parent `index` in the anchor's units, made anew at each call."""
-        anchor, parent = self.parents[self.anchor], self.parents[index]
+        parent = self.parents[index]
         with torch.no_grad():
-            return parent.aligned(parent.network.state(), anchor.network.state(), anchor.binding)
+            return parent.aligned(parent.network.state(), self._goal.state(), self._goal.binding)
 
     def aligned_parent(self, index: int) -> nn.Module:
         """Parent `index` in the anchor's units, as a model of its own; with `strategy joint`, its share of the average,
         which is none."""
-        return with_parameters(self.parents[self.anchor].network.module, self.aligned(index)).eval()
+        return with_parameters(self._goal.module, self.aligned(index)).eval()
 
     def average(self) -> nn.Module:
         """The mean of the aligned parents, without refit and refinement; made anew at each call."""
         with torch.no_grad():
             states = [parent.network.state() for parent in self.parents]
-            return with_parameters(
-                self.parents[self.anchor].network.module, averaged(self.parents, self.anchor, states, self._kept)
-            ).eval()
+            found = averaged(self.parents, self.anchor, states, self._kept, self._goal.state(), self._goal.binding)
+            return with_parameters(self._goal.module, found).eval()
 
     def save(self, folder: str | Path, *, tokenizer: Any = None, card: str = "") -> None:
         """Writes model/ (the fused model in its own library's format), maps.safetensors and config.yaml.

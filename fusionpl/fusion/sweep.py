@@ -6,7 +6,16 @@ from contextlib import contextmanager
 
 import torch
 
-from fusionpl.alignment import ActivationEvidence, Aligner, Evidence, Problem, WeightEvidence, joint_stream
+from fusionpl.alignment import (
+    ActivationEvidence,
+    Aligner,
+    ChosenUnits,
+    Evidence,
+    Problem,
+    WeightEvidence,
+    choose,
+    joint_stream,
+)
 from fusionpl.calibration import (
     CalibrationSet,
     Flow,
@@ -120,6 +129,7 @@ class Sweep:
         plan: of the configuration.
         config: what is asked for.
         weights: one number a parent.
+        goal: what the fused network looks like: the anchor, or one whose parameters are still to come.
         sink: takes the fused parameters.
         maps: where maps are kept.
 
@@ -128,13 +138,21 @@ class Sweep:
     """
 
     def __init__(
-        self, team: Team, plan: Plan, config: FuseConfig, weights: Sequence[float], sink: Sink, maps: Kept
+        self,
+        team: Team,
+        plan: Plan,
+        config: FuseConfig,
+        weights: Sequence[float],
+        goal: Network,
+        sink: Sink,
+        maps: Kept,
     ) -> None:
         self.team, self.plan, self.config, self.weights, self.sink = team, plan, config, weights, sink
+        self.goal = goal
         anchor = team.parents[team.anchor]
         self.aligners = {
             index: Aligner(
-                binding, team.binding, config.align, plan.problems, maps, index, anchor.device, weights[index]
+                binding, goal.binding, config.align, plan.problems, maps, index, anchor.device, weights[index]
             )
             for index, binding in enumerate(team.bindings)
             if index != team.anchor or config.strategy == "joint"
@@ -147,7 +165,7 @@ class Sweep:
         self._wanted = [self._wanted_in(section) for section in plan.sections]
         self._others = any(one.keys or one.targets for one in self._wanted)
         self._fused = Network(
-            anchor.module, team.binding, "the fused model", read=sink.read, device=anchor.device, float32=True
+            goal.module, goal.binding, "the fused model", read=sink.read, device=anchor.device, float32=True
         )
         self._refit = Refit(Flow(self._fused, team.data, "fused"), self.aligned, team.data) if plan.fits else None
 
@@ -164,6 +182,7 @@ class Sweep:
                 if at <= last:
                     found = self.team.observe(self._wanted[at], states, others=self._others)
                 self._magnitudes |= found.magnitudes
+                self._choose(section.problems, states)
                 self._solve(section.problems, found)
                 del found  # a fit needs the memory
                 fused = self._averaged(section.name, states)
@@ -178,10 +197,18 @@ class Sweep:
         centred = self.team.binding.family.norm == "pre"
         for axis in dict.fromkeys(self.plan.together.values()):
             widths = [binding.axes[axis].size for binding in self.team.bindings]
-            width = self.team.binding.axes[axis].size
+            width = self.goal.binding.axes[axis].size
             found = joint_stream(self.team.survey.streams[axis], widths, self.weights, width, centred=centred)
             for index, aligner in self.aligners.items():
                 aligner.streams = {**aligner.streams, axis: found[index]}
+
+    def _choose(self, problems: Sequence[Problem], states: Sequence[State]) -> None:
+        """Chooses among the units of all parents, where that is asked for."""
+        for problem in problems:
+            if isinstance(problem, ChosenUnits):
+                chosen = choose(problem, self.team.bindings, states, self.team.anchor, self.goal.binding)
+                for index, aligner in self.aligners.items():
+                    aligner.chosen[problem.axes[0]] = chosen[index]
 
     def _forget(self, wanted: Wanted) -> None:
         for index, _ in enumerate(self.team.parents):
@@ -223,8 +250,10 @@ class Sweep:
         return ActivationEvidence(moments, team.binding, scale, centred=centred)
 
     def _averaged(self, section: str, states: Sequence[State]) -> State:
-        own = [self.team.own(section, state) for state in states]
-        return averaged(self.aligned, self.team.anchor, own, self.plan.keep)
+        own, anchor = [self.team.own(section, state) for state in states], self.team.anchor
+        blank = self.goal is not self.team.parents[anchor]
+        target = self.team.own(section, self.goal.parameters(section)) if blank else own[anchor]
+        return averaged(self.aligned, anchor, own, self.plan.keep, target, self.goal.binding)
 
     def _fitted(self, section: SectionPlan, own: State, states: Sequence[State], *, onward: bool) -> State:
         """Fits the stages of a section, and takes the fused network's batches through it if there is more to fit."""

@@ -5,6 +5,7 @@ from fusionpl.models.folders import ModelFolder, open_model
 from fusionpl.models.heads import with_classifier
 from fusionpl.models.hub import short_name
 from fusionpl.models.load import load_model
+from fusionpl.models.resized import resized, untied
 from fusionpl.models.save import add_to_card, class_names, library_of, save_model, write_card
 from fusionpl.models.tensors import TensorFile
 from fusionpl.models.tokenizers import check_tokenizers, load_tokenizer, train_bpe, train_wordpiece
@@ -28,10 +29,12 @@ __all__ = [
     "load_tokenizer",
     "open_model",
     "renumber",
+    "resized",
     "save_model",
     "short_name",
     "train_bpe",
     "train_wordpiece",
+    "untied",
     "with_classifier",
     "write_card",
 ]

@@ -137,7 +137,7 @@ def _siblings(path: Path) -> str:
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Inside, modules are made without memory for their parameters; buffers are real."""
     register = nn.Module.register_parameter
 
@@ -155,7 +155,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def _timm_skeleton(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     try:
-        with _parameters_on_meta():
+        with parameters_on_meta():
             model: nn.Module = timm.create_model(f"local-dir:{folder}")
     except Exception as error:  # whatever a broken config makes a constructor raise
         raise FusionError(f"{folder}/config.json: timm cannot build {config['architecture']}: {error}") from error
@@ -165,7 +165,7 @@ def _timm_skeleton(folder: Path, config: Mapping[str, Any]) -> nn.Module:
 def _transformers_skeleton(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> nn.Module:
     cls: Any = transformers_class(config["architectures"][0])
     try:
-        with _parameters_on_meta():
+        with parameters_on_meta():
             model: nn.Module = cls(cls.config_class.from_pretrained(folder), **left_out(cls, tensors))
     except Exception as error:  # whatever a broken config makes a constructor raise
         raise FusionError(f"{folder}: transformers cannot load it: {error}") from error

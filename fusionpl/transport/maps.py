@@ -24,6 +24,8 @@ class TransportMap:
         gain: what the output view is multiplied by. Attention divides scores by the root of the heads' width, so
             queries and keys that move to heads of another width are rescaled to keep the scores.
         read_gain: the same for the input view of an orthogonal map, which no marginal normalises.
+        norm_gain: what norms are multiplied by behind which the units are read: they divide by the root mean square over
+            the units, of which there may be more or fewer than before.
         sizes: of the parent's units [n_parent] and of the anchor's [n_anchor], where the scale of a unit is free: what
             is written goes from the one to the other, what is read back. The entries of such a plan may carry signs.
         iterations, converged, marginal_error: of the solver; the error is the L2 violation of the column marginal.
@@ -34,6 +36,7 @@ class TransportMap:
     scaling: Literal["two_sided", "source", "orthogonal"] = "two_sided"
     gain: float = 1.0
     read_gain: float = 1.0
+    norm_gain: float = 1.0
     sizes: tuple[Tensor, Tensor] | None = None
     cost: float | None = None
     iterations: int | None = None

@@ -1,6 +1,7 @@
 """One stream for all parents: what holds exactly, what is refused, and that it is worth having."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,17 +9,20 @@ import torch
 from torch import Tensor, nn
 
 import fusionpl
-from fusionpl.alignment import joint_stream
+from fusionpl.alignment import ChosenUnits, choose, joint_problems, joint_stream
 from fusionpl.calibration import Network
 from fusionpl.errors import FusionError
-from fusionpl.families import bind
-from fusionpl.fusion import FusionResult, estimate, load_config, make_plan, vanilla
-from tests.models_for_tests import batch_for, images, largest_difference, run, text_model, timm_vit
+from fusionpl.families import bind, own_state
+from fusionpl.fusion import FusionResult, estimate, load_config, make_plan, settled, vanilla
+from fusionpl.models import save_model
+from tests.integration.runs import make_run
+from tests.models_for_tests import batch_for, causal, hf_vit, images, largest_difference, run, text_model, timm_vit
 from tests.property.test_newer_families import BUILD
 
 JOINT = "conf/fuse/joint.yaml"
 # With each kind of norm: LayerNorm (one that stays with its shift, one with LayerScale), RMSNorm with groups and gates.
-NAMES = ("timm, DINOv2", "dinov2, gate", "gpt2, decoder of its own", "gpt_neox", "llama", "qwen3")
+# and a decoder that is the embedding.
+NAMES = ("timm, DINOv2", "dinov2, gate", "gpt2", "gpt2, decoder of its own", "gpt_neox", "llama", "qwen3")
 
 
 def joined(name: str, parents: list[Any], **changes: Any) -> FusionResult:
@@ -43,6 +47,82 @@ def test_it_is_nearer_to_the_mean_of_the_parents_than_their_average(name: str) -
         return (run(name, model) - wanted).square().mean()
 
     assert distance(joined(name, parents).model) < distance(vanilla(parents, [0.5, 0.5]))
+
+
+@pytest.mark.parametrize("name", ["dinov2, gate", "gpt2", "gpt_neox", "llama", "qwen3", "vit"])
+def test_the_width_is_free(name: str) -> None:
+    """A parent fused with itself needs no more room; two parents find what they need in twice the width."""
+    parents = [hf_vit(seed) if name == "vit" else BUILD[name](seed) for seed in range(2)]
+    name = "dinov2" if name == "vit" else name
+    own = joined(name, [parents[0]] * 2, width=2).model
+    torch.testing.assert_close(run(name, own), run(name, parents[0]), atol=5e-3, rtol=5e-3)
+    wanted = torch.stack([run(name, parent) for parent in parents]).mean(0)
+    errors = [float((run(name, joined(name, parents, width=one).model) - wanted).square().mean()) for one in (1, 2)]
+    assert errors[1] < 0.3 * errors[0]
+
+
+def test_a_wider_model_is_saved_and_loaded_by_its_library(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"seed-{seed}", seed) for seed in (1, 2)]
+    batches = [{"pixel_values": torch.randn(24, 1, 16, 16, generator=torch.Generator().manual_seed(0))}]
+    found = fusionpl.fuse(runs, batches, load_config(JOINT, {"width": 1.5}), output=tmp_path / "fused")
+    loaded, parent = (fusionpl.load_model(folder) for folder in (tmp_path / "fused", runs[0]))
+    assert largest_difference(loaded, found.model) == 0
+    sizes = [int(one.embed_dim) for one in (loaded, parent)]  # type: ignore[arg-type]
+    assert sizes[0] == 1.5 * sizes[1]
+    texts = [tmp_path / f"gpt2-{seed}" for seed in (1, 2)]
+    for seed, folder in enumerate(texts, 1):
+        save_model(causal("gpt2", seed), folder)
+    parted = fusionpl.fuse(texts, [batch_for("gpt2", 16)], load_config(JOINT), output=tmp_path / "text")
+    other: Any = fusionpl.load_model(tmp_path / "text")
+    assert largest_difference(other, parted.model) == 0
+    assert not other.config.tie_word_embeddings
+    assert "'transformer.wte.weight' is no longer embedding and decoder in one" in parted.warnings[0]
+
+
+def test_the_anchors_units_come_first_and_then_those_that_write_most() -> None:
+    parents = [timm_vit(seed) for seed in range(2)]
+    with torch.no_grad():
+        for unit in (5, 17):
+            parents[1].blocks[0].mlp.fc2.weight[:, unit] *= 20  # type: ignore[union-attr,index]
+    bindings, goal = [bind(parent) for parent in parents], bind(timm_vit(0, mlp=26))
+    problem = next(one for one in joint_problems(goal) if "blocks.0.ffn" in one.axes)
+    assert isinstance(problem, ChosenUnits)
+    states = [own_state(parent) for parent in parents]
+    (first, places), (others, behind) = choose(problem, bindings, states, 0, goal)
+    assert (first.tolist(), places.tolist()) == ([*range(24)], [*range(24)])
+    assert (sorted(others.tolist()), behind.tolist()) == ([5, 17], [24, 25])
+    (narrow, _), (none, _) = choose(problem, bindings[::-1], states[::-1], 0, bind(timm_vit(0, mlp=2)))
+    assert (narrow.tolist(), len(none)) == ([5, 17], 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 30}, "width 30 leaves a part of a head; with heads like the anchor's it may be 24 or 32"),
+        ({"width": 3}, "'blocks.0.q' would have 6 heads and the parents have 4 .* at most 2 times the anchor's"),
+        ({"width": -1}, "width must be above 0, not -1"),
+        ({"width": 2, "strategy": "transport"}, "transport fuses into the anchor's width; width needs strategy joint"),
+    ],
+)
+def test_widths_that_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"seed-{seed}", seed) for seed in (1, 2)]
+    with pytest.raises(FusionError, match=message):
+        fusionpl.fuse(runs, [torch.zeros(4, 1, 16, 16)], load_config(JOINT, changes))
+
+
+def test_auto_is_one_stream_where_the_family_allows_it_and_nobody_asked_for_anything_else() -> None:
+    def strategy(parents: list[nn.Module], **changes: Any) -> str:
+        networks = [Network(parent, bind(parent)) for parent in parents]
+        return settled(load_config("conf/fuse/default.yaml", changes), networks, 0).strategy
+
+    images_of, text = [timm_vit(seed) for seed in range(2)], [text_model("bert masked-lm", seed) for seed in range(2)]
+    assert strategy(images_of) == "joint"
+    assert strategy([causal("gpt2", seed) for seed in range(2)]) == "joint"
+    for changes in ({"align.reg": 0.1}, {"align.solver": "emd"}, {"refit.method": "none"}, {"weights": [1.0, 0.0]}):
+        assert strategy(images_of, **changes) == "transport"
+    assert strategy(text) == "transport"
+    with pytest.raises(FusionError, match="bert is post-LN, .* which leaves strategy transport, and width needs"):
+        strategy(text, width=1.5)
 
 
 def test_parents_of_other_widths_and_numbers_of_heads() -> None:
@@ -91,7 +171,7 @@ def test_streams_on_disk_give_the_same_bits() -> None:
     assert largest_difference(whole, cut) == 0
 
 
-@pytest.mark.parametrize("name", ["bert masked-lm", "gpt2", "t5", "clip"])
+@pytest.mark.parametrize("name", ["bert masked-lm", "t5", "clip"])
 def test_streams_that_cannot_be_rotated_are_refused_in_one_line(name: str) -> None:
     make = BUILD.get(name) or (lambda seed: text_model(name, seed))
     with pytest.raises(FusionError, match="use strategy transport") as caught:
@@ -103,7 +183,7 @@ def test_streams_that_cannot_be_rotated_are_refused_in_one_line(name: str) -> No
     ("changes", "message"),
     [
         ({"refit.method": "none"}, r"needs refit\.method ridge"),
-        ({"align.solver": "emd"}, r"align\.solver has nothing to do; use --config"),
+        ({"align.solver": "emd"}, r"align\.solver has nothing to do; leave it out"),
         ({"weights": [1.0, 0.0]}, r"needs weights above 0, not 0; leave that parent out"),
     ],
 )
@@ -140,4 +220,4 @@ def test_the_plan_tells_what_it_does() -> None:
     plan = make_plan([binding, binding], 0, config, ["a", "b"])
     text = fusionpl.fusion.describe(plan, [binding, binding], 0, config, ["a", "b"])
     assert "one stream for all parents" in text
-    assert "the anchor's units, output of blocks.0.mlp.fc1" in text
+    assert "units of the parents, the anchor's first, output of blocks.0.mlp.fc1" in text

@@ -1,0 +1,100 @@
+"""What a fusion aims at: the strategy that `auto` stands for, and a network like the anchor or of another width."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from fusionpl.calibration import Network
+from fusionpl.errors import FusionError
+from fusionpl.families import Binding, bind, unrotatable
+from fusionpl.fusion.config import UNTOUCHED, FuseConfig
+from fusionpl.models import resized, untied
+
+# The largest number that is meant as a factor: no stream has so few units.
+LARGEST_FACTOR = 8
+
+
+def settled(config: FuseConfig, networks: Sequence[Network], anchor: int) -> FuseConfig:
+    """The configuration, with `joint` or `transport` in the place of `strategy auto`.
+
+    Args:
+        config: what is asked for.
+        networks: the parents.
+        anchor: index of the anchor.
+
+    Raises:
+        FusionError: a width is asked for where only transport will do.
+    """
+    if config.strategy != "auto":
+        return config
+    reasons = [f"{one.name}: {reason}" for one in networks if (reason := unrotatable(parted(one).binding))]
+    reasons += [f"{one.name} lacks tokens of {networks[anchor].name}" for one in networks if one.absent is not None]
+    if config.align not in UNTOUCHED or config.refit.method == "none":
+        reasons.append("align and refit are those of strategy transport")
+    if config.weights and min(config.weights) <= 0:
+        reasons.append("a weight of 0 leaves a parent's stream out")
+    if reasons and config.width is not None:
+        raise FusionError(f"{reasons[0]}, which leaves strategy transport, and width needs strategy joint")
+    return replace(config, strategy="transport" if reasons else "joint")
+
+
+def parted(network: Network) -> Network:
+    """The same network with a decoder of its own, where its decoder is its embedding: what stands at one end of the
+    stream alone may be rotated with it, and the gain of the last norm folded. T5, which scales by the tie, stays."""
+    if not network.binding.closed or len(network.binding.stacks) > 1:
+        return network
+    found = untied(network.module)
+    if found is None:
+        return network
+    module, sources = found
+    return Network(
+        module, bind(module, network.binding.family), network.name,
+        read=lambda name: network.read(sources.get(name, name)), device=network.device, absent=network.absent,
+    )  # fmt: skip
+
+
+def goal_of(network: Network, config: FuseConfig) -> Network:
+    """The network that a fusion gives: the anchor, or one whose parameters are still to come (norms' gains are 1).
+
+    Args:
+        network: the anchor.
+        config: its `width` is that of the stream; heads and hidden units grow and shrink with it.
+
+    Raises:
+        FusionError: a width that leaves a part of a head; a library that can't build it.
+    """
+    if config.width is None:
+        return network
+    times, heads = _times(network.binding, config.width)
+    if times == 1:
+        return network
+    module = resized(network.module, times, heads)
+    binding = bind(module, network.binding.family)
+    gains = {slot.parameter for slot in binding.slots if slot.gain}
+
+    def blank(name: str) -> Tensor:
+        like = module.get_parameter(name)
+        return torch.full(like.shape, float(name in gains), dtype=like.dtype)
+
+    return Network(
+        module, binding, "the fused model", read=blank, device=network.device, float32=True, absent=network.absent
+    )
+
+
+def _times(binding: Binding, width: float) -> tuple[Fraction, int]:
+    """By how much everything grows, and the number of heads that it has now."""
+    stream = binding.axes[binding.streams()[0][0]].size
+    groups = {binding.axes[axis].groups for attention in binding.attention for axis in attention}
+    heads = max(binding.axes[axis].heads for attention in binding.attention for axis in attention)
+    step = stream // math.gcd(*groups)
+    if width <= LARGEST_FACTOR:
+        return Fraction(max(1, round(width * stream / step)) * step, stream), heads
+    if width % step:
+        below = int(width // step * step)
+        near = " or ".join(str(one) for one in (below, below + step) if one)
+        raise FusionError(f"width {width:g} leaves a part of a head; with heads like the anchor's it may be {near}")
+    return Fraction(int(width), stream), heads

@@ -1,0 +1,94 @@
+"""Models like another, whose parameters are still to come: of another width, or with a decoder of their own."""
+
+import copy
+from fractions import Fraction
+from typing import Any, cast
+
+import timm
+import transformers
+from torch import nn
+
+from fusionpl.errors import FusionError
+from fusionpl.models.folders import parameters_on_meta
+from fusionpl.models.quiet import without_cache
+
+# What configs of transformers call the number of hidden units of an MLP, where it is no multiple of the width.
+_HIDDEN = ("intermediate_size", "n_inner", "hidden_dim", "d_ff")
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+
+
+def resized(model: nn.Module, times: Fraction, heads: int) -> nn.Module:
+    """A model of the same architecture with `times` the stream, heads and hidden units; heads are as wide as before.
+
+    Args:
+        model: of timm's `create_model` or of transformers.
+        times: by which everything grows or shrinks.
+        heads: the model's number of attention heads, of which `times` makes a whole number.
+
+    Returns:
+        The new model in evaluation mode, its parameters on the meta device, in the types of the other's.
+
+    Raises:
+        FusionError: its library can't build it.
+    """
+    build = _transformers if isinstance(model, transformers.PreTrainedModel) else _timm
+    try:
+        with parameters_on_meta():
+            found = build(cast(Any, model), times, heads)
+    except (TypeError, ValueError, AssertionError, AttributeError, KeyError, RuntimeError) as error:
+        raise FusionError(f"a {type(model).__name__} can't be built {float(times):g} times as wide: {error}") from error
+    return _like(found, model)
+
+
+def untied(model: nn.Module) -> tuple[nn.Module, dict[str, str]] | None:
+    """A model of the same architecture whose decoder is not its embedding.
+
+    Args:
+        model: of transformers, with a decoder that is its embedding.
+
+    Returns:
+        The new model in evaluation mode, its parameters on the meta device, and each parameter that is new -> its name
+        in `model`; None where nothing comes apart.
+    """
+    if not isinstance(model, transformers.PreTrainedModel):
+        return None
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = False
+    with parameters_on_meta():
+        found: nn.Module = cast(Any, type(model))(config)
+    without_cache(found)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    new = [name for name, _ in found.named_parameters() if name not in names.values()]
+    return (_like(found, model), {name: names[id(model.get_parameter(name))] for name in new}) if new else None
+
+
+def _like(found: nn.Module, model: nn.Module) -> nn.Module:
+    """Gives a model the type of another, and buffers what they hold there."""
+    buffers = dict(model.named_buffers())
+    device = next(iter(buffers.values())).device if buffers else None
+    for prefix, owner in found.named_modules():
+        for key, buffer in owner.named_buffers(recurse=False):
+            other = buffers.get(f"{prefix}.{key}" if prefix else key)
+            same = other is not None and other.shape == buffer.shape
+            owner._buffers[key] = other.clone() if same and other is not None else buffer.to(device)
+    return found.to(next(model.parameters()).dtype).eval()
+
+
+def _timm(model: Any, times: Fraction, heads: int) -> nn.Module:
+    args = timm.models.get_model_args(model)
+    args |= {"embed_dim": int(model.embed_dim * times), "num_heads": int(heads * times)}
+    found = cast(Any, timm.create_model(model.pretrained_cfg["architecture"], **args))
+    found.pretrained_cfg = copy.deepcopy(model.pretrained_cfg)
+    return cast(nn.Module, found)
+
+
+def _transformers(model: Any, times: Fraction, heads: int) -> nn.Module:
+    config = copy.deepcopy(model.config)
+    # Where nothing says how wide a head is, it is the share of the stream.
+    config.hidden_size = int(config.hidden_size * times)
+    for name in (*_HEADS, *_HIDDEN):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, int(getattr(config, name) * times))
+    found: nn.Module = type(model)(config)
+    without_cache(found)
+    return found

@@ -21,7 +21,9 @@ from fusionpl.training import TASKS, ClassificationModule, OptimConfig, TaskName
 
 Figures = Mapping[str, float]  # column -> figure
 Maker = Callable[[], nn.Module]
-PAPER, DEFAULT, JOINT = (CONF / "fuse" / f"{name}.yaml" for name in ("paper", "default", "joint"))
+PAPER, DEFAULT, TRANSPORT, JOINT = (
+    CONF / "fuse" / f"{name}.yaml" for name in ("paper", "default", "transport", "joint")
+)
 # Options under which an aligned parent keeps its function.
 EXACT: dict[str, Any] = {"align.residual": "tie", "align.heads": "matched", "align.solver": "assignment"}
 WEIGHTS: dict[str, Any] = {"align.evidence": "weights", "align.reg": 0.06}

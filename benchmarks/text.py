@@ -9,9 +9,9 @@ from typing import Any
 from benchmarks.common import (
     DEFAULT,
     EXACT,
-    JOINT,
     PAIRS,
     PAPER,
+    TRANSPORT,
     WEIGHTS,
     Figures,
     Maker,
@@ -49,13 +49,14 @@ TASKS: dict[str, TaskName] = {
 ROTATION: dict[str, Any] = {**TEXT, **EXACT, "align.stream": "rotation", "align.scaling": "two_sided"}
 # The rows of the table of families, and which of them are finetuned.
 FAMILY_ROWS = (
-    "best parent", "vanilla", "OT soft (paper)", "permutations + refit", "rotations + refit", "one stream", "default"
+    "best parent", "vanilla", "OT soft (paper)", "permutations + refit", "rotations + refit", "transport + refit",
+    "default",
 )  # fmt: skip
 
 
 def fused_models(parents: Parents, pair: tuple[int, int], *, rotate: bool = False) -> dict[str, Maker]:
     """Name -> what makes the model, from parents and calibration data that are loaded once; `rotate` where streams of
-    their family may be rotated."""
+    their family may be rotated, so that the default is one stream."""
     models = cache(lambda: parents.models(pair))
     calibration = cache(lambda: list(parents.data(pair[0]).calibration_dataloader()))
 
@@ -64,7 +65,7 @@ def fused_models(parents: Parents, pair: tuple[int, int], *, rotate: bool = Fals
                 for name in ("OT soft (paper)", "permutations")}  # fmt: skip
     if rotate:
         configs["rotations + refit"] = load_config(PAPER, {**ROTATION, "refit.method": "ridge"})
-        configs["one stream"] = load_config(JOINT)
+        configs["transport + refit"] = load_config(TRANSPORT)
     configs["default"] = load_config(DEFAULT)
     configs["default, residual tie"] = load_config(DEFAULT, {"align.residual": "tie"})
     made: dict[str, Maker] = {
@@ -110,7 +111,7 @@ def language(
 def of_family(family: str, parents: Parents, pair: tuple[int, int]) -> dict[str, Measure]:
     """The same for the rows that all families have."""
     rows = ("parents, mean", "ensemble", *FAMILY_ROWS)
-    found = language(parents, pair, TASKS[family], FAMILY_ROWS, rotate=family == "llama")
+    found = language(parents, pair, TASKS[family], FAMILY_ROWS, rotate=family in ("gpt2", "llama"))
     return {name: measure for name, measure in found.items() if name in rows}
 
 

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from benchmarks.common import DEFAULT, EXACT, PAPER, WEIGHTS
+from benchmarks.common import EXACT, PAPER, TRANSPORT, WEIGHTS
 from fusionpl.fusion import FuseConfig, load_config
 
 VARIANTS: dict[str, FuseConfig] = {
     "OT weights soft": load_config(PAPER, WEIGHTS),
     "OT activations soft": load_config(PAPER),
     "OT activations EMD": load_config(PAPER, {"align.solver": "emd"}),
-    "default": load_config(DEFAULT),
+    "transport + refit": load_config(TRANSPORT),
 }
 
 HARD: dict[str, Any] = {"align.solver": "emd"}

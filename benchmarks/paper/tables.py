@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 
 from benchmarks import text
-from benchmarks.common import DEFAULT, JOINT, PAPER, Maker
+from benchmarks.common import JOINT, PAPER, TRANSPORT, Maker
 from benchmarks.paper.cells import Cell, Table
 from benchmarks.paper.choices import ALIGNMENTS, BLOCKS
 from benchmarks.paper.scales import SEEDS, Lab
@@ -51,7 +51,7 @@ def worth(lab: Lab) -> Table:
     cells: list[Cell] = []
     for repeat, team in pairs(lab):
         cells += [*team.references(repeat), Cell("best parent", repeat, partial(team.one_shot, team.best))]
-        for name, file in (("default", DEFAULT), ("one stream", JOINT)):
+        for name, file in (("transport + refit", TRANSPORT), ("one stream", JOINT)):
             cells.append(Cell(name, repeat, partial(team.one_shot, partial(team.fused, load_config(file)))))
     return Table("One-shot test accuracy of fusions beside what their user has for nothing.", cells)
 
@@ -86,7 +86,7 @@ def widths(lab: Lab) -> Table:
         ]
         for anchor, direction in ((1, "wide into narrow"), (0, "narrow into wide")):
             changes = {"anchor": anchor, "align.scaling": "two_sided"}
-            for name, file in (("OT activations soft", PAPER), ("default", DEFAULT)):
+            for name, file in (("OT activations soft", PAPER), ("transport + refit", TRANSPORT)):
                 make = partial(team.fused, load_config(file, changes))
                 cells.append(Cell(f"{direction}, {name}", repeat, partial(team.both, make)))
     return Table(f"Parents of different width and their fusion: test accuracy, finetuned for {_epochs(lab)}.", cells)
@@ -97,7 +97,7 @@ def ablation(lab: Lab) -> Table:
     cells: list[Cell] = []
     named = {f"{block}: {name}": load_config(PAPER, changes)
              for block, rows in BLOCKS.items() for name, changes in rows.items()}  # fmt: skip
-    for preset, file in (("paper", PAPER), ("default", DEFAULT)):
+    for preset, file in (("paper", PAPER), ("transport + refit", TRANSPORT)):
         for samples in lab.scale.samples:
             named[f"Calibration samples, {preset}: {samples}"] = load_config(file, {"calibration.samples": samples})
     for repeat, team in pairs(lab):
@@ -110,7 +110,7 @@ def ablation(lab: Lab) -> Table:
 
 
 def beyond(lab: Lab) -> Table:
-    """Every alignment, averaged and refitted; the default, and what learned refinement adds."""
+    """Every alignment, averaged and refitted; the preset transport, and what learned refinement adds."""
     cells: list[Cell] = []
     after = f", after {_epochs(lab)}"
 
@@ -129,12 +129,12 @@ def beyond(lab: Lab) -> Table:
             for column, more in (("average", {}), ("refitted", {"refit.method": "ridge"})):
                 make = partial(team.fused, load_config(PAPER, {**changes, **more}))
                 add(name, repeat, team, make, column, finetune=column == "average" and name.startswith("paper"))
-        for name, more in (("default", {}), ("default + refine", {"refine.method": "gradient"})):
-            make = partial(team.fused, load_config(DEFAULT, more))
+        for end, more in (("", {}), (" + refine", {"refine.method": "gradient"})):
+            name, make = f"transport + refit{end}", partial(team.fused, load_config(TRANSPORT, more))
             add(name, repeat, team, make, "refitted", finetune=True)
     return Table(
         "Test accuracy of every alignment, averaged and refitted without labels or gradients from all calibration "
-        f"samples (the default: from {load_config(DEFAULT).calibration.samples} at most).",
+        f"samples (the preset: from {load_config(TRANSPORT).calibration.samples} at most).",
         cells,
     )
 
@@ -152,7 +152,7 @@ def shards(lab: Lab) -> Table:
             makers = {"best parent": team.best, **team.makers()}
             cells += [
                 Cell(f"{kind}: {name}", repeat, partial(team.both, makers[name]))
-                for name in ("best parent", "vanilla", "OT activations soft", "default")
+                for name in ("best parent", "vanilla", "OT activations soft", "transport + refit")
             ]
     for repeat, team in pairs(lab):
         cells.append(Cell("a parent of all the data", repeat, partial(team.one_shot, partial(team.parent, 0))))

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 
 from torch import nn
 
-from benchmarks.common import DEFAULT, Figures, Maker, Parents, finetuned, plain_average
+from benchmarks.common import TRANSPORT, Figures, Maker, Parents, finetuned, plain_average
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.choices import ALL, VARIANTS
 from benchmarks.paper.scales import DEVICE, Lab
@@ -87,7 +87,7 @@ class Team:
 
     def refitted_vanilla(self) -> nn.Module:
         """The plain average, refitted as if its parents were aligned: what the refit is worth alone."""
-        return self.fused(load_config(DEFAULT, {"align.solver": "identity", "calibration.samples": ALL}))
+        return self.fused(load_config(TRANSPORT, {"align.solver": "identity", "calibration.samples": ALL}))
 
     def makers(self) -> dict[str, Maker]:
         """Vanilla and every variant."""

@@ -6,16 +6,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import DEFAULT, PAPER, Figures
+from benchmarks.common import JOINT, PAPER, TRANSPORT, Figures
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.choices import ALIGNMENTS
 from benchmarks.speed.cell import Request, in_fresh_process, measured, prepare
 from benchmarks.speed.pairs import Shape
 
+REFIT = "transport + refit"
 SETTINGS: dict[str, tuple[Path, Mapping[str, Any]]] = {
     "paper": (PAPER, {}),
-    "default": (DEFAULT, {}),
+    REFIT: (TRANSPORT, {}),
     "rotation": (PAPER, {**ALIGNMENTS["rotation"], "refit.method": "ridge"}),
+    "one stream": (JOINT, {}),
 }
 PLAIN = "plain recipe"
 
@@ -146,7 +148,7 @@ def ratio(sizes: Sizes, runs: Path) -> Table:
         _entry(sizes, model, shape, setting, samples, threads)
         for model, (shape, samples) in sizes.ratio.items()
         for setting in SETTINGS
-        if setting != "rotation" or shape.kind == "vit"  # norms behind the addition do not commute with rotations
+        if setting in ("paper", REFIT) or shape.kind == "vit"  # norms behind the addition do not commute with rotations
         for threads in sizes.threads
     ]
     return Table(
@@ -172,7 +174,7 @@ def samples(sizes: Sizes, runs: Path) -> Table:
     model, shape, numbers = sizes.samples
     limit = sizes.memory["samples"]
     entries = [
-        _entry(sizes, model, shape, setting, number, 2, limit) for setting in ("paper", "default") for number in numbers
+        _entry(sizes, model, shape, setting, number, 2, limit) for setting in ("paper", REFIT) for number in numbers
     ]
     return Table(
         f"Memory by number of samples, with `calibration.memory` at {limit:g} GiB: what exceeds it goes to a file.",
@@ -200,10 +202,10 @@ def large(sizes: Sizes, runs: Path) -> Table:
     """What one machine has to hold for large models."""
     limit = sizes.memory["large"]
     (model, shape, number), (filed, text, few) = sizes.large
-    preset, changes = SETTINGS["default"]
+    preset, changes = SETTINGS[REFIT]
     folders = tuple(str((runs / "parents" / f"{filed}-{seed}").absolute()) for seed in (1, 2))
     request = Request(text, few, 1, str(preset), {**changes, "calibration.memory": limit}, folders)
-    entries = [_entry(sizes, model, shape, "default", number, 1, limit), Entry(filed, "default", request, sizes.fresh)]
+    entries = [_entry(sizes, model, shape, REFIT, number, 1, limit), Entry(filed, REFIT, request, sizes.fresh)]
     return Table(
         f"Large parents, `calibration.memory` at {limit:g} GiB: all the memory of the process at its peak, parents in "
         "memory included. Those in files are read from shards block by block, and the fused model is written so.",

@@ -66,14 +66,14 @@ def rows(file: Path) -> dict[str, set[str]]:
 
 
 ROWS = {
-    "one-shot": {"parents, mean", "ensemble", "vanilla", "OT weights soft", "OT activations EMD", "default"},
-    "finetune": {"best parent", "vanilla", "OT activations soft", "default"},
-    "worth": {"best parent", "ensemble", "default", "one stream"},
-    "parents": {"ensemble", "vanilla", "default"},
-    "widths": {"wide parent", "narrow parent, taught by the wide one", "wide into narrow, default"},
-    "ablation": {"Heads: matched", "Calibration samples, default: 25"},
-    "beyond": {"vanilla", "rotation", "default + refine"},
-    "shards": {"IID: best parent", "80:20: default", "a parent of all the data"},
+    "one-shot": {"parents, mean", "ensemble", "vanilla", "OT weights soft", "OT activations EMD", "transport + refit"},
+    "finetune": {"best parent", "vanilla", "OT activations soft", "transport + refit"},
+    "worth": {"best parent", "ensemble", "transport + refit", "one stream"},
+    "parents": {"ensemble", "vanilla", "transport + refit"},
+    "widths": {"wide parent", "narrow parent, taught by the wide one", "wide into narrow, transport + refit"},
+    "ablation": {"Heads: matched", "Calibration samples, transport + refit: 25"},
+    "beyond": {"vanilla", "rotation", "transport + refit + refine"},
+    "shards": {"IID: best parent", "80:20: transport + refit", "a parent of all the data"},
     "bert": {"ensemble", "permutations", "default", "sst2: parents, mean", "trec: vanilla"},
     "families": {"bert: parents, mean", "bert: vanilla", "bert: permutations + refit", "bert: default"},
 }

@@ -73,7 +73,7 @@ def test_how_batches_are_cut_does_not_matter_nor_that_they_come_from_a_generator
     parents: list[nn.Module] = [timm_vit(seed) for seed in range(2)]
     whole = refitted(parents, {}).model
     cut = refitted(parents, {}, calibration=(part for part in CALIBRATION[0].split(50)), batch_size=7).model
-    assert largest_difference(whole, cut) < 1e-4
+    assert largest_difference(whole, cut) < 3e-4
 
 
 def test_dropout_is_off_whatever_mode_the_parents_are_in() -> None:

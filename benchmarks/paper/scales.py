@@ -27,6 +27,8 @@ class Scale:
         short: epochs of finetuning in the other tables: at most a tenth of a parent's, if that is one or more.
         pairs: of seeds.
         many: numbers of parents.
+        teams: numbers of parents of disjoint data.
+        widths: of one stream, in multiples of a parent's.
         samples: calibration samples of the ablation.
         accelerated: trained on a GPU, in bf16.
         corpus, text: the language models' corpus and further options of train.py for them.
@@ -41,6 +43,8 @@ class Scale:
     short: int
     pairs: Sequence[tuple[int, int]] = PAIRS
     many: tuple[int, ...] = (2, 3, 4, 5)
+    teams: tuple[int, ...] = (2, 4, 6)
+    widths: tuple[float, ...] = (1, 1.25, 1.5, 2)
     samples: tuple[int, ...] = (25, 50, 100, 200, 500, 1000, 2000)
     accelerated: bool = False
     corpus: str = "wikitext2"

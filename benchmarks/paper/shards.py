@@ -9,43 +9,47 @@ from torch import Tensor
 
 from fusionpl.datamodules import ImageDataModule
 
-SHARE = 0.8
+# Kind of data -> the share of a class that goes to the part that it belongs to; None for an equal share.
+SHARES: dict[str, float | None] = {"IID": None, "80:20": 0.8, "own classes": 1.0}
 
 
-def halves(labels: Tensor, classes: int, *, skewed: bool, seed: int) -> list[Tensor]:
-    """Indices of two disjoint halves.
+def disjoint(labels: Tensor, classes: int, count: int, share: float | None, seed: int) -> list[Tensor]:
+    """Indices of disjoint parts.
 
     Args:
         labels: [N] classes.
-        classes: number of classes.
-        skewed: the first half has 80 % of the first half of the classes and 20 % of the others; else 50 % of all.
+        classes: number of classes; they belong to the parts in order, as evenly as they can.
+        count: number of parts.
+        share: of a class, what the part that it belongs to has; the others have the rest in equal shares.
         seed: decides which samples of a class go where.
     """
     generator = torch.Generator().manual_seed(seed)
-    parts: list[list[Tensor]] = [[], []]
+    parts: list[list[Tensor]] = [[] for _ in range(count)]
     for label in range(classes):
         found = torch.nonzero(labels == label).flatten()
         found = found[torch.randperm(len(found), generator=generator)]
-        share = 0.5 if not skewed else SHARE if label < classes // 2 else 1 - SHARE
-        cut = round(share * len(found))
-        parts[0].append(found[:cut])
-        parts[1].append(found[cut:])
+        own = label * count // classes
+        start, until = 0, 0.0
+        for index, part in enumerate(parts):
+            until += 1 / count if share is None else share if index == own else (1 - share) / (count - 1)
+            part.append(found[start : round(until * len(found))])
+            start = round(until * len(found))
     return [torch.cat(part) for part in parts]
 
 
-def parts(folder: Path) -> list[Path]:
-    """Where the two shards in a folder are."""
-    return [folder / f"part-{index}" for index in (0, 1)]
+def places(folder: Path, count: int = 2) -> list[Path]:
+    """Where the shards in a folder are."""
+    return [folder / f"part-{index}" for index in range(count)]
 
 
-def write_shards(data: ImageDataModule, folder: Path, *, skewed: bool, seed: int) -> None:
-    """Two data sets as folders of parquet files; their training images are halves of those of `data`.
+def write_shards(data: ImageDataModule, folder: Path, count: int, share: float | None, seed: int) -> None:
+    """Data sets as folders of parquet files; their training images are disjoint parts of those of `data`.
 
     Validation and test are those of `data`. What is there is taken as it is.
     """
     train = data.dataset("train")
-    cuts = halves(train.labels, data.num_classes, skewed=skewed, seed=seed)
-    for place, indices in zip(parts(folder), cuts, strict=True):
+    cuts = disjoint(train.labels, data.num_classes, count, share, seed)
+    for place, indices in zip(places(folder, count), cuts, strict=True):
         if not (place / "train.parquet").is_file():
             place.mkdir(parents=True, exist_ok=True)
             for part in ("validation", "test"):

@@ -8,7 +8,7 @@ from benchmarks.common import JOINT, PAPER, TRANSPORT, Maker
 from benchmarks.paper.cells import Cell, Table
 from benchmarks.paper.choices import ALIGNMENTS, BLOCKS
 from benchmarks.paper.scales import SEEDS, Lab
-from benchmarks.paper.shards import parts, write_shards
+from benchmarks.paper.shards import SHARES, places, write_shards
 from benchmarks.paper.team import Team
 from fusionpl.fusion import load_config
 
@@ -47,13 +47,33 @@ def finetune(lab: Lab) -> Table:
 
 
 def worth(lab: Lab) -> Table:
-    """What a fusion is worth beside what its user has for nothing."""
+    """What a fusion is worth beside what its user has for nothing: parents of the same data, and of disjoint parts."""
     cells: list[Cell] = []
-    for repeat, team in pairs(lab):
-        cells += [*team.references(repeat), Cell("best parent", repeat, partial(team.one_shot, team.best))]
-        for name, file in (("transport + refit", TRANSPORT), ("one stream", JOINT)):
-            cells.append(Cell(name, repeat, partial(team.one_shot, partial(team.fused, load_config(file)))))
+    for column, teams in _settings(lab):
+        for repeat, team in teams:
+            makers = {"best parent": team.best, "vanilla": team.vanilla}
+            makers["transport + refit"] = partial(team.fused, load_config(TRANSPORT))
+            for width in lab.scale.widths:
+                name = "one stream" if width == 1 else f"one stream, {width:g} times as wide"
+                makers[name] = partial(team.fused, load_config(JOINT, {"width": width}))
+            cells += team.references(f"{repeat}, {column}", column)
+            cells += [
+                Cell(name, f"{repeat}, {column}", partial(team.one_shot, make, column)) for name, make in makers.items()
+            ]
     return Table("One-shot test accuracy of fusions beside what their user has for nothing.", cells)
+
+
+def _settings(lab: Lab) -> Iterator[tuple[str, list[tuple[str, Team]]]]:
+    """What the parents of a team saw, and the teams."""
+    yield "same data", list(pairs(lab))
+    for count in lab.scale.teams:
+        for kind in SHARES:
+            if count == 2 or kind == "80:20":
+                yield (
+                    f"{kind}, {count} parents",
+                    [(str(seed), _of_shards(lab, [seed + at for at in range(count)], kind)) for seed, _ in
+                     lab.scale.pairs],
+                )  # fmt: skip
 
 
 def parents(lab: Lab) -> Table:
@@ -142,9 +162,9 @@ def beyond(lab: Lab) -> Table:
 def shards(lab: Lab) -> Table:
     """Parents that saw disjoint halves of the data, fused and finetuned on the union."""
     cells: list[Cell] = []
-    for kind, skewed in (("IID", False), ("80:20", True)):
+    for kind in ("IID", "80:20"):
         for pair in lab.scale.pairs:
-            repeat, team = f"{pair[0]}-{pair[1]}", _of_shards(lab, pair, kind.replace(":", "-"), skewed=skewed)
+            repeat, team = f"{pair[0]}-{pair[1]}", _of_shards(lab, pair, kind)
             cells += [
                 Cell(f"{kind}: parents, mean", repeat, team.mean),
                 Cell(f"{kind}: ensemble", repeat, team.ensemble),
@@ -161,18 +181,19 @@ def shards(lab: Lab) -> Table:
     )
 
 
-def _of_shards(lab: Lab, pair: tuple[int, int], kind: str, *, skewed: bool) -> Team:
-    """One parent for each half; the first of the pair decides which samples are in which."""
-    folder = lab.runs / f"shards-{kind}-{pair[0]}"
+def _of_shards(lab: Lab, seeds: Sequence[int], kind: str) -> Team:
+    """One parent for each part; the first seed decides which samples are in which."""
+    name = f"{kind.replace(':', '-').replace(' ', '-')}-{seeds[0]}"
+    folder = lab.runs / (f"shards-{name}" if len(seeds) == 2 else f"shards-{name}-of-{len(seeds)}")
 
     def cut() -> None:
-        write_shards(lab.data, folder, skewed=skewed, seed=pair[0])
+        write_shards(lab.data, folder, len(seeds), SHARES[kind], seeds[0])
 
-    halves = [
-        lab.parents(f"{folder.name}/half-{index}", "--data.path", str(place), "--data.calibration", "0")
-        for index, place in enumerate(parts(folder))
+    parents = [
+        lab.parents(f"{folder.name}/part-{index}", "--data.path", str(place), "--data.calibration", "0")
+        for index, place in enumerate(places(folder, len(seeds)))
     ]
-    return Team(lab, tuple(zip(halves, pair, strict=True)), cut)
+    return Team(lab, tuple(zip(parents, seeds, strict=True)), cut)
 
 
 def bert(lab: Lab) -> Table:

@@ -88,7 +88,7 @@ class ChosenUnits(Problem):
                 continue
             work.given[key] = axis
             width = m // self.count(work.anchor)
-            rows, columns = (at[:, None] * width + torch.arange(width) for at in (units, places))
+            rows, columns = ((at[:, None] * width + torch.arange(width)).to(work.device) for at in (units, places))
             plan = torch.zeros(n, m, dtype=torch.float64, device=work.device)
             plan[rows.flatten(), columns.flatten()] = 1
             # A mean over the parents must leave a unit as it is.

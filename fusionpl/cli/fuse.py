@@ -121,9 +121,7 @@ class Job:
         networks = [network for network, _ in opened]
         check_parents(networks)
         config = settled(config, networks, anchor)
-        presets = {
-            name: settled(one, networks, resolve_anchor(one, len(parents))) for name, one in presets.items()
-        }
+        presets = {name: settled(one, networks, resolve_anchor(one, len(parents))) for name, one in presets.items()}
         data = TASKS[args.task].datamodule(chosen.data, 0, tokenizer)
         return cls(args, settings, config, parents, networks, anchor, data, tokenizer, family, presets, alternatives)
 

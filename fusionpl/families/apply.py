@@ -69,7 +69,7 @@ def aligned_state(
     for slot, place in zip(binding.slots, goal.slots, strict=True):
         if slot.parameter not in source or any(second in slot.axes for _, second in pairs):
             continue
-        turned = [maps[axis] for axis in slot.axes if axis in maps and maps[axis].scaling == "orthogonal"]
+        turned = [maps[axis] for axis in slot.axes if axis and axis in maps and maps[axis].scaling == "orthogonal"]
         if slot.gain and turned:  # it is 1 in both
             gain = turned[0].norm_gain if slot.gain == "norm" else 1.0
             place.put(state[place.parameter], torch.full_like(place.of(state[place.parameter]), gain))

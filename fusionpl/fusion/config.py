@@ -13,7 +13,6 @@ from fusionpl.calibration import CalibrationConfig
 from fusionpl.errors import FusionError, flattened
 from fusionpl.options import explain, read_yaml
 
-
 # How units are matched where nobody asked for anything: by this class, and by conf/fuse/default.yaml.
 UNTOUCHED = (AlignConfig(), AlignConfig(reg=0.02, residual="auto"))
 

@@ -231,9 +231,7 @@ def _evidence(tokens: str, length: int, inputs: Mapping[str, Tensor]) -> int:
     return 1 if tokens in ("class", "mean") else length
 
 
-def _columns(
-    stage: Stage, shapes: Sequence[_Shapes], bindings: Sequence[Binding], anchor: int, goal: Binding
-) -> int:
+def _columns(stage: Stage, shapes: Sequence[_Shapes], bindings: Sequence[Binding], anchor: int, goal: Binding) -> int:
     """What the inputs of a stage are multiplied with."""
     others = [one.shows(stage, binding) for one, binding in zip(shapes, bindings, strict=True)]
     return sum(others) if stage.narrow else sum(others) - others[anchor] + stage.width(goal)

@@ -203,9 +203,7 @@ class Calibrated:
         return result
 
 
-def plan_of(
-    networks: Sequence[Network], anchor: int, config: FuseConfig, names: Sequence[str]
-) -> tuple[Network, Plan]:
+def plan_of(networks: Sequence[Network], anchor: int, config: FuseConfig, names: Sequence[str]) -> tuple[Network, Plan]:
     """What the fused network looks like, and the plan of the fusion: see `goal_of` and `make_plan`."""
     if config.canonical:
         networks = [parted(network) for network in networks]

@@ -24,8 +24,8 @@ class TransportMap:
         gain: what the output view is multiplied by. Attention divides scores by the root of the heads' width, so
             queries and keys that move to heads of another width are rescaled to keep the scores.
         read_gain: the same for the input view of an orthogonal map, which no marginal normalises.
-        norm_gain: what norms are multiplied by behind which the units are read: they divide by the root mean square over
-            the units, of which there may be more or fewer than before.
+        norm_gain: what the norms that read the units are multiplied by: they divide by the root mean square over the
+            units, of which there may be more or fewer than before.
         sizes: of the parent's units [n_parent] and of the anchor's [n_anchor], where the scale of a unit is free: what
             is written goes from the one to the other, what is read back. The entries of such a plan may carry signs.
         iterations, converged, marginal_error: of the solver; the error is the L2 violation of the column marginal.

@@ -12,7 +12,7 @@ import torch
 from benchmarks.paper import __main__ as command
 from benchmarks.paper.cells import Cell, Table, known, measure, write
 from benchmarks.paper.scales import SCALES
-from benchmarks.paper.shards import halves
+from benchmarks.paper.shards import disjoint
 from benchmarks.paper.tables import TABLES
 from fusionpl.errors import FusionError
 from tests.integration.runs import make_corpus, make_sentences
@@ -37,6 +37,8 @@ TINY = dataclasses.replace(
     short=1,
     pairs=((1, 2),),
     many=(2, 3),
+    teams=(3,),
+    widths=(1, 2),
     samples=(25,),
     text=(*options("model.args", BERT), *options("trainer", {"max_epochs": 1}), *options("data", BERT_DATA)),
     sentences=40,
@@ -68,7 +70,7 @@ def rows(file: Path) -> dict[str, set[str]]:
 ROWS = {
     "one-shot": {"parents, mean", "ensemble", "vanilla", "OT weights soft", "OT activations EMD", "transport + refit"},
     "finetune": {"best parent", "vanilla", "OT activations soft", "transport + refit"},
-    "worth": {"best parent", "ensemble", "transport + refit", "one stream"},
+    "worth": {"best parent", "ensemble", "transport + refit", "one stream", "one stream, 2 times as wide"},
     "parents": {"ensemble", "vanilla", "transport + refit"},
     "widths": {"wide parent", "narrow parent, taught by the wide one", "wide into narrow, transport + refit"},
     "ablation": {"Heads: matched", "Calibration samples, transport + refit: 25"},
@@ -78,8 +80,9 @@ ROWS = {
     "families": {"bert: parents, mean", "bert: vanilla", "bert: permutations + refit", "bert: default"},
 }
 COLUMNS = {
-    "finetune": ("default", {"0", "1"}),
-    "parents": ("default", {"2 parents", "3 parents"}),
+    "finetune": ("transport + refit", {"0", "1"}),
+    "worth": ("one stream", {"same data", "80:20, 3 parents"}),
+    "parents": ("transport + refit", {"2 parents", "3 parents"}),
     "widths": ("wide parent", {"one-shot", "finetuned"}),
     "beyond": ("paper, soft", {"average", "average, after 1 epoch", "refitted"}),
     "bert": ("vanilla", {"one-shot", "after 3 epochs"}),
@@ -135,10 +138,15 @@ def test_nothing_to_render(tmp_path: Path) -> None:
     assert not output.exists()
 
 
-def test_halves_are_disjoint_and_skewed_as_asked() -> None:
-    labels = torch.arange(10).repeat_interleave(50)
-    for skewed, expected in ((False, [25] * 10), (True, [40] * 5 + [10] * 5)):
-        first, second = halves(labels, 10, skewed=skewed, seed=0)
-        assert sorted(torch.cat([first, second]).tolist()) == list(range(500))
-        assert torch.bincount(labels[first]).tolist() == expected
-    assert not torch.equal(first, halves(labels, 10, skewed=True, seed=1)[0])
+def test_parts_are_disjoint_and_skewed_as_asked() -> None:
+    labels = torch.arange(10).repeat_interleave(60)
+    for count, share, expected in (
+        (2, None, [30] * 10),
+        (2, 0.8, [48] * 5 + [12] * 5),
+        (4, 0.8, [48] * 3 + [4] * 7),
+        (4, 1.0, [60] * 3 + [0] * 7),
+    ):
+        first, *others = disjoint(labels, 10, count, share, seed=0)
+        assert sorted(torch.cat([first, *others]).tolist()) == list(range(600))
+        assert torch.bincount(labels[first], minlength=10).tolist() == expected
+    assert not torch.equal(first, disjoint(labels, 10, 4, 0.8, seed=1)[0])

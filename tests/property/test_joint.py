@@ -121,7 +121,7 @@ def test_auto_is_one_stream_where_the_family_allows_it_and_nobody_asked_for_anyt
     for changes in ({"align.reg": 0.1}, {"align.solver": "emd"}, {"refit.method": "none"}, {"weights": [1.0, 0.0]}):
         assert strategy(images_of, **changes) == "transport"
     assert strategy(text) == "transport"
-    with pytest.raises(FusionError, match="bert is post-LN, .* which leaves strategy transport, and width needs"):
+    with pytest.raises(FusionError, match=r"bert is post-LN, .* which leaves strategy transport, and width needs"):
         strategy(text, width=1.5)
 
 

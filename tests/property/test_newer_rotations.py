@@ -1,5 +1,5 @@
 """Rotation of the stream in newer families: RMSNorm keeps every rotation, LayerNorm those that fix the
-ones vector, an embedding that is tied to the decoder none."""
+ones vector; a decoder that is the embedding gets parameters of its own."""
 
 from typing import Any
 
@@ -63,7 +63,7 @@ def test_the_canonical_form_and_its_rotations_keep_the_function(name: str) -> No
     torch.testing.assert_close(run(name, turned(found, 1)), wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "gpt2", "llama, tied"])
 def test_an_aligned_parent_computes_its_own_function(name: str) -> None:
     parents = [BUILD[name](seed) for seed in range(2)]
     result = rotated(name, parents)
@@ -101,10 +101,15 @@ def test_the_mean_of_a_layer_norm_forbids_what_an_rms_norm_allows() -> None:
         assert (difference < 1e-4) == kept, name
 
 
-def test_an_embedding_at_both_ends_of_the_stream_is_refused() -> None:
+def test_an_embedding_at_both_ends_of_the_stream_comes_apart() -> None:
     for name in ("gpt2", "llama, tied"):
-        with pytest.raises(FusionError, match=r"stands at both ends of the stream.*align\.residual tie"):
-            rotated(name, [causal(name, seed) for seed in range(2)])
+        parents: list[Any] = [causal(name, seed) for seed in range(2)]
+        model: Any = rotated(name, parents).model
+        assert parents[0].config.tie_word_embeddings
+        assert not model.config.tie_word_embeddings
+        assert not torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight)
+    with pytest.raises(FusionError, match=r"stands at both ends of the stream.*align\.residual tie"):
+        rotated("t5", [BUILD["t5"](seed) for seed in range(2)])  # its decoder scales by the tie
 
 
 def test_a_rotation_between_widths_keeps_the_narrow_function() -> None:

@@ -74,8 +74,8 @@ def measure(
         data: its test split decides the rows, its validation split the best parent and the curves.
         device: where models are run.
         settings: shown in the report.
-        depth: `full` adds what is made of aligned parents: their average, the curves and the maps (with strategy joint
-            no parent is a model of its own there); `none` measures nothing.
+        depth: `full` adds the curves, and what is made of aligned parents: their average and the maps (with strategy
+            joint no parent is a model of its own there); `none` measures nothing.
     """
     report = Report(config=settings, notes=list(result.warnings))
     if depth == "none":
@@ -123,9 +123,9 @@ def measure(
     add_made("fused", result.model, cost)
     if aligned:
         report.maps = dict(_shown_maps(result))
-        if report.rows[0].accuracy is not None:  # the curve of a regression has no accuracy to show
-            seen = list(islice(data.val_dataloader(), CURVE_BATCHES))
-            report.barrier = _curves(names, load, result, seen, device, plain)
+    if depth == "full" and report.rows[0].accuracy is not None:  # the curve of a regression has no accuracy to show
+        seen = list(islice(data.val_dataloader(), CURVE_BATCHES))
+        report.barrier = _curves(names, load, result, seen, device, plain)
     return report
 
 
@@ -154,11 +154,13 @@ def _curves(
     device: torch.device,
     plain: nn.Module | None,
 ) -> dict[str, Curve]:
-    """The way from the anchor to the first other parent, as it is (if the widths agree) and aligned."""
+    """The way from the anchor to the first other parent, as it is (if the widths agree), and aligned where it is."""
     other = next(index for index in range(len(names)) if index != result.anchor)
-    ends: dict[str, Callable[[int], nn.Module]] = {"aligned": result.aligned_parent}
+    ends: dict[str, Callable[[int], nn.Module]] = {}
     if plain is not None:
-        ends = {"vanilla": lambda index: load(names[index])} | ends
+        ends["vanilla"] = lambda index: load(names[index])
+    if result.config.strategy == "transport":
+        ends["aligned"] = result.aligned_parent
     found = {}
     for name, end in ends.items():
         a, b = (end(index).to(device) for index in (other, result.anchor))

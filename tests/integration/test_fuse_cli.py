@@ -1,4 +1,5 @@
 import json
+import re
 import os
 import shutil
 import signal
@@ -53,18 +54,13 @@ def test_fused_folder_is_complete(fused: Path, parents: list[str]) -> None:
         "parent seed-2",
         "ensemble",
         "vanilla",
-        "aligned average",
         "fused",
     ]
     assert all(0 <= row["accuracy"] <= 1 and row["loss"] > 0 for row in report["rows"])
-    assert set(report["barrier"]) == {"vanilla", "aligned"}
-    assert {path.name for path in (fused / "report").glob("*.png")} == {
-        "bars.png",
-        "interpolation.png",
-        "transport-maps.png",
-    }
+    assert set(report["barrier"]) == {"vanilla"}
+    assert {path.name for path in (fused / "report").glob("*.png")} == {"bars.png", "interpolation.png"}
     assert (fused / "metrics.csv").is_file()
-    assert "arxiv.org/abs/2310.05719" in (fused / "model/README.md").read_text()
+    assert "Fitted by fusionpl to one residual stream" in (fused / "model/README.md").read_text()
     with safe_open(fused / "maps.safetensors", "pt") as maps:
         assert maps.get_tensor("parent1/blocks.0.ffn").shape == (32, 32)
     assert yaml.safe_load((fused / "config.yaml").read_text())["parents"] == parents[:2]
@@ -87,7 +83,11 @@ def test_three_parents_with_weights(parents: list[str], tmp_path: Path, capsys: 
     assert main(fuse.run, [*argv, "--output", str(tmp_path / "three"), *QUICK]) == 0
     out = capsys.readouterr().out
     assert "parent seed-3" in out
-    assert "fused" in out
+    report = Report.load(tmp_path / "three" / "report")
+    assert [row.name for row in report.rows][3:] == ["ensemble", "vanilla", "aligned average", "fused"]
+    assert set(report.barrier) == {"vanilla", "aligned"}
+    assert (tmp_path / "three/report/transport-maps.png").is_file()
+    assert "arxiv.org/abs/2310.05719" in (tmp_path / "three/model/README.md").read_text()
 
 
 def test_rotation_refinement_and_another_preset_beside_it(parents: list[str], tmp_path: Path) -> None:
@@ -151,6 +151,10 @@ def test_check_and_dry_run_write_nothing(parents: list[str], capsys: pytest.Capt
     assert "the stream    permutation, one for all; rotation" in shown
     assert "x permutation or rotation of" in shown
     assert main(fuse.run, ["--parents", *parents[:2], "--dry-run"]) == 0
+    assert "one stream for all parents; refit: ridge" in capsys.readouterr().out
+    assert main(fuse.run, ["--parents", *parents[:2], "--dry-run", "--width", "1.5"]) == 0
+    assert re.search(r"blocks\.0\.q +16 -> 24 +2 -> 3 +units of the parents", capsys.readouterr().out)
+    assert main(fuse.run, ["--parents", *parents[:2], "--dry-run", "--strategy", "transport"]) == 0
     plan = capsys.readouterr().out
     assert "join (average) of stem.pos + stem.patch" in plan
     assert "sinkhorn 0.02" in plan
@@ -336,7 +340,6 @@ def test_missing_and_truncated_parents(parents: list[str], tmp_path: Path, capsy
     ("change", "words"),
     [
         ({"depth": 3}, "different depth: seed-1 has 2 blocks, other has 3"),
-        ({"num_heads": 4}, "different head count: 4 and 2 heads"),
         ({"names": tuple("abcdefghij")}, "different class names"),
     ],
 )
@@ -346,6 +349,16 @@ def test_parents_that_do_not_fit(
     other = str(make_run(tmp_path / "other", 4, **change))
     assert words in refused(capsys, fuse.run, ["--parents", parents[0], other, "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_heads_of_other_numbers_need_one_stream(
+    parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--parents", parents[0], str(make_run(tmp_path / "other", 4, num_heads=4)), *QUICK]
+    words += ["--output", str(tmp_path / "out")]
+    assert "different head count: 4 and 2 heads" in refused(capsys, fuse.run, [*words, "--strategy", "transport"])
+    assert not (tmp_path / "out").exists()
+    assert main(fuse.run, words) == 0
 
 
 def test_nan_weights_are_named(parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -383,7 +396,7 @@ def test_widths_may_differ(parents: list[str], tmp_path: Path) -> None:
     for index, pair in enumerate(([parents[0], wide], [wide, parents[0]])):
         output = tmp_path / f"out{index}"
         assert main(fuse.run, ["--parents", *pair, "--output", str(output), *QUICK]) == 0
-        assert [row.name for row in Report.load(output / "report").rows][2:] == ["ensemble", "aligned average", "fused"]
+        assert [row.name for row in Report.load(output / "report").rows][2:] == ["ensemble", "fused"]
         assert load_model(output).embed_dim == load_model(pair[0]).embed_dim
 
 

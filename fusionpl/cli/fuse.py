@@ -149,6 +149,7 @@ def run(argv: Sequence[str]) -> None:
     for other in job.presets.values():
         plan_of(job.networks, resolve_anchor(other, len(names)), other, names)
     device, output = _device(args.trainer), Path(args.output or _default_output(args.parents))
+    job.data.check_reads(job.networks[job.anchor].module)
     if not args.dry_run:
         job.data.check_model(job.networks[job.anchor].module, job.networks[job.anchor].logits)
     expected = job.estimate(plan, goal, device)

@@ -94,6 +94,15 @@ class FixedSplits(L.LightningDataModule):
         """Augments training batches, as one batch and on their device."""
         return self.augmented(batch) if self.trainer is not None and self.trainer.training else batch
 
+    def check_reads(self, model: nn.Module) -> None:
+        """Raises FusionError unless `model` reads what the data give."""
+        reads = getattr(model, "main_input_name", "pixel_values")
+        if reads != self.reads:
+            raise FusionError(
+                f"a {type(model).__name__} reads {reads}, but '{self.config.path}' gives {self.reads}; choose other data "
+                "with --task"
+            )
+
     def check_model(self, model: nn.Module, run: Run | None = None) -> None:
         """Checks that `model` reads the data and has an output for each class.
 
@@ -104,10 +113,8 @@ class FixedSplits(L.LightningDataModule):
         Raises:
             FusionError: naming the model and what does not fit.
         """
+        self.check_reads(model)
         name, path = type(model).__name__, self.config.path
-        reads = getattr(model, "main_input_name", "pixel_values")
-        if reads != self.reads:
-            raise FusionError(f"a {name} reads {reads}, but '{path}' gives {self.reads}; choose other data with --task")
         batch = next(iter(self._loader("test", 1, None, 0)))
         try:
             with torch.no_grad(), eval_mode(model):

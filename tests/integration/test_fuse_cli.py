@@ -351,6 +351,13 @@ def test_parents_that_do_not_fit(
     assert not (tmp_path / "out").exists()
 
 
+def test_data_of_another_task_are_refused_before_anything_is_run(
+    parents: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--parents", *parents[:2], "--task", "causal-language-modeling", "--dry-run"]
+    assert "reads pixel_values, but 'pydoc' gives input_ids" in refused(capsys, fuse.run, words)
+
+
 def test_heads_of_other_numbers_need_one_stream(
     parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -293,10 +293,11 @@ def arguments(
     peek.add_argument("--parents", nargs="+", default=[])
     known, _ = peek.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     origin = next((found for found in map(settings_in, known.parents) if found), {})
-    task = task_of(argv, origin.get("task", "image-classification"))
+    trained = origin.get("task", "image-classification")
+    task = task_of(argv, trained)
     parser = build_parser(task)
     more(parser)
-    if task == origin.get("task", task):
+    if task == trained:
         parser.set_defaults({f"data.{key}": value for key, value in origin.get("data", {}).items()})
     args = parse(parser, argv, PRESET)
     if len(args.parents) < 2:

@@ -99,8 +99,8 @@ class FixedSplits(L.LightningDataModule):
         reads = getattr(model, "main_input_name", "pixel_values")
         if reads != self.reads:
             raise FusionError(
-                f"a {type(model).__name__} reads {reads}, but '{self.config.path}' gives {self.reads}; choose other data "
-                "with --task"
+                f"a {type(model).__name__} reads {reads}, but '{self.config.path}' gives {self.reads}; "
+                "choose other data with --task"
             )
 
     def check_model(self, model: nn.Module, run: Run | None = None) -> None:

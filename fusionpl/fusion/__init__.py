@@ -6,6 +6,7 @@ from fusionpl.fusion.estimate import Estimate, estimate
 from fusionpl.fusion.fuse import Calibrated, check_parents, fuse, match_vocabularies, open_parents, resolve_anchor
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.plan import Plan, describe, make_plan
+from fusionpl.fusion.refine import loss_to_mean
 from fusionpl.fusion.result import FusionResult
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "estimate",
     "fuse",
     "load_config",
+    "loss_to_mean",
     "make_plan",
     "match_vocabularies",
     "mixing_weights",

@@ -83,7 +83,7 @@ class Team:
         return plain_average(self.models)
 
     def fused(self, config: FuseConfig) -> nn.Module:
-        return fuse(self.models, self.lab.calibration, config).model
+        return fuse(self.models, self.lab.calibration, config, augment=self.lab.data.augmented).model
 
     def refitted_vanilla(self) -> nn.Module:
         """The plain average, refitted as if its parents were aligned: what the refit is worth alone."""

@@ -13,6 +13,7 @@ import lightning as L
 import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt
 from torch import nn
 from tqdm import tqdm
 
@@ -166,7 +167,7 @@ def run(argv: Sequence[str]) -> None:
         f"anchor: {names[job.anchor]}"
     )
     with staged(output, args.overwrite) if is_main_process() else nullcontext(output) as folder:
-        reading = {"names": names, "allow_pickle": args.allow_pickle, "family": job.family}
+        reading = {"names": names, "seed": args.seed, "allow_pickle": args.allow_pickle, "family": job.family}
         fusion = _Fusion(list(job.parents.values()), job.config, output=folder, progress=progress_bar, **reading)
         trainer = L.Trainer(callbacks=[fusion], **_launching(args.trainer))
         if job.alternatives and trainer.world_size > 1:
@@ -262,6 +263,7 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
                         "org/name or org/name@revision")  # fmt: skip
     parser.add_argument("--task", type=TaskName, default=task, help="what the parents were trained for")
     parser.add_argument("--output", type=str | None, help="where the fused model goes")
+    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="decides what learned refinement draws")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     parser.add_argument("--logger", type=LoggerName, default="wandb", help="metrics.csv is always written")
     parser.add_argument("--compare", nargs="+", type=str, default=[], help=f"""more rows in the report: other presets;

@@ -60,8 +60,8 @@ def run(argv: Sequence[str]) -> None:
         report.add(Row(f"parent {name}", **_scores(evaluate(model, test))))
     for group in groups:
         calibrated = Calibrated(
-            models, data.calibration_dataloader(), list(group.values()), names=list(parents), family=family,
-            progress=progress_bar,
+            models, data.calibration_dataloader(), list(group.values()), names=list(parents), augment=data.augmented,
+            seed=args.seed, family=family, progress=progress_bar,
         )  # fmt: skip
         for name, config in progress_bar(group.items(), f"sweep, {len(configs)} cells"):
             started = time.monotonic()

@@ -15,6 +15,7 @@ from fusionpl.fusion.fuse import (
 from fusionpl.fusion.goal import settled
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.plan import Plan, describe, make_plan
+from fusionpl.fusion.refine import loss_to_mean
 from fusionpl.fusion.result import FusionResult
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "estimate",
     "fuse",
     "load_config",
+    "loss_to_mean",
     "make_plan",
     "match_vocabularies",
     "mixing_weights",

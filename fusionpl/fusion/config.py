@@ -31,27 +31,38 @@ class RefitConfig:
 
 @dataclass(frozen=True)
 class RefineConfig:
-    """A few gradient steps on unlabeled calibration data, between one-shot fusion and finetuning.
+    """Gradient steps on unlabeled calibration data, between one-shot fusion and finetuning.
 
     Attributes:
-        method: `none`, or `gradient`: the fused model's streams and predictions are drawn to the parents' mean.
-        steps: optimiser steps.
+        method: `none`, or `gradient`: the fused model's predictions are drawn to the parents' mean.
+        steps: optimiser steps; null: 300, or as many as fit into `minutes`.
+        minutes: train until this time is over, in place of a number of steps; how many steps that are depends on the
+            machine, so such a result does not repeat number for number.
         batch_size: samples a step and process.
         lr: largest learning rate of AdamW.
     """
 
     method: Literal["none", "gradient"] = "none"
-    steps: int = 300
-    batch_size: int = 32
-    lr: float = 1e-4
+    steps: int | None = None
+    minutes: float | None = None
+    batch_size: int = 64
+    lr: float = 3e-4
 
     def __post_init__(self) -> None:
         """Raises FusionError for values out of range."""
         for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise FusionError(f"refine.{name} must be at least 1, not {getattr(self, name)}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise FusionError(f"refine.lr must be above 0, not {self.lr}")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise FusionError(f"refine.{name} must be at least 1, not {value}")
+        for name in ("minutes", "lr"):
+            if (value := getattr(self, name)) is not None and not (math.isfinite(value) and value > 0):
+                raise FusionError(f"refine.{name} must be above 0, not {value}")
+        if self.steps is not None and self.minutes is not None:
+            raise FusionError("refine.steps and refine.minutes both say how long to refine; leave one out, or null")
+
+    @property
+    def planned(self) -> int:
+        """Steps where no time is given."""
+        return 300 if self.steps is None else self.steps
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ class FuseConfig:
         calibration: how activations are collected.
         align: how units are matched.
         refit: what happens to the average.
-        refine: what happens after that; see `fusionpl.training.refine`.
+        refine: what happens after that; see `fusionpl.fusion.refine`.
         strategy: `transport`: units are matched and averaged; `joint`: one stream holds as much of all parents' streams
             as fits into it, the other units are the anchor's, and what reads and writes the stream is refitted (pre-LN
             families; `align` has nothing to do); `auto`: `joint` where the family allows it and `align` is as in

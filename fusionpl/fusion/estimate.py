@@ -27,6 +27,7 @@ from fusionpl.transport import COMBINATIONS, cross_product, self_product
 # regularisation), how many penalties a fit tries, how many times a batch's rows are read and written beside products.
 _ITERATIONS, _PENALTIES, _PASSES = 2.0, 3, 10
 _SYMMETRIC = 10 / 16  # of a product with itself is computed
+_TRAINING = 3  # forward passes that one with its gradients takes
 # Sizes of the probes, and how long one takes.
 _PROBE, _SECONDS = 1024, 0.1
 
@@ -40,12 +41,14 @@ class Estimate:
         disk: bytes of temporary files.
         output: bytes of the fused model.
         work: what is computed, by kind: see `seconds`.
+        given: seconds that were asked for: `refine.minutes`.
     """
 
     memory: int
     disk: int
     output: int
     work: Mapping[str, float]
+    given: float = 0.0
 
     def check(self, device: torch.device, output: Path | None) -> None:
         """Raises FusionError where memory or disk will not do, with what is missing."""
@@ -69,7 +72,7 @@ class Estimate:
 
     def seconds(self, device: torch.device) -> float:
         """The expected time of the fusion, after a second of measuring how fast the device is."""
-        return sum(amount / _rate(kind, device) for kind, amount in self.work.items() if amount)
+        return self.given + sum(amount / _rate(kind, device) for kind, amount in self.work.items() if amount)
 
     def told(self, device: torch.device) -> str:
         """Time and memory in one line."""
@@ -116,6 +119,10 @@ def estimate(
     alone = not runs and any(section.magnitudes for section in plan.sections)
     forward = runs * sum(one.forward for one in shapes) + (plan.fits + alone) * fused.forward
     work["forward"] = forward * samples / size
+    refined = config.refine
+    if refined.method != "none" and refined.minutes is None:
+        step = sum(one.forward for one in shapes) + _TRAINING * fused.forward
+        work["forward"] += step * refined.planned * refined.batch_size / size
     for index in range(len(networks)):
         if index != anchor:
             _add_alignment(work, plan, shapes, bindings, index, anchor, config, evidence)
@@ -136,6 +143,7 @@ def estimate(
         disk=sum(max(one - limit, 0) for one in kept),
         output=sum(one.numel() * one.element_size() for one in goal.module.parameters()),
         work=work,
+        given=60 * (refined.minutes or 0.0) if refined.method != "none" else 0.0,
     )
 
 

@@ -26,7 +26,7 @@ from fusionpl.fusion.average import mixing_weights
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.goal import goal_of, parted, settled
 from fusionpl.fusion.plan import Plan, make_plan
-from fusionpl.fusion.refine import refine
+from fusionpl.fusion.refine import Augment, refine
 from fusionpl.fusion.result import FusionResult, InMemory, Sink
 from fusionpl.fusion.survey import Survey
 from fusionpl.fusion.sweep import Sweep, Team, look
@@ -54,6 +54,7 @@ def fuse(
     names: Sequence[str] | None = None,
     device: torch.device | str | None = None,
     output: str | Path | None = None,
+    augment: Augment | None = None,
     seed: int = 0,
     allow_pickle: bool = False,
     family: Family | str | Path | None = None,
@@ -73,7 +74,10 @@ def fuse(
         device: where parents that are named are fused; by default where the others are, or the CPU.
         output: a run folder that gets model/, maps.safetensors and config.yaml; where the anchor is named, the fused
             model is written into it block by block, and loaded only when `FusionResult.model` is asked for.
-        seed: decides the order of the batches of learned refinement; nothing else is random.
+        augment: changes a batch of model inputs at random, from torch's global RNG, for learned refinement; by default
+            it sees the calibration data as they are.
+        seed: decides what learned refinement draws: the order of the samples, augmentation, dropout; nothing else is
+            random.
         allow_pickle: see `load_model`.
         family: what the parents are, where the library does not say (or not well): a YAML file as
             docs/families.md explains, or a Family.
@@ -88,8 +92,8 @@ def fuse(
     """
     config = config or FuseConfig()
     ready = Calibrated(
-        parents, calibration, [config], names=names, device=device, seed=seed, allow_pickle=allow_pickle,
-        family=family, progress=progress,
+        parents, calibration, [config], names=names, device=device, augment=augment, seed=seed,
+        allow_pickle=allow_pickle, family=family, progress=progress,
     )  # fmt: skip
     return ready.fuse(config, output=output)
 
@@ -101,7 +105,7 @@ class Calibrated:
     only to refit.
 
     Args:
-        parents, names, device, seed, allow_pickle, family, progress: see `fuse`.
+        parents, names, device, augment, seed, allow_pickle, family, progress: see `fuse`.
         calibration: see `fuse`.
         configs: they share the anchor, what is collected (`calibration` but for its `scale`), `strategy` and
             `align.stream`.
@@ -118,13 +122,14 @@ class Calibrated:
         *,
         names: Sequence[str] | None = None,
         device: torch.device | str | None = None,
+        augment: Augment | None = None,
         seed: int = 0,
         allow_pickle: bool = False,
         family: Family | str | Path | None = None,
         progress: Progress = no_progress,
     ) -> None:
         first = configs[0]
-        self._seed = seed
+        self._augment, self._seed = augment, seed
         self.names = list(names or (f"parent {index}" for index in range(len(parents))))
         check_count(len(parents))
         anchor = resolve_anchor(first, len(parents))
@@ -188,8 +193,8 @@ class Calibrated:
         if config.refine.method != "none":
             result.refitted = copy.deepcopy(result.model)
             refine(
-                result.model, goal.binding, sweep.aligned, team.data, config.refine, seed=self._seed,
-                progress=team.progress,
+                result.model, goal.binding, sweep.aligned, team.data, config.refine, augment=self._augment,
+                seed=self._seed, progress=team.progress,
             )  # fmt: skip
         if output is not None:
             if folder is None:

@@ -1,20 +1,24 @@
 """Learned refinement: the fused model is drawn to its parents' mean on unlabeled data."""
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice, repeat
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import get_cosine_schedule_with_warmup
 
-from fusionpl.calibration import CalibrationSet, Progress, logits, no_progress, recorded
+from fusionpl.calibration import CalibrationSet, Progress, device_of, logits, no_progress
+from fusionpl.errors import FusionError
 from fusionpl.families import Binding
 from fusionpl.fusion.config import RefineConfig
 from fusionpl.fusion.parents import AlignedParent
+from fusionpl.schedule import Clock, warmup_cosine
 
 WARMUP = 0.1
+Augment = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+Sample = tuple[int, int]  # the batch of a calibration set that it is in, and where
 
 
 def refine(
@@ -24,81 +28,128 @@ def refine(
     data: CalibrationSet,
     config: RefineConfig,
     *,
+    augment: Augment | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> None:
-    """Unlabeled distillation from aligned parents: their mean stream at every join, and their mean prediction.
+    """Unlabeled distillation of the parents into what they were fused to; see `loss_to_mean`.
 
-    The loss is the mean over joins of |stream - target|^2 / |target|^2, plus the cross-entropy to the ensemble's
-    probabilities. Under torch.distributed each rank draws from its own batches and the gradients are averaged.
+    Under torch.distributed each rank draws from its own samples, the gradients are averaged, and the first rank's clock
+    counts.
 
     Args:
         model: refined in place, where it is; in eval mode afterwards.
         binding: the model's.
-        parents: the teachers.
+        parents: the teachers, with their weights.
         data: this rank's calibration batches.
-        config: steps, batch size and learning rate.
-        seed: decides the order of the batches, and dropout.
+        config: steps or minutes, batch size and learning rate.
+        augment: changes a batch of model inputs, which is where the model is, at random; the teachers see what the
+            model sees.
+        seed: decides the order of the samples and, with the rank, what is drawn from torch's global RNG: augmentation
+            and dropout.
         progress: wraps the steps.
+
+    Raises:
+        FusionError: gradients that are not finite.
     """
-    teachers = [(parent, parent.network.whole()) for parent in parents]
-    streams = [axis for axis in binding.joins if axis in binding.taps]
+    device, mask = device_of(model), binding.family.stacks[-1].mask
+    teachers, weights = [parent.network.whole() for parent in parents], [parent.weight for parent in parents]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP * config.steps), config.steps)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + (dist.get_rank() if dist.is_initialized() else 0))
         model.train()
         batches = _drawn(data, config.batch_size, seed)
-        for _ in progress(range(config.steps), "refine"):
+        for share in progress(_shares(config, device), "refine"):
             batch = next(batches)
             optimizer.zero_grad()
             if batch is not None:
-                _loss(model, binding, teachers, streams, batch).backward()
+                batch = {key: value.to(device) for key, value in batch.items()}
+                batch = dict(augment(batch)) if augment is not None else batch
+                with torch.no_grad():
+                    given = [logits(teacher, batch) for teacher in teachers]
+                loss_to_mean(logits(model, batch), given, weights, batch.get(mask)).backward()
             _average_gradients(model, took_part=batch is not None)
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
+                raise FusionError(f"learned refinement diverged; lower refine.lr (it is {config.lr:g})")
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * warmup_cosine(share, WARMUP)
             optimizer.step()
-            schedule.step()
     model.eval()
 
 
-def _drawn(data: CalibrationSet, size: int, seed: int) -> Iterator[dict[str, Tensor] | None]:
-    """Batches of `size` in a new order each time through, without end; None where this rank has none."""
-    places = [
-        (index, slice(start, start + size))
-        for index in data
-        for start in range(0, len(next(iter(data[index].values()))), size)
-    ]
-    if not places:
-        yield from itertools.repeat(None)
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        for at in torch.randperm(len(places), generator=generator).tolist():
-            index, rows = places[at]
-            yield {key: value[rows] for key, value in data[index].items()}
-
-
-def _loss(
-    model: nn.Module,
-    binding: Binding,
-    teachers: Sequence[tuple[AlignedParent, nn.Module]],
-    streams: Sequence[str],
-    batch: Mapping[str, Tensor],
+def loss_to_mean(
+    output: Tensor, given: Sequence[Tensor], weights: Sequence[float], mask: Tensor | None = None
 ) -> Tensor:
-    wanted: dict[str, Tensor] = {}
-    probabilities: Tensor | float = 0.0
-    with torch.no_grad():
-        for parent, teacher in teachers:
-            with recorded(teacher, parent.binding, streams) as seen:
-                probabilities = probabilities + parent.weight * logits(teacher, batch).softmax(-1)
-            for axis in streams:
-                wanted[axis] = wanted.get(axis, 0) + parent.weight * parent.moved(seen, axis)
-    with recorded(model, binding, streams, gradients=True) as seen:
-        scores = logits(model, batch)
-    assert isinstance(probabilities, Tensor)
-    mask = batch.get("attention_mask")
-    losses = [_relative_error(seen[axis], wanted[axis], mask) for axis in streams]
-    scores, probabilities = (_kept(tensor, mask) for tensor in (scores, probabilities))
-    return torch.stack(losses).mean() + functional.cross_entropy(scores, probabilities)
+    """The cross-entropy of a model to the weighted mean of other models' probabilities.
+
+    Where models put out one number, the squared error to the mean of these.
+
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, at temperature 1.
+
+    Args:
+        output: logits of the model, [B, classes] or [B, T, tokens].
+        given: those of the other models, without their graph.
+        weights: one a model, summing to 1.
+        mask: what counts of [B, T]; None for all.
+    """
+    single = output.shape[-1] == 1
+    mean = torch.zeros_like(output)
+    for weight, one in zip(weights, given, strict=True):
+        mean += weight * (one if single else one.softmax(-1))
+    if mask is not None and output.ndim == 3:
+        output, mean = (one[mask.to(one.device).bool()] for one in (output, mean))
+    output, mean = output.flatten(0, -2), mean.flatten(0, -2)
+    return functional.mse_loss(output, mean) if single else functional.cross_entropy(output, mean)
+
+
+def _shares(config: RefineConfig, device: torch.device) -> Iterable[float]:
+    """Before each step, the share of the refinement that is over; the same on all ranks."""
+    if config.minutes is not None:
+        return _by_clock(Clock(60 * config.minutes), device)
+    return [step / config.planned for step in range(config.planned)]
+
+
+def _by_clock(clock: Clock, device: torch.device) -> Iterator[float]:
+    while True:
+        share = torch.tensor(clock.share, device=device)
+        if dist.is_initialized():
+            dist.broadcast(share, 0)
+        if share >= 1:
+            return
+        yield float(share)
+
+
+def _drawn(data: CalibrationSet, size: int, seed: int) -> Iterator[dict[str, Tensor] | None]:
+    """Batches of `size` samples, in a new order each time through, without end; None where this rank has none.
+
+    Samples that are padded to other lengths don't meet.
+    """
+    alike: dict[tuple[torch.Size, ...], list[Sample]] = defaultdict(list)
+    for index in data:
+        values = list(data[index].values())
+        alike[tuple(value.shape[1:] for value in values)] += [(index, row) for row in range(len(values[0]))]
+    if not alike:
+        yield from repeat(None)
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.tensor([float(len(samples)) for samples in alike.values()])
+    streams = [_endless(samples, generator) for samples in alike.values()]
+    while True:
+        stream = streams[int(torch.multinomial(counts, 1, generator=generator))]
+        yield _gathered(data, islice(stream, size))
+
+
+def _endless(samples: Sequence[Sample], generator: torch.Generator) -> Iterator[Sample]:
+    while True:
+        for at in torch.randperm(len(samples), generator=generator).tolist():
+            yield samples[at]
+
+
+def _gathered(data: CalibrationSet, samples: Iterable[Sample]) -> dict[str, Tensor]:
+    rows: dict[int, list[int]] = defaultdict(list)
+    for index, row in samples:
+        rows[index].append(row)
+    parts = [{key: value[chosen] for key, value in data[index].items()} for index, chosen in rows.items()]
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def _average_gradients(model: nn.Module, *, took_part: bool) -> None:
@@ -111,15 +162,3 @@ def _average_gradients(model: nn.Module, *, took_part: bool) -> None:
     means = (flat[:-1] / flat[-1]).split([one.numel() for one in parameters])
     for parameter, mean in zip(parameters, means, strict=True):
         parameter.grad = mean.view_as(parameter)
-
-
-def _kept(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """[rows, n]: every row of [B, n], and of [B, T, n] those that are no padding."""
-    if tensor.ndim == 2:
-        return tensor
-    return tensor.flatten(0, 1) if mask is None else tensor[mask.to(tensor.device).bool()]
-
-
-def _relative_error(stream: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    stream, target = _kept(stream, mask), _kept(target, mask).to(stream)
-    return (stream - target).square().sum() / target.square().sum().clamp_min(1e-12)

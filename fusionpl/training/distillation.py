@@ -11,14 +11,15 @@ from torch.utils.data import DataLoader, Subset
 
 from fusionpl.calibration import eval_mode, logits
 from fusionpl.datamodules import FixedSplits
+from fusionpl.fusion import loss_to_mean
 from fusionpl.training.module import ClassificationModule, OptimConfig
 
 
 class Distillation(ClassificationModule):
     """Training on the mean of the teachers' probabilities, or half on it and half on the labels.
 
-    The loss is the cross-entropy to these probabilities, of classes [B] or at every place of [B, T]; where the models
-    put out one number, the squared error to the teachers' mean.
+    The loss is that of `loss_to_mean`, of classes [B] or at every place of [B, T]; where the models put out one number,
+    no labels are learned.
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, at temperature 1.
 
@@ -51,12 +52,12 @@ class Distillation(ClassificationModule):
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         """The loss of a training batch."""
         with torch.no_grad(), eval_mode(*self.teachers):
-            given = [logits(teacher, batch).flatten(0, -2) for teacher in self.teachers]
-        output = self(batch).flatten(0, -2)
-        if output.shape[-1] == 1:
-            return functional.mse_loss(output, torch.stack(given).mean(0))
-        loss = functional.cross_entropy(output, torch.stack([one.softmax(-1) for one in given]).mean(0))
-        return (functional.cross_entropy(output, batch["labels"].flatten()) + loss) / 2 if self.labels else loss
+            given = [logits(teacher, batch) for teacher in self.teachers]
+        output = self(batch)
+        loss = loss_to_mean(output, given, [1 / len(given)] * len(given))
+        if output.shape[-1] == 1 or not self.labels:
+            return loss
+        return (functional.cross_entropy(output.flatten(0, -2), batch["labels"].flatten()) + loss) / 2
 
 
 class UnlabelledData(L.LightningDataModule):

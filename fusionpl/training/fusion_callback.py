@@ -17,15 +17,17 @@ class OTFusion(L.Callback):
     """Replaces `module.model` by the fusion of `parents`, before the strategy wraps the module.
 
     `L.Trainer(callbacks=[OTFusion(parents)]).fit(module, datamodule)` finetunes a fused model; `validate` and `test`
-    evaluate it. Calibration uses `datamodule.calibration_dataloader()`. Under DDP every rank calibrates on its share of
-    the batches and the moments are summed, so all ranks hold the same fused model. It fuses on the Trainer's device, or
-    on the CPU where that device has no float64 (Apple's GPUs).
+    evaluate it. Calibration uses `datamodule.calibration_dataloader()`, and learned refinement augments its batches by
+    `datamodule.augmented`, where there is one. Under DDP every rank calibrates on its share of the batches and the
+    moments are summed, so all ranks hold the same fused model. It fuses on the Trainer's device, or on the CPU where
+    that device has no float64 (Apple's GPUs).
 
     Args:
         parents: models, or anything `fusionpl.load_model` takes.
         config: see FuseConfig.
         names: how messages call the parents.
         output: a run folder that the fused model goes to; see `fusionpl.fuse`. Written by rank 0.
+        seed: see `fusionpl.fuse`.
         allow_pickle: see `fusionpl.load_model`.
         family: see `fusionpl.fuse`.
         progress: wraps loops for a progress bar; used on rank 0.
@@ -41,6 +43,7 @@ class OTFusion(L.Callback):
         *,
         names: Sequence[str] | None = None,
         output: str | Path | None = None,
+        seed: int = 0,
         allow_pickle: bool = False,
         family: Family | str | Path | None = None,
         progress: Progress = no_progress,
@@ -49,6 +52,7 @@ class OTFusion(L.Callback):
         self.config = config or FuseConfig()
         self.names = names
         self.output = output
+        self.seed = seed
         self.allow_pickle = allow_pickle
         self.family = family
         self.progress = progress
@@ -66,7 +70,8 @@ class OTFusion(L.Callback):
         Raises:
             FusionError: the data module has none; see `fusionpl.fuse` for the rest.
         """
-        calibration = getattr(trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        calibration = getattr(datamodule, "calibration_dataloader", None)
         if calibration is None:
             raise FusionError(
                 "OTFusion needs calibration data: give the Trainer a datamodule with calibration_dataloader()"
@@ -83,6 +88,8 @@ class OTFusion(L.Callback):
             names=self.names,
             device=device,
             output=self.output if trainer.is_global_zero else None,
+            augment=getattr(datamodule, "augmented", None),
+            seed=self.seed,
             allow_pickle=self.allow_pickle,
             family=self.family,
             progress=self.progress if trainer.is_global_zero else no_progress,

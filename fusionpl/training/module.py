@@ -1,12 +1,9 @@
 """Training a model of either library as a LightningModule."""
 
 import copy
-import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import lightning as L
@@ -30,6 +27,7 @@ from fusionpl.datamodules import IGNORED
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import Outcomes, scored
 from fusionpl.families import bind
+from fusionpl.schedule import Clock, warmup_cosine
 
 
 @dataclass(frozen=True)
@@ -164,7 +162,8 @@ class ClassificationModule(L.LightningModule):
         groups = param_groups_weight_decay(self.model, self.optim.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.optim.lr)
         if self.seconds is not None:
-            by_clock = LambdaLR(optimizer, partial(_by_clock, time.monotonic(), self.seconds, self.optim.warmup))
+            clock, warmup = Clock(self.seconds), self.optim.warmup
+            by_clock = LambdaLR(optimizer, lambda _: warmup_cosine(clock.share, warmup))
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": by_clock, "interval": "step"}}
         steps = self.trainer.estimated_stepping_batches
         endless = steps in (-1, float("inf"))  # Lightning hands on the -1 of an unset max_steps
@@ -198,14 +197,6 @@ class ClassificationModule(L.LightningModule):
                 cast(Metric, metric)(*((output.flatten(0, -2), labels.flatten()) if tokens else (output, labels)))
                 self.log(f"{stage}/{name}", cast(Metric, metric), **settings)
         return loss
-
-
-def _by_clock(started: float, seconds: float, warmup: float, step: int) -> float:
-    """The same warm-up and cosine, by the share of the time that is over instead of the steps."""
-    share = min(1.0, (time.monotonic() - started) / seconds)
-    if share < warmup:
-        return share / warmup
-    return 0.5 + 0.5 * math.cos(math.pi * (share - warmup) / max(1e-9, 1 - warmup))
 
 
 class _F1OfClassOne(BinaryF1Score):

@@ -62,6 +62,56 @@ def test_without_calibration_data_it_says_what_to_do(runs: list[Path]) -> None:
         trainer(fusionpl.OTFusion(runs)).validate(module, datamodule=NoCalibration())
 
 
+REFINED = """
+import time
+import types
+
+import lightning as L
+import torch
+
+import fusionpl
+from fusionpl import schedule
+from fusionpl.datamodules import DataConfig, ImageDataModule
+from fusionpl.fusion import FuseConfig, RefineConfig
+from fusionpl.training import ClassificationModule, OptimConfig
+from tests.integration.runs import DATA
+
+
+class Kept(fusionpl.OTFusion):
+    def setup(self, trainer, module, stage):
+        if trainer.global_rank:  # whose clock is ten times as fast, and doesn't count
+            schedule.time = types.SimpleNamespace(monotonic=lambda: 10 * time.monotonic())
+        super().setup(trainer, module, stage)
+        torch.save(module.model.state_dict(), f"{output}/rank-{{trainer.global_rank}}.pt")
+
+
+callback = Kept({runs}, FuseConfig(refine=RefineConfig("gradient", minutes=0.01, lr=1e-2)))
+trainer = L.Trainer(
+    accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+    callbacks=[callback], limit_test_batches=0,
+)
+module = ClassificationModule(fusionpl.load_model({runs}[0]), OptimConfig(), 10)
+trainer.test(module, datamodule=ImageDataModule(DataConfig(**DATA, shift=2)), verbose=False)
+if trainer.is_global_zero:
+    torch.save(callback.result.refitted.state_dict(), "{output}/refitted.pt")
+"""
+
+
+def run_script(script: Path, text: str) -> None:
+    script.write_text(text)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_refine_one_model_for_one_time(runs: list[Path], tmp_path: Path) -> None:
+    run_script(tmp_path / "refined.py", REFINED.format(runs=[str(run) for run in runs], output=tmp_path))
+    names = ("refitted", "rank-0", "rank-1")
+    before, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in names)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], before[name]) for name in first)
+
+
 SHARDED = """
 import lightning as L
 import torch
@@ -92,11 +142,8 @@ if trainer.is_global_zero:
 
 @pytest.mark.slow
 def test_it_fuses_before_fsdp_shards(runs: list[Path], tmp_path: Path) -> None:
-    script, output = tmp_path / "sharded.py", tmp_path / "model.pt"
-    script.write_text(SHARDED.format(runs=[str(run) for run in runs], output=output))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
+    output = tmp_path / "model.pt"
+    run_script(tmp_path / "sharded.py", SHARDED.format(runs=[str(run) for run in runs], output=output))
     parents = [fusionpl.load_model(run) for run in runs]
     fused = fusionpl.fuse(parents, ImageDataModule(DataConfig(**DATA)).calibration_dataloader()).model.state_dict()
     found = torch.load(output, weights_only=True)

@@ -94,7 +94,7 @@ def test_rotation_refinement_and_another_preset_beside_it(parents: list[str], tm
     (tmp_path / "beside.yaml").write_text(yaml.safe_dump({"align": {"solver": "emd"}}))
     words = ["--parents", *parents[:2], *QUICK, "--align.stream", "rotation", "--align.residual", "tie"]
     words += ["--align.heads", "matched", "--align.solver", "assignment"]
-    more = ["--refine.method", "gradient", "--refine.steps", "30", "--compare", str(tmp_path / "beside.yaml")]
+    more = ["--refine.method", "gradient", "--refine.minutes", "0.02", "--compare", str(tmp_path / "beside.yaml")]
     assert main(fuse.run, [*words, *more, "--output", str(tmp_path / "refined")]) == 0
     assert main(fuse.run, [*words, "--output", str(tmp_path / "refitted")]) == 0
     refined, refitted = (
@@ -104,6 +104,7 @@ def test_rotation_refinement_and_another_preset_beside_it(parents: list[str], tm
     assert refined["refitted"].loss == refitted["fused"].loss
     assert refined["aligned average"].loss == refitted["aligned average"].loss
     assert refined["fused"].loss != refined["refitted"].loss
+    assert (refined["fused"].seconds or 0) >= 60 * 0.02
 
 
 def test_what_its_owner_could_do_instead_stands_beside_it(

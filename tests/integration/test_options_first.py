@@ -58,6 +58,7 @@ OPTIONS: dict[str, tuple[Configured, str]] = {
     "anchor from the end": (lambda: FuseConfig(anchor=-3), "anchor -3 is not an index into 2 parents"),
     "steps": (lambda: FuseConfig(refine=RefineConfig("gradient", steps=0)), "refine.steps must be at least 1"),
     "lr": (lambda: FuseConfig(refine=RefineConfig("gradient", lr=float("nan"))), "refine.lr must be above 0"),
+    "steps and minutes": (lambda: FuseConfig(refine=RefineConfig("gradient", steps=5, minutes=1)), "leave one out"),
 }  # fmt: skip
 
 

@@ -58,6 +58,19 @@ def test_weights_as_evidence_run_nothing() -> None:
     assert found.work["transport"] > 0
 
 
+def test_refinement_takes_its_steps_or_its_minutes() -> None:
+    def refined(**options: Any) -> Estimate:
+        more = {f"refine.{key}": value for key, value in options.items()}
+        return expected([timm_vit(0), timm_vit(1)], SETTINGS["refit"] | more)
+
+    off = refined(minutes=2.0)
+    few, many, timed = (refined(method="gradient", **one) for one in ({"steps": 10}, {"steps": 20}, {"minutes": 2.0}))
+    assert few.work["forward"] > off.work["forward"]
+    assert many.work["forward"] - few.work["forward"] == few.work["forward"] - off.work["forward"]
+    assert (timed.work, timed.given, off.given) == (off.work, 120, 0)
+    assert timed.seconds(CPU) > 120
+
+
 def test_parents_of_other_widths_and_text() -> None:
     wide = expected([timm_vit(0), timm_vit(1, width=32, mlp=48)], SETTINGS["refit"])
     assert wide.work["products"] > expected([timm_vit(0), timm_vit(1)], SETTINGS["refit"]).work["products"]

@@ -27,6 +27,7 @@ class Scale:
         short: epochs of finetuning in the other tables: at most a tenth of a parent's, if that is one or more.
         pairs: of seeds.
         many: numbers of parents.
+        minutes: that label-free refinement takes.
         teams: numbers of parents of disjoint data.
         widths: of one stream, in multiples of a parent's.
         samples: calibration samples of the ablation.
@@ -43,6 +44,7 @@ class Scale:
     short: int
     pairs: Sequence[tuple[int, int]] = PAIRS
     many: tuple[int, ...] = (2, 3, 4, 5)
+    minutes: float = 2.0
     teams: tuple[int, ...] = (2, 4, 6)
     widths: tuple[float, ...] = (1, 1.25, 1.5, 2)
     samples: tuple[int, ...] = (25, 50, 100, 200, 500, 1000, 2000)
@@ -65,6 +67,7 @@ SCALES = {
         narrow=("--model.args.embed_dim", "64"),
         finetuning=(1, 2, 5, 10),
         short=3,
+        minutes=0.5,
         samples=(25, 50, 100),
         corpus="pydoc",
         families=("bert", "gpt2", "llama", "t5"),

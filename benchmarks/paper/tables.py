@@ -56,11 +56,16 @@ def worth(lab: Lab) -> Table:
             for width in lab.scale.widths:
                 name = "one stream" if width == 1 else f"one stream, {width:g} times as wide"
                 makers[name] = partial(team.fused, load_config(JOINT, {"width": width}))
+            makers |= {"one stream, refined": team.refined, "best parent, distilled as long": team.distilled}
             cells += team.references(f"{repeat}, {column}", column)
             cells += [
                 Cell(name, f"{repeat}, {column}", partial(team.one_shot, make, column)) for name, make in makers.items()
             ]
-    return Table("One-shot test accuracy of fusions beside what their user has for nothing.", cells)
+    return Table(
+        "Test accuracy of fusions beside what their user has for nothing; the last two rows are taught by the "
+        f"ensemble, without labels, for {lab.scale.minutes:g} minutes.",
+        cells,
+    )
 
 
 def _settings(lab: Lab) -> Iterator[tuple[str, list[tuple[str, Team]]]]:

@@ -2,16 +2,18 @@
 
 import copy
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 from torch import nn
 
-from benchmarks.common import TRANSPORT, Figures, Maker, Parents, finetuned, plain_average
+from benchmarks.common import JOINT, TRANSPORT, Figures, Maker, Parents, finetuned, plain_average
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.choices import ALL, VARIANTS
 from benchmarks.paper.scales import DEVICE, Lab
+from fusionpl.cli.alternatives import DISTILLED, alternative
 from fusionpl.evaluation import evaluate, evaluate_ensemble
 from fusionpl.fusion import FuseConfig, fuse, load_config
 from fusionpl.training import ClassificationModule, Distillation
@@ -84,6 +86,22 @@ class Team:
 
     def fused(self, config: FuseConfig) -> nn.Module:
         return fuse(self.models, self.lab.calibration, config, augment=self.lab.data.augmented).model
+
+    def refined(self) -> nn.Module:
+        """One stream, then taught by the ensemble for a while, without labels."""
+        changes = {"refine.method": "gradient", "refine.minutes": self.lab.scale.minutes}
+        config = load_config(JOINT, changes)
+        return fuse(self.models, self.lab.calibration, config, augment=self.lab.data.augmented).model
+
+    def distilled(self) -> nn.Module:
+        """The best parent, taught by the ensemble on the same data for as long as fusion and refinement take."""
+        start, config = time.monotonic(), load_config(JOINT)
+        self.fused(config)
+        seconds = 60 * self.lab.scale.minutes + time.monotonic() - start
+        return alternative(
+            DISTILLED, copy.deepcopy(self.best()), self.models, self.lab.data,
+            samples=config.calibration.samples, seconds=seconds, trainer_args=self.lab.scale.trainer,
+        ).model  # fmt: skip
 
     def refitted_vanilla(self) -> nn.Module:
         """The plain average, refitted as if its parents were aligned: what the refit is worth alone."""

@@ -181,8 +181,8 @@ class Calibrated:
         if config.refine.method != "none":
             result.refitted = copy.deepcopy(result.model)
             refine(
-                result.model, team.binding, sweep.aligned, team.data, config.refine, augment=self._augment,
-                seed=self._seed, progress=team.progress,
+                result.model, team.binding, sweep.aligned, team.data, config.refine,
+                augment=self._augment if config.refine.augment else None, seed=self._seed, progress=team.progress,
             )  # fmt: skip
         if output is not None:
             if self._folder is None:

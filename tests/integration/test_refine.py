@@ -59,6 +59,15 @@ def test_teachers_see_what_the_model_sees_and_the_seed_decides_it() -> None:
     assert largest_difference(first.model, third.model) > 0
 
 
+def test_augmentation_can_be_left_out() -> None:
+    parents: list[nn.Module] = [timm_vit(seed) for seed in range(2)]
+    refine = RefineConfig("gradient", steps=3, augment=False)
+    plain, left_out = (
+        fusionpl.fuse(parents, [images(16)], FuseConfig(refine=refine), augment=one) for one in (None, noisy_negatives)
+    )
+    assert largest_difference(plain.model, left_out.model) == 0
+
+
 def drawn(data: CalibrationSet, size: int, seed: int, key: str = "pixel_values") -> Iterator[Tensor]:
     for batch in _drawn(data, size, seed):
         assert batch is not None

@@ -45,7 +45,7 @@ class RefineConfig:
     minutes: float | None = None
     batch_size: int = 64
     lr: float = 3e-4
-    augment: bool = True
+    augment: bool = False
 
     def __post_init__(self) -> None:
         """Raises FusionError for values out of range."""

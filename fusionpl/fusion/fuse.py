@@ -73,8 +73,7 @@ def fuse(
         device: where parents that are named are fused; by default where the others are, or the CPU.
         output: a run folder that gets model/, maps.safetensors and config.yaml; where the anchor is named, the fused
             model is written into it block by block, and loaded only when `FusionResult.model` is asked for.
-        augment: changes a batch of model inputs at random, from torch's global RNG, for learned refinement; by default
-            it sees the calibration data as they are.
+        augment: changes a batch of model inputs at random, from torch's global RNG, where `refine.augment` asks for it.
         seed: decides what learned refinement draws: the order of the samples, augmentation, dropout; nothing else is
             random.
         allow_pickle: see `load_model`.

@@ -18,7 +18,7 @@ from fusionpl.fusion.refine import _drawn, _shares
 from fusionpl.training import OTFusion
 from tests.models_for_tests import TEXT_MODELS, images, largest_difference, outputs, sentences, text_model, timm_vit
 
-CONFIG = FuseConfig(refine=RefineConfig("gradient", steps=60, lr=3e-3))
+CONFIG = FuseConfig(refine=RefineConfig("gradient", steps=60, lr=3e-3, augment=True))
 
 
 def noisy_negatives(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ class RefineConfig:
             machine, so such a result does not repeat number for number.
         batch_size: samples a step and process.
         lr: largest learning rate of AdamW.
+        augment: whether samples are augmented, by what `fusionpl.fuse` or the data module has for that.
     """
 
     method: Literal["none", "gradient"] = "none"
@@ -47,6 +48,7 @@ class RefineConfig:
     minutes: float | None = None
     batch_size: int = 64
     lr: float = 3e-4
+    augment: bool = False
 
     def __post_init__(self) -> None:
         """Raises FusionError for values out of range."""

@@ -74,8 +74,7 @@ def fuse(
         device: where parents that are named are fused; by default where the others are, or the CPU.
         output: a run folder that gets model/, maps.safetensors and config.yaml; where the anchor is named, the fused
             model is written into it block by block, and loaded only when `FusionResult.model` is asked for.
-        augment: changes a batch of model inputs at random, from torch's global RNG, for learned refinement; by default
-            it sees the calibration data as they are.
+        augment: changes a batch of model inputs at random, from torch's global RNG, where `refine.augment` asks for it.
         seed: decides what learned refinement draws: the order of the samples, augmentation, dropout; nothing else is
             random.
         allow_pickle: see `load_model`.
@@ -193,8 +192,8 @@ class Calibrated:
         if config.refine.method != "none":
             result.refitted = copy.deepcopy(result.model)
             refine(
-                result.model, goal.binding, sweep.aligned, team.data, config.refine, augment=self._augment,
-                seed=self._seed, progress=team.progress,
+                result.model, goal.binding, sweep.aligned, team.data, config.refine,
+                augment=self._augment if config.refine.augment else None, seed=self._seed, progress=team.progress,
             )  # fmt: skip
         if output is not None:
             if folder is None:

@@ -17,7 +17,7 @@ class OTFusion(L.Callback):
     """Replaces `module.model` by the fusion of `parents`, before the strategy wraps the module.
 
     `L.Trainer(callbacks=[OTFusion(parents)]).fit(module, datamodule)` finetunes a fused model; `validate` and `test`
-    evaluate it. Calibration uses `datamodule.calibration_dataloader()`, and learned refinement augments its batches by
+    evaluate it. Calibration uses `datamodule.calibration_dataloader()`, and `refine.augment` uses
     `datamodule.augmented`, where there is one. Under DDP every rank calibrates on its share of the batches and the
     moments are summed, so all ranks hold the same fused model. It fuses on the Trainer's device, or on the CPU where
     that device has no float64 (Apple's GPUs).

@@ -85,7 +85,7 @@ class Kept(fusionpl.OTFusion):
         torch.save(module.model.state_dict(), f"{output}/rank-{{trainer.global_rank}}.pt")
 
 
-callback = Kept({runs}, FuseConfig(refine=RefineConfig("gradient", minutes=0.01, lr=1e-2)))
+callback = Kept({runs}, FuseConfig(refine=RefineConfig("gradient", minutes=0.01, lr=1e-2, augment=True)))
 trainer = L.Trainer(
     accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False, enable_progress_bar=False,
     callbacks=[callback], limit_test_batches=0,

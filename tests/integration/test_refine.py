@@ -18,7 +18,7 @@ from fusionpl.fusion.refine import _drawn, _shares
 from fusionpl.training import OTFusion
 from tests.models_for_tests import TEXT_MODELS, images, largest_difference, outputs, sentences, text_model, timm_vit
 
-CONFIG = FuseConfig(refine=RefineConfig("gradient", steps=60, lr=3e-3))
+CONFIG = FuseConfig(refine=RefineConfig("gradient", steps=60, lr=3e-3, augment=True))
 
 
 def noisy_negatives(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -57,6 +57,15 @@ def test_teachers_see_what_the_model_sees_and_the_seed_decides_it() -> None:
     assert distance(first.model, parents, -1) < 0.5 * distance(first.average(), parents, -1)
     assert largest_difference(first.model, second.model) == 0
     assert largest_difference(first.model, third.model) > 0
+
+
+def test_augmentation_can_be_left_out() -> None:
+    parents: list[nn.Module] = [timm_vit(seed) for seed in range(2)]
+    refine = RefineConfig("gradient", steps=3, augment=False)
+    plain, left_out = (
+        fusionpl.fuse(parents, [images(16)], FuseConfig(refine=refine), augment=one) for one in (None, noisy_negatives)
+    )
+    assert largest_difference(plain.model, left_out.model) == 0
 
 
 def drawn(data: CalibrationSet, size: int, seed: int, key: str = "pixel_values") -> Iterator[Tensor]:

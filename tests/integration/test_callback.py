@@ -104,6 +104,7 @@ def run_script(script: Path, text: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_refine_one_model_for_one_time(runs: list[Path], tmp_path: Path) -> None:
     run_script(tmp_path / "refined.py", REFINED.format(runs=[str(run) for run in runs], output=tmp_path))
     names = ("refitted", "rank-0", "rank-1")

@@ -89,9 +89,8 @@ class Team:
 
     def refined(self) -> nn.Module:
         """One stream, then taught by the ensemble for a while, without labels."""
-        changes = {"refine.method": "gradient", "refine.minutes": self.lab.scale.minutes}
-        config = load_config(JOINT, changes)
-        return fuse(self.models, self.lab.calibration, config, augment=self.lab.data.augmented).model
+        changes = {"refine.method": "gradient", "refine.minutes": self.lab.scale.minutes, "refine.augment": True}
+        return self.fused(load_config(JOINT, changes))
 
     def distilled(self) -> nn.Module:
         """The best parent, taught by the ensemble on the same data for as long as fusion and refinement take."""

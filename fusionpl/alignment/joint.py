@@ -60,9 +60,11 @@ class ChosenUnits(Problem):
 
     Attributes:
         heads: whether they are chosen a group of heads at a time.
+        even: an equal share of each parent's, in place of all of the anchor's.
     """
 
     heads: bool = False
+    even: bool = False
 
     def count(self, binding: Binding) -> int:
         """The number of what is chosen from."""
@@ -101,30 +103,32 @@ class ChosenUnits(Problem):
     def told(self, axis: str, binding: Binding) -> str:
         """Where the units are seen."""
         repeats = binding.axes[axis].repeats
-        return f"units of the parents, the anchor's first, {seen_at(repeats or axis, binding, ((axis,),))}"
+        which = "units of all parents alike" if self.even else "units of the parents, the anchor's first"
+        return f"{which}, {seen_at(repeats or axis, binding, ((axis,),))}"
 
 
 def _built(axis: Axis, count: int) -> tuple[int, int, int]:
     return axis.size // count, axis.members, axis.pairs
 
 
-def joint_problems(binding: Binding) -> list[Problem]:
+def joint_problems(binding: Binding, *, even: bool = False) -> list[Problem]:
     """All problems of a fusion into one stream; each free axis is in one of them.
 
     Args:
         binding: the fused network's.
+        even: see ChosenUnits.
     """
     found: list[Problem] = []
     for members in binding.streams():
         seen = (axis for axis in members if binding.on_boundary(axis) or axis in binding.taps)
         found.append(JointStream(tuple(members), joins=tuple(axis for axis in seen if axis in binding.joins)))
-    found += [ChosenUnits(group, heads=True) for group in binding.attention]
+    found += [ChosenUnits(group, heads=True, even=even) for group in binding.attention]
     held = {axis for problem in found for axis in problem.axes}
     alike: dict[str, list[str]] = {}
     for axis, root in binding.tied().items():
         if axis not in held:
             alike.setdefault(root, []).append(axis)
-    return [*found, *(ChosenUnits(tuple(axes)) for axes in alike.values())]
+    return [*found, *(ChosenUnits(tuple(axes), even=even) for axes in alike.values())]
 
 
 def check_choice(problem: ChosenUnits, parents: Sequence[Binding], anchor: int, goal: Binding) -> None:
@@ -161,10 +165,16 @@ def choose(
         _use(problem, parent, state) if problem.gives(parent, goal) else torch.empty(0, dtype=torch.float64)
         for parent, state in zip(parents, states, strict=True)
     ]
-    first = use[anchor].sort(descending=True, stable=True).indices[:wanted].sort().values
-    others = [(index, unit) for index, one in enumerate(use) if index != anchor for unit in range(len(one))]
-    others.sort(key=lambda place: -float(use[place[0]][place[1]]))
-    places = [(anchor, int(unit)) for unit in first] + others[: wanted - len(first)]
+    order = [one.sort(descending=True, stable=True).indices.tolist() for one in use]
+    giving = [anchor, *(index for index, one in enumerate(use) if index != anchor and len(one))]
+    share, more = divmod(wanted, len(giving) if problem.even else 1)
+    places: list[tuple[int, int]] = []
+    for rank, index in enumerate(giving if problem.even else giving[:1]):
+        places += [(index, unit) for unit in sorted(order[index][: share + (rank < more)])]
+    taken = set(places)
+    rest = [(index, unit) for index in giving for unit in range(len(use[index])) if (index, unit) not in taken]
+    rest.sort(key=lambda place: -float(use[place[0]][place[1]]))
+    places += rest[: wanted - len(places)]
     found = []
     for index in range(len(parents)):
         mine = [(unit, place) for place, (owner, unit) in enumerate(places) if owner == index]

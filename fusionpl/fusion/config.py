@@ -84,6 +84,8 @@ class FuseConfig:
             conf/fuse/default.yaml, else `transport`.
         width: with `joint`, the units of the fused model's stream, or up to 8 a factor of the anchor's; its heads and
             hidden units grow with it, and are more of the parents'. null: the anchor's.
+        units: with `joint`, which heads and hidden units: `anchor`, all of the anchor's and then the others' most
+            useful; `even`, as many of each parent's, for parents that saw different data.
     """
 
     anchor: int = 0
@@ -94,6 +96,7 @@ class FuseConfig:
     refine: RefineConfig = field(default_factory=RefineConfig)
     strategy: Literal["transport", "joint", "auto"] = "transport"
     width: int | float | None = None
+    units: Literal["anchor", "even"] = "anchor"
 
     def __post_init__(self) -> None:
         """Raises FusionError for options that contradict each other."""
@@ -101,6 +104,8 @@ class FuseConfig:
             raise FusionError(f"width must be above 0, not {self.width}")
         if self.strategy == "transport" and self.width is not None:
             raise FusionError("strategy transport fuses into the anchor's width; width needs strategy joint")
+        if self.strategy == "transport" and self.units != "anchor":
+            raise FusionError("strategy transport averages the units of all parents; units needs strategy joint")
         if self.strategy != "joint":
             return
         if self.refit.method == "none":

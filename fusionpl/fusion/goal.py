@@ -37,8 +37,9 @@ def settled(config: FuseConfig, networks: Sequence[Network], anchor: int) -> Fus
         reasons.append("align and refit are those of strategy transport")
     if config.weights and min(config.weights) <= 0:
         reasons.append("a weight of 0 leaves a parent's stream out")
-    if reasons and config.width is not None:
-        raise FusionError(f"{reasons[0]}, which leaves strategy transport, and width needs strategy joint")
+    for option, asked in (("width", config.width is not None), ("units", config.units != "anchor")):
+        if reasons and asked:
+            raise FusionError(f"{reasons[0]}, which leaves strategy transport, and {option} needs strategy joint")
     return replace(config, strategy="transport" if reasons else "joint")
 
 

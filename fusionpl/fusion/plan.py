@@ -107,7 +107,10 @@ def make_plan(
         for binding, name in zip(bindings, names, strict=True):
             if reason := unrotatable(binding):
                 raise FusionError(f"{name}: {reason}; use {_INSTEAD[config.strategy]}")
-    found = joint_problems(reference) if config.strategy == "joint" else problems(reference, config.align)
+    if config.strategy == "joint":
+        found = joint_problems(reference, even=config.units == "even")
+    else:
+        found = problems(reference, config.align)
     for problem in found:
         if isinstance(problem, ChosenUnits):
             check_choice(problem, bindings, anchor, reference)

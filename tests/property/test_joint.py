@@ -1,6 +1,7 @@
 """One stream for all parents: what holds exactly, what is refused, and that it is worth having."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,27 @@ def test_the_anchors_units_come_first_and_then_those_that_write_most() -> None:
     assert (sorted(others.tolist()), behind.tolist()) == ([5, 17], [24, 25])
     (narrow, _), (none, _) = choose(problem, bindings[::-1], states[::-1], 0, bind(timm_vit(0, mlp=2)))
     assert (narrow.tolist(), len(none)) == ([5, 17], 0)
+    (half, places), (other, behind) = choose(replace(problem, even=True), bindings, states, 0, bind(timm_vit(0, mlp=5)))
+    assert (len(half), places.tolist(), behind.tolist()) == (3, [0, 1, 2], [3, 4])
+    assert other.tolist() == [5, 17]
+    (every, _), (rest, _) = choose(replace(problem, even=True), bindings, states, 0, bind(timm_vit(0, mlp=48)))
+    assert every.tolist() == rest.tolist() == [*range(24)]
+
+
+def test_parents_of_different_data_give_units_alike() -> None:
+    """Each knows half of what there is to know: a network with the units of one can't compute the other's."""
+    parents = [timm_vit(seed) for seed in range(2)]
+    with torch.no_grad():
+        for index, parent in enumerate(parents):  # half of the units of each are dead, other halves
+            dead = slice(0, 12) if index else slice(12, 24)
+            for block in parent.blocks:  # type: ignore[union-attr]
+                block.mlp.fc2.weight[:, dead] = 0  # type: ignore[union-attr,index]
+    wanted = torch.stack([run("timm, DINOv2", parent) for parent in parents]).mean(0)
+    errors = [
+        float((run("timm, DINOv2", joined("timm, DINOv2", parents, units=units).model) - wanted).square().mean())
+        for units in ("anchor", "even")
+    ]
+    assert errors[1] < errors[0]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +123,7 @@ def test_the_anchors_units_come_first_and_then_those_that_write_most() -> None:
         ({"width": 30}, "width 30 leaves a part of a head; with heads like the anchor's it may be 24 or 32"),
         ({"width": 3}, "'blocks.0.q' would have 6 heads and the parents have 4 .* at most 2 times the anchor's"),
         ({"width": -1}, "width must be above 0, not -1"),
+        ({"units": "even", "strategy": "transport"}, "transport averages the units .*; units needs strategy joint"),
         ({"width": 2, "strategy": "transport"}, "transport fuses into the anchor's width; width needs strategy joint"),
     ],
 )

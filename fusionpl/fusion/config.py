@@ -13,8 +13,17 @@ from fusionpl.calibration import CalibrationConfig
 from fusionpl.errors import FusionError, flattened
 from fusionpl.options import explain, read_yaml
 
-# How units are matched where nobody asked for anything: by this class, and by conf/fuse/default.yaml.
-UNTOUCHED = (AlignConfig(), AlignConfig(reg=0.02, residual="auto"))
+# How units are matched where nobody asked for anything: by conf/fuse/default.yaml, and by this class.
+_UNTOUCHED = (AlignConfig(reg=0.02, residual="auto"), AlignConfig())
+
+
+def changed(align: AlignConfig) -> list[str]:
+    """The options that somebody asked for: those that differ from the preset that is nearest."""
+    return min(
+        ([one.name for one in fields(align) if getattr(align, one.name) != getattr(preset, one.name)]
+         for preset in _UNTOUCHED),
+        key=len,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,12 +119,11 @@ class FuseConfig:
             return
         if self.refit.method == "none":
             raise FusionError("strategy joint fits what reads and writes the stream; it needs refit.method ridge")
-        for option in (one.name for one in fields(AlignConfig) if self.align not in UNTOUCHED):
-            if all(getattr(self.align, option) != getattr(one, option) for one in UNTOUCHED):
-                raise FusionError(
-                    f"strategy joint matches no units, so align.{option} has nothing to do; leave it out, or use "
-                    "strategy transport"
-                )
+        for option in changed(self.align):
+            raise FusionError(
+                f"strategy joint matches no units, so align.{option} has nothing to do; leave it out, or use strategy "
+                "transport"
+            )
         if self.weights and min(self.weights) <= 0:
             raise FusionError(f"strategy joint needs weights above 0, not {min(self.weights):g}; leave that parent out")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fusionpl.calibration import Network
 from fusionpl.errors import FusionError
 from fusionpl.families import Binding, bind, unrotatable
-from fusionpl.fusion.config import UNTOUCHED, FuseConfig
+from fusionpl.fusion.config import FuseConfig, changed
 from fusionpl.models import resized, untied
 
 # The largest number that is meant as a factor: no stream has so few units.
@@ -33,13 +33,14 @@ def settled(config: FuseConfig, networks: Sequence[Network], anchor: int) -> Fus
         return config
     reasons = [f"{one.name}: {reason}" for one in networks if (reason := unrotatable(parted(one).binding))]
     reasons += [f"{one.name} lacks tokens of {networks[anchor].name}" for one in networks if one.absent is not None]
-    if config.align not in UNTOUCHED or config.refit.method == "none":
-        reasons.append("align and refit are those of strategy transport")
+    reasons += [f"align.{name} asks for strategy transport" for name in changed(config.align)]
+    if config.refit.method == "none":
+        reasons.append("refit.method none asks for strategy transport")
     if config.weights and min(config.weights) <= 0:
         reasons.append("a weight of 0 leaves a parent's stream out")
     for option, asked in (("width", config.width is not None), ("units", config.units != "anchor")):
         if reasons and asked:
-            raise FusionError(f"{reasons[0]}, which leaves strategy transport, and {option} needs strategy joint")
+            raise FusionError(f"{option} needs strategy joint, and {reasons[0]}")
     return replace(config, strategy="transport" if reasons else "joint")
 
 

@@ -141,11 +141,19 @@ def test_auto_is_one_stream_where_the_family_allows_it_and_nobody_asked_for_anyt
     images_of, text = [timm_vit(seed) for seed in range(2)], [text_model("bert masked-lm", seed) for seed in range(2)]
     assert strategy(images_of) == "joint"
     assert strategy([causal("gpt2", seed) for seed in range(2)]) == "joint"
-    for changes in ({"align.reg": 0.1}, {"align.solver": "emd"}, {"refit.method": "none"}, {"weights": [1.0, 0.0]}):
+    for changes in (
+        {"align.reg": 0.1},
+        {"align.reg": 0.08},
+        {"align.solver": "emd"},
+        {"refit.method": "none"},
+        {"weights": [1.0, 0.0]},
+    ):
         assert strategy(images_of, **changes) == "transport"
     assert strategy(text) == "transport"
-    with pytest.raises(FusionError, match=r"bert is post-LN, .* which leaves strategy transport, and width needs"):
+    with pytest.raises(FusionError, match=r"width needs strategy joint, and the model: bert is post-LN"):
         strategy(text, width=1.5)
+    with pytest.raises(FusionError, match=r"units needs strategy joint, and align\.solver asks for strategy transport"):
+        strategy(images_of, units="even", **{"align.solver": "emd"})
 
 
 def test_parents_of_other_widths_and_numbers_of_heads() -> None:

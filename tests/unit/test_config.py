@@ -65,3 +65,9 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("align: [")
     with pytest.raises(fusionpl.FusionError, match=r"broken\.yaml is not YAML"):
         fusionpl.load_config(tmp_path / "broken.yaml")
+
+
+def test_the_default_matches_units_as_the_preset_of_transport_does() -> None:
+    default, transport = (fusionpl.load_config(CONF / "fuse" / f"{name}.yaml") for name in ("default", "transport"))
+    assert (default.align, default.refit) == (transport.align, transport.refit)
+    assert (default.strategy, transport.strategy) == ("auto", "transport")

@@ -191,7 +191,7 @@ def bars(axes: Axes, rows: Mapping[str, Mapping[str, list[float]]], digits: str)
     axes.invert_yaxis()
     axes.margins(x=0.1, y=0.02)
     if len(columns) > 1:
-        axes.legend(frameon=False, fontsize=8, ncols=len(columns), loc="lower left", bbox_to_anchor=(0, 1))
+        axes.legend(frameon=False, fontsize=8, ncols=min(len(columns), 4), loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def machine() -> str:

@@ -37,7 +37,7 @@ def disjoint(labels: Tensor, classes: int, count: int, share: float | None, seed
     return [torch.cat(part) for part in parts]
 
 
-def places(folder: Path, count: int = 2) -> list[Path]:
+def places(folder: Path, count: int) -> list[Path]:
     """Where the shards in a folder are."""
     return [folder / f"part-{index}" for index in range(count)]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fusionpl.families.family import TAIL, Family, Kind
 
 Index = slice | Tensor  # Tensor: the places of units that are not side by side
+Gain = Literal["norm", "scale"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Slot:
     axes: tuple[str | None, ...]
     reads: tuple[bool, ...]
     section: str
-    gain: Literal["norm", "scale"] | None = None
+    gain: Gain | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
         """The slot's part of its parameter: a view, or a copy where its units are not side by side."""

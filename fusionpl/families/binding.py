@@ -4,13 +4,12 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusionpl.errors import FusionError
-from fusionpl.families.axes import Axis, Binding, Index, Join, Slot, Tap, section_of
+from fusionpl.families.axes import Axis, Binding, Gain, Index, Join, Slot, Tap, section_of
 from fusionpl.families.family import STEM, TAIL, Family, Kind, Stack, attribute, family_of
 from fusionpl.families.grammar import Dim, Segment
 from fusionpl.families.sizes import Layout, sizes_of
@@ -249,7 +248,7 @@ class _Binder:
                     for index, names in cuts
                     for axis, units in _spans(axes, sizes, turns)
                 ]
-            gain: Any = "norm" if name in norms else "scale" if name.rpartition(".")[0] in scales else None
+            gain: Gain | None = "norm" if name in norms else "scale" if name.rpartition(".")[0] in scales else None
             for index, names in cuts:
                 yield Slot(name, index, names, reads, line.section, gain)
 

@@ -119,10 +119,10 @@ class FuseConfig:
             return
         if self.refit.method == "none":
             raise FusionError("strategy joint fits what reads and writes the stream; it needs refit.method ridge")
-        for option in changed(self.align):
+        if asked := changed(self.align):
             raise FusionError(
-                f"strategy joint matches no units, so align.{option} has nothing to do; leave it out, or use strategy "
-                "transport"
+                f"strategy joint matches no units, so align.{asked[0]} has nothing to do; leave it out, or use "
+                "strategy transport"
             )
         if self.weights and min(self.weights) <= 0:
             raise FusionError(f"strategy joint needs weights above 0, not {min(self.weights):g}; leave that parent out")

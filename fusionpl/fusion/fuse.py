@@ -141,13 +141,6 @@ class Calibrated:
         self._folder = opened[anchor][1]
         configs = [settled(config, networks, anchor) for config in configs]
         first = configs[0]
-        plans = [plan_of(networks, anchor, config, self.names)[1] for config in configs]
-        for network in networks:
-            if first.strategy == "joint" and network.absent is not None:
-                raise FusionError(
-                    f"{network.name} lacks tokens of {networks[anchor].name}, and strategy joint has nothing to put in "
-                    "their places; use strategy transport"
-                )
         closed = networks[anchor].binding.closed
         if first.canonical:
             networks = [parted(network) for network in networks]
@@ -156,6 +149,7 @@ class Calibrated:
             "because a rotated stream can't have the gain of its last norm elsewhere"
             for name in closed - networks[anchor].binding.closed
         ]
+        plans = [plan_of(networks, anchor, config, self.names)[1] for config in configs]
         self._limit = budget(first.calibration.memory, networks[anchor].device)
         kept = Kept(self._limit)
         observes = any(plan.observes for plan in plans) or any(config.refine.method != "none" for config in configs)

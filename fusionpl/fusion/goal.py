@@ -27,12 +27,17 @@ def settled(config: FuseConfig, networks: Sequence[Network], anchor: int) -> Fus
         anchor: index of the anchor.
 
     Raises:
-        FusionError: a width is asked for where only transport will do.
+        FusionError: one stream is asked for of parents that lack tokens, a width or units where only transport will do.
     """
+    lacking = [f"{one.name} lacks tokens of {networks[anchor].name}" for one in networks if one.absent is not None]
+    if config.strategy == "joint" and lacking:
+        raise FusionError(
+            f"{lacking[0]}, and strategy joint has nothing to put in their places; use strategy transport"
+        )
     if config.strategy != "auto":
         return config
     reasons = [f"{one.name}: {reason}" for one in networks if (reason := unrotatable(parted(one).binding))]
-    reasons += [f"{one.name} lacks tokens of {networks[anchor].name}" for one in networks if one.absent is not None]
+    reasons += lacking
     reasons += [f"align.{name} asks for strategy transport" for name in changed(config.align)]
     if config.refit.method == "none":
         reasons.append("refit.method none asks for strategy transport")
@@ -60,7 +65,7 @@ def parted(network: Network) -> Network:
 
 
 def goal_of(network: Network, config: FuseConfig) -> Network:
-    """The network that a fusion gives: the anchor, or one whose parameters are still to come (norms' gains are 1).
+    """The network that a fusion gives: the anchor, or one whose parameters are still to come, and are 0.
 
     Args:
         network: the anchor.
@@ -76,11 +81,10 @@ def goal_of(network: Network, config: FuseConfig) -> Network:
         return network
     module = resized(network.module, times, heads)
     binding = bind(module, network.binding.family)
-    gains = {slot.parameter for slot in binding.slots if slot.gain}
 
     def blank(name: str) -> Tensor:
         like = module.get_parameter(name)
-        return torch.full(like.shape, float(name in gains), dtype=like.dtype)
+        return torch.zeros(like.shape, dtype=like.dtype)
 
     return Network(
         module, binding, "the fused model", read=blank, device=network.device, float32=True, absent=network.absent

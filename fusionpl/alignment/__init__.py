@@ -1,6 +1,7 @@
 """Alignment: a TransportMap for every axis of a parent, from evidence about its units."""
 
 from fusionpl.alignment.aligner import Aligner
+from fusionpl.alignment.blocks import likeness, matched, spread, telling
 from fusionpl.alignment.config import AlignConfig, Residual
 from fusionpl.alignment.evidence import ActivationEvidence, Evidence, WeightEvidence
 from fusionpl.alignment.joint import ChosenUnits, JointStream, check_choice, choose, joint_problems, joint_stream
@@ -24,5 +25,9 @@ __all__ = [
     "choose",
     "joint_problems",
     "joint_stream",
+    "likeness",
+    "matched",
     "problems",
+    "spread",
+    "telling",
 ]

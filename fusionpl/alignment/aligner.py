@@ -11,7 +11,7 @@ from fusionpl.alignment.config import AlignConfig
 from fusionpl.alignment.evidence import ActivationEvidence, Evidence
 from fusionpl.alignment.maps import Alignment, Maps
 from fusionpl.calibration import Kept
-from fusionpl.families import Binding
+from fusionpl.families import Binding, section_of
 from fusionpl.transport import Gram, TransportMap, ground_metric, solve
 
 
@@ -37,6 +37,7 @@ class Aligner:
         owner: tells them from those of other parents.
         device: where maps are.
         weight: the parent's share.
+        idle: blocks that the parent has not.
 
     Attributes:
         alignment: the maps found so far.
@@ -60,7 +61,9 @@ class Aligner:
         owner: object,
         device: torch.device,
         weight: float,
+        idle: frozenset[str] = frozenset(),
     ) -> None:
+        self.idle = idle
         self.parent, self.anchor, self.config, self.device, self.weight = parent, anchor, config, device, weight
         self.problems = {axis: problem for problem in found for axis in problem.axes}
         self.alignment = Alignment(Maps(kept, owner))
@@ -78,6 +81,16 @@ class Aligner:
         """Solves a problem, and before it those that it needs."""
         for axis in problem.axes:
             self.map_of(axis)
+
+    def pass_on(self, problem: Solvable) -> None:
+        """Gives the stream behind a block that the parent has not the map that it has before it."""
+        for axis in problem.axes:
+            before = axis
+            while before in self.parent.joins and section_of(before) in self.idle:
+                before = self.parent.joins[before].skip
+            if before != axis:
+                self.map_of(before)
+                self.maps.share(axis, before)
 
     def map_of(self, axis: str) -> TransportMap:
         """The map of an axis, solved if it is not known."""

@@ -131,11 +131,15 @@ def joint_problems(binding: Binding, *, even: bool = False) -> list[Problem]:
     return [*found, *(ChosenUnits(tuple(axes), even=even) for axes in alike.values())]
 
 
-def check_choice(problem: ChosenUnits, parents: Sequence[Binding], anchor: int, goal: Binding) -> None:
+def check_choice(
+    problem: ChosenUnits, parents: Sequence[Binding], anchor: int, goal: Binding, there: Sequence[bool]
+) -> None:
     """Raises FusionError where the parents together have fewer units than the fused network wants, or the anchor's are
-    built otherwise than the fused network's."""
+    built otherwise than the fused network's; `there` says which parents have the block at all."""
     given = [problem.gives(parent, goal) for parent in parents]
     wanted, what = problem.count(goal), "heads" if problem.heads else "units"
+    if not all(there):
+        return  # places that nobody fills stay empty
     if not given[anchor]:
         raise FusionError(f"'{problem.axes[0]}' of the fused network has other heads than the anchor; leave width out")
     if sum(given) < wanted:
@@ -146,7 +150,12 @@ def check_choice(problem: ChosenUnits, parents: Sequence[Binding], anchor: int, 
 
 
 def choose(
-    problem: ChosenUnits, parents: Sequence[Binding], states: Sequence[State], anchor: int, goal: Binding
+    problem: ChosenUnits,
+    parents: Sequence[Binding],
+    states: Sequence[State],
+    anchor: int,
+    goal: Binding,
+    there: Sequence[bool],
 ) -> list[tuple[Tensor, Tensor]]:
     """Chooses units of the parents.
 
@@ -156,17 +165,18 @@ def choose(
         states: their parameters of the section, in canonical form.
         anchor: index of the anchor.
         goal: the fused network's binding.
+        there: whether each parent has the block at all.
 
     Returns:
         For each parent the numbers of its units (or groups of heads) that are taken, and their places, both int64 [n].
     """
     wanted = problem.count(goal)
     use = [
-        _use(problem, parent, state) if problem.gives(parent, goal) else torch.empty(0, dtype=torch.float64)
-        for parent, state in zip(parents, states, strict=True)
+        _use(problem, parent, state) if has and problem.gives(parent, goal) else torch.empty(0, dtype=torch.float64)
+        for parent, state, has in zip(parents, states, there, strict=True)
     ]
     order = [one.sort(descending=True, stable=True).indices.tolist() for one in use]
-    giving = [anchor, *(index for index, one in enumerate(use) if index != anchor and len(one))]
+    giving = sorted((index for index, one in enumerate(use) if len(one)), key=lambda index: index != anchor)
     share, more = divmod(wanted, len(giving) if problem.even else 1)
     places: list[tuple[int, int]] = []
     for rank, index in enumerate(giving if problem.even else giving[:1]):

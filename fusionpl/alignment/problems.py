@@ -15,7 +15,7 @@ from fusionpl.alignment.problem import Problem, Size, seen_at, sizes_in
 from fusionpl.alignment.rotation import dissimilarity, rotate_stream, rotate_units
 from fusionpl.calibration import Key
 from fusionpl.errors import FusionError
-from fusionpl.families import Binding, Join
+from fusionpl.families import Binding, Join, section_of
 from fusionpl.transport import Gram, TransportMap, check_one_width, ground_metric, identity
 
 # With weights as evidence a tied stream needs the maps that depend on it: rounds of coordinate descent.
@@ -236,7 +236,9 @@ class Stream(Problem):
             centred = work.anchor.family.norm == "pre"
             work.maps.give(self.axes, rotate_stream(work.activations.unscaled(self.joins), centred=centred))
         elif isinstance(work.evidence, WeightEvidence):
-            written = [axis for axis in self.axes if axis not in work.parent.joins]
+            written = [
+                axis for axis in self.axes if axis not in work.parent.joins and section_of(axis) not in work.idle
+            ]
             described = [axis for axis in written if not work.evidence.needs(axis)]
             for _ in range(_TIE_ROUNDS):
                 one = work.solved(work.alike(described))

@@ -9,6 +9,7 @@ from fusionpl.calibration.kept import GIB, Kept, budget, bytes_of, free_memory
 from fusionpl.calibration.moments import Key, Moments
 from fusionpl.calibration.network import Network
 from fusionpl.calibration.observe import Statistics, Target, Wanted, observe
+from fusionpl.calibration.restacked import Restacked, Run
 from fusionpl.calibration.taps import Place, captured, parameter_units, recorded
 from fusionpl.calibration.tokens import select
 
@@ -25,6 +26,8 @@ __all__ = [
     "Passage",
     "Place",
     "Progress",
+    "Restacked",
+    "Run",
     "Scale",
     "Statistics",
     "Target",

@@ -78,7 +78,8 @@ class Passage:
     Attributes:
         binding, section: of the network, and where.
         seen: what passed at the places that were asked for.
-        entry: the stream before the section, [B, T, n]; None in the stem.
+        entry: the stream before the section, or of several blocks that are one before the block in which the places
+            are, [B, T, n]; None in the stem.
         out: the stream behind it; None in the tail and where the way ended inside.
     """
 
@@ -153,7 +154,9 @@ class Flow:
             assert entry is not None
             args, keywords = kept[self.name, "calls", index][binding.stacks[binding.stack_of[section]].index(section)]
             call = args, keywords | kept[self.name, "carried", index]
-            out, carried, seen = self.network.through(section, state, entry, call, places, stop=stop, given=given)
+            out, carried, seen, entry = self.network.through(
+                section, state, entry, call, places, stop=stop, given=given
+            )
         else:
             done = binding.ends.index(section)  # stacks
             ends: list[Any] = [kept[*key, stack] if stack < done - 1 else entry for stack in range(done)]

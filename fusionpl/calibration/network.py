@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,22 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with beh
 Seen = dict[Place, Tensor]
 Step = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 Prepare = Callable[[Mapping[str, Tensor], Binding, str, str], State]
+
+
+class Passed(NamedTuple):
+    """What a batch left behind on its way through a block.
+
+    Attributes:
+        out: the hidden states behind it; None where the way ended inside.
+        carried: what the next block is called with because of it.
+        seen: what passed at the places that were asked for.
+        entry: the hidden states before the block in which these places are.
+    """
+
+    out: Tensor | None
+    carried: dict[str, Any]
+    seen: Seen
+    entry: Tensor
 
 
 class Network:
@@ -58,6 +74,16 @@ class Network:
         self.prepare = prepare
         self.absent = absent
         self._stacks = [[module.get_submodule(path) for path in stack] for stack in binding.stacks]
+
+    @property
+    def original(self) -> "Network":
+        """The network as it was trained: see `Restacked`."""
+        return self
+
+    @property
+    def idle(self) -> frozenset[str]:
+        """The blocks that compute nothing: see `Restacked`."""
+        return frozenset()
 
     def prepared(self, prepare: Prepare | None) -> "Network":
         """The same model with other preparation."""
@@ -140,7 +166,7 @@ class Network:
         *,
         stop: bool = False,
         given: Mapping[str, Tensor] | None = None,
-    ) -> tuple[Tensor | None, dict[str, Any], Seen]:
+    ) -> Passed:
         """Runs one block.
 
         Args:
@@ -151,10 +177,6 @@ class Network:
             places: where to look on the way.
             stop: go no further than the last of `places`.
             given: module -> what it puts out; it is not run.
-
-        Returns:
-            The hidden states behind it (None if stopped), what the next block is called with because of it, and what
-            was seen.
         """
         found = None
         returns = self.binding.family.stacks[self.binding.stack_of[section]].returns
@@ -167,7 +189,7 @@ class Network:
             if isinstance(found, tuple):
                 found, *others = found
                 carried = dict(zip(returns, others, strict=False))
-        return found, carried, seen
+        return Passed(found, carried, seen, hidden)
 
     def leave(
         self, state: State, batch: Batch, ends: Sequence[Tensor], places: Iterable[Place] = (), *, stop: bool = False
@@ -223,7 +245,7 @@ class Network:
                 carried: dict[str, Any] = {}
                 for section, (args, keywords) in zip(blocks, calls, strict=True):
                     call = args, keywords | carried
-                    hidden, carried, _ = self.through(section, self.parameters(section), hidden, call)  # type: ignore[assignment]
+                    hidden, carried, *_ = self.through(section, self.states(section), hidden, call)  # type: ignore[assignment]
                 ends.append(hidden)
             found, _ = self.leave(self.states(TAIL), batch, ends)
         assert found is not None

@@ -19,10 +19,17 @@ from fusionpl.transport import self_product
 
 
 class Target(NamedTuple):
-    """What passes at a place, with the stream that it is added to, if it is: what a refit fits to."""
+    """What passes at a place, with the stream that it is added to, if it is: what a refit fits to.
+
+    Attributes:
+        place: where it passes.
+        skip: axis of the stream that it is added to.
+        total: axis of the stream that it makes.
+    """
 
     place: Place
-    skip: str | None
+    skip: str | None = None
+    total: str | None = None
 
     def key(self, section: str, index: int, batch: int) -> Hashable:
         """Under which it is kept, of a network and a batch; that of the next section takes its place."""
@@ -166,6 +173,9 @@ def _pass(flow: Flow, state: State, batch: int, axes: Sequence[str], read: Seque
 
 def _target(passage: Passage, target: Target) -> Tensor:
     seen = passage.seen[target.place]
+    summed = target.skip is None or passage.binding.family.norm != "post"
+    if target.total is not None and summed and passage.binding.on_boundary(target.total):
+        return passage.units(target.total).to(seen)  # behind the last of several blocks that are one
     return seen if target.skip is None else seen + passage.units(target.skip).to(seen)
 
 

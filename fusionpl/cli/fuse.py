@@ -17,7 +17,7 @@ from jsonargparse.typing import NonNegativeInt
 from torch import nn
 from tqdm import tqdm
 
-from fusionpl.calibration import Network, logits
+from fusionpl.calibration import CalibrationSet, Kept, Network, budget, logits
 from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON, alternative, compared
 from fusionpl.cli.common import (
     CONF,
@@ -50,6 +50,7 @@ from fusionpl.fusion import (
     mixing_weights,
     open_parents,
     plan_of,
+    ready,
     resolve_anchor,
     settled,
 )
@@ -132,11 +133,16 @@ class Job:
         vocabulary = Vocabulary(self.tokenizer, axis.size) if axis and self.tokenizer is not None else None
         return load_parent(self.parents[name], vocabulary, allow_pickle=self.args.allow_pickle, family=self.family)
 
-    def estimate(self, plan: Plan, goal: Network, device: torch.device) -> Estimate:
+    def calibration(self) -> CalibrationSet:
+        """The calibration set, in this process."""
+        config = self.config.calibration
+        return CalibrationSet(self.data.calibration_dataloader(config.batch_size), config, Kept(budget(config.memory)))
+
+    def estimate(self, plan: Plan, networks: Sequence[Network], goal: Network, device: torch.device) -> Estimate:
         """What the fusion will take."""
         calibration = self.data.calibration_dataloader(self.config.calibration.batch_size)
         batch, samples = next(iter(calibration)), len(calibration.dataset)  # type: ignore[arg-type]  # all have a length
-        return estimate(plan, self.networks, self.anchor, self.config, batch, samples, device, goal)
+        return estimate(plan, networks, self.anchor, self.config, batch, samples, device, goal)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -145,17 +151,23 @@ def run(argv: Sequence[str]) -> None:
     started = time.monotonic()
     job = Job.of(argv)
     names, args = list(job.parents), job.args
-    bindings = [network.binding for network in job.networks]
-    goal, plan = plan_of(job.networks, job.anchor, job.config, names)
+    networks, matchings = ready(job.networks, job.anchor, job.config)
+    goal, plan = plan_of(networks, job.anchor, job.config, names)
     for other in job.presets.values():
-        plan_of(job.networks, resolve_anchor(other, len(names)), other, names)
+        anchor = resolve_anchor(other, len(names))
+        plan_of(ready(job.networks, anchor, other)[0], anchor, other, names)
     device, output = _device(args.trainer), Path(args.output or _default_output(args.parents))
     job.data.check_reads(job.networks[job.anchor].module)
     if not args.dry_run:
         job.data.check_model(job.networks[job.anchor].module, job.networks[job.anchor].logits)
-    expected = job.estimate(plan, goal, device)
+    if args.dry_run and matchings:
+        networks, matchings = ready(job.networks, job.anchor, job.config, job.calibration())
+        goal, plan = plan_of(networks, job.anchor, job.config, names)
+    bindings = [network.binding for network in networks]
+    expected = job.estimate(plan, networks, goal, device)
     if args.dry_run:
-        print(describe(plan, bindings, job.anchor, job.config, names, goal.binding), expected.told(device), sep="\n")
+        table = describe(plan, bindings, job.anchor, job.config, names, goal.binding)
+        print(table, *(one.told for one in matchings), expected.told(device), sep="\n")
         return
     if args.check:
         _check(job)
@@ -163,7 +175,7 @@ def run(argv: Sequence[str]) -> None:
     check_output(output, args.overwrite)
     expected.check(device, output)
     print(
-        f"parents: {', '.join(names)} ({bindings[0].family.name}, {bindings[0].depth} blocks); "
+        f"parents: {', '.join(names)} ({bindings[0].family.name}, {_depths(job.networks)} blocks); "
         f"anchor: {names[job.anchor]}"
     )
     with staged(output, args.overwrite) if is_main_process() else nullcontext(output) as folder:
@@ -249,6 +261,10 @@ def _launching(options: Namespace) -> dict[str, Any]:
     quietly = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     found = {**options.as_dict(), **quietly, "limit_test_batches": 0}
     return {**found, "strategy": "ddp"} if options.strategy == "fsdp" else found  # no weights to shard
+
+
+def _depths(networks: Sequence[Network]) -> str:
+    return " and ".join(dict.fromkeys(str(network.binding.depth) for network in networks))
 
 
 def _device(options: Namespace) -> torch.device:

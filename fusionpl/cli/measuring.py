@@ -77,7 +77,7 @@ def measure(
         depth: `full` adds the curves, and what is made of aligned parents: their average and the maps (with strategy
             joint no parent is a model of its own there); `none` measures nothing.
     """
-    report = Report(config=settings, notes=list(result.warnings))
+    report = Report(config=settings, notes=[*result.warnings, *(one.told for one in result.matchings)])
     if depth == "none":
         return report
     batches, prompt = list(data.test_dataloader()), data.prompt
@@ -113,6 +113,10 @@ def measure(
     models.clear()
     if plain is not None:
         add("vanilla", [plain])
+    for one in result.matchings:
+        if one.reduced and depth == "full":
+            parent = result.parents[names.index(one.parent)]
+            add(f"{one.parent} in {result.binding.depth} blocks", [parent.network.whole()])
     for name, made in {**others, **trained}.items():
         add_made(name, *made)
     aligned = depth == "full" and result.config.strategy == "transport"
@@ -123,6 +127,7 @@ def measure(
     add_made("fused", result.model, cost)
     if aligned:
         report.maps = dict(_shown_maps(result))
+    report.blocks = {one.parent: (one.alike, one.path) for one in result.matchings if one.alike is not None}
     if depth == "full" and report.rows[0].accuracy is not None:  # the curve of a regression has no accuracy to show
         seen = list(islice(data.val_dataloader(), CURVE_BATCHES))
         report.barrier = _curves(names, load, result, seen, device, plain)

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from torch import Tensor
 
 from fusionpl.evaluation.barrier import Curve
@@ -164,6 +164,31 @@ def map_figure(maps: Mapping[str, Tensor]) -> Figure:
         axes.set_visible(False)
     bar = figure.colorbar(picture, ax=grid, shrink=0.8, aspect=30, pad=0.02, ticks=[0, 0.01, 0.05, 0.2, 0.5, 1])
     bar.set_label("share of the anchor unit", fontsize=8)
+    bar.ax.tick_params(labelsize=7.5, colors=INK, length=2)
+    return figure
+
+
+def blocks_figure(matchings: Mapping[str, tuple[Tensor, Sequence[int]]]) -> Figure:
+    """For each parent of another depth, how much its streams are like the anchor's (linear CKA), and the path along
+    which their boundaries were matched.
+
+    Args:
+        matchings: parent -> likeness [boundaries of the fused model, boundaries of the parent], and for each of the
+            former the parent's.
+    """
+    figure = Figure(figsize=(3.1 * len(matchings) + 0.9, 3.2), layout="constrained")
+    grid = figure.subplots(1, len(matchings), squeeze=False)[0]
+    for axes, (name, (alike, path)) in zip(grid, matchings.items(), strict=True):
+        picture = axes.imshow(alike.numpy(), cmap="BuPu", vmin=0, vmax=1, origin="lower", aspect="auto")
+        axes.plot(path, range(len(path)), marker="o", markersize=4, color=RED, linewidth=1.2)
+        axes.set_title(name, fontsize=8.5)
+        axes.set_xlabel("blocks of the parent", fontsize=8)
+        axes.set_ylabel("blocks of the fused model", fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.tick_params(labelsize=7.5, colors=INK, length=2)
+    bar = figure.colorbar(picture, ax=grid, shrink=0.8, aspect=30, pad=0.02)
+    bar.set_label("likeness of the streams (CKA)", fontsize=8)
     bar.ax.tick_params(labelsize=7.5, colors=INK, length=2)
     return figure
 

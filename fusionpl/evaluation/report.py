@@ -21,12 +21,13 @@ from fusionpl.evaluation.rows import Row, Stage, as_table, as_text_cells, equal_
 from fusionpl.evaluation.verdict import Verdict, verdict_cells, verdicts
 
 SAMPLES = "samples.safetensors"
-BARS, LINE, MAPS = "bars.png", "interpolation.png", "transport-maps.png"
+BARS, LINE, MAPS, BLOCKS = "bars.png", "interpolation.png", "transport-maps.png", "blocks.png"
 CAPTIONS = {
     BARS: "All models on the same test data. Hatched bars: after finetuning.",
     LINE: "On the straight line between parent A and anchor B: A as trained (vanilla), and A aligned to B.",
     MAPS: "Of which parent units each anchor unit is made, and of how many (partners). "
     "A sharp diagonal is a one-to-one matching.",
+    BLOCKS: "Streams of parents of another depth beside the anchor's, and the path along which blocks were matched.",
 }
 EQUAL_COST = (
     "What its parents' owner could have instead. `distilled` and `trained-on` start from the best parent and had the "
@@ -44,6 +45,7 @@ class Report:
         barrier: interpolation curves by name, "vanilla" and "aligned".
         notes: what a reader should know, a line each.
         maps: transport maps to draw, axis name -> [n_parent, n_anchor]; `save` draws them.
+        blocks: for parents of another depth, what `plots.blocks_figure` draws; `save` draws it.
         prompt: what language models went on with.
         continuations: how they did, by the name of the row.
         outcomes: (name, stage) of a row -> what it did on each test sample; the verdict is made of them.
@@ -54,6 +56,7 @@ class Report:
     barrier: dict[str, Curve] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     maps: dict[str, Tensor] = field(default_factory=dict)
+    blocks: dict[str, tuple[Tensor, Sequence[int]]] = field(default_factory=dict)
     prompt: str = ""
     continuations: dict[str, str] = field(default_factory=dict)
     outcomes: dict[tuple[str, Stage], Outcomes] = field(default_factory=dict)
@@ -123,6 +126,8 @@ class Report:
             ]
             parts += ["## Loss barrier", _markdown_table(["", "loss barrier", "accuracy drop"], barriers)]
             parts += _embedded(LINE, figures)
+        if BLOCKS in figures:
+            parts += ["## Blocks", *_embedded(BLOCKS, figures)]
         if MAPS in figures:
             parts += ["## Transport maps", *_embedded(MAPS, figures)]
         if self.continuations:
@@ -153,8 +158,8 @@ class Report:
     def save(self, folder: str | Path) -> None:
         """Writes report.json, report.md, the PNGs and samples.safetensors; no file is ever half written.
 
-        A picture of transport maps that is already there stays when `maps` is empty, so that a report that
-        was loaded keeps it.
+        Pictures of transport maps and blocks that are already there stay when there is nothing to draw, so that a
+        report that was loaded keeps them.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,10 +170,12 @@ class Report:
                 figures[LINE] = plots.interpolation_figure(self.barrier)
             if self.maps:
                 figures[MAPS] = plots.map_figure(self.maps)
+            if self.blocks:
+                figures[BLOCKS] = plots.blocks_figure(self.blocks)
             for name, figure in figures.items():
                 # Without the software's version, the same report gives the same bytes.
                 figure.savefig(new / name, dpi=160, metadata={"Software": None})
-            there = (*figures, MAPS) if (folder / MAPS).exists() else tuple(figures)
+            there = (*figures, *(name for name in (MAPS, BLOCKS) if (folder / name).exists()))
             (new / "report.md").write_text(self.markdown(there), encoding="utf-8")
             if self.outcomes:
                 save_outcomes(new / SAMPLES, {f"{stage}/{name}": one for (name, stage), one in self.outcomes.items()})

@@ -1,16 +1,16 @@
 """What parents must share to be fused."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from torch import Tensor
 
 from fusionpl.errors import FusionError
-from fusionpl.families.axes import Binding
+from fusionpl.families.axes import Binding, boundary, section_of
 
 
 def check_compatible(bindings: Mapping[str, Binding]) -> None:
-    """Checks that parents (name -> binding) can be fused: one family, one depth, equal fixed axes.
+    """Checks that parents (name -> binding) can be fused: one family, equal fixed axes, blocks that are alike.
 
     Raises:
         FusionError: naming both parents and what differs.
@@ -21,23 +21,33 @@ def check_compatible(bindings: Mapping[str, Binding]) -> None:
             raise FusionError(
                 f"parents of different families: {first} is {reference.family.name}, {name} is {binding.family.name}"
             )
-        if binding.depths != reference.depths:
-            ours, theirs = (" and ".join(map(str, one.depths)) for one in (reference, binding))
-            raise FusionError(
-                f"parents of different depth: {first} has {ours} blocks, {name} has {theirs}; "
-                "train parents of one depth"
-            )
-        parts, others_parts = ({slot.parameter: slot.axes for slot in one.slots} for one in (reference, binding))
+        shown = {block for one in (reference, binding) for block in one.blocks}
+        shown -= set(reference.blocks) & set(binding.blocks)  # those that only the deeper one has
+        parts, others_parts = (_parts(one, shown) for one in (reference, binding))
         for parameter in (*parts, *others_parts):
             if parts.get(parameter) != others_parts.get(parameter):
                 has, lacks = (first, name) if parameter in parts else (name, first)
                 raise FusionError(f"parents of different architecture: {has} has '{parameter}', {lacks} has not")
         for axis in reference.axes.values():
-            other = binding.axes[axis.name]
-            if axis.fixed and other.size != axis.size:
+            if axis.fixed and (size := binding.axes[axis.name].size) != axis.size:
                 raise FusionError(
-                    f"parents differ on the fixed axis '{axis.name}': {first} has {axis.size}, {name} has {other.size}"
+                    f"parents differ on the fixed axis '{axis.name}': {first} has {axis.size}, {name} has {size}"
                 )
+
+
+def _parts(binding: Binding, without: Set[str]) -> dict[str, tuple[str | None, ...]]:
+    """Parameter -> its axes, but for some blocks; what a stack leaves is called alike whatever its depth."""
+    last = {boundary(blocks[-1]): f"stack {stack}" for stack, blocks in enumerate(binding.stacks)}
+
+    def named(axis: str | None, section: str) -> str | None:
+        inside = section in binding.stacks[binding.stack_of[section_of(axis or "")]] if axis in last else False
+        return axis if inside else last.get(axis or "", axis)
+
+    return {
+        slot.parameter: tuple(named(axis, slot.section) for axis in slot.axes)
+        for slot in binding.slots
+        if slot.section not in without
+    }
 
 
 def check_finite(state: Mapping[str, Tensor], name: str) -> None:

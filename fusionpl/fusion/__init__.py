@@ -10,6 +10,7 @@ from fusionpl.fusion.fuse import (
     match_vocabularies,
     open_parents,
     plan_of,
+    ready,
     resolve_anchor,
 )
 from fusionpl.fusion.goal import settled
@@ -38,6 +39,7 @@ __all__ = [
     "mixing_weights",
     "open_parents",
     "plan_of",
+    "ready",
     "resolve_anchor",
     "settled",
     "vanilla",

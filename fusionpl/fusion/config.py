@@ -93,6 +93,8 @@ class FuseConfig:
             conf/fuse/default.yaml, else `transport`.
         width: with `joint`, the units of the fused model's stream, or up to 8 a factor of the anchor's; its heads and
             hidden units grow with it, and are more of the parents'. null: the anchor's.
+        depth: with `joint`, the number of the fused model's blocks, between the shallowest parent's and the sum of all.
+            null: the anchor's.
         units: with `joint`, which heads and hidden units: `anchor`, all of the anchor's and then the others' most
             useful; `even`, as many of each parent's, for parents that saw different data.
     """
@@ -105,12 +107,15 @@ class FuseConfig:
     refine: RefineConfig = field(default_factory=RefineConfig)
     strategy: Literal["transport", "joint", "auto"] = "transport"
     width: int | float | None = None
+    depth: int | None = None
     units: Literal["anchor", "even"] = "anchor"
 
     def __post_init__(self) -> None:
         """Raises FusionError for options that contradict each other."""
         if self.width is not None and not (math.isfinite(self.width) and self.width > 0):
             raise FusionError(f"width must be above 0, not {self.width}")
+        if self.depth is not None and self.depth < 1:
+            raise FusionError(f"depth must be at least 1, not {self.depth}")
         if self.strategy == "transport" and self.width is not None:
             raise FusionError("strategy transport fuses into the anchor's width; width needs strategy joint")
         if self.strategy == "transport" and self.units != "anchor":

@@ -194,7 +194,8 @@ class _Shapes:
 
     @classmethod
     def of(cls, network: Network, inputs: Mapping[str, Tensor]) -> "_Shapes":
-        module, binding = network.module, network.binding
+        ran = network.original
+        module, binding = ran.module, ran.binding
         counts = []
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), eval_mode(module):
             empty = {name: torch.empty(one.shape) for name, one in module.named_parameters()}
@@ -209,18 +210,18 @@ class _Shapes:
             ends: list[Tensor] = []
             tokens = 0
             for blocks in binding.stacks:
-                enter = partial(network.enter, batch=fake, ends=ends)
+                enter = partial(ran.enter, batch=fake, ends=ends)
                 hidden, calls, _ = counted(1, enter, *binding.ends[: len(ends) + 1])
-                through = partial(network.through, blocks[0], hidden=hidden, call=calls[0])
-                ends.append(counted(len(blocks), through, blocks[0])[0])
+                through = partial(ran.through, blocks[0], hidden=hidden, call=calls[0])
+                ends.append(counted(len(blocks), through, blocks[0]).out)
                 tokens = max(tokens, hidden[..., 0].numel() // len(hidden))
-            counted(1, partial(network.leave, batch=fake, ends=ends), *binding.ends)
-        widths = {name: one.flatten(1).shape for name, one in empty.items() if one.ndim > 1}
-        reads = {slot.parameter: slot.reads[0] for slot in binding.slots}
+            counted(1, partial(ran.leave, batch=fake, ends=ends), *binding.ends)
+        widths = {name: one.shape for name, one in network.module.named_parameters() if one.ndim > 1}
+        reads = {slot.parameter: slot.reads[0] for slot in network.binding.slots}
         return cls(
             tokens,
             sum(counts),
-            {name: shape[0 if reads.get(name) else 1] for name, shape in widths.items()},
+            {name: shape[0] if reads.get(name) else math.prod(shape[1:]) for name, shape in widths.items()},
         )
 
     def reads(self, module: str) -> int:

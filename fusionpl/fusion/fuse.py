@@ -24,6 +24,7 @@ from fusionpl.errors import FusionError
 from fusionpl.families import VOCABULARY, Family, bind, canonical, check_compatible, read_family, without_scales
 from fusionpl.fusion.average import mixing_weights
 from fusionpl.fusion.config import FuseConfig
+from fusionpl.fusion.depth import Matching, levelled
 from fusionpl.fusion.goal import goal_of, parted, settled
 from fusionpl.fusion.plan import Plan, make_plan
 from fusionpl.fusion.refine import Augment, refine
@@ -65,8 +66,8 @@ def fuse(
     Source: Imfeld et al., "Transformer Fusion with Optimal Transport", ICLR 2024.
 
     Args:
-        parents: two or more models of one family, depth and set of classes, or anything `load_model` takes; widths may
-            differ. Models are used where they are; of what is named, one block at a time is in memory.
+        parents: two or more models of one family and set of classes, or anything `load_model` takes; widths and depths
+            may differ. Models are used where they are; of what is named, one block at a time is in memory.
         calibration: any iterable of batches (mapping of model inputs, or image tensor [B, C, H, W]); labels are never
             read. With `align.evidence: weights` it may be empty. It is iterated once.
         config: see FuseConfig.
@@ -106,8 +107,11 @@ class Calibrated:
     Args:
         parents, names, device, augment, seed, allow_pickle, family, progress: see `fuse`.
         calibration: see `fuse`.
-        configs: they share the anchor, what is collected (`calibration` but for its `scale`), `strategy` and
+        configs: they share the anchor, what is collected (`calibration` but for its `scale`), `strategy`, `depth` and
             `align.stream`.
+
+    Attributes:
+        matchings: for parents of another depth than the fused model's, which of their blocks stand for which of its.
 
     Raises:
         FusionError: see `fuse`; configurations that can't share a calibration.
@@ -142,21 +146,21 @@ class Calibrated:
         configs = [settled(config, networks, anchor) for config in configs]
         first = configs[0]
         closed = networks[anchor].binding.closed
-        if first.canonical:
-            networks = [parted(network) for network in networks]
+        level, self.matchings = ready(networks, anchor, first)
         self._parted = [
             f"'{name}' is no longer embedding and decoder in one: the fused model's decoder has parameters of its own, "
             "because a rotated stream can't have the gain of its last norm elsewhere"
-            for name in closed - networks[anchor].binding.closed
+            for name in closed - level[anchor].binding.closed
         ]
-        plans = [plan_of(networks, anchor, config, self.names)[1] for config in configs]
+        plans = [plan_of(level, anchor, config, self.names)[1] for config in configs]
         self._limit = budget(first.calibration.memory, networks[anchor].device)
         kept = Kept(self._limit)
         observes = any(plan.observes for plan in plans) or any(config.refine.method != "none" for config in configs)
         data = CalibrationSet(calibration, first.calibration, kept) if observes else None
-        self._team = Team(
-            [_prepared(network, configs) for network in networks], anchor, data, Survey(kept), progress
-        )  # fmt: skip
+        if data is not None and self.matchings:
+            level, self.matchings = ready(networks, anchor, first, data)
+            plans = [plan_of(level, anchor, config, self.names)[1] for config in configs]
+        self._team = Team([_prepared(network, configs) for network in level], anchor, data, Survey(kept), progress)
         keys = [key for plan in plans for key in plan.survey]
         magnitudes: list[str] = []
         if len(configs) > 1:
@@ -182,7 +186,9 @@ class Calibrated:
             sweep.run()
             sink.finish()
         result = FusionResult(sink, sweep.aligned, team.anchor, goal, config, plan.keep)
-        result.warnings = [*self._matched, *self._parted, *_unconverged(result, self.names)]
+        foreign = [one.warning for one in self.matchings if one.warning]
+        result.warnings = [*self._matched, *self._parted, *foreign, *_unconverged(result, self.names)]
+        result.matchings = self.matchings
         if config.refine.method != "none":
             result.refitted = copy.deepcopy(result.model)
             refine(
@@ -201,12 +207,18 @@ class Calibrated:
         return result
 
 
+def ready(
+    networks: Sequence[Network], anchor: int, config: FuseConfig, data: CalibrationSet | None = None
+) -> tuple[list[Network], list[Matching]]:
+    """Parents as a fusion takes them: decoders apart where that is needed, and all of one depth; see `levelled`."""
+    return levelled([parted(network) for network in networks] if config.canonical else networks, anchor, config, data)
+
+
 def plan_of(networks: Sequence[Network], anchor: int, config: FuseConfig, names: Sequence[str]) -> tuple[Network, Plan]:
-    """What the fused network looks like, and the plan of the fusion: see `goal_of` and `make_plan`."""
-    if config.canonical:
-        networks = [parted(network) for network in networks]
-    goal = goal_of(networks[anchor], config)
-    return goal, make_plan([network.binding for network in networks], anchor, config, names, goal.binding)
+    """What the fused network looks like, and the plan of the fusion, of parents that are `ready`: see `goal_of` and
+    `make_plan`."""
+    goal, idle = goal_of(networks[anchor], config), [network.idle for network in networks]
+    return goal, make_plan([network.binding for network in networks], anchor, config, names, goal.binding, idle)
 
 
 def open_parents(

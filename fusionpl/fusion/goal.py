@@ -43,7 +43,8 @@ def settled(config: FuseConfig, networks: Sequence[Network], anchor: int) -> Fus
         reasons.append("refit.method none asks for strategy transport")
     if config.weights and min(config.weights) <= 0:
         reasons.append("a weight of 0 leaves a parent's stream out")
-    for option, asked in (("width", config.width is not None), ("units", config.units != "anchor")):
+    deeper = config.depth not in (None, networks[anchor].binding.depth)
+    for option, asked in (("width", config.width is not None), ("depth", deeper), ("units", config.units != "anchor")):
         if reasons and asked:
             raise FusionError(f"{option} needs strategy joint, and {reasons[0]}")
     return replace(config, strategy="transport" if reasons else "joint")
@@ -68,18 +69,16 @@ def goal_of(network: Network, config: FuseConfig) -> Network:
     """The network that a fusion gives: the anchor, or one whose parameters are still to come, and are 0.
 
     Args:
-        network: the anchor.
+        network: the anchor, at the depth of the fused network.
         config: its `width` is that of the stream; heads and hidden units grow and shrink with it.
 
     Raises:
         FusionError: a width that leaves a part of a head; a library that can't build it.
     """
-    if config.width is None:
+    times, heads = _times(network.binding, 1 if config.width is None else config.width)
+    if times == 1 and network.original is network:
         return network
-    times, heads = _times(network.binding, config.width)
-    if times == 1:
-        return network
-    module = resized(network.module, times, heads)
+    module = network.module if times == 1 else resized(network.module, times=times, heads=heads)
     binding = bind(module, network.binding.family)
 
     def blank(name: str) -> Tensor:

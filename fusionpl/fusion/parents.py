@@ -19,11 +19,14 @@ class AlignedParent:
         network: the parent.
         alignment: its maps; None for the anchor.
         weight: its share.
+        idle: blocks of the fused network for which it has none: there it has the anchor's parameters, and writes
+            nothing.
     """
 
     network: Network
     alignment: Alignment | None
     weight: float
+    idle: frozenset[str] = frozenset()
 
     @property
     def binding(self) -> Binding:
@@ -55,7 +58,20 @@ class AlignedParent:
         """
         if self.alignment is None:
             return state
+        # A post-LN norm is part of the stream, which is the parent's own.
+        away = {
+            slot.parameter
+            for slot in anchor.slots
+            if slot.section in self.idle and not (anchor.family.norm == "post" and set(slot.axes) <= set(anchor.joins))
+        }
+        state = {name: tensor for name, tensor in state.items() if name not in away}
         found = aligned_state(state, self.binding, target, anchor, self.alignment.maps, self.alignment.joint)
         if self.network.absent is not None:
             copy_rows(found, target, anchor, VOCABULARY, self.network.absent)
+        branches = {join.branch for join in anchor.joins.values()}
+        for slot in anchor.slots:
+            if slot.parameter in away and slot.parameter in target:
+                silent = not slot.gain and any(axis in branches and slot.writes(axis) for axis in slot.axes if axis)
+                own = target[slot.parameter]
+                found[slot.parameter] = torch.zeros_like(own) if silent else own
         return found

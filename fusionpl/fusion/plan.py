@@ -1,6 +1,6 @@
 """What a fusion will do, before any weight is read: `fuse.py --dry-run` prints it, the sweep carries it out."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from fusionpl.alignment import AlignConfig, ChosenUnits, JointStream, Problem, check_choice, joint_problems, problems
@@ -88,7 +88,12 @@ class Plan:
 
 
 def make_plan(
-    bindings: Sequence[Binding], anchor: int, config: FuseConfig, names: Sequence[str], goal: Binding | None = None
+    bindings: Sequence[Binding],
+    anchor: int,
+    config: FuseConfig,
+    names: Sequence[str],
+    goal: Binding | None = None,
+    idle: Sequence[Set[str]] | None = None,
 ) -> Plan:
     """The plan of a fusion.
 
@@ -98,6 +103,7 @@ def make_plan(
         config: what is asked for.
         names: how messages call the parents.
         goal: of the fused network, where it is not like the anchor.
+        idle: for each parent, the blocks that it has not; None where all have all.
 
     Raises:
         FusionError: options that don't fit the family, the widths or the head counts.
@@ -113,7 +119,8 @@ def make_plan(
         found = problems(reference, config.align)
     for problem in found:
         if isinstance(problem, ChosenUnits):
-            check_choice(problem, bindings, anchor, reference)
+            there = [problem.section not in blocks for blocks in idle] if idle else [True] * len(bindings)
+            check_choice(problem, bindings, anchor, reference, there)
         for index, binding in enumerate(bindings):
             if index != anchor:
                 problem.check(binding, reference, config.align)

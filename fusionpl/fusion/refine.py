@@ -53,7 +53,7 @@ def refine(
         FusionError: gradients that are not finite.
     """
     device, mask = device_of(model), binding.family.stacks[-1].mask
-    teachers, weights = [parent.network.whole() for parent in parents], [parent.weight for parent in parents]
+    teachers, weights = [parent.network.original.whole() for parent in parents], [parent.weight for parent in parents]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
     with torch.random.fork_rng():
         torch.manual_seed(seed + (dist.get_rank() if dist.is_initialized() else 0))

@@ -5,6 +5,7 @@ Close relatives: RegMean (Jin et al., ICLR 2023, arXiv 2212.09849); Luenam et al
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -81,9 +82,10 @@ class Refit:
     def _fit_linear(self, section: str, stage: Stage, state: State, states: Sequence[State]) -> None:
         maps = [_LinearMap(self.binding, state, module) for module in stage.modules]
         here, prior = Place(maps[0].module, "input"), torch.cat([one.matrix for one in maps], dim=1)
+        parents = self._taking_part(section, stage)
         later = {
             index: _Later(parent, stage, states[index])
-            for index, parent in self.parents.items()
+            for index, parent in parents.items()
             if stage.narrow or _moves_later(self.binding, parent, stage, len(prior) - 1)
         }
         widths = [*([] if stage.narrow else [prior.shape[1]]), *(one.width for one in later.values())]
@@ -93,7 +95,7 @@ class Refit:
             x, targets = passage.seen[here], [self._target(section, index, stage, batch) for index in later]
             if not stage.narrow:
                 still = self._lacking(passage, stage, x)
-                for index, parent in self.parents.items():
+                for index, parent in parents.items():
                     if index not in later:
                         target = self._target(section, index, stage, batch)
                         still = still + parent.weight * _moved(parent, stage, target)
@@ -136,6 +138,17 @@ class Refit:
         factor = torch.where(variance > 0, (xy - x * y / count) / variance, 1.0)
         state[f"{module}.weight"] = (gain * factor).to(gain)
         state[f"{module}.bias"] = (shift * factor + (y - factor * x) / count).to(shift)
+
+    def _taking_part(self, section: str, stage: Stage) -> dict[int, AlignedParent]:
+        """The parents that show what a stage puts out: the anchor stands in for those that have not the block, but
+        where the stream is written, which they leave as it is."""
+        away = {index for index, parent in self.parents.items() if section in parent.idle}
+        if not away or stage.skips:
+            return self.parents
+        found = {index: parent for index, parent in self.parents.items() if index not in away}
+        share = sum(self.parents[index].weight for index in away)
+        anchor = next(index for index, parent in found.items() if parent.alignment is None)
+        return {**found, anchor: replace(found[anchor], weight=found[anchor].weight + share)}
 
     def _target(self, section: str, parent: int, stage: Stage, batch: int) -> Tensor:
         """What a parent shows of a stage's targets, side by side, in its own units."""

@@ -15,6 +15,7 @@ from fusionpl.calibration import Network
 from fusionpl.families import Binding, State, with_parameters
 from fusionpl.fusion.average import averaged
 from fusionpl.fusion.config import FuseConfig
+from fusionpl.fusion.depth import Matching
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.models import TensorFile, save_model
 from fusionpl.transport import TransportMap
@@ -83,6 +84,7 @@ class FusionResult:
 
     Attributes:
         refitted: the model before it was refined, where it was; else None.
+        matchings: for parents of another depth than the fused model's, which of their blocks stand for which of its.
         warnings: what a reader should know, for example solvers that did not converge, by axis.
     """
 
@@ -99,6 +101,7 @@ class FusionResult:
         self._goal = goal
         self.refitted: nn.Module | None = None
         self.warnings: list[str] = []
+        self.matchings: Sequence[Matching] = ()
 
     @cached_property
     def model(self) -> nn.Module:

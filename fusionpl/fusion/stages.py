@@ -48,11 +48,16 @@ class Stage:
     def targets(self) -> tuple[Target, ...]:
         """What a parent shows that is fitted to."""
         if self.narrow:
-            return (Target(Place(self.first, "input"), None),)
-        skips = (
-            next((self.skips[axis][1] for axis in axes if axis in self.skips), None) for axes in self.modules.values()
+            return (Target(Place(self.first, "input")),)
+        if self.norm:
+            return tuple(Target(Place(module, "output"), total=axes[0]) for module, axes in self.modules.items())
+        added = (
+            next((self.skips[axis] for axis in axes if axis in self.skips), None) for axes in self.modules.values()
         )
-        return tuple(Target(Place(module, "output"), skip) for module, skip in zip(self.modules, skips, strict=True))
+        return tuple(
+            Target(Place(module, "output"), *(both[::-1] if both else ()))
+            for module, both in zip(self.modules, added, strict=True)
+        )
 
     def _added(self, binding: Binding) -> set[Place]:
         return places_of(binding, (skip for _, skip in self.skips.values()))

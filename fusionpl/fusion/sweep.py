@@ -150,15 +150,29 @@ class Sweep:
         self.team, self.plan, self.config, self.weights, self.sink = team, plan, config, weights, sink
         self.goal = goal
         anchor = team.parents[team.anchor]
+        idle = [parent.idle if config.strategy == "transport" else frozenset() for parent in team.parents]
         self.aligners = {
             index: Aligner(
-                binding, goal.binding, config.align, plan.problems, maps, index, anchor.device, weights[index]
+                binding,
+                goal.binding,
+                config.align,
+                plan.problems,
+                maps,
+                index,
+                anchor.device,
+                weights[index],
+                idle[index],
             )
             for index, binding in enumerate(team.bindings)
             if index != team.anchor or config.strategy == "joint"
         }
         self.aligned = [
-            AlignedParent(parent, self.aligners[index].alignment if index in self.aligners else None, weights[index])
+            AlignedParent(
+                parent,
+                self.aligners[index].alignment if index in self.aligners else None,
+                weights[index],
+                idle[index],
+            )
             for index, parent in enumerate(team.parents)
         ]
         self._magnitudes = dict(team.survey.magnitudes)
@@ -206,7 +220,8 @@ class Sweep:
         """Chooses among the units of all parents, where that is asked for."""
         for problem in problems:
             if isinstance(problem, ChosenUnits):
-                chosen = choose(problem, self.team.bindings, states, self.team.anchor, self.goal.binding)
+                there = [problem.section not in parent.idle for parent in self.team.parents]
+                chosen = choose(problem, self.team.bindings, states, self.team.anchor, self.goal.binding, there)
                 for index, aligner in self.aligners.items():
                     aligner.chosen[problem.axes[0]] = chosen[index]
 
@@ -235,7 +250,10 @@ class Sweep:
             aligner.magnitudes = self._magnitudes
             aligner.evidence = self._evidence(index, found)
             for problem in problems:
-                aligner.solve(problem)
+                if problem.whole or problem.section not in self.aligned[index].idle:
+                    aligner.solve(problem)
+                else:
+                    aligner.pass_on(problem)
             del aligner.evidence  # it holds the section's moments and parameters
 
     def _evidence(self, index: int, found: Statistics) -> Evidence:

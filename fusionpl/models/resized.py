@@ -1,4 +1,4 @@
-"""Models like another, whose parameters are still to come: of another width, or with a decoder of their own."""
+"""Models like another, whose parameters are still to come: of other width or depth, or with a decoder of their own."""
 
 import copy
 from fractions import Fraction
@@ -17,13 +17,16 @@ _HIDDEN = ("intermediate_size", "n_inner", "hidden_dim", "d_ff")
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
-def resized(model: nn.Module, times: Fraction, heads: int) -> nn.Module:
+def resized(
+    model: nn.Module, *, times: Fraction = Fraction(1), heads: int | None = None, depth: int | None = None
+) -> nn.Module:
     """A model of the same architecture with `times` the stream, heads and hidden units; heads are as wide as before.
 
     Args:
         model: of timm's `create_model` or of transformers.
         times: by which everything grows or shrinks.
-        heads: the model's number of attention heads, of which `times` makes a whole number.
+        heads: the model's number of attention heads, of which `times` makes a whole number; None where it is 1.
+        depth: the number of blocks; None for as many as before.
 
     Returns:
         The new model in evaluation mode, its parameters on the meta device, in the types of the other's.
@@ -34,9 +37,10 @@ def resized(model: nn.Module, times: Fraction, heads: int) -> nn.Module:
     build = _transformers if isinstance(model, transformers.PreTrainedModel) else _timm
     try:
         with parameters_on_meta():
-            found = build(cast(Any, model), times, heads)
+            found = build(cast(Any, model), times, heads, depth)
     except (TypeError, ValueError, AssertionError, AttributeError, KeyError, RuntimeError) as error:
-        raise FusionError(f"a {type(model).__name__} can't be built {float(times):g} times as wide: {error}") from error
+        what = f"with {depth} blocks" if depth is not None else f"{float(times):g} times as wide"
+        raise FusionError(f"a {type(model).__name__} can't be built {what}: {error}") from error
     return _like(found, model)
 
 
@@ -74,21 +78,34 @@ def _like(found: nn.Module, model: nn.Module) -> nn.Module:
     return found.to(next(model.parameters()).dtype).eval()
 
 
-def _timm(model: Any, times: Fraction, heads: int) -> nn.Module:
+def _timm(model: Any, times: Fraction, heads: int | None, depth: int | None) -> nn.Module:
+    if not hasattr(model, "pretrained_cfg"):
+        raise FusionError(
+            f"a {type(model).__name__} of another width or depth needs parents that were made by create_model of timm"
+        )
     args = timm.models.get_model_args(model)
-    args |= {"embed_dim": int(model.embed_dim * times), "num_heads": int(heads * times)}
+    if heads is not None:
+        args |= {"embed_dim": int(model.embed_dim * times), "num_heads": int(heads * times)}
+    if depth is not None:
+        args["depth"] = depth
     found = cast(Any, timm.create_model(model.pretrained_cfg["architecture"], **args))
     found.pretrained_cfg = copy.deepcopy(model.pretrained_cfg)
     return cast(nn.Module, found)
 
 
-def _transformers(model: Any, times: Fraction, heads: int) -> nn.Module:
+def _transformers(model: Any, times: Fraction, heads: int | None, depth: int | None) -> nn.Module:
     config = copy.deepcopy(model.config)
     # Where nothing says how wide a head is, it is the share of the stream.
-    config.hidden_size = int(config.hidden_size * times)
-    for name in (*_HEADS, *_HIDDEN):
-        if getattr(config, name, None) is not None:
-            setattr(config, name, int(getattr(config, name) * times))
+    if heads is not None:
+        config.hidden_size = int(config.hidden_size * times)
+        for name in (*_HEADS, *_HIDDEN):
+            if getattr(config, name, None) is not None:
+                setattr(config, name, int(getattr(config, name) * times))
+    if depth is not None:
+        kinds = getattr(config, "layer_types", None)
+        config.num_hidden_layers = depth
+        if kinds:
+            config.layer_types = [kinds[at % len(kinds)] for at in range(depth)]
     found: nn.Module = type(model)(config)
     without_cache(found)
     return found

@@ -18,6 +18,7 @@ from fusionpl import load_model
 from fusionpl.cli import finetune, fuse, sweep
 from fusionpl.cli.common import main
 from fusionpl.evaluation import Report, evaluate_samples
+from fusionpl.families import bind
 from fusionpl.training import TASKS
 from tests.integration.runs import hears_ctrl_c, make_run
 
@@ -340,7 +341,6 @@ def test_missing_and_truncated_parents(parents: list[str], tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"depth": 3}, "different depth: seed-1 has 2 blocks, other has 3"),
         ({"names": tuple("abcdefghij")}, "different class names"),
     ],
 )
@@ -350,6 +350,24 @@ def test_parents_that_do_not_fit(
     other = str(make_run(tmp_path / "other", 4, **change))
     assert words in refused(capsys, fuse.run, ["--parents", parents[0], other, "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_parents_of_another_depth(parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    deep = str(make_run(tmp_path / "deep", 4, depth=3))
+    words = ["--parents", parents[0], deep, "--output", str(tmp_path / "out")]
+    fuse.run([*words, "--dry-run"])
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("deep: blocks"))
+    assert "for the fused model's 1 to 2; streams alike by" in told
+    fuse.run([*words, "--logger", "none"])
+    report = json.loads((tmp_path / "out/report/report.json").read_text())
+    assert told in report["notes"]
+    assert "deep in 2 blocks" in [row["name"] for row in report["rows"]]
+    assert "![blocks](blocks.png)" in (tmp_path / "out/report/report.md").read_text()
+    assert bind(load_model(tmp_path / "out")).depth == 2
+    line = refused(capsys, fuse.run, [*words, "--overwrite", "--depth", "0"])
+    assert "depth must be at least 1" in line
+    fuse.run(["--parents", deep, parents[0], "--output", str(tmp_path / "deeper"), "--depth", "5", "--logger", "none"])
+    assert bind(load_model(tmp_path / "deeper")).depth == 5
 
 
 def test_data_of_another_task_are_refused_before_anything_is_run(

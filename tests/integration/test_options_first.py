@@ -90,7 +90,7 @@ PARENTS: dict[str, tuple[Callable[[], list[nn.Module]], dict[str, Any], str]] = 
         lambda: [text_model("bert classifier", seed) for seed in range(2)], ROTATION, "bert is post-LN"),
     "rotation through a norm in the stream": (
         lambda: [timm_vit(seed, pre_norm=True) for seed in range(2)], ROTATION, "'norm_pre' normalises inside"),
-    "depths": (lambda: [timm_vit(0), timm_vit(1, depth=3)], {}, "different depth"),
+    "depths": (lambda: [timm_vit(0), timm_vit(1, depth=3)], {}, "made by create_model"),
     "families": (lambda: [timm_vit(0), hf_vit(1)], {}, "different families"),
     "one parent": (lambda: [timm_vit(0)], {}, "at least two parents, not 1"),
 }  # fmt: skip

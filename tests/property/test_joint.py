@@ -89,15 +89,18 @@ def test_the_anchors_units_come_first_and_then_those_that_write_most() -> None:
     problem = next(one for one in joint_problems(goal) if "blocks.0.ffn" in one.axes)
     assert isinstance(problem, ChosenUnits)
     states = [own_state(parent) for parent in parents]
-    (first, places), (others, behind) = choose(problem, bindings, states, 0, goal)
+    both = [True, True]
+    (first, places), (others, behind) = choose(problem, bindings, states, 0, goal, both)
     assert (first.tolist(), places.tolist()) == ([*range(24)], [*range(24)])
     assert (sorted(others.tolist()), behind.tolist()) == ([5, 17], [24, 25])
-    (narrow, _), (none, _) = choose(problem, bindings[::-1], states[::-1], 0, bind(timm_vit(0, mlp=2)))
+    (narrow, _), (none, _) = choose(problem, bindings[::-1], states[::-1], 0, bind(timm_vit(0, mlp=2)), both)
     assert (narrow.tolist(), len(none)) == ([5, 17], 0)
-    (half, places), (other, behind) = choose(replace(problem, even=True), bindings, states, 0, bind(timm_vit(0, mlp=5)))
+    (half, places), (other, behind) = choose(
+        replace(problem, even=True), bindings, states, 0, bind(timm_vit(0, mlp=5)), both
+    )
     assert (len(half), places.tolist(), behind.tolist()) == (3, [0, 1, 2], [3, 4])
     assert other.tolist() == [5, 17]
-    (every, _), (rest, _) = choose(replace(problem, even=True), bindings, states, 0, bind(timm_vit(0, mlp=48)))
+    (every, _), (rest, _) = choose(replace(problem, even=True), bindings, states, 0, bind(timm_vit(0, mlp=48)), both)
     assert every.tolist() == rest.tolist() == [*range(24)]
 
 

@@ -38,7 +38,7 @@ def walked(network: Network, batch: dict[str, Tensor]) -> Tensor:
         hidden, calls, _ = network.enter(network.parameters(STEM), batch)
         assert len(calls) == network.binding.depth
         for section, call in zip(network.binding.blocks, calls, strict=True):
-            out, _, _ = network.through(section, network.parameters(section), hidden, call)
+            out, *_ = network.through(section, network.parameters(section), hidden, call)
             assert out is not None
             hidden = out
         found, _ = network.leave(network.states(TAIL), batch, [hidden])
@@ -131,9 +131,9 @@ def test_what_is_seen_on_the_way_is_what_passes_in_the_model(name: str) -> None:
         seen = dict(found)
         for section, call in zip(binding.blocks, calls, strict=True):
             state, here = network.parameters(section), places[section]
-            stopped, _, early = network.through(section, state, hidden, call, here, stop=True)
+            stopped, _, early, _ = network.through(section, state, hidden, call, here, stop=True)
             assert stopped is None
-            hidden, _, found = network.through(section, state, hidden, call, here)  # type: ignore[assignment]
+            hidden, _, found, _ = network.through(section, state, hidden, call, here)  # type: ignore[assignment]
             assert set(early) == set(found) == here
             assert all(torch.equal(early[place], found[place]) for place in here)
             seen |= found

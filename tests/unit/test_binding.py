@@ -317,9 +317,10 @@ def test_parents_of_different_families() -> None:
     assert compatible(bind(timm_vit()), bind(hf_vit())) == ("parents of different families: A is vit_timm, B is vit_hf")
 
 
-def test_parents_of_different_depth() -> None:
-    message = compatible(bind(timm_vit()), bind(timm_vit(depth=3)))
-    assert message.startswith("parents of different depth: A has 2 blocks, B has 3")
+def test_parents_of_different_depth_fit_where_their_blocks_do() -> None:
+    check_compatible({"A": bind(timm_vit()), "B": bind(timm_vit(depth=3))})
+    message = compatible(bind(timm_vit(init_values=0.5)), bind(timm_vit(depth=3)))
+    assert message == "parents of different architecture: A has 'blocks.0.ls1.gamma', B has not"
 
 
 def test_parents_of_different_classes() -> None:

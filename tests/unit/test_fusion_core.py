@@ -268,10 +268,6 @@ def test_too_few_parents(count: int) -> None:
     assert message.startswith(f"fusion needs at least two parents, not {count}")
 
 
-def test_different_depth() -> None:
-    assert "different depth: parent 0 has 2 blocks, parent 1 has 3" in refusal([timm_vit(0), timm_vit(1, depth=3)])
-
-
 @pytest.mark.parametrize(("ours", "theirs"), [(4, 2), (2, 4), (4, 1), (1, 4)])
 def test_different_heads(ours: int, theirs: int) -> None:
     message = refusal([timm_vit(0, heads=ours), timm_vit(1, heads=theirs)])

@@ -1,0 +1,196 @@
+"""A network that is cut into other blocks than its own: several of them as one, or none."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from fusionpl.calibration.forward import Batch
+from fusionpl.calibration.network import Call, Network, Passed, Prepare, Seen
+from fusionpl.calibration.taps import Place
+from fusionpl.errors import FusionError
+from fusionpl.families import Binding, State, boundary
+
+
+@dataclass(frozen=True)
+class Run:
+    """Blocks of a network that stand for one block of another depth.
+
+    Attributes:
+        blocks: their sections, in forward order; none computes nothing.
+        kept: the one whose parameters and units stand for all; None where there is none.
+    """
+
+    blocks: tuple[str, ...]
+    kept: str | None
+
+
+class Restacked(Network):
+    """A network in the sections of one of another depth.
+
+    Blocks that are taken together run one after the other: the stream behind them is the network's own. What is seen
+    inside, and what is read as the parameters, is of one of them. Where a block stands for none, the stream stays, and
+    its parameters are those of a block that adds nothing.
+
+    In post-LN networks a norm ends each block. That of blocks that are taken together is the last one's. What stands
+    before a block that adds nothing ends with a norm that neither scales nor shifts, and that block scales and shifts
+    in its place: normalising twice is normalising once.
+
+    Args:
+        source: the network.
+        module: a model of the other depth, of the same widths, whose parameters may be on the meta device.
+        binding: its binding.
+        runs: block of the other depth -> the network's blocks that stand for it.
+    """
+
+    def __init__(self, source: Network, module: nn.Module, binding: Binding, runs: Mapping[str, Run]) -> None:
+        super().__init__(
+            module, binding, source.name, read=source.read, device=source.device, float32=source.float32,
+            prepare=source.prepare, absent=source.absent,
+        )  # fmt: skip
+        self._source, self._runs = source, runs
+        self._elementwise = {
+            slot.parameter
+            for slot in binding.slots
+            if slot.gain or (len(slot.axes) == 1 and slot.parameter.endswith(".weight"))
+        }
+        self._before = {after: before for before, after in pairwise(binding.sections)}
+        self._after = dict(pairwise(binding.sections))
+        self._ends: dict[str, str] = {}  # section -> the norm that ends it
+        if binding.family.norm == "post":
+            ends = {section: binding.taps[boundary(section)].target for section in binding.sections[:-1]}
+            self._ends = {section: norm for section, norm in ends.items() if f"{norm}.weight" in self._elementwise}
+            for block in self.idle:
+                if self._before[block] not in self._ends:
+                    raise FusionError(
+                        f"{self.name}: no norm ends what stands before its first block, so that a block that adds "
+                        "nothing can't stand there; use parents of one depth"
+                    )
+
+    @property
+    def original(self) -> Network:
+        """The network as it was trained."""
+        return self._source
+
+    @property
+    def idle(self) -> frozenset[str]:
+        """The blocks that compute nothing."""
+        return frozenset(block for block, run in self._runs.items() if run.kept is None)
+
+    def prepared(self, prepare: Prepare | None) -> Network:
+        """The same with other preparation."""
+        return Restacked(self._source.prepared(prepare), self.module, self.binding, self._runs)
+
+    def parameters(self, section: str) -> State:
+        """The parameters of the block that stands for a section; of one that adds nothing, where there is none."""
+        run = self._runs.get(section)
+        if run is None:
+            found = self._source.parameters(section)
+        elif run.kept is None:
+            found = {name: self._blank(name) for name in self.binding.uses[section]}
+        else:
+            found = _renamed(self._source.parameters(run.kept), run.kept, section)
+        return found | self._end(section)
+
+    def beneath(self, section: str) -> State:
+        """Also, for blocks that are taken together, the parameters of the others."""
+        run = self._runs.get(section)
+        if run is None:
+            return self._source.beneath(section)
+        found: State = {}
+        for block in run.blocks:
+            own = self._source.parameters(block)
+            if block == run.blocks[-1]:
+                own |= {_moved(name, section, block): tensor for name, tensor in self._end(section).items()}
+            if len(run.blocks) > 1 and (block != run.kept or self._ends):
+                found |= {_ASIDE + name: tensor for name, tensor in own.items()}
+        return found
+
+    def _end(self, section: str) -> State:
+        """The parameters of the norm that ends a section of a post-LN network."""
+        if section not in self._ends:
+            return {}
+        names = [f"{self._ends[section]}.{leaf}" for leaf in ("weight", "bias")]
+        if self._after[section] in self.idle:
+            return {name: self._blank(name) for name in names}
+        last = section
+        while last in self.idle:
+            last = self._before[last]
+        block = self._runs[last].blocks[-1] if last in self._runs else last
+        held = self._source.parameters(block)
+        there = self._ends[last]
+        return {
+            name: held[_moved(f"{there}.{leaf}", last, block)]
+            for name, leaf in zip(names, ("weight", "bias"), strict=True)
+        }
+
+    def enter(
+        self, state: State, batch: Batch, ends: Sequence[Tensor] = (), places: Iterable[Place] = ()
+    ) -> tuple[Tensor, list[Call], Seen]:
+        """See Network; the calls are of the other depth, and hold those of the network's own blocks."""
+        stack = len(ends)
+        hidden, calls, seen = self._source.enter(state, batch, ends, places)
+        own = dict(zip(self._source.binding.stacks[stack], calls, strict=True))
+        found: list[Call] = []
+        for block in self.binding.stacks[stack]:
+            run = self._runs[block]
+            args, keywords = own[run.kept] if run.kept else calls[0]  # what computes nothing is called like any other
+            found.append((args, {**keywords, _CALLS: {one: own[one] for one in run.blocks}}))
+        return hidden, found, seen
+
+    def through(
+        self,
+        section: str,
+        state: State,
+        hidden: Tensor,
+        call: Call,
+        places: Iterable[Place] = (),
+        *,
+        stop: bool = False,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> Passed:
+        """Runs all blocks that stand for one, to the end of the last."""
+        run = self._runs[section]
+        args, keywords = call
+        calls: Mapping[str, Call] = keywords[_CALLS]
+        keywords = {key: value for key, value in keywords.items() if key != _CALLS}
+        if run.kept is None:
+            return super().through(section, state, hidden, (args, keywords), places)
+        own = _renamed({name: one for name, one in state.items() if not name.startswith(_ASIDE)}, section, run.kept)
+        own |= {name.removeprefix(_ASIDE): one for name, one in state.items() if name.startswith(_ASIDE)}
+        there = {Place(_moved(one.module, section, run.kept), one.side): one for one in places}
+        out, seen, entry = hidden, Seen(), hidden
+        for block in run.blocks:
+            looked_at = there if block == run.kept else ()
+            held = {name: own[name] for name in self._source.binding.uses[block]}
+            passed = self._source.through(block, held, out, calls[block], looked_at)
+            if block == run.kept:
+                entry, seen = out, {there[place]: tensor for place, tensor in passed.seen.items()}
+            assert passed.out is not None
+            out = passed.out
+        return Passed(out, {}, seen, entry)
+
+    def leave(
+        self, state: State, batch: Batch, ends: Sequence[Tensor], places: Iterable[Place] = (), *, stop: bool = False
+    ) -> tuple[Tensor | None, Seen]:
+        """See Network."""
+        return self._source.leave(state, batch, ends, places, stop=stop)
+
+    def _blank(self, name: str) -> Tensor:
+        like = self.module.get_parameter(name)
+        kind = torch.promote_types(like.dtype, torch.float32) if self.float32 else like.dtype
+        return torch.full(like.shape, float(name in self._elementwise), dtype=kind, device=self.device)
+
+
+_CALLS = "calls of the blocks that are one"
+_ASIDE = "beside: "
+
+
+def _moved(name: str, source: str, target: str) -> str:
+    return target + name.removeprefix(source) if name.startswith(f"{source}.") else name
+
+
+def _renamed(state: State, source: str, target: str) -> State:
+    return {_moved(name, source, target): tensor for name, tensor in state.items()}

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any
 
+from torch import nn
+
 from benchmarks.common import (
     DEFAULT,
     EXACT,
@@ -19,9 +21,9 @@ from benchmarks.common import (
     finetuned,
     plain_average,
 )
-from fusionpl.datamodules import TextClassificationConfig, TextClassificationDataModule
+from fusionpl.datamodules import FixedSplits, TextClassificationConfig, TextClassificationDataModule
 from fusionpl.evaluation import evaluate, evaluate_ensemble
-from fusionpl.fusion import fuse, load_config
+from fusionpl.fusion import FuseConfig, fuse, load_config
 from fusionpl.models import load_tokenizer
 from fusionpl.training import TaskName
 
@@ -90,12 +92,7 @@ def language(
     losses = cache(lambda: [evaluate(model, test())["loss"] for model in models()])
 
     def measure(name: str, make: Maker) -> Figures:
-        model = make()
-        figures = {ONE_SHOT: evaluate(model, test())["loss"]}
-        if name in finetuning:
-            after = finetuned(model, data(), task, "default.yaml", seed=pair[0], epochs=EPOCHS)
-            figures[AFTER] = after["loss"]
-        return figures
+        return losses_of(make(), data(), task, pair[0] if name in finetuning else None)
 
     made = {
         "best parent": lambda: models()[losses().index(min(losses()))],
@@ -105,6 +102,35 @@ def language(
         "parents, mean": lambda: {ONE_SHOT: statistics.mean(losses())},
         "ensemble": lambda: {ONE_SHOT: evaluate_ensemble(models(), test())["loss"]},
         **{name: partial(measure, name, make) for name, make in made.items()},
+    }
+
+
+def losses_of(model: nn.Module, data: FixedSplits, task: TaskName, seed: int | None) -> Figures:
+    """The test loss of a language model, and after finetuning with a seed."""
+    figures = {ONE_SHOT: evaluate(model, data.test_dataloader())["loss"]}
+    if seed is not None:
+        figures[AFTER] = finetuned(model, data, task, "default.yaml", seed=seed, epochs=EPOCHS)["loss"]
+    return figures
+
+
+def of_depths(family: str, groups: Sequence[Parents], seeds: tuple[int, int]) -> dict[str, Measure]:
+    """Name -> what measures a deep and a shallow parent, their ensemble and their fusions into either."""
+    data = cache(lambda: groups[0].data(seeds[0]))
+    models = cache(lambda: [one.models([seed])[0] for one, seed in zip(groups, seeds, strict=True)])
+
+    def measured(make: Maker) -> Figures:
+        return losses_of(make(), data(), TASKS[family], seeds[0])
+
+    def fused(config: FuseConfig) -> nn.Module:
+        return fuse(models(), data().calibration_dataloader(), config).model
+
+    made: dict[str, Maker] = {"deep parent": lambda: models()[0], "shallow parent": lambda: models()[1]}
+    for anchor, direction in ((1, "deep into shallow"), (0, "shallow into deep")):
+        for name, file in (("transport + refit", TRANSPORT), ("default", DEFAULT)):
+            made[f"{direction}, {name}"] = partial(fused, load_config(file, {"anchor": anchor}))
+    return {
+        "ensemble": lambda: {ONE_SHOT: evaluate_ensemble(models(), data().test_dataloader())["loss"]},
+        **{name: partial(measured, make) for name, make in made.items()},
     }
 
 

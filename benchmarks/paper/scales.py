@@ -1,6 +1,6 @@
 """What a scale fixes: the data, the model, how long its parents and the fused models are trained."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,8 @@ class Scale:
         preset: file of conf/train for the image models.
         options: further options of train.py for them.
         narrow: what a narrow parent adds to `options`.
+        depths: group of parents -> what a deep and a shallow parent add.
+        text_depths: the same of a family of language models.
         finetuning: epochs of the finetuning curve.
         short: epochs of finetuning in the other tables: at most a tenth of a parent's, if that is one or more.
         pairs: of seeds.
@@ -40,6 +42,7 @@ class Scale:
     preset: str
     options: tuple[str, ...]
     narrow: tuple[str, ...]
+    depths: Mapping[str, tuple[str, ...]]
     finetuning: tuple[int, ...]
     short: int
     pairs: Sequence[tuple[int, int]] = PAIRS
@@ -52,6 +55,7 @@ class Scale:
     corpus: str = "wikitext2"
     text: tuple[str, ...] = ()
     families: tuple[str, ...] = ("gpt2", "llama")
+    text_depths: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     sentences: int | None = None
 
     @property
@@ -65,6 +69,8 @@ SCALES = {
         preset="vit-digits.yaml",
         options=(),
         narrow=("--model.args.embed_dim", "64"),
+        depths={"wide": (), "shallow": ("--model.args.depth", "4")},
+        text_depths={"gpt2": {"gpt2": (), "gpt2-shallow": ("--model.args.n_layer", "3")}},
         finetuning=(1, 2, 5, 10),
         short=3,
         minutes=0.5,
@@ -78,6 +84,7 @@ SCALES = {
         preset="vit-cifar10-small.yaml",
         options=("--data.train_limit", "8000", "--trainer.max_epochs", "12", "--data.calibration", "2000"),
         narrow=("--model.args.embed_dim", "64"),
+        depths={"deep": ("--model.args.depth", "6"), "wide": ()},
         finetuning=(1, 2, 5, 10, 20),
         short=1,
         sentences=2000,
@@ -90,6 +97,7 @@ SCALES = {
             "--trainer.precision", "bf16-mixed", "--trainer.max_epochs", "100", "--optim.lr", "1e-3",
         ),
         narrow=("--model.args.embed_dim", "192"),
+        depths={"wide": (), "shallow": ("--model.args.depth", "4")},
         finetuning=(1, 2, 5, 10, 20),
         short=10,
         accelerated=True,
@@ -140,8 +148,13 @@ class Lab:
         """Parents of a smaller width."""
         return self.parents("narrow", *self.scale.narrow)
 
-    def language(self, family: str = "bert") -> Parents:
-        """Parents of a language model."""
+    @property
+    def depths(self) -> list[Parents]:
+        """Deep parents and shallow ones."""
+        return [self.parents(group, *options) for group, options in self.scale.depths.items()]
+
+    def language(self, family: str = "bert", folder: str | None = None, *options: str) -> Parents:
+        """Parents of a language model; those of a folder share further options."""
         path = ("--data.path", self.paths["corpus"]) if "corpus" in self.paths else ()
-        folder = "text" if family == "bert" else family
-        return Parents(f"{family}-{self.scale.corpus}.yaml", self.runs / folder, (*self.scale.text, *path))
+        folder = folder or ("text" if family == "bert" else family)
+        return Parents(f"{family}-{self.scale.corpus}.yaml", self.runs / folder, (*self.scale.text, *path, *options))

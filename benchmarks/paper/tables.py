@@ -104,18 +104,45 @@ def widths(lab: Lab) -> Table:
     for wide, narrow in lab.scale.pairs:
         repeat = f"{wide}-{narrow}"
         team = Team(lab, ((lab.parents(), wide), (lab.narrow, narrow)))
-        cells += [
-            Cell("wide parent", repeat, partial(team.both, partial(team.parent, 0))),
-            Cell("narrow parent", repeat, partial(team.both, partial(team.parent, 1))),
-            Cell("narrow parent, taught by the wide one", repeat, team.taught),
-            Cell("ensemble", repeat, team.ensemble),
-        ]
+        cells += _unlike(team, repeat, "wide", "narrow")
         for anchor, direction in ((1, "wide into narrow"), (0, "narrow into wide")):
             changes = {"anchor": anchor, "align.scaling": "two_sided"}
             for name, file in (("OT activations soft", PAPER), ("transport + refit", TRANSPORT)):
                 make = partial(team.fused, load_config(file, changes))
                 cells.append(Cell(f"{direction}, {name}", repeat, partial(team.both, make)))
     return Table(f"Parents of different width and their fusion: test accuracy, finetuned for {_epochs(lab)}.", cells)
+
+
+def depths(lab: Lab) -> Table:
+    """A deep and a shallow parent, fused into either; and what else their owner could have done."""
+    cells: list[Cell] = []
+    for first, second in lab.scale.pairs:
+        repeat = f"{first}-{second}"
+        team = Team(lab, tuple(zip(lab.depths, (first, second), strict=True)))
+        cells += _unlike(team, repeat, "deep", "shallow")
+        for anchor, direction in ((1, "deep into shallow"), (0, "shallow into deep")):
+            for name, file in (("transport + refit", TRANSPORT), ("one stream", JOINT)):
+                make = partial(team.fused, load_config(file, {"anchor": anchor}))
+                cells.append(Cell(f"{direction}, {name}", repeat, partial(team.both_beside, anchor, make)))
+        for family, kinds in lab.scale.text_depths.items():
+            groups = [lab.language(family, folder, *options) for folder, options in kinds.items()]
+            measures = text.of_depths(family, groups, (first, second))
+            cells += [Cell(f"{family}: {name}", repeat, measure, "loss") for name, measure in measures.items()]
+    return Table(
+        f"Parents of different depth and their fusion: test accuracy, finetuned for {_epochs(lab)}; test loss in nats "
+        f"a token of language models, finetuned for {text.EPOCHS} epochs.",
+        cells,
+    )
+
+
+def _unlike(team: Team, repeat: str, first: str, second: str) -> list[Cell]:
+    """The two parents of a team whose first is the larger, and what is known without fusing them."""
+    return [
+        Cell(f"{first} parent", repeat, partial(team.both, partial(team.parent, 0))),
+        Cell(f"{second} parent", repeat, partial(team.both, partial(team.parent, 1))),
+        Cell(f"{second} parent, taught by the {first} one", repeat, team.taught),
+        Cell("ensemble", repeat, team.ensemble),
+    ]
 
 
 def ablation(lab: Lab) -> Table:
@@ -232,6 +259,7 @@ TABLES: dict[str, Callable[[Lab], Table]] = {
     "worth": worth,
     "parents": parents,
     "widths": widths,
+    "depths": depths,
     "ablation": ablation,
     "beyond": beyond,
     "shards": shards,

@@ -13,7 +13,7 @@ from benchmarks.common import JOINT, TRANSPORT, Figures, Maker, Parents, finetun
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.choices import ALL, VARIANTS
 from benchmarks.paper.scales import DEVICE, Lab
-from fusionpl.cli.alternatives import DISTILLED, alternative
+from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON, alternative
 from fusionpl.evaluation import evaluate, evaluate_ensemble
 from fusionpl.fusion import FuseConfig, fuse, load_config
 from fusionpl.training import ClassificationModule, Distillation
@@ -69,6 +69,18 @@ class Team:
     def both(self, make: Maker) -> Figures:
         model = make()
         return {**self.one_shot(lambda: model), **self.finetuned(lambda: model, self.lab.scale.short)}
+
+    def both_beside(self, anchor: int, make: Maker) -> Figures:
+        """Also the anchor alone, trained on with labels for as long."""
+        start = time.monotonic()
+        model = make()
+        figures = self.finetuned(lambda: model, self.lab.scale.short)
+        trained = alternative(
+            TRAINED_ON, copy.deepcopy(self.models[anchor]), self.models, self.lab.data, samples=0,
+            seconds=time.monotonic() - start, trainer_args=self.lab.scale.trainer,
+        )  # fmt: skip
+        beside = self.one_shot(lambda: trained.model, "anchor alone, trained on as long")
+        return {**self.one_shot(lambda: model), **figures, **beside}
 
     def taught(self) -> Figures:
         """The second parent, taught by the first for as many epochs as others are finetuned."""

@@ -33,6 +33,8 @@ TINY = dataclasses.replace(
         *options("data", {"image_size": 24, "train_limit": 200, "batch_size": 50, "on_device": "true"}),
     ),
     narrow=("--model.args.embed_dim", "8"),
+    depths={"wide": (), "shallow": ("--model.args.depth", "1")},
+    text_depths={"bert": {"text": (), "text-shallow": ("--model.args.num_hidden_layers", "1")}},
     finetuning=(1,),
     short=1,
     pairs=((1, 2),),
@@ -83,6 +85,7 @@ ROWS = {
     },
     "parents": {"ensemble", "vanilla", "transport + refit"},
     "widths": {"wide parent", "narrow parent, taught by the wide one", "wide into narrow, transport + refit"},
+    "depths": {"deep parent", "shallow into deep, one stream", "bert: deep into shallow, default"},
     "ablation": {"Heads: matched", "Calibration samples, transport + refit: 25"},
     "beyond": {"vanilla", "rotation", "transport + refit + refine"},
     "shards": {"IID: best parent", "80:20: transport + refit", "a parent of all the data"},
@@ -94,6 +97,7 @@ COLUMNS = {
     "worth": ("one stream", {"same data", "80:20, 3 parents"}),
     "parents": ("transport + refit", {"2 parents", "3 parents"}),
     "widths": ("wide parent", {"one-shot", "finetuned"}),
+    "depths": ("deep into shallow, one stream", {"one-shot", "finetuned", "anchor alone, trained on as long"}),
     "beyond": ("paper, soft", {"average", "average, after 1 epoch", "refitted"}),
     "bert": ("vanilla", {"one-shot", "after 3 epochs"}),
     "families": ("bert: vanilla", {"one-shot", "after 3 epochs"}),
@@ -101,13 +105,13 @@ COLUMNS = {
 
 
 # These measure in other combinations what the others measure, for minutes.
-LONG = ("finetune", "parents", "beyond", "ablation", "widths", "shards")
+LONG = ("finetune", "parents", "beyond", "ablation", "widths", "depths", "shards")
 
 
 @pytest.mark.parametrize("name", [pytest.param(one, marks=pytest.mark.slow) if one in LONG else one for one in TABLES])
 def test_a_table_is_measured_and_written(runs: Path, tmp_path: Path, name: str) -> None:
     words = [name, "--scale", "digits", "--output", str(tmp_path), "--runs", str(runs)]
-    if name in ("bert", "families"):
+    if name in ("bert", "families", "depths"):
         words += ["--corpus", str(make_corpus(tmp_path / "corpus"))]
     if name == "bert":
         words += ["--sst2", str(make_sentences(tmp_path / "sst2", train=900))]

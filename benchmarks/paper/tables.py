@@ -56,7 +56,8 @@ def worth(lab: Lab) -> Table:
             for width in lab.scale.widths:
                 name = "one stream" if width == 1 else f"one stream, {width:g} times as wide"
                 makers[name] = partial(team.fused, load_config(JOINT, {"width": width}))
-            makers["one stream, units even"] = partial(team.fused, load_config(JOINT, {"units": "even"}))
+            for units in ("anchor", "even"):
+                makers[f"one stream, units {units}"] = partial(team.fused, load_config(JOINT, {"units": units}))
             makers |= {"one stream, refined": team.refined, "best parent, distilled as long": team.distilled}
             cells += team.references(f"{repeat}, {column}", column)
             cells += [

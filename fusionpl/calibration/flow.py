@@ -172,6 +172,15 @@ class Flow:
             self.data.keep(key, out)
         return Passage(binding, section, seen, entry, out)
 
+    def logits(self, state: State, index: int) -> Tensor:
+        """What the network puts out for a batch, which stands before the tail; `state` is the tail's."""
+        key = self.name, "hidden", index
+        last = len(self.network.binding.stacks) - 1
+        ends = [self.data.kept[*key, stack] for stack in range(last)]
+        found, _ = self.network.leave(state, self.data[index], [*ends, self.data.kept[key]])
+        assert found is not None
+        return found
+
 
 def sum_over_ranks(tensors: list[Tensor]) -> None:
     """Adds up tensors of one type over all ranks, in place and in one all-reduce."""

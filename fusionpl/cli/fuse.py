@@ -211,6 +211,8 @@ def run(argv: Sequence[str]) -> None:
         )
     for line in fusion.result.warnings:
         print(f"warning: {line}")
+    for line in fusion.result.notes:
+        print(line)
     print(f"\n{report.table()}\n")
     loggers = make_loggers(args.logger, output, name=f"fuse {output.name}", config=job.settings)
     log_report(loggers, report, output, parents=args.parents)

@@ -67,7 +67,7 @@ def measure(
     Args:
         names: of the parents.
         load: gives a parent by its name.
-        result: of the fusion; its warnings are the report's notes.
+        result: of the fusion; its warnings and notes are the report's notes.
         cost: of the fusion.
         others: row -> a model to compare with, and its cost.
         alternatives: row -> what makes a model of the best parent, which is its own, and of all parents.
@@ -77,7 +77,7 @@ def measure(
         depth: `full` adds the curves, and what is made of aligned parents: their average and the maps (with strategy
             joint no parent is a model of its own there); `none` measures nothing.
     """
-    report = Report(config=settings, notes=[*result.warnings, *(one.told for one in result.matchings)])
+    report = Report(config=settings, notes=[*result.warnings, *result.notes])
     if depth == "none":
         return report
     batches, prompt = list(data.test_dataloader()), data.prompt

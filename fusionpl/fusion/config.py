@@ -96,7 +96,8 @@ class FuseConfig:
         depth: with `joint`, the number of the fused model's blocks, between the shallowest parent's and the sum of all.
             null: the anchor's.
         units: with `joint`, which heads and hidden units: `anchor`, all of the anchor's and then the others' most
-            useful; `even`, as many of each parent's, for parents that saw different data.
+            useful; `even`, as many of each parent's, for parents that saw different data; `auto`: `even` where the
+            parents' predictions on the calibration set say that they did.
     """
 
     anchor: int = 0
@@ -108,7 +109,7 @@ class FuseConfig:
     strategy: Literal["transport", "joint", "auto"] = "transport"
     width: int | float | None = None
     depth: int | None = None
-    units: Literal["anchor", "even"] = "anchor"
+    units: Literal["anchor", "even", "auto"] = "auto"
 
     def __post_init__(self) -> None:
         """Raises FusionError for options that contradict each other."""
@@ -118,7 +119,7 @@ class FuseConfig:
             raise FusionError(f"depth must be at least 1, not {self.depth}")
         if self.strategy == "transport" and self.width is not None:
             raise FusionError("strategy transport fuses into the anchor's width; width needs strategy joint")
-        if self.strategy == "transport" and self.units != "anchor":
+        if self.strategy == "transport" and self.units != "auto":
             raise FusionError("strategy transport averages the units of all parents; units needs strategy joint")
         if self.strategy != "joint":
             return

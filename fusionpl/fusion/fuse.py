@@ -31,6 +31,7 @@ from fusionpl.fusion.refine import Augment, refine
 from fusionpl.fusion.result import FusionResult, InMemory, Sink
 from fusionpl.fusion.survey import Survey
 from fusionpl.fusion.sweep import Sweep, Team, look
+from fusionpl.fusion.units import specialisation, with_units
 from fusionpl.models import (
     ModelFolder,
     ModelWriter,
@@ -170,11 +171,17 @@ class Calibrated:
         look(
             self._team, list(dict.fromkeys(keys)), list(dict.fromkeys(magnitudes)), first.calibration.tokens, together
         )  # fmt: skip
+        asked = any(config.strategy == "joint" and config.units == "auto" for config in configs)
+        self._specialised = specialisation(self._team) if asked else None
 
     def fuse(self, config: FuseConfig, *, output: str | Path | None = None) -> FusionResult:
         """Fuses under one of the configurations; see `fuse`."""
         team = self._team
         config = settled(config, team.parents, team.anchor)
+        notes = [one.told for one in self.matchings]
+        if config.strategy == "joint" and config.units == "auto" and self._specialised is not None:
+            config, told = with_units(config, self._specialised)
+            notes.append(told)
         goal, plan = plan_of(team.parents, team.anchor, config, self.names)
         weights = mixing_weights(config.weights, len(team.parents))
         sink: Sink = InMemory(goal)
@@ -188,7 +195,7 @@ class Calibrated:
         result = FusionResult(sink, sweep.aligned, team.anchor, goal, config, plan.keep)
         foreign = [one.warning for one in self.matchings if one.warning]
         result.warnings = [*self._matched, *self._parted, *foreign, *_unconverged(result, self.names)]
-        result.matchings = self.matchings
+        result.matchings, result.notes = self.matchings, notes
         if config.refine.method != "none":
             result.refitted = copy.deepcopy(result.model)
             refine(

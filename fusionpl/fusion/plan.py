@@ -172,6 +172,8 @@ def describe(
     and how each gets its map."""
     reference = goal or bindings[anchor]
     how = "one stream for all parents"
+    if config.units == "auto":
+        how += "; whose units, the calibration set decides"
     if config.strategy == "transport":
         how = f"{_solver(config.align)}, {config.align.metric} cost / {config.align.normalize}"
     header = (

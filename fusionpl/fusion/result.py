@@ -85,6 +85,7 @@ class FusionResult:
     Attributes:
         refitted: the model before it was refined, where it was; else None.
         matchings: for parents of another depth than the fused model's, which of their blocks stand for which of its.
+        notes: what was decided on the calibration set: which blocks and whose units were taken, a line each.
         warnings: what a reader should know, for example solvers that did not converge, by axis.
     """
 
@@ -102,6 +103,7 @@ class FusionResult:
         self.refitted: nn.Module | None = None
         self.warnings: list[str] = []
         self.matchings: Sequence[Matching] = ()
+        self.notes: list[str] = []
 
     @cached_property
     def model(self) -> nn.Module:

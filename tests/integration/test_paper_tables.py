@@ -79,6 +79,7 @@ ROWS = {
         "transport + refit",
         "one stream",
         "one stream, 2 times as wide",
+        "one stream, units anchor",
         "one stream, units even",
         "one stream, refined",
         "best parent, distilled as long",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fusionpl
 from fusionpl.alignment import ChosenUnits, choose, joint_problems, joint_stream
-from fusionpl.calibration import Network
+from fusionpl.calibration import Network, logits
 from fusionpl.errors import FusionError
 from fusionpl.families import bind, own_state
 from fusionpl.fusion import FusionResult, estimate, load_config, make_plan, settled, vanilla
@@ -118,6 +118,36 @@ def test_parents_of_different_data_give_units_alike() -> None:
         for units in ("anchor", "even")
     ]
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("name", ["timm, DINOv2", "llama"])
+def test_units_are_chosen_by_what_parents_disagree_about(name: str) -> None:
+    """Parents that differ by chance put out each class as often; those that saw other classes do not."""
+    batch = batch_for(name, 64)
+    parents = [BUILD[name](1) for _ in range(2)]
+    again = joined(name, parents)
+    assert again.config.units == "anchor"
+    assert again.notes == [
+        "units: the anchor's first, for the parents know the same (0.0% of their disagreement is about how often each "
+        "class occurs; the limit is 3%)"
+    ]
+    parents[1] = BUILD[name](2)
+    with torch.no_grad():
+        shown = [logits(parent, batch) for parent in parents]
+        mask = batch.get("attention_mask")
+        rows = torch.stack([one[mask.bool()] if mask is not None else one for one in shown]).double().softmax(-1)
+
+    def divergence(given: Tensor) -> float:
+        entropy = -(given * given.log()).sum(-1)
+        mean = given.mean(0)
+        return float((-(mean * mean.log()).sum(-1) - entropy.mean(0)).mean())
+
+    share = divergence(rows.mean(1, keepdim=True)) / divergence(rows)
+    result = joined(name, parents)
+    assert result.config.units == ("even" if share >= 0.03 else "anchor")
+    assert f"({share:.1%} of their disagreement" in result.notes[0]
+    asked = joined(name, parents, units="anchor")
+    assert (asked.config.units, asked.notes) == ("anchor", [])
 
 
 @pytest.mark.parametrize(
@@ -253,5 +283,5 @@ def test_the_plan_tells_what_it_does() -> None:
     config = load_config(JOINT)
     plan = make_plan([binding, binding], 0, config, ["a", "b"])
     text = fusionpl.fusion.describe(plan, [binding, binding], 0, config, ["a", "b"])
-    assert "one stream for all parents" in text
+    assert "one stream for all parents; whose units, the calibration set decides" in text
     assert "units of the parents, the anchor's first, output of blocks.0.mlp.fc1" in text

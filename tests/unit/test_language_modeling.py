@@ -313,7 +313,7 @@ def test_a_report_shows_how_models_go_on(folder: Path, tmp_path: Path) -> None:
         save_model(built("GPT2LMHeadModel", data, seed), tmp_path / f"seed-{seed}" / "model", tokenizer=data.tokenizer)
         parents[f"seed-{seed}"] = str(tmp_path / f"seed-{seed}")
     result: Any = SimpleNamespace(
-        config=FuseConfig(), refitted=None, warnings=[], matchings=[], model=load_model(parents["seed-1"])
+        config=FuseConfig(), refitted=None, warnings=[], matchings=[], notes=[], model=load_model(parents["seed-1"])
     )
     report = measure(
         list(parents), lambda name: load_model(parents[name]), result, Cost("unlabelled data", 1.0), {}, {}, data,

@@ -9,6 +9,14 @@ class FusionError(Exception):
     """A user's mistake. The message is one line; the command line prints it and exits with code 2."""
 
 
+def reason(error: BaseException, limit: int = 200) -> str:
+    """What a library says went wrong, in a line: the first of its words, cut, or the name of the error where it has
+    none."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    first = lines[0].strip()
+    return first if len(first) <= limit else first[: limit - 4].rstrip() + " ..."
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns `"; did you mean 'X'?"` for the known name most like `name`, or `""` if none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

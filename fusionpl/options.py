@@ -11,18 +11,37 @@ from jsonargparse import ArgumentParser
 from fusionpl.errors import FusionError, nearest
 
 
+class _Once(yaml.SafeLoader):
+    """Plain values alone, and each key once: of two, a reader would see the first and the program take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raises yaml.YAMLError for a key that is given twice."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for at, key in enumerate(keys) if key in keys[:at]), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"'{twice}' is given twice, the second time in line {_line(node, keys, twice)}")
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
+def _line(node: yaml.MappingNode, keys: list[Any], twice: Any) -> int:
+    last = len(keys) - 1 - keys[::-1].index(twice)
+    return int(node.value[last][0].start_mark.line) + 1
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML file.
 
     Raises:
-        FusionError: there is no such file, it is not YAML, or it holds no settings but a list, a number, ...
+        FusionError: there is no such file, it is not YAML, a key is given twice, or it holds no settings but a list, a
+            number, ...
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = yaml.load(Path(path).read_text(), _Once)  # a SafeLoader
     except FileNotFoundError as error:
         raise FusionError(f"there is no configuration file {path}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FusionError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, ValueError, RecursionError) as error:
+        raise FusionError(f"{path} is not YAML that holds settings: {' '.join(str(error).split())}") from error
     if tree is not None and not isinstance(tree, dict):
         raise FusionError(f"{path} holds a {type(tree).__name__}, not settings like `align: {{solver: emd}}`")
     return tree or {}

@@ -1,27 +1,37 @@
 """What the three commands share: one clear line for a mistake, presets, output folders, Lightning's options."""
 
 import argparse
+import errno
+import fcntl
+import glob
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 import yaml
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from fusionpl.errors import FusionError, nearest
-from fusionpl.options import explain
+from fusionpl.errors import FusionError, nearest, reason
+from fusionpl.options import explain, read_yaml
 from fusionpl.training.tasks import TASKS, TaskName
 
 CONF = Path(__file__).parents[2] / "conf"
 MISTAKE, INTERRUPT = 2, 130
+# What is wrong with where something is written, not with how.
+_OF_THE_PLACE = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
+    errno.EEXIST,
+}  # fmt: skip
 
 
 def main(run: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
@@ -42,8 +52,21 @@ def main(run: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     except FusionError as error:
         print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr)
         return MISTAKE
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)):
+            raise
+        print(f"error{where}: out of memory: {_allocation(error)}; use smaller batches, samples or images",
+              file=sys.stderr)  # fmt: skip
+        return MISTAKE
     except BrokenPipeError:  # `fuse.py --dry-run | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in _OF_THE_PLACE:
+            raise
+        place = f": {error.filename}" if error.filename else ""
+        print(f"error{where}: {error.strerror}{place}; choose another folder with --output, or make room",
+              file=sys.stderr)  # fmt: skip
+        return MISTAKE
     except SystemExit as stop:
         if not isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes an exit of Ctrl-C
             raise
@@ -56,14 +79,24 @@ def main(run: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     return 0
 
 
+def _allocation(error: BaseException) -> str:
+    """What could not be allocated, without where in the library."""
+    found = re.search(r"tried to allocate [\d.]+ ?\w+", str(error))
+    return found[0] if found else reason(error)
+
+
 def parse(parser: ArgumentParser, argv: Sequence[str], preset: Path) -> Namespace:
     """Parses the command line over `preset`, or over the file that `--config` names.
 
     Raises:
         FusionError: an unknown option or key (with the nearest known one), or a value of the wrong type.
     """
-    given = any(word.split("=")[0] == "--config" for word in argv)
-    words = list(argv) if given else ["--config", str(preset), *argv]
+    files = [word.partition("=")[2] or after for word, after in zip_longest(argv, argv[1:], fillvalue="")
+             if word.partition("=")[0] == "--config"]  # fmt: skip
+    for file in files:
+        if not read_yaml(file):
+            raise FusionError(f"{file} holds no settings; leave --config out for those of {preset}")
+    words = list(argv) if files else ["--config", str(preset), *argv]
     try:
         return parser.parse_args(words)
     except ArgumentError as error:
@@ -82,10 +115,7 @@ def task_of(argv: Sequence[str], default: TaskName = "image-classification") -> 
     known, _ = peek.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     name = known.task
     if name is None and known.config and Path(known.config).is_file():
-        try:
-            name = (yaml.safe_load(Path(known.config).read_text()) or {}).get("task")
-        except (yaml.YAMLError, AttributeError):
-            name = None  # parsing the file tells what is wrong with it
+        name = read_yaml(known.config).get("task")
     if name is None:
         return default
     if name not in TASKS:
@@ -96,7 +126,7 @@ def task_of(argv: Sequence[str], default: TaskName = "image-classification") -> 
 def settings_in(run: str | Path) -> dict[str, Any]:
     """What a run's config.yaml holds; nothing where there is none."""
     file = Path(run) / "config.yaml"
-    return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
+    return read_yaml(file) if file.is_file() else {}
 
 
 def add_trainer_options(parser: ArgumentParser) -> None:
@@ -151,16 +181,15 @@ def staged(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write to, which becomes `folder` at the end; after an error `folder` is as it was.
 
     Raises:
-        FusionError: see `check_output`.
+        FusionError: see `check_output`; another run is writing there.
     """
-    check_output(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        written = Path(temporary) / "new"
+    with _beside(folder) as temporary:
+        check_output(folder, overwrite)
+        written = temporary / "new"
         written.mkdir()
         yield written
         if folder.exists():
-            folder.rename(Path(temporary) / "old")
+            folder.rename(temporary / _OLD)
         written.rename(folder)
 
 
@@ -174,26 +203,70 @@ def run_folder(folder: Path, overwrite: bool, keep: str) -> Iterator[Path]:
         keep: the file that makes a run resumable; without it the folder is as it was before.
 
     Raises:
-        FusionError: see `check_output`.
+        FusionError: see `check_output`; another run is writing there.
     """
     if not is_main_process():
         yield folder
         return
-    check_output(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        old = Path(temporary) / "old"
+    with _beside(folder, keep) as temporary:
+        check_output(folder, overwrite)
         if folder.exists():
-            folder.rename(old)
+            folder.rename(temporary / _OLD)
         folder.mkdir()
         try:
             yield folder
         except BaseException:
             if not (folder / keep).exists():
-                shutil.rmtree(folder)
-                if old.exists():
-                    old.rename(folder)
+                _restore(folder, temporary)
             raise
+
+
+_LOCK, _OLD = "lock", "old"
+
+
+@contextmanager
+def _beside(folder: Path, keep: str | None = None) -> Iterator[Path]:
+    """A temporary folder beside an output, which is this process's while it lives.
+
+    What processes that were killed have left there is removed, and what they had moved aside is put back, unless
+    `keep` says that their own output is of use.
+
+    Raises:
+        FusionError: a process that lives has one.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*/{_LOCK}"):
+        with left.open() as lock:
+            if not _locked(lock):
+                raise FusionError(f"another run is writing {folder}; wait for it, or choose another folder")
+            if not folder.exists() or (keep is not None and not (folder / keep).exists()):
+                _restore(folder, left.parent)
+            shutil.rmtree(left.parent)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary,
+        (Path(temporary) / _LOCK).open("w") as lock,
+    ):
+        _locked(lock)
+        yield Path(temporary)
+
+
+def _restore(folder: Path, temporary: Path) -> None:
+    """Puts back what stood in a folder's place."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    if (temporary / _OLD).exists():
+        (temporary / _OLD).rename(folder)
+
+
+def _locked(file: TextIO) -> bool:
+    """Takes the lock of a file, which goes with the process; False where another has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks on this file system
+        return True
+    return True
 
 
 def quiet() -> None:

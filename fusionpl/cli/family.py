@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fusionpl.calibration import Network, logits
 from fusionpl.cli.common import add_reading_options, main, quiet
-from fusionpl.errors import FusionError
+from fusionpl.errors import FusionError, reason
 from fusionpl.families import (
     PROOF_TOLERANCE,
     Binding,
@@ -95,7 +95,7 @@ def drafted(model: nn.Module, batch: Any) -> str:
         raise
     except Exception as error:  # guesses about a tree that nobody has foreseen
         raise FusionError(
-            f"no draft for {type(model).__name__}: {type(error).__name__} {error}; write the file by hand, see "
+            f"no draft for {type(model).__name__}: {type(error).__name__} {reason(error)}; write the file by hand, see "
             "docs/families.md"
         ) from error
 
@@ -162,7 +162,7 @@ def _scores(model: nn.Module, batch: Any) -> Tensor:
             return logits(model, batch)
     except Exception as error:  # whatever a model raises that wants other inputs
         raise FusionError(
-            f"{type(model).__name__} gives no logits for random inputs: {type(error).__name__} {error}"
+            f"{type(model).__name__} gives no logits for random inputs: {type(error).__name__} {reason(error)}"
         ) from error
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from fusionpl.calibration import eval_mode, logits
-from fusionpl.errors import FusionError
+from fusionpl.errors import FusionError, reason
 
 EVALUATION_BATCH = 256
 IGNORED = -100  # the label of a token that is not scored, as in transformers and cross_entropy
@@ -120,8 +120,7 @@ class FixedSplits(L.LightningDataModule):
             with torch.no_grad(), eval_mode(model):
                 found = run(batch) if run else logits(model, batch)
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:  # each library has its own
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise FusionError(f"the {name} can't read the data of '{path}': {reason}") from error
+            raise FusionError(f"the {name} can't read the data of '{path}': {reason(error)}") from error
         if found.ndim != batch["labels"].ndim + 1 or found.shape[-1] != self.num_classes:
             raise FusionError(
                 f"the {name} puts out {' x '.join(map(str, found.shape[1:]))} numbers a sample, which does not fit "

@@ -10,11 +10,12 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from fusionpl.datamodules.base import FixedSplits
-from fusionpl.datamodules.sources import Indices, Source, digits, hub_or_folder
-from fusionpl.datamodules.splits import labelled_parts
+from fusionpl.datamodules.sources import Source, digits, hub_or_folder
+from fusionpl.datamodules.splits import Indices, labelled_parts
 from fusionpl.errors import FusionError
 
 BLACK = -1.0
+LARGEST = 2**13  # pixels of a side: no model takes more, and a slip of the pen would ask for all memory
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class DataConfig:
         flip: training images are mirrored with probability 1/2.
         num_workers: processes that fetch training batches; 0 fetches in the main one.
         on_device: training images live on the accelerator as one uint8 tensor, so that a batch costs no transfer.
+        skip_corrupt: leave out rows whose image can't be read or whose label is none, and count them.
     """
 
     path: str = "digits"
@@ -46,6 +48,7 @@ class DataConfig:
     flip: bool = False
     num_workers: int = 0
     on_device: bool = False
+    skip_corrupt: bool = False
 
 
 class ImageSet(Dataset[dict[str, Tensor]]):
@@ -87,11 +90,21 @@ class ImageDataModule(FixedSplits):
         config: which images, and how they are served.
         seed: decides, with the epoch, the order of the training images. Augmentation draws from torch's global
             RNG.
+
+    Raises:
+        FusionError: options out of range.
     """
 
     def __init__(self, config: DataConfig, seed: int = 0) -> None:
         super().__init__(seed)
         self.config = config
+        for name, least in {"image_size": 1, "batch_size": 1, "shift": 0, "num_workers": 0}.items():
+            if getattr(config, name) < least:
+                raise FusionError(f"data.{name} must be at least {least}, not {getattr(config, name)}")
+        if config.image_size > LARGEST:
+            raise FusionError(f"data.image_size must be at most {LARGEST}, not {config.image_size:.3g}")
+        if config.channels not in (1, 3):
+            raise FusionError(f"data.channels must be 1 or 3, not {config.channels}")
         self._sets: dict[str, ImageSet] = {}
 
     @property
@@ -116,8 +129,8 @@ class ImageDataModule(FixedSplits):
         """
         if part not in self._sets:
             split, indices = self._parts[part]
-            labels = torch.from_numpy(self._source.labels[split][indices])
-            self._sets[part] = ImageSet(self._source.decode(split, indices), labels)
+            pixels, read = self._source.decode(split, indices)
+            self._sets[part] = ImageSet(pixels, torch.from_numpy(self._source.labels[split][read]))
         return self._sets[part]
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -140,11 +153,9 @@ class ImageDataModule(FixedSplits):
     @cached_property
     def _source(self) -> Source:
         config = self.config
-        if config.channels not in (1, 3):
-            raise FusionError(f"data.channels must be 1 or 3, not {config.channels}")
         if config.path == "digits":
             return digits(config.image_size, config.channels)
-        return hub_or_folder(config.path, config.image_size, config.channels)
+        return hub_or_folder(config)
 
     @cached_property
     def _parts(self) -> dict[str, tuple[str, Indices]]:

@@ -3,17 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fusionpl.errors import FusionError
-
-Indices = NDArray[np.int64]
+from fusionpl.datamodules.splits import Indices, SplitConfig, class_numbers, flawed
+from fusionpl.errors import FusionError, reason
 
 
 @dataclass(frozen=True)
@@ -23,12 +21,13 @@ class Source:
     Args:
         class_names: names of the classes, in the order of the labels.
         labels: for every split, the labels [N].
-        decode: takes the name of a split and indices [n], gives pixels, uint8 [n, C, H, W].
+        decode: takes the name of a split and indices [n], gives pixels, uint8 [m, C, H, W], and the indices [m] of
+            those that can be read.
     """
 
     class_names: tuple[str, ...]
     labels: dict[str, Indices]
-    decode: Callable[[str, Indices], Tensor]
+    decode: Callable[[str, Indices], tuple[Tensor, Indices]]
 
 
 def digits(size: int, channels: int) -> Source:
@@ -50,45 +49,74 @@ def digits(size: int, channels: int) -> Source:
     return Source(
         class_names=tuple(str(name) for name in data.target_names),
         labels={split: data.target[rows[split]].astype(np.int64) for split in rows},
-        decode=lambda split, indices: pixels[rows[split][indices]].contiguous(),
+        decode=lambda split, indices: (pixels[rows[split][indices]].contiguous(), indices),
     )
 
 
-def hub_or_folder(path: str, size: int, channels: int) -> Source:
+class ImageConfig(SplitConfig, Protocol):
+    """The options that decide how images are read."""
+
+    @property
+    def image_size(self) -> int: ...  # noqa: D102
+    @property
+    def channels(self) -> int: ...  # noqa: D102
+
+
+def hub_or_folder(config: ImageConfig) -> Source:
     """A data set of the hub, or a local folder of parquet files: `datasets.load_dataset` reads both.
 
     The image and the label column are found from the data set's features (Image, ClassLabel). A label column of
     plain integers has classes named "0", "1", ...
 
     Args:
-        path: hub id or folder.
-        size: height and width the images are brought to (bilinear).
-        channels: 1 (grey) or 3 (RGB).
+        config: hub id or folder, the size that images are brought to (bilinear), grey or colour, whether rows that
+            can't be read are left out.
 
     Raises:
-        FusionError: nothing there, or no image column, no label column: lists what there is.
+        FusionError: nothing there, no image column, no label column (lists what there is), a row without a label or
+            with one that is no class, a single class. `decode` raises it for an image that can't be read.
     """
     import datasets
 
-    splits = load(path)
+    splits = load(config.path)
     features = next(iter(splits.values())).features
-    image, label = _image_column(path, features), _label_column(path, features)
-    labels = {split: np.asarray(rows[label], dtype=np.int64) for split, rows in splits.items()}
+    image, label = _image_column(config.path, features), _label_column(config.path, features)
     names = getattr(features[label], "names", None)
+    classes = None if names is None else len(names)
+    labels = class_numbers({split: list(rows[label]) for split, rows in splits.items()}, classes, label, config)
     if names is None:
-        names = [str(index) for index in range(max(int(values.max()) for values in labels.values()) + 1)]
+        names = [str(index) for index in range(max(int(values.max(initial=0)) for values in labels.values()) + 1)]
+    if len(names) < 2:
+        raise FusionError(
+            f"the data set '{config.path}' has a single class in column '{label}'; a classifier needs two or more"
+        )
     images = {
         split: rows.select_columns([image]).cast_column(image, datasets.Image()) for split, rows in splits.items()
     }
 
-    def decode(split: str, indices: Indices) -> Tensor:
+    def decode(split: str, indices: Indices) -> tuple[Tensor, Indices]:
+        size, channels = config.image_size, config.channels
         pixels = torch.empty(len(indices), channels, size, size, dtype=torch.uint8)
+        wrong: dict[int, str] = {}
         for row, index in enumerate(indices.tolist()):
-            picture = images[split][index][image].convert("L" if channels == 1 else "RGB")
+            try:
+                picture = images[split][index][image]
+                if picture is None:
+                    wrong[row] = "holds no image"
+                    continue
+                picture = picture.convert("L" if channels == 1 else "RGB")
+            except Exception as error:  # a broken file raises whatever its decoder does
+                wrong[row] = f"holds an image that can't be read ({reason(error, 80)})"
+                continue
             if picture.size != (size, size):
                 picture = picture.resize((size, size), resample=2)  # 2: bilinear
             pixels[row] = torch.from_numpy(np.array(picture)).reshape(size, size, channels).permute(2, 0, 1)
-        return pixels
+        if wrong:
+            rows = [int(indices[row]) for row in wrong]
+            flawed(config, split, rows, f"column '{image}' {next(iter(wrong.values()))}", len(indices))
+            kept = [row for row in range(len(indices)) if row not in wrong]
+            return pixels[kept], indices[kept]
+        return pixels, indices
 
     return Source(tuple(names), labels, decode)
 
@@ -135,5 +163,4 @@ def load(path: str, name: str | None = None, *, streaming: bool = False) -> dict
         where = (str(folder), None) if folder.is_dir() else (path, name)
         return dict(datasets.load_dataset(*where, streaming=streaming))
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FusionError(f"cannot read the data set '{path}': {reason}") from error
+        raise FusionError(f"cannot read the data set '{path}': {reason(error)}") from error

@@ -1,14 +1,19 @@
 """Fixed splits of labelled data: no seed changes them."""
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
+from numpy.typing import NDArray
 
-from fusionpl.datamodules.sources import Indices
 from fusionpl.errors import FusionError
 
+Indices = NDArray[np.int64]
 SPLIT_SEED = 0
+TEST_SHARE = 0.2  # of the training samples, where nothing else is there to test on
+LACKING = -1  # the label of a sample that is left out
+tell = rank_zero_only(print)
 
 
 class SplitConfig(Protocol):
@@ -22,31 +27,100 @@ class SplitConfig(Protocol):
     def calibration(self) -> int: ...  # noqa: D102
     @property
     def train_limit(self) -> int | None: ...  # noqa: D102
+    @property
+    def skip_corrupt(self) -> bool: ...  # noqa: D102
 
 
-def labelled_parts(labels: Mapping[str, Indices], config: SplitConfig) -> dict[str, tuple[str, Indices]]:
+def class_numbers(
+    labels: Mapping[str, Sequence[Any]], classes: int | None, column: str, config: SplitConfig
+) -> dict[str, Indices]:
+    """Labels as numbers, those that are none `LACKING` where `skip_corrupt` allows that.
+
+    Args:
+        labels: split -> labels, null where a sample has none.
+        classes: their number; None for as many as there are.
+        column: where they are from.
+        config: what is asked for.
+
+    Raises:
+        FusionError: a sample without a label, or with one that is no class; names split and row.
+    """
+    found = {}
+    for split, values in labels.items():
+        kept = _checked(values, lambda value: _is_no_class(value, classes), LACKING, split, column, config)
+        found[split] = np.asarray(kept, dtype=np.int64)
+    return found
+
+
+def targets(
+    labels: Mapping[str, Sequence[float | None]], column: str, config: SplitConfig
+) -> dict[str, NDArray[np.float64]]:
+    """The same for numbers that are regressed; those that are none are NaN."""
+    found = {}
+    for split, values in labels.items():
+        kept = _checked(values, lambda value: value is None or not np.isfinite(value), np.nan, split, column, config)
+        found[split] = np.asarray(kept, dtype=np.float64)
+    return found
+
+
+def _checked(
+    values: Sequence[Any], is_wrong: Callable[[Any], bool], instead: Any, split: str, column: str, config: SplitConfig
+) -> Sequence[Any]:
+    wrong = [row for row, value in enumerate(values) if is_wrong(value)]
+    if not wrong:
+        return values
+    first = values[wrong[0]]
+    value = "no label" if first is None else f"the label {first}, which is none"
+    flawed(config, split, wrong, f"column '{column}' holds {value}", len(values))
+    return [instead if is_wrong(value) else value for value in values]
+
+
+def flawed(config: SplitConfig, split: str, rows: Sequence[int], what: str, count: int) -> None:
+    """Says that samples are left out.
+
+    Raises:
+        FusionError: unless `data.skip_corrupt` allows that; names the first.
+    """
+    if not config.skip_corrupt:
+        raise FusionError(
+            f"the data set '{config.path}', split {split}, row {rows[0]}: {what}; mend it, or leave such rows out with "
+            "--data.skip_corrupt true"
+        )
+    tell(f"{config.path}: {len(rows):,} of {count:,} rows of {split} are left out, the first is {rows[0]}: {what}")
+
+
+def _is_no_class(value: Any, classes: int | None) -> bool:
+    return value is None or value < 0 or (classes is not None and value >= classes)
+
+
+def labelled_parts(labels: Mapping[str, NDArray[Any]], config: SplitConfig) -> dict[str, tuple[str, Indices]]:
     """For train, validation, calibration and test, the split that each is from and its indices there.
 
     What the data set lacks is taken from its training split, with the classes in proportion; without a test split,
-    validation is the test.
+    validation is the test. Samples whose label is `LACKING`, or whose target is not finite, are in none.
 
     Args:
         labels: split -> labels [N] or targets [N].
         config: sizes of the parts that are taken.
 
     Raises:
-        FusionError: no train split, neither test nor validation split, or too few samples.
+        FusionError: no train split, or too few samples.
     """
     if "train" not in labels:
         raise FusionError(f"the data set '{config.path}' has no train split; it has {', '.join(labels)}")
-    whole: dict[str, tuple[str, Indices]] = {split: (split, np.arange(len(found))) for split, found in labels.items()}
+    whole = {
+        split: (split, np.flatnonzero(np.isfinite(found) if found.dtype.kind == "f" else found != LACKING))
+        for split, found in labels.items()
+    }
     parts: dict[str, tuple[str, Indices]] = {}
     parts.update((split, whole[split]) for split in ("validation", "test") if split in whole)
-    if "test" not in parts:
-        if "validation" not in parts:
-            raise FusionError(f"the data set '{config.path}' has no test split; it has {', '.join(labels)}")
+    if "test" not in parts and "validation" in parts:
         parts["test"] = parts.pop("validation")
     rest = whole["train"][1]
+    if "test" not in parts:
+        rest, taken = _carve(rest, round(TEST_SHARE * len(rest)), labels["train"], "the test split")
+        parts["test"] = ("train", taken)
+        tell(f"{config.path}: no test split; {len(taken):,} of {len(taken) + len(rest):,} training samples are it")
     for part, size in (("calibration", config.calibration), ("validation", config.validation)):
         if part not in parts:
             rest, taken = _carve(rest, size, labels["train"], f"data.{part}")

@@ -1,18 +1,19 @@
 """Sentences, or pairs of them, with a class or a number: SST-2, TREC, GLUE's tasks, any data set of that kind."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fusionpl.datamodules.base import Collate, FixedSplits, Run
-from fusionpl.datamodules.sources import Indices, load
-from fusionpl.datamodules.splits import labelled_parts
+from fusionpl.datamodules.sources import load
+from fusionpl.datamodules.splits import Indices, class_numbers, labelled_parts, targets
 from fusionpl.datamodules.text import check_length
 from fusionpl.errors import FusionError
 
@@ -37,6 +38,7 @@ class TextClassificationConfig:
         validation: taken from the training split for validation, if the data set has no such split.
         calibration: taken from the training split for calibration.
         num_workers: processes that fetch training batches; 0 fetches in the main one.
+        skip_corrupt: leave out rows whose label is none, and count them.
     """
 
     path: str = "glue"
@@ -50,13 +52,14 @@ class TextClassificationConfig:
     validation: int = 400
     calibration: int = 400
     num_workers: int = 0
+    skip_corrupt: bool = False
 
 
 @dataclass(frozen=True)
 class _Labels:
     """Labels as numbers, split by split; `names` are those of the classes, None for a regression."""
 
-    values: dict[str, Indices]
+    values: Mapping[str, NDArray[Any]]
     names: tuple[str, ...] | None
 
 
@@ -196,11 +199,11 @@ class TextClassificationDataModule(FixedSplits):
     def _labels(self) -> _Labels:
         column, feature = self._label_column, self._features[self._label_column]
         kind = str(getattr(feature, "dtype", type(feature).__name__))
-        found = {split: np.asarray(rows[column]) for split, rows in self._splits.items()}
+        found = {split: list(rows[column]) for split, rows in self._splits.items()}
         known = {split: values for split, values in found.items()
-                 if not (kind.startswith("int") and len(values) and (values == HIDDEN).all())}  # fmt: skip
+                 if not (kind.startswith("int") and values and all(value == HIDDEN for value in values))}  # fmt: skip
         if kind.startswith("float"):
-            return _Labels(known, None)
+            return _Labels(targets(known, column, self.config), None)
         if not kind.startswith(("int", "uint", "bool")) and not kind.endswith("string"):
             raise FusionError(
                 f"the label column '{column}' of '{self.config.path}' holds {kind}; labels are classes (integers, "
@@ -208,10 +211,16 @@ class TextClassificationDataModule(FixedSplits):
             )
         names = getattr(feature, "names", None)
         if names is None:
-            values = np.unique(np.concatenate(list(known.values())))
-            numbers = {split: np.searchsorted(values, one).astype(np.int64) for split, one in known.items()}
-            return _Labels(numbers, tuple(str(value) for value in values))
-        return _Labels({split: one.astype(np.int64) for split, one in known.items()}, tuple(names))
+            values = sorted({value for one in known.values() for value in one} - {None})
+            names = [str(value) for value in values]
+            numbers = {value: number for number, value in enumerate(values)}
+            known = {split: [numbers.get(value) for value in one] for split, one in known.items()}
+        if len(names) < 2:
+            raise FusionError(
+                f"the data set '{self.config.path}' has a single class in column '{column}'; a classifier needs two or "
+                "more"
+            )
+        return _Labels(class_numbers(known, len(names), column, self.config), tuple(names))
 
     @cached_property
     def _parts(self) -> dict[str, tuple[str, Indices]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fusionpl.datamodules import IGNORED
-from fusionpl.errors import FusionError
+from fusionpl.errors import FusionError, reason
 
 Metric = Literal["accuracy", "loss"]
 
@@ -135,4 +135,4 @@ def load_outcomes(file: Path) -> dict[str, Outcomes]:
     try:
         return {name: Outcomes(values) for name, values in load_file(file).items()}
     except Exception as error:  # safetensors has its own for a damaged file
-        raise FusionError(f"'{file}' is damaged ({error}); run fuse.py again") from error
+        raise FusionError(f"'{file}' is damaged ({reason(error)}); run fuse.py again") from error

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from fusionpl.errors import FusionError
+from fusionpl.errors import FusionError, reason
 from fusionpl.evaluation import plots
 from fusionpl.evaluation.barrier import Curve
 from fusionpl.evaluation.outcomes import Outcomes, load_outcomes, save_outcomes
@@ -200,7 +200,7 @@ class Report:
             continued = {key: data[key] for key in ("notes", "prompt", "continuations") if key in data}
             report = cls(rows, data["config"], barrier, **continued)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FusionError(f"'{path}' is not a fusion report ({error}); run fuse.py again") from error
+            raise FusionError(f"'{path}' is not a fusion report ({reason(error)}); run fuse.py again") from error
         samples = load_outcomes(path.with_name(SAMPLES))
         report.outcomes = {
             (row.name, row.stage): samples[key] for row in rows if (key := f"{row.stage}/{row.name}") in samples

@@ -11,7 +11,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from fusionpl.errors import FusionError, nearest
+from fusionpl.errors import FusionError, nearest, reason
 from fusionpl.models.quiet import without_cache
 
 KEPT_CFG = ("architecture", "input_size", "fixed_input_size", "interpolation", "pool_size", "first_conv", "classifier")
@@ -68,7 +68,7 @@ def build_model(
     try:
         model = build(whole, num_classes, class_names)
     except (TypeError, ValueError, AssertionError, AttributeError, RuntimeError, StrictDataclassError) as error:
-        raise FusionError(f"cannot build {config.architecture} with {config.args}: {error}") from error
+        raise FusionError(f"cannot build {config.architecture} with {config.args}: {reason(error)}") from error
     if config.initializer_range is not None:
         redraw(model, config.initializer_range)
     return model

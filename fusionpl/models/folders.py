@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from fusionpl.errors import FusionError
+from fusionpl.errors import FusionError, reason
 from fusionpl.models.build import transformers_class
 from fusionpl.models.hub import download, hub_id
 from fusionpl.models.quiet import without_cache
@@ -111,7 +111,7 @@ def model_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text())
     except ValueError as error:
-        raise FusionError(f"{file} is damaged: {error}") from error
+        raise FusionError(f"{file} is damaged: {reason(error)}") from error
     if not isinstance(config, dict) or not ("architecture" in config or config.get("architectures")):
         raise FusionError(f"{file} names no architecture, so it is neither a timm nor a transformers config")
     return cast(dict[str, Any], config)
@@ -158,7 +158,9 @@ def _timm_skeleton(folder: Path, config: Mapping[str, Any]) -> nn.Module:
         with parameters_on_meta():
             model: nn.Module = timm.create_model(f"local-dir:{folder}")
     except Exception as error:  # whatever a broken config makes a constructor raise
-        raise FusionError(f"{folder}/config.json: timm cannot build {config['architecture']}: {error}") from error
+        raise FusionError(
+            f"{folder}/config.json: timm cannot build {config['architecture']}: {reason(error)}"
+        ) from error
     return model
 
 
@@ -168,7 +170,7 @@ def _transformers_skeleton(folder: Path, config: Mapping[str, Any], tensors: Ten
         with parameters_on_meta():
             model: nn.Module = cls(cls.config_class.from_pretrained(folder), **left_out(cls, tensors))
     except Exception as error:  # whatever a broken config makes a constructor raise
-        raise FusionError(f"{folder}: transformers cannot load it: {error}") from error
+        raise FusionError(f"{folder}: transformers cannot load it: {reason(error)}") from error
     without_cache(model)
     return model
 

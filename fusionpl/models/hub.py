@@ -8,7 +8,7 @@ from typing import NamedTuple
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from fusionpl.errors import FusionError, nearest
+from fusionpl.errors import FusionError, nearest, reason
 from fusionpl.models.tensors import PICKLES, SAFETENSORS, Layout, pickle_hint
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^\s@]+))?")
@@ -83,8 +83,7 @@ def _snapshot(source: HubId, patterns: Iterable[str]) -> Path:
             f"'{source}' is neither a folder nor a model on the hub (if it is a private one: hf auth login)"
         ) from error
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FusionError(f"'{source}' is neither a folder nor a model the hub gives out: {reason}") from error
+        raise FusionError(f"'{source}' is neither a folder nor a model the hub gives out: {reason(error)}") from error
     return Path(found)
 
 

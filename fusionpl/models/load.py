@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from fusionpl.errors import FusionError
+from fusionpl.errors import FusionError, reason
 from fusionpl.families import with_parameters
 from fusionpl.models.build import transformers_class
 from fusionpl.models.folders import left_out, misfit, model_config, model_folder, open_model
@@ -50,7 +50,7 @@ def _load_transformers(folder: Path, allow_pickle: bool) -> nn.Module:
             else:
                 model, info = cls.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
     except Exception as error:  # whatever a broken config makes a constructor raise
-        raise FusionError(f"{folder}: transformers cannot load it: {error}") from error
+        raise FusionError(f"{folder}: transformers cannot load it: {reason(error)}") from error
     for name, held, wanted in sorted(info["mismatched_keys"]):
         raise misfit(tensors.source, name, held, wanted)
     for name in sorted(info["missing_keys"]):

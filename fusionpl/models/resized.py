@@ -8,7 +8,7 @@ import timm
 import transformers
 from torch import nn
 
-from fusionpl.errors import FusionError
+from fusionpl.errors import FusionError, reason
 from fusionpl.models.folders import parameters_on_meta
 from fusionpl.models.quiet import without_cache
 
@@ -40,7 +40,7 @@ def resized(
             found = build(cast(Any, model), times, heads, depth)
     except (TypeError, ValueError, AssertionError, AttributeError, KeyError, RuntimeError) as error:
         what = f"with {depth} blocks" if depth is not None else f"{float(times):g} times as wide"
-        raise FusionError(f"a {type(model).__name__} can't be built {what}: {error}") from error
+        raise FusionError(f"a {type(model).__name__} can't be built {what}: {reason(error)}") from error
     return _like(found, model)
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fusionpl.calibration import bytes_of
-from fusionpl.errors import FusionError
+from fusionpl.errors import FusionError, reason
 
 CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -103,7 +103,7 @@ class Tensors(Mapping[str, Tensor]):
                     tensor = opened.get_tensor(name)  # mapped: nothing is read before it is touched
                     entries[name] = Entry(file, tensor.shape, tensor.dtype)
         except (SafetensorError, OSError) as error:
-            raise FusionError(f"{file} is truncated or damaged ({error}); copy or train it again") from error
+            raise FusionError(f"{file} is truncated or damaged ({reason(error)}); copy or train it again") from error
         return entries
 
     def _unpickle(self, file: Path) -> dict[str, Entry]:
@@ -115,7 +115,7 @@ class Tensors(Mapping[str, Tensor]):
                 "you trust it"
             ) from error
         except Exception as error:  # a damaged file raises whatever its parser does
-            raise FusionError(f"{file} is truncated or damaged ({error}); copy or train it again") from error
+            raise FusionError(f"{file} is truncated or damaged ({reason(error)}); copy or train it again") from error
         tensors = found if isinstance(found, Mapping) else {}
         held = {str(name): tensor.detach() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
         if not held:

@@ -11,7 +11,7 @@ import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fusionpl.errors import FusionError
+from fusionpl.errors import FusionError, reason
 from fusionpl.models.folders import model_folder
 
 ALPHABET = 1000  # letters, the most frequent ones, as in BERT
@@ -113,7 +113,9 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
     try:
         found: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a broken file raises whatever its parser does
-        raise FusionError(f"{folder}: the tokenizer can't be read ({error}); copy or train the model again") from error
+        raise FusionError(
+            f"{folder}: the tokenizer can't be read ({reason(error)}); copy or train the model again"
+        ) from error
     return found
 
 

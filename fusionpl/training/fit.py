@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from fusionpl.datamodules import FixedSplits
-from fusionpl.errors import FusionError
+from fusionpl.errors import FusionError, reason
 from fusionpl.evaluation import Outcomes
 from fusionpl.training.callbacks import RunProgress, SeedEpochs
 from fusionpl.training.module import ClassificationModule, OptimConfig
@@ -92,7 +92,7 @@ def fit(
         try:
             trainer.fit(trained, datamodule=data, ckpt_path=last if resume else None, weights_only=True)
         except MisconfigurationException as error:
-            raise FusionError(f"Lightning's Trainer refuses its options: {error}") from error
+            raise FusionError(f"Lightning's Trainer refuses its options: {reason(error)}") from error
     best_epoch = trainer.current_epoch
     # A fast_dev_run writes no checkpoints, and max_steps may end before the first epoch does.
     if best.is_file():
@@ -173,7 +173,7 @@ def build_trainer(
             **args,
         )
     except (MisconfigurationException, ValueError, RuntimeError) as error:
-        raise FusionError(f"Lightning's Trainer refuses its options: {error}") from error
+        raise FusionError(f"Lightning's Trainer refuses its options: {reason(error)}") from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -185,8 +185,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise FusionError(f"there is no {path}: no epoch was finished, so start without --resume") from error
+        raise FusionError(
+            f"there is no {path}: no epoch was finished; start again with --overwrite in place of --resume"
+        ) from error
     except Exception as error:  # zip, pickle and torch each have their own for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FusionError(f"{path} is truncated or damaged ({reason}); start again with --overwrite") from error
+        raise FusionError(f"{path} is truncated or damaged ({reason(error)}); start again with --overwrite") from error
     return checkpoint

@@ -138,7 +138,7 @@ def test_overwrite_spares_what_is_not_ours(preset: Path, capsys: pytest.CaptureF
         (["--trainer.max_epoch", "3"], r"unknown option --trainer\.max_epoch; did you mean 'trainer\.max_epochs'\?"),
         (["--data.shift", "much"], r"data\.shift: 'much' is not int"),
         (["--logger", "paper"], "logger: .*paper"),
-        (["--config", "nowhere.yaml"], "config: .*nowhere.yaml"),
+        (["--config", "nowhere.yaml"], "there is no configuration file nowhere.yaml"),
         (["--model.architecture", "vit_tiny_patch16_22"], "did you mean 'vit_tiny_patch16_224'"),
         (["--data.path", "./nowhere"], "no data set at nowhere"),
         (["--trainer.accelerator", "abacus"], "Lightning's Trainer refuses its options: .*abacus"),
@@ -278,3 +278,90 @@ def test_a_stopped_run_stays_if_it_can_go_on(tmp_path: Path, resumable: bool) ->
     with pytest.raises(KeyboardInterrupt):
         stop()
     assert target.exists() == resumable
+
+
+# what was killed
+
+
+def left_behind(target: Path, *, moved: bool) -> Path:
+    """What a process leaves that was killed while it wrote."""
+    left = target.parent / f".{target.name}.killed"
+    (left / "new").mkdir(parents=True)
+    (left / "lock").touch()
+    if moved:
+        (left / "old").mkdir()
+        (left / "old/config.yaml").write_text("name: before")
+    return left
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_what_a_killed_command_left_is_removed(tmp_path: Path, *, moved: bool) -> None:
+    """Killed between moving the old output away and the new one there, it is put back first."""
+    target = tmp_path / "out"
+    left = left_behind(target, moved=moved)
+    with staged(target, overwrite=True) as folder:
+        assert not left.exists()
+        assert target.exists() == moved
+        (folder / "config.yaml").write_text("name: after")
+    assert (target / "config.yaml").read_text() == "name: after"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+def test_a_run_that_was_killed_before_its_first_epoch_is_no_output(tmp_path: Path, *, resumable: bool) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "config.yaml").write_text("name: killed")
+    if resumable:
+        (target / "last.ckpt").touch()
+    left_behind(target, moved=False)
+    if resumable:
+        with pytest.raises(FusionError, match="out exists; replace it"), run_folder(target, False, keep="last.ckpt"):
+            pass
+        assert (target / "last.ckpt").exists()
+    else:
+        with run_folder(target, False, keep="last.ckpt") as folder:
+            assert not any(folder.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_runs_into_one_output(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    words = (
+        "import sys; from pathlib import Path; from fusionpl.cli.common import staged\n"
+        "with staged(Path(sys.argv[1])): print('ready', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", words, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
+        with pytest.raises(FusionError, match=r"another run is writing .*out; wait for it"), staged(target):
+            pass
+        other.kill()
+    with staged(target) as folder:  # its process is gone
+        (folder / "config.yaml").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PermissionError(13, "Permission denied", "/there"), "error: Permission denied: /there; choose another folder"),
+        (OSError(28, "No space left on device"), "error: No space left on device; choose another folder"),
+        (MemoryError(), "error: out of memory: MemoryError; use smaller"),
+        (
+            RuntimeError("[enforce fail at x] can't allocate memory: you tried to allocate 88 bytes. Error"),
+            "allocate 88 b",
+        ),
+        (FusionError("many\n lines of a library"), "error: many lines of a library"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(error: Exception, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    assert main(fail, []) == 2
+    line = capsys.readouterr().err
+    assert words in line
+    assert line.count("\n") == 1

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -168,16 +169,60 @@ def test_a_validation_split_of_its_own_is_used(tmp_path: Path) -> None:
     assert [len(data.dataset(part)) for part in PARTS] == [16, 8, 4, 6]
 
 
-@pytest.mark.parametrize(
-    ("splits", "words"),
-    [
-        ({"test": colours(4)}, "has no train split; it has test"),
-        ({"train": colours(20)}, "has no test split; it has train"),
-    ],
-)
-def test_a_missing_split(tmp_path: Path, splits: dict[str, Any], words: str) -> None:
-    with pytest.raises(FusionError, match=words):
-        ImageDataModule(parquet(tmp_path / "d", datasets.Value("int64"), **splits)).dataset("train")
+def test_a_missing_training_split(tmp_path: Path) -> None:
+    with pytest.raises(FusionError, match="has no train split; it has test"):
+        ImageDataModule(parquet(tmp_path / "d", datasets.Value("int64"), test=colours(4))).dataset("train")
+
+
+def test_a_missing_test_split_is_cut_from_the_training_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = parquet(tmp_path / "d", datasets.Value("int64"), train=colours(40))
+    first, again = (ImageDataModule(config, seed) for seed in (0, 1))
+    assert [len(first.dataset(part)) for part in PARTS] == [24, 4, 4, 8]
+    assert "no test split; 8 of 40 training samples are it" in capsys.readouterr().out
+    torch.testing.assert_close(first.dataset("test").pixels, again.dataset("test").pixels)
+    assert sorted(first.dataset("test").labels.tolist()) == [0] * 4 + [1] * 4
+
+
+FLAWS: dict[str, tuple[dict[str, Any], str]] = {
+    "a corrupt image": (
+        {"picture": {"bytes": b"no image", "path": None}},
+        "column 'picture' holds an image that can't",
+    ),
+    "no image": ({"picture": None}, "column 'picture' holds no image"),
+    "no label": ({"kind": None}, "column 'kind' holds no label"),
+    "a label below 0": ({"kind": -1}, "column 'kind' holds the label -1, which is none"),
+}
+
+
+@pytest.mark.parametrize("name", FLAWS)
+def test_a_row_that_is_no_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    changes, words = FLAWS[name]
+    whole = datasets.Dataset.from_dict(
+        colours(20), features=datasets.Features(picture=datasets.Image(), kind=datasets.Value("int64"))
+    )
+    rows = whole.cast_column("picture", datasets.Image(decode=False)).to_list()
+    rows[7] |= changes
+    (tmp_path / "d").mkdir()
+    for split in ("train", "test"):
+        made = datasets.Dataset.from_list(rows if split == "train" else rows[:6], features=whole.features)
+        made.to_parquet(tmp_path / f"d/{split}.parquet")
+    config = DataConfig(path=str(tmp_path / "d"), image_size=8, channels=3, validation=4, calibration=4)
+
+    def parts(config: DataConfig) -> list[int]:
+        data = ImageDataModule(config)
+        return [len(data.dataset(part)) for part in PARTS]
+
+    with pytest.raises(FusionError, match=f"split train, row 7: {words}.*; mend it, or leave such rows out with"):
+        parts(config)
+    assert sum(parts(replace(config, skip_corrupt=True))) == 25
+    told = capsys.readouterr().out
+    assert "rows of train are left out, the first is 7" in told or "1 of " in told
+
+
+def test_a_single_class(tmp_path: Path) -> None:
+    one = {**colours(8), "kind": [0] * 8}
+    with pytest.raises(FusionError, match="has a single class in column 'kind'"):
+        ImageDataModule(parquet(tmp_path / "d", datasets.Value("int64"), train=one, test=one)).dataset("train")
 
 
 @pytest.mark.parametrize(

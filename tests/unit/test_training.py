@@ -190,7 +190,7 @@ def test_a_truncated_checkpoint_is_named(whole: tuple[FitResult, Path], tmp_path
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
-    with pytest.raises(FusionError, match="no epoch was finished, so start without --resume"):
+    with pytest.raises(FusionError, match="no epoch was finished; start again with --overwrite"):
         trained(tmp_path, resume=True)
 
 

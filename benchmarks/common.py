@@ -13,10 +13,11 @@ import yaml
 from torch import nn
 
 from fusionpl.cli import train
-from fusionpl.cli.common import CONF, settings_in
+from fusionpl.cli.common import settings_in
 from fusionpl.datamodules import FixedSplits
 from fusionpl.fusion import vanilla
 from fusionpl.models import load_model, load_tokenizer, with_classifier
+from fusionpl.presets import CONF
 from fusionpl.training import TASKS, ClassificationModule, OptimConfig, TaskName, fit
 
 Figures = Mapping[str, float]  # column -> figure

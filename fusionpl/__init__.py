@@ -1,7 +1,7 @@
 """fusionpl: align independently trained transformers with optimal transport, then average them into one.
 
 model = fusionpl.load_model("runs/vit-digits/seed-1")
-config = fusionpl.load_config("conf/fuse/paper.yaml", {"align.solver": "emd"})
+config = fusionpl.load_config("paper", {"align.solver": "emd"})
 result = fusionpl.fuse([parent_a, parent_b], calibration, config)
 """
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fusionpl.training import OTFusion
 
 __all__ = ["FuseConfig", "FusionError", "FusionResult", "OTFusion", "fuse", "load_config", "load_model"]
+
+__version__ = "0.1.0"
 
 _HOMES = {
     "FuseConfig": "fusionpl.fusion",

@@ -8,10 +8,10 @@ import torch
 import yaml
 from torch import nn
 
-from fusionpl.cli.common import CONF
 from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError, nearest
 from fusionpl.fusion import FuseConfig, load_config
+from fusionpl.presets import CONF, preset, presets
 from fusionpl.training import ClassificationModule, Distillation, OptimConfig, Trained, UnlabelledData, train_for
 
 DISTILLED, TRAINED_ON = "distilled", "trained-on"
@@ -25,16 +25,18 @@ def compared(words: Sequence[str]) -> tuple[dict[str, FuseConfig], list[str]]:
     Raises:
         FusionError: it is neither an alternative nor a file, or the file is no preset.
     """
-    presets = {}
+    found = {}
     for word in words:
         if word in ALTERNATIVES:
             continue
-        if not Path(word).is_file():
-            known = [*ALTERNATIVES, *(str(path.relative_to(CONF.parent)) for path in sorted((CONF / "fuse").iterdir()))]
-            raise FusionError(f"--compare: there is no '{word}'{nearest(word, known)}; use {', '.join(known)}, or a "
-                              "preset of your own")  # fmt: skip
-        presets[f"fused ({Path(word).stem})"] = load_config(word)
-    return presets, [name for name in ALTERNATIVES if name in words]
+        known = [*ALTERNATIVES, *presets("fuse")]
+        if word not in known and not Path(word).is_file():
+            raise FusionError(
+                f"--compare: there is no '{word}'{nearest(word, known)}; use {', '.join(known)}, or a preset of your own"
+            )
+        file = preset("fuse", word)
+        found[f"fused ({file.stem})"] = load_config(file)
+    return found, [name for name in ALTERNATIVES if name in words]
 
 
 def alternative(

@@ -13,7 +13,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -23,9 +22,9 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from fusionpl.errors import FusionError, nearest, reason
 from fusionpl.options import explain, read_yaml
+from fusionpl.presets import preset, presets
 from fusionpl.training.tasks import TASKS, TaskName
 
-CONF = Path(__file__).parents[2] / "conf"
 MISTAKE, INTERRUPT = 2, 130
 # What is wrong with where something is written, not with how.
 _OF_THE_PLACE = {
@@ -85,22 +84,44 @@ def _allocation(error: BaseException) -> str:
     return found[0] if found else reason(error)
 
 
-def parse(parser: ArgumentParser, argv: Sequence[str], preset: Path) -> Namespace:
-    """Parses the command line over `preset`, or over the file that `--config` names.
+def parse(parser: ArgumentParser, argv: Sequence[str], default: Path) -> Namespace:
+    """Parses the command line over the preset `default`, or over the file that `--config` names.
 
     Raises:
         FusionError: an unknown option or key (with the nearest known one), or a value of the wrong type.
     """
-    files = [word.partition("=")[2] or after for word, after in zip_longest(argv, argv[1:], fillvalue="")
-             if word.partition("=")[0] == "--config"]  # fmt: skip
-    for file in files:
-        if not read_yaml(file):
-            raise FusionError(f"{file} holds no settings; leave --config out for those of {preset}")
-    words = list(argv) if files else ["--config", str(preset), *argv]
+    given = any(word.partition("=")[0] == "--config" for word in argv)
+    words = list(argv) if given else ["--config", str(default), *argv]
     try:
         return parser.parse_args(words)
     except ArgumentError as error:
         raise FusionError(explain(str(error), parser)) from error
+
+
+def with_presets(argv: Sequence[str], kind: str) -> list[str]:
+    """The arguments, with the files of presets that `--config` calls by their names.
+
+    Args:
+        argv: the arguments; `--list-presets` prints the names and ends the command.
+        kind: of presets, a folder of conf/.
+
+    Raises:
+        FusionError: there is no such file or preset, or it holds no settings.
+    """
+    if "--list-presets" in argv:
+        found = presets(kind)
+        print(*(f"{name.ljust(max(map(len, found)))}  {what}" for name, what in found.items()), sep="\n")
+        raise SystemExit(0)
+    words = list(argv)
+    for at, word in enumerate(argv):
+        option, _, value = word.partition("=")
+        if option == "--config" and (value or at + 1 < len(argv)):
+            place, name = (at, value) if value else (at + 1, argv[at + 1])
+            file = preset(kind, name)
+            if not read_yaml(file):
+                raise FusionError(f"{file} holds no settings; leave --config out for the default preset")
+            words[place] = f"--config={file}" if value else str(file)
+    return words
 
 
 def task_of(argv: Sequence[str], default: TaskName = "image-classification") -> TaskName:
@@ -281,7 +302,8 @@ def quiet() -> None:
 def new_parser(description: str) -> ArgumentParser:
     """A parser whose mistakes `parse` turns into one line; an option is its full name, never an abbreviation."""
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="a YAML file of these options, such as a preset of conf/")
+    parser.add_argument("--config", action="config", help="a YAML file of these options, or the name of one "
+                        "that --list-presets lists")  # fmt: skip
     return parser
 
 

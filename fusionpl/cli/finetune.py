@@ -15,7 +15,6 @@ from jsonargparse.typing import NonNegativeInt
 from torch import nn
 
 from fusionpl.cli.common import (
-    CONF,
     add_reading_options,
     add_trainer_options,
     is_main_process,
@@ -26,6 +25,7 @@ from fusionpl.cli.common import (
     settings_in,
     settings_of,
     task_of,
+    with_presets,
 )
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import (
@@ -51,6 +51,7 @@ from fusionpl.models import (
     short_name,
     with_classifier,
 )
+from fusionpl.presets import CONF
 from fusionpl.training import TASKS, LoggerName, OptimConfig, TaskName, finish_loggers, fit, log_report, make_loggers
 
 PRESET = CONF / "finetune" / "default.yaml"
@@ -84,6 +85,7 @@ def run(argv: Sequence[str]) -> None:
         KeyboardInterrupt: the user stopped it; the message says how to continue.
     """
     quiet()
+    argv = with_presets(argv, "finetune")
     model = _model_in(argv)
     source = Path(model)
     origin = settings_in(source)

@@ -20,7 +20,6 @@ from tqdm import tqdm
 from fusionpl.calibration import CalibrationSet, Kept, Network, budget, logits
 from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON, alternative, compared
 from fusionpl.cli.common import (
-    CONF,
     add_reading_options,
     add_trainer_options,
     check_output,
@@ -32,6 +31,7 @@ from fusionpl.cli.common import (
     settings_of,
     staged,
     task_of,
+    with_presets,
 )
 from fusionpl.cli.measuring import Cost, Depth, Made, card, measure
 from fusionpl.datamodules import FixedSplits
@@ -63,6 +63,7 @@ from fusionpl.models import (
     short_name,
     write_card,
 )
+from fusionpl.presets import CONF
 from fusionpl.training import TASKS, LoggerName, OTFusion, TaskName, finish_loggers, log_report, make_loggers
 
 PRESET = CONF / "fuse" / "default.yaml"
@@ -309,6 +310,7 @@ def arguments(
         argv: the arguments.
         more: adds further options to the parser.
     """
+    argv = with_presets(argv, "fuse")
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--parents", nargs="+", default=[])
     known, _ = peek.parse_known_args([word for word in argv if word not in ("-h", "--help")])

@@ -14,7 +14,6 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt
 
 from fusionpl.cli.common import (
-    CONF,
     add_trainer_options,
     is_main_process,
     new_parser,
@@ -23,11 +22,13 @@ from fusionpl.cli.common import (
     run_folder,
     settings_of,
     task_of,
+    with_presets,
 )
 from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError, flattened
 from fusionpl.evaluation import readable
 from fusionpl.models import ModelConfig, build_model, save_model
+from fusionpl.presets import CONF
 from fusionpl.training import (
     TASKS,
     ClassificationModule,
@@ -79,6 +80,7 @@ def run(argv: Sequence[str]) -> None:
         KeyboardInterrupt: the user stopped it; the message says how to continue.
     """
     quiet()
+    argv = with_presets(argv, "train")
     parser = build_parser(task_of(argv))
     options = parse(parser, argv, PRESET)
     folder = Path(options.output or f"runs/{options.name}/seed-{options.seed}")

@@ -12,6 +12,7 @@ from fusionpl.alignment import AlignConfig
 from fusionpl.calibration import CalibrationConfig
 from fusionpl.errors import FusionError, flattened
 from fusionpl.options import explain, read_yaml
+from fusionpl.presets import preset
 
 # How units are matched where nobody asked for anything: by conf/fuse/default.yaml, and by this class.
 _UNTOUCHED = (AlignConfig(reg=0.02, residual="auto"), AlignConfig())
@@ -143,7 +144,7 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     """Reads a fuse configuration.
 
     Args:
-        path: a YAML file such as conf/fuse/paper.yaml; None for the defaults of FuseConfig.
+        path: a YAML file, or the name of a preset of conf/fuse such as `paper`; None for the defaults of FuseConfig.
         overrides: dotted keys, for example `{"align.solver": "emd"}`.
 
     Raises:
@@ -153,7 +154,8 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(FuseConfig)
     tree: dict[str, Any] = {}
-    for key, value in (flattened(read_yaml(path) if path is not None else {}) | dict(overrides or {})).items():
+    own = read_yaml(preset("fuse", path)) if path is not None else {}
+    for key, value in (flattened(own) | dict(overrides or {})).items():
         *groups, leaf = key.split(".")
         place = tree
         for group in groups:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 import fusionpl
 from fusionpl.calibration import logits
-from fusionpl.cli.common import CONF
 from fusionpl.errors import FusionError
 from fusionpl.fusion import FusionResult, sweep
 from fusionpl.fusion.refit import Refit
 from fusionpl.models import TensorFile, load_model, open_model, save_model
+from fusionpl.presets import CONF
 from tests.integration.runs import make_run
 from tests.models_for_tests import TEXT_MODELS, hf_vit, images, sentences, text_model
 

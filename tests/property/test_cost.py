@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import fusionpl
 from fusionpl.calibration import Kept, Moments
-from fusionpl.cli.common import CONF
 from fusionpl.families import STEM, bind
 from fusionpl.fusion import Calibrated, make_plan, sweep
 from fusionpl.models import save_model
 from fusionpl.models.tensors import Tensors
+from fusionpl.presets import CONF
 from tests.integration.runs import make_run
 from tests.models_for_tests import FAMILIES, TEXT_MODELS, images, largest_difference, sentences, text_model, timm_vit
 

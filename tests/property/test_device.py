@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import fusionpl
 from fusionpl.calibration import Network, has_float64
-from fusionpl.cli.common import CONF
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import evaluate, evaluate_ensemble
+from fusionpl.presets import CONF
 from tests.models_for_tests import CLASSES, VOCABULARY, hf_vit, images, sentences, text_model, timm_vit
 from tests.pretend_device import DEVICE, PretendDevice
 

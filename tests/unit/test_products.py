@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fusionpl import fuse, load_config
 from fusionpl.calibration import logits
-from fusionpl.cli.common import CONF
 from fusionpl.errors import FusionError
 from fusionpl.fusion import FusionResult
+from fusionpl.presets import CONF
 from fusionpl.transport import COMBINATIONS, NormalEquations, fit_ridge, full_float32, procrustes, procrustes_batch
 from fusionpl.transport.least_squares import PENALTIES
 from fusionpl.transport.products import cross_product, self_product

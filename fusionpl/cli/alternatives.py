@@ -32,7 +32,7 @@ def compared(words: Sequence[str]) -> tuple[dict[str, FuseConfig], list[str]]:
         known = [*ALTERNATIVES, *presets("fuse")]
         if word not in known and not Path(word).is_file():
             raise FusionError(
-                f"--compare: there is no '{word}'{nearest(word, known)}; use {', '.join(known)}, or a preset of your own"
+                f"--compare: there is no '{word}'{nearest(word, known)}; use {', '.join(known)}, or a file of your own"
             )
         file = preset("fuse", word)
         found[f"fused ({file.stem})"] = load_config(file)

@@ -91,9 +91,17 @@ def parse(parser: ArgumentParser, argv: Sequence[str], default: Path) -> Namespa
         FusionError: an unknown option or key (with the nearest known one), or a value of the wrong type.
     """
     given = any(word.partition("=")[0] == "--config" for word in argv)
-    words = list(argv) if given else ["--config", str(default), *argv]
+    return parse_options(parser, argv if given else ["--config", str(default), *argv])
+
+
+def parse_options(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    """Parses a command line.
+
+    Raises:
+        FusionError: see `parse`.
+    """
     try:
-        return parser.parse_args(words)
+        return parser.parse_args(list(argv))
     except ArgumentError as error:
         raise FusionError(explain(str(error), parser)) from error
 

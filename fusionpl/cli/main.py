@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "trains a parent from scratch",
     "fuse": "aligns parents and fuses them into one",
     "finetune": "finetunes a fused model beside its baselines",
+    "evaluate": "figures of models, their ensemble and plain average",
     "sweep": "fuses under every combination of options",
     "check": "proves a family on your own models: `fuse --check`",
     "family": "drafts the family of an architecture that the library lacks, or proves one",

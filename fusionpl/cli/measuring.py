@@ -1,7 +1,8 @@
-"""What fuse.py measures: a fused model, its parents, and what it is compared with, whole models on the test data."""
+"""What commands measure: a fused model beside its parents, or models alone, whole and on the test data."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from fusionpl.datamodules import FixedSplits
 from fusionpl.evaluation import (
+    MODEL,
+    PARENT,
     Curve,
     Needs,
     Report,
@@ -80,65 +83,129 @@ def measure(
     report = Report(config=settings, notes=[*result.warnings, *result.notes])
     if depth == "none":
         return report
-    batches, prompt = list(data.test_dataloader()), data.prompt
-    report.prompt = "" if prompt is None else data.tokenizer.decode(prompt)
-
-    def add(name: str, models: Sequence[nn.Module], **more: Any) -> None:
-        models = [model.to(device) for model in models]
-        measured, outcomes = evaluate_samples(models, batches)
-        metrics: dict[str, Any] = {**measured, **data.derived(measured), **more}
-        row = Row(
-            name=name,
-            parameters=sum(parameters(model) for model in models),
-            flops=sum(flops(model, batches[0]) for model in models),
-            **metrics,
-        )
-        report.add(row, outcomes)
-        if prompt is not None and name in told:
-            report.continuations[name] = continuation(models[0], data.tokenizer, prompt)
-
-    def add_made(name: str, model: nn.Module, cost: Cost) -> None:
-        add(name, [model], needs=cost.needs, seconds=round(cost.seconds, 1), steps=cost.steps)
-
-    told = {*(f"parent {name}" for name in names), "vanilla", *others, *alternatives, "fused"}
-    models = {name: load(name) for name in names}
-    plain = vanilla(list(models.values()), mixing_weights(result.config.weights, len(models)))  # where float64 is
-    for name, model in models.items():
-        add(f"parent {name}", [model], validation=_validated(model.to(device), data))
-    add("ensemble", list(models.values()))
+    told = {*(f"{PARENT}{name}" for name in names), "vanilla", *others, *alternatives, "fused"}
+    bench = _Bench(report, data, device, told)
+    models, plain = bench.add_models(PARENT, {name: load(name) for name in names}, result.config.weights)
     chosen = best_parent(report.rows)
     assert chosen is not None
-    best = chosen[0].name.removeprefix("parent ")
-    trained = {name: make(load(best), list(models.values())) for name, make in alternatives.items()}
+    best = chosen[0].name.removeprefix(PARENT)
+    trained = {name: make(load(best), models) for name, make in alternatives.items()}
     models.clear()
     if plain is not None:
-        add("vanilla", [plain])
+        bench.add("vanilla", [plain])
     for one in result.matchings:
         if one.reduced and depth == "full":
             parent = result.parents[names.index(one.parent)]
-            add(f"{one.parent} in {result.binding.depth} blocks", [parent.network.whole()])
+            bench.add(f"{one.parent} in {result.binding.depth} blocks", [parent.network.whole()])
     for name, made in {**others, **trained}.items():
-        add_made(name, *made)
+        bench.add_made(name, *made)
     aligned = depth == "full" and result.config.strategy == "transport"
     if aligned and (result.config.refit.method != "none" or result.refitted is not None):
-        add("aligned average", [result.average()])
+        bench.add("aligned average", [result.average()])
     if result.refitted is not None and result.config.refit.method != "none":
-        add("refitted", [result.refitted])
-    add_made("fused", result.model, cost)
+        bench.add("refitted", [result.refitted])
+    bench.add_made("fused", result.model, cost)
     if aligned:
         report.maps = dict(_shown_maps(result))
     report.blocks = {one.parent: (one.alike, one.path) for one in result.matchings if one.alike is not None}
     if depth == "full" and report.rows[0].accuracy is not None:  # the curve of a regression has no accuracy to show
-        seen = list(islice(data.val_dataloader(), CURVE_BATCHES))
-        report.barrier = _curves(names, load, result, seen, device, plain)
+        other = next(index for index in range(len(names)) if index != result.anchor)
+        ends: dict[str, tuple[Callable[[], nn.Module], ...]] = {}
+        if plain is not None:
+            ends["vanilla"] = tuple(partial(load, names[index]) for index in (other, result.anchor))
+        if result.config.strategy == "transport":
+            ends["aligned"] = tuple(partial(result.aligned_parent, index) for index in (other, result.anchor))
+        report.barrier = bench.curves(ends)
     return report
 
 
-def _validated(model: nn.Module, data: FixedSplits) -> float | None:
-    """The figure by which the best parent is chosen; None without validation data."""
-    if not len(data.dataset("validation")):  # type: ignore[arg-type]  # all have a length
-        return None
-    return judged(evaluate(model, data.val_dataloader()))
+def measure_models(
+    names: Sequence[str],
+    load: Callable[[str], nn.Module],
+    data: FixedSplits,
+    device: torch.device,
+    settings: dict[str, Any],
+) -> Report:
+    """Measures models of one task, their ensemble, and where they have one shape their plain average and the way from
+    the second to the first.
+
+    Args:
+        names: of the models.
+        load: gives a model by its name.
+        data: see `measure`.
+        device: where models are run.
+        settings: shown in the report.
+    """
+    report = Report(config=settings)
+    bench = _Bench(report, data, device, {*(f"{MODEL}{name}" for name in names), "vanilla"})
+    _, plain = bench.add_models(MODEL, {name: load(name) for name in names}, None)
+    if plain is not None:
+        bench.add("vanilla", [plain])
+        if report.rows[0].accuracy is not None:
+            report.barrier = bench.curves({"vanilla": tuple(partial(load, name) for name in (names[1], names[0]))})
+    return report
+
+
+class _Bench:
+    """Puts models to the test, a row of a report each.
+
+    Args:
+        report: gets the rows.
+        data: its test split decides them.
+        device: where models are run.
+        told: the rows of language models that go on with a prompt.
+    """
+
+    def __init__(self, report: Report, data: FixedSplits, device: torch.device, told: set[str]) -> None:
+        self._report, self._data, self._device, self._told = report, data, device, told
+        self._batches = list(data.test_dataloader())
+        report.prompt = "" if data.prompt is None else data.tokenizer.decode(data.prompt)
+
+    def add(self, name: str, models: Sequence[nn.Module], **more: Any) -> None:
+        """Adds a row for a model, or for the ensemble of several."""
+        models = [model.to(self._device) for model in models]
+        measured, outcomes = evaluate_samples(models, self._batches)
+        metrics: dict[str, Any] = {**measured, **self._data.derived(measured), **more}
+        row = Row(
+            name=name,
+            parameters=sum(parameters(model) for model in models),
+            flops=sum(flops(model, self._batches[0]) for model in models),
+            **metrics,
+        )
+        self._report.add(row, outcomes)
+        if self._data.prompt is not None and name in self._told:
+            self._report.continuations[name] = continuation(models[0], self._data.tokenizer, self._data.prompt)
+
+    def add_made(self, name: str, model: nn.Module, cost: Cost) -> None:
+        """Adds a row with what the model took."""
+        self.add(name, [model], needs=cost.needs, seconds=round(cost.seconds, 1), steps=cost.steps)
+
+    def add_models(
+        self, kind: str, models: Mapping[str, nn.Module], weights: Sequence[float] | None
+    ) -> tuple[list[nn.Module], nn.Module | None]:
+        """Adds rows for models and, where there are several, their ensemble; returns them and their plain average."""
+        each = list(models.values())
+        plain = vanilla(each, mixing_weights(weights, len(each))) if len(each) > 1 else None  # where float64 is
+        for name, model in models.items():
+            self.add(f"{kind}{name}", [model], validation=self._validated(model))
+        if len(each) > 1:
+            self.add("ensemble", each)
+        return each, plain
+
+    def curves(self, ends: Mapping[str, Sequence[Callable[[], nn.Module]]]) -> dict[str, Curve]:
+        """The straight way between two models, on some of the validation data: name -> what gives the two."""
+        batches = list(islice(self._data.val_dataloader(), CURVE_BATCHES))
+        found = {}
+        for name, makers in ends.items():
+            a, b = (make().to(self._device) for make in makers)
+            found[name] = interpolation(a, a.state_dict(), b.state_dict(), batches)
+        return found
+
+    def _validated(self, model: nn.Module) -> float | None:
+        """The figure by which the best model is chosen; None without validation data."""
+        if not len(self._data.dataset("validation")):  # type: ignore[arg-type]  # all have a length
+            return None
+        return judged(evaluate(model.to(self._device), self._data.val_dataloader()))
 
 
 def card(report: Report, names: Sequence[str], strategy: str) -> str:
@@ -149,28 +216,6 @@ def card(report: Report, names: Sequence[str], strategy: str) -> str:
         "joint": "Fitted by fusionpl to one residual stream that holds the parents' streams.",
     }
     return f"# Fused from {', '.join(names)}\n\n{how[strategy]}\n\n" + report.markdown().partition("\n")[2].lstrip()
-
-
-def _curves(
-    names: Sequence[str],
-    load: Callable[[str], nn.Module],
-    result: FusionResult,
-    batches: Iterable[Mapping[str, Any]],
-    device: torch.device,
-    plain: nn.Module | None,
-) -> dict[str, Curve]:
-    """The way from the anchor to the first other parent, as it is (if the widths agree), and aligned where it is."""
-    other = next(index for index in range(len(names)) if index != result.anchor)
-    ends: dict[str, Callable[[int], nn.Module]] = {}
-    if plain is not None:
-        ends["vanilla"] = lambda index: load(names[index])
-    if result.config.strategy == "transport":
-        ends["aligned"] = result.aligned_parent
-    found = {}
-    for name, end in ends.items():
-        a, b = (end(index).to(device) for index in (other, result.anchor))
-        found[name] = interpolation(a, a.state_dict(), b.state_dict(), batches)
-    return found
 
 
 def _shown_maps(result: FusionResult) -> Iterator[tuple[str, Tensor]]:

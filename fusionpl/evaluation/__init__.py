@@ -6,10 +6,12 @@ from fusionpl.evaluation.cost import flops, parameters
 from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble, evaluate_samples
 from fusionpl.evaluation.outcomes import Outcomes, load_outcomes, save_outcomes, scored
 from fusionpl.evaluation.report import Report
-from fusionpl.evaluation.rows import Needs, Row, best_parent, judged, readable
+from fusionpl.evaluation.rows import MODEL, PARENT, Needs, Row, best_parent, judged, readable
 from fusionpl.evaluation.verdict import Verdict
 
 __all__ = [
+    "MODEL",
+    "PARENT",
     "Curve",
     "Needs",
     "Outcomes",

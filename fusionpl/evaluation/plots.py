@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from torch import Tensor
 
 from fusionpl.evaluation.barrier import Curve
-from fusionpl.evaluation.rows import Row, known, ordered, readable, shown_metric
+from fusionpl.evaluation.rows import MODEL, PARENT, Row, known, ordered, readable, shown_metric
 
 GREY, BLACK, RED, BLUE = "#a9adb3", "#2b2f36", "#c94c41", "#2f6fb3"
 INK, FAINT = "#33373d", "#e3e5e8"
@@ -54,7 +54,7 @@ def metric_bars(rows: Sequence[Row]) -> Figure:
     parents = [
         value
         for row, value in zip(shown, values, strict=True)
-        if row.name.startswith("parent") and row.stage == "one-shot"
+        if row.name.startswith((PARENT, MODEL)) and row.stage == "one-shot"
     ]
     if parents:
         axes.axvline(best(parents), color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
@@ -219,7 +219,7 @@ def _pooled(shares: Tensor) -> Tensor:
 
 
 def _colour(name: str) -> str:
-    return {"parent": GREY, "ensemble": BLACK, "vanilla": RED}.get(name.split(" ")[0], BLUE)
+    return {"parent": GREY, "model": GREY, "ensemble": BLACK, "vanilla": RED}.get(name.split(" ")[0], BLUE)
 
 
 def _note(

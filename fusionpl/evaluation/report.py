@@ -17,8 +17,18 @@ from fusionpl.errors import FusionError, reason
 from fusionpl.evaluation import plots
 from fusionpl.evaluation.barrier import Curve
 from fusionpl.evaluation.outcomes import Outcomes, load_outcomes, save_outcomes
-from fusionpl.evaluation.rows import Row, Stage, as_table, as_text_cells, equal_cost_cells, known, readable
-from fusionpl.evaluation.verdict import Verdict, verdict_cells, verdicts
+from fusionpl.evaluation.rows import (
+    MODEL,
+    Row,
+    Stage,
+    as_table,
+    as_text_cells,
+    best_parent,
+    equal_cost_cells,
+    known,
+    readable,
+)
+from fusionpl.evaluation.verdict import Verdict, compared_cells, verdict_cells, verdicts
 
 SAMPLES = "samples.safetensors"
 BARS, LINE, MAPS, BLOCKS = "bars.png", "interpolation.png", "transport-maps.png", "blocks.png"
@@ -97,6 +107,8 @@ class Report:
             parts.append(_text_table(alternatives, left=2))
         if found:
             parts += [_text_table(verdict_cells(found), left=1), "\n".join(one.words for one in found)]
+        if compared := compared_cells(self.rows, self.outcomes):
+            parts.append(_text_table(compared, left=1))
         return "\n\n".join(parts)
 
     def markdown(self, figures: tuple[str, ...] = ()) -> str:
@@ -106,7 +118,8 @@ class Report:
             figures: which of the pictures lie next to the file and are embedded.
         """
         header, *body = as_text_cells(self.rows)
-        parts = ["# Fusion report", _markdown_table(header, body), *_embedded(BARS, figures)]
+        title = "# Evaluation" if best_parent(self.rows, MODEL) else "# Fusion report"
+        parts = [title, _markdown_table(header, body), *_embedded(BARS, figures)]
         found = self.verdicts
         if found:
             parts += [
@@ -115,6 +128,8 @@ class Report:
                 _markdown_table(*_split(verdict_cells(found))),
             ]
             parts += [f"± is one standard error, from the same {found[-1].difference.samples:,} test samples."]
+        if compared := compared_cells(self.rows, self.outcomes):
+            parts += ["## Beside the best model", _markdown_table(*_split(compared))]
         if alternatives := self._alternatives(found):
             parts += ["## At equal cost", EQUAL_COST, _markdown_table(*_split(alternatives))]
         if self.notes:

@@ -62,6 +62,10 @@ def known(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
+# What the names of rows begin with: parents of a fusion, and models that are compared without one.
+PARENT, MODEL = "parent ", "model "
+
+
 def ordered(rows: Sequence[Row]) -> list[Row]:
     """One-shot rows, then finetuned ones, each in the order they came."""
     return sorted(rows, key=lambda row: row.stage == "finetuned")
@@ -84,15 +88,16 @@ def judged(figures: Mapping[str, float]) -> float:
     return figures["accuracy" if "accuracy" in figures and "perplexity" not in figures else "loss"]
 
 
-def best_parent(rows: Sequence[Row]) -> tuple[Row, Literal["validation", "test"]] | None:
+def best_parent(rows: Sequence[Row], kind: str = PARENT) -> tuple[Row, Literal["validation", "test"]] | None:
     """The best parent and the data it was chosen on: validation where that was measured, else test.
 
     Among equals in validation it is the one that is better on the test data: the judgement then is no kinder.
 
     Args:
         rows: of a report; parents before finetuning if there are any, else finetuned ones.
+        kind: what the names of their rows begin with.
     """
-    parents = [row for row in ordered(rows) if row.name.startswith("parent ")]
+    parents = [row for row in ordered(rows) if row.name.startswith(kind)]
     parents = [row for row in parents if row.stage == parents[0].stage]
     if not parents:
         return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusionpl.evaluation.outcomes import Difference, Metric, Outcomes
-from fusionpl.evaluation.rows import Row, Stage, best_parent, judged_metric, known, readable
+from fusionpl.evaluation.rows import MODEL, Row, Stage, best_parent, judged_metric, known, readable
 
 SIGNIFICANT = 0.05
 MINUS = "−"
@@ -65,10 +65,7 @@ class Verdict:
 
     def told(self, difference: Difference) -> str:
         """`+2.9 ± 0.5 points`: a difference and its standard error; positive is better, of losses too."""
-        scale, digits = (100, 1) if self.metric == "accuracy" else (1, 4)
-        value = f"{abs(scale * difference.value):.{digits}f}"
-        sign = "" if not float(value) else "+" if difference.value > 0 else MINUS
-        return f"{sign}{value} ± {scale * difference.error:.{digits}f} {self.unit}"
+        return _told(difference, self.metric, self.unit)
 
     def as_dict(self) -> dict[str, Any]:
         """The verdict for JSON; null for what is not known."""
@@ -91,6 +88,35 @@ class Verdict:
         return value - self.best if self.metric == "accuracy" else self.best - value
 
 
+def _told(difference: Difference, metric: Metric, unit: str) -> str:
+    scale, digits = (100, 1) if metric == "accuracy" else (1, 4)
+    value = f"{abs(scale * difference.value):.{digits}f}"
+    sign = "" if not float(value) else "+" if difference.value > 0 else MINUS
+    return f"{sign}{value} ± {scale * difference.error:.{digits}f} {unit}"
+
+
+def _unit(metric: Metric, row: Row) -> str:
+    return "points" if metric == "accuracy" else "of squared error" if row.pearson is not None else "nats"
+
+
+def compared_cells(rows: Sequence[Row], outcomes: Mapping[tuple[str, Stage], Outcomes]) -> list[list[str]]:
+    """Models beside the best of them, on the same test samples, as a table of text, header first; empty where a report
+    has none, but parents of a fusion."""
+    chosen = best_parent(rows, MODEL)
+    if chosen is None:
+        return []
+    best, data = chosen
+    metric = judged_metric(rows)
+    held = outcomes[best.name, best.stage]
+    body = []
+    for row in rows:
+        found = outcomes[row.name, row.stage].better(held, metric)
+        alike = "" if math.isnan(found.chance) or found.chance < SIGNIFICANT else "not to be told apart"
+        if row is not best:
+            body.append([row.name, _told(found, metric, _unit(metric, row)), alike])
+    return [["", f"to {best.name}, the best by {data}", ""], *body]
+
+
 def verdicts(rows: Sequence[Row], outcomes: Mapping[tuple[str, Stage], Outcomes]) -> list[Verdict]:
     """The verdict on the fused model before finetuning and on the finetuned one, where the best parent is beside it.
 
@@ -105,7 +131,7 @@ def verdicts(rows: Sequence[Row], outcomes: Mapping[tuple[str, Stage], Outcomes]
     by_key = {(row.name, row.stage): row for row in rows}
     ensemble = by_key.get(("ensemble", "one-shot"))
     metric = judged_metric(rows)
-    unit = "points" if metric == "accuracy" else "of squared error" if parent.pearson is not None else "nats"
+    unit = _unit(metric, parent)
     found = []
     stages: tuple[Stage, ...] = ("one-shot", "finetuned")
     for stage in stages:

@@ -1,0 +1,102 @@
+"""`fusionpl evaluate --models A B`: figures of models, of their ensemble and plain average, without fusing."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from fusionpl.cli.common import (
+    add_reading_options,
+    check_output,
+    main,
+    new_parser,
+    parse_options,
+    quiet,
+    settings_in,
+    settings_of,
+    staged,
+    task_of,
+)
+from fusionpl.cli.fuse import common_tokenizer, named
+from fusionpl.cli.measuring import measure_models
+from fusionpl.errors import FusionError
+from fusionpl.models import load_model
+from fusionpl.training import TASKS, LoggerName, TaskName, finish_loggers, log_report, make_loggers
+
+
+def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
+    """The options for models of a task."""
+    parser = new_parser("Evaluates models on one test set, with their ensemble and plain average.")
+    parser.add_argument("--models", nargs="+", type=str, default=[], help="run folders, model folders or hub ids, "
+                        "org/name or org/name@revision")  # fmt: skip
+    parser.add_argument("--task", type=TaskName, default=task, help="what the models were trained for")
+    parser.add_argument("--output", type=str | None, help="where the report goes; none is written without it")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    parser.add_argument("--logger", type=LoggerName, default="none", help="where else the report goes")
+    parser.add_argument("--device", type=str | None, help="where models are run; a GPU if there is one")
+    add_reading_options(parser)
+    parser.add_class_arguments(TASKS[task].data, "data")
+    return parser
+
+
+def run(argv: Sequence[str]) -> None:
+    """The command; see `--help`.
+
+    Raises:
+        FusionError: a user's mistake.
+    """
+    quiet()
+    parser, options = _read(argv)
+    settings, chosen = settings_of(parser, options), parser.instantiate(options)
+    models = named(options.models)
+    data = TASKS[options.task].datamodule(chosen.data, 0, common_tokenizer(models, 0, renumbered=False))
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise FusionError(f"there is no device {options.device}; use cpu, cuda or mps") from error
+    if options.output is not None:
+        check_output(Path(options.output), options.overwrite)
+
+    def load(name: str) -> torch.nn.Module:
+        model = load_model(models[name], allow_pickle=options.allow_pickle)
+        data.check_model(model)
+        return model
+
+    report = measure_models(list(models), load, data, device, settings)
+    print(report.table())
+    if options.output is None:
+        return
+    output = Path(options.output)
+    with staged(output, options.overwrite) as folder:
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        report.save(folder / "report")
+    loggers = make_loggers(options.logger, output, name=f"evaluate {output.name}", config=settings)
+    log_report(loggers, report, output)
+    finish_loggers(loggers)
+    print(f"\n{output}: report/report.md, report/bars.png")
+
+
+def _read(argv: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
+    """The parser and what it read: task and data set are the first model's own unless the command line names others."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--models", nargs="+", default=[])
+    known, _ = peek.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    origin = next((found for found in map(settings_in, known.models) if found), {})
+    trained = origin.get("task", "image-classification")
+    task = task_of(argv, trained)
+    parser = build_parser(task)
+    if task == trained:
+        parser.set_defaults({f"data.{key}": value for key, value in origin.get("data", {}).items()})
+    options = parse_options(parser, argv)
+    if not options.models:
+        raise FusionError("nothing to evaluate; give --models RUN_A RUN_B")
+    return parser, options
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))

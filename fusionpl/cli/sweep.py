@@ -108,11 +108,11 @@ def label(cell: Cell) -> str:
 
 
 def passes(configs: Mapping[str, FuseConfig], count: int) -> list[dict[str, FuseConfig]]:
-    """Groups cells that one calibration pass can serve: same anchor, samples, tokens and kind of stream."""
+    """Groups cells that one calibration pass can serve: same anchor, samples, tokens, depth and kind of stream."""
     groups: dict[tuple[Any, ...], dict[str, FuseConfig]] = defaultdict(dict)
     for name, config in configs.items():
         anchor = resolve_anchor(config, count)
-        collected = replace(config.calibration, scale="none"), config.align.stream, config.strategy
+        collected = replace(config.calibration, scale="none"), config.align.stream, config.strategy, config.depth
         groups[anchor, *collected][name] = config
     return list(groups.values())
 

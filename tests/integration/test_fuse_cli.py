@@ -295,6 +295,8 @@ def test_sweep_calibrates_once_for_cells_that_share_tokens() -> None:
     cells = sweep.grid(["align.reg=0.02,0.08", "calibration.tokens=all,class"])
     configs = {sweep.label(cell): load_config(None, cell) for cell in cells}
     assert [len(group) for group in sweep.passes(configs, 2)] == [2, 2]
+    depths = {sweep.label(cell): load_config(None, cell) for cell in sweep.grid(["depth=2,3"])}
+    assert [len(group) for group in sweep.passes(depths, 2)] == [1, 1]
 
 
 @pytest.mark.parametrize(

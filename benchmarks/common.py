@@ -51,7 +51,8 @@ class Parents:
         folder = self.runs / f"seed-{seed}"
         if not (folder / "model").is_dir():
             words = ["--config", str(CONF / "train" / self.preset), "--seed", str(seed), "--output", str(folder)]
-            train.run([*words, "--overwrite", "--logger", "csv", *self.options])
+            begun = (folder / "checkpoints" / "last.ckpt").is_file()  # a long training may take several sittings
+            train.run([*words, "--resume" if begun else "--overwrite", "--logger", "csv", *self.options])
         return folder
 
     def models(self, seeds: Iterable[int]) -> list[nn.Module]:

@@ -89,6 +89,21 @@ SCALES = {
         short=1,
         sentences=2000,
     ),
+    # All of CIFAR-10, two hours or more a parent on 2 cores, in several sittings; one pair of each table.
+    "medium": Scale(
+        preset="vit-cifar10-small.yaml",
+        options=(
+            "--model.args.embed_dim", "192", "--model.args.depth", "6", "--model.args.num_heads", "6",
+            "--trainer.max_epochs", "20", "--data.train_limit", "null", "--data.batch_size", "128",
+        ),
+        narrow=("--model.args.embed_dim", "96", "--model.args.num_heads", "3"),
+        depths={"wide": (), "shallow": ("--model.args.depth", "4")},
+        finetuning=(1, 2, 5),
+        short=2,
+        pairs=((1, 2),),
+        teams=(2,),
+        sentences=2000,
+    ),
     # The paper's model on all of CIFAR-10, for one GPU: the images live on it.
     "paper": Scale(
         preset="vit-cifar10.yaml",

@@ -68,6 +68,11 @@ class RefineConfig:
         for name in ("minutes", "lr"):
             if (value := getattr(self, name)) is not None and not (math.isfinite(value) and value > 0):
                 raise FusionError(f"refine.{name} must be above 0, not {value}")
+        asked = next((name for name in ("steps", "minutes") if getattr(self, name) is not None), None)
+        if asked and self.method == "none":
+            raise FusionError(
+                f"refine.{asked} has nothing to do while refine.method is none; use refine.method gradient"
+            )
         if self.steps is not None and self.minutes is not None:
             raise FusionError("refine.steps and refine.minutes both say how long to refine; leave one out, or null")
 

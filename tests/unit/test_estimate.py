@@ -63,7 +63,7 @@ def test_refinement_takes_its_steps_or_its_minutes() -> None:
         more = {f"refine.{key}": value for key, value in options.items()}
         return expected([timm_vit(0), timm_vit(1)], SETTINGS["refit"] | more)
 
-    off = refined(minutes=2.0)
+    off = refined()
     few, many, timed = (refined(method="gradient", **one) for one in ({"steps": 10}, {"steps": 20}, {"minutes": 2.0}))
     assert few.work["forward"] > off.work["forward"]
     assert many.work["forward"] - few.work["forward"] == few.work["forward"] - off.work["forward"]

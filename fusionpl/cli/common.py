@@ -8,8 +8,10 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,12 +44,37 @@ def main(run: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
 
     Returns:
         0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C (one line that says how to go on, if
-        the KeyboardInterrupt has a message).
+        the KeyboardInterrupt has a message), 143 and 129 likewise after SIGTERM, a scheduler's, and SIGHUP.
     """
     rank = os.environ.get("LOCAL_RANK", "0")
     where = "" if rank == "0" else f" (process {rank})"
+    with _stopping() as signals:
+        return _exit_code(run, sys.argv[1:] if argv is None else argv, where, signals)
+
+
+@contextmanager
+def _stopping() -> Iterator[list[int]]:
+    """Lets SIGTERM and SIGHUP stop a command as Ctrl-C does; the list has those that came."""
+    came: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        run(sys.argv[1:] if argv is None else argv)
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str], where: str, signals: Sequence[int]) -> int:
+    try:
+        run(argv)
     except FusionError as error:
         print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr)
         return MISTAKE
@@ -69,13 +96,17 @@ def main(run: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     except SystemExit as stop:
         if not isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes an exit of Ctrl-C
             raise
-        print("interrupted", file=sys.stderr)
-        return INTERRUPT
+        print(_stopped(signals), file=sys.stderr)
+        return 128 + signals[0] if signals else INTERRUPT
     except KeyboardInterrupt as stop:
         if is_main_process():
-            print("interrupted" + (f"; {stop}" if str(stop) else ""), file=sys.stderr)
-        return INTERRUPT
+            print(_stopped(signals) + (f"; {stop}" if str(stop) else ""), file=sys.stderr)
+        return 128 + signals[0] if signals else INTERRUPT
     return 0
+
+
+def _stopped(signals: Sequence[int]) -> str:
+    return f"stopped by {signal.Signals(signals[0]).name}" if signals else "interrupted"
 
 
 def _allocation(error: BaseException) -> str:

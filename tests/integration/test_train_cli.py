@@ -192,17 +192,22 @@ def test_resuming_from_a_truncated_checkpoint(preset: Path, capsys: pytest.Captu
     assert said.count("\n") == 1
 
 
-def test_ctrl_c_says_how_to_go_on(preset: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "stopped by SIGTERM")],
+)
+def test_a_stopped_run_says_how_to_go_on(preset: Path, number: int, code: int, word: str) -> None:
+    """By Ctrl-C or by a scheduler that wants the machine back."""
     process = start(preset, "--trainer.max_epochs", "100000", "--overwrite")
     folder = preset.parent / "runs/tiny/seed-1"
     deadline = time.monotonic() + 120
     while not (folder / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert errors == (
-        f"interrupted; continue with: python train.py --config {preset} --seed 1 --trainer.max_epochs 100000 --resume\n"
+        f"{word}; continue with: python train.py --config {preset} --seed 1 --trainer.max_epochs 100000 --resume\n"
     )
     assert not (folder / "model").exists()
     with pytest.raises(FusionError, match="the run did not finish, continue it with --resume"):

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= runs/demo
 
-.PHONY: demo test lint types clean
+.PHONY: demo test campaign lint types clean
 
 demo: .venv/runtime
 	@echo "== two parents, a few minutes each"
@@ -17,6 +17,10 @@ demo: .venv/runtime
 
 test: lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term $(PYTEST)
+
+# Hundreds of damaged files of each kind; MUTATIONS says how many.
+campaign: .venv/dev
+	$(BIN)/python -m pytest tests/campaign -m campaign -s
 
 lint: .venv/dev
 	$(BIN)/ruff check .

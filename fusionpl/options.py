@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if tree is not None and not isinstance(tree, dict):
         raise FusionError(f"{path} holds a {type(tree).__name__}, not settings like `align: {{solver: emd}}`")
     return tree or {}
+
+
+def check_sections(tree: Mapping[str, Any], parser: ArgumentParser, path: object) -> None:
+    """Raises FusionError where a section of options, such as `align`, is empty or holds one value."""
+    known = list(parser.get_defaults(skip_validation=True).keys())
+    for key, value in tree.items():
+        if not isinstance(value, dict) and (options := [one for one in known if one.startswith(f"{key}.")]):
+            raise FusionError(
+                f"{path}: '{key}' holds no options, which are {options[0]} and such; leave it out for the defaults"
+            )
 
 
 def explain(message: str, parser: ArgumentParser) -> str:

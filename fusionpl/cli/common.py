@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -23,7 +24,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from fusionpl.errors import FusionError, nearest, reason
-from fusionpl.options import explain, read_yaml
+from fusionpl.options import check_sections, explain, read_yaml
 from fusionpl.presets import preset, presets
 from fusionpl.training.tasks import TASKS, TaskName
 
@@ -121,8 +122,11 @@ def parse(parser: ArgumentParser, argv: Sequence[str], default: Path) -> Namespa
     Raises:
         FusionError: an unknown option or key (with the nearest known one), or a value of the wrong type.
     """
-    given = any(word.partition("=")[0] == "--config" for word in argv)
-    return parse_options(parser, argv if given else ["--config", str(default), *argv])
+    files = [word.partition("=")[2] or after for word, after in zip_longest(argv, argv[1:], fillvalue="")
+             if word.partition("=")[0] == "--config"]  # fmt: skip
+    for file in filter(Path.is_file, map(Path, files)):
+        check_sections(read_yaml(file), parser, file)
+    return parse_options(parser, argv if files else ["--config", str(default), *argv])
 
 
 def parse_options(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:

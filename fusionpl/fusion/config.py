@@ -11,7 +11,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from fusionpl.alignment import AlignConfig
 from fusionpl.calibration import CalibrationConfig
 from fusionpl.errors import FusionError, flattened
-from fusionpl.options import explain, read_yaml
+from fusionpl.options import check_sections, explain, read_yaml
 from fusionpl.presets import preset
 
 # How units are matched where nobody asked for anything: by conf/fuse/default.yaml, and by this class.
@@ -160,6 +160,7 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     parser.add_class_arguments(FuseConfig)
     tree: dict[str, Any] = {}
     own = read_yaml(preset("fuse", path)) if path is not None else {}
+    check_sections(own, parser, path)
     for key, value in (flattened(own) | dict(overrides or {})).items():
         *groups, leaf = key.split(".")
         place = tree

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,8 @@ import yaml
 import fusionpl
 from fusionpl.alignment import AlignConfig
 from fusionpl.cli import finetune, fuse, train
-from fusionpl.cli.common import parse, task_of
+from fusionpl.cli.common import parse, task_of, with_presets
+from fusionpl.errors import FusionError
 
 CONF = Path(__file__).parents[2] / "conf"
 PARSERS = {"train": train.build_parser, "fuse": fuse.build_parser, "finetune": finetune.build_parser}
@@ -71,3 +73,35 @@ def test_the_default_matches_units_as_the_preset_of_transport_does() -> None:
     default, transport = (fusionpl.load_config(CONF / "fuse" / f"{name}.yaml") for name in ("default", "transport"))
     assert (default.align, default.refit) == (transport.align, transport.refit)
     assert (default.strategy, transport.strategy) == ("auto", "transport")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("anchor: 0\nalign:\n", "'align' holds no options, which are align.evidence and such; leave it out"),
+        ("anchor: 0\ncalibration: 5\n", "'calibration' holds no options"),
+        ("anchor: 0\nalign: {reg: 1, reg: 2}\n", "'reg' is given twice, the second time in line 2"),
+        ("- anchor\n", "holds a list, not settings"),
+        ("hello\n", "holds a str, not settings"),
+        ("# nothing\n", "holds no settings"),
+    ],
+)
+def test_a_file_that_holds_no_settings(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(FusionError, match=words):
+        fuse.run(["--config", str(file), "--parents", "a", "b"])
+    if "nothing" not in text:
+        with pytest.raises(FusionError, match=words):
+            fusionpl.load_config(file)
+
+
+def test_presets_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fusionpl.load_config("paper") == fusionpl.load_config(CONF / "fuse/paper.yaml")
+    with pytest.raises(FusionError, match="there is no preset 'papr'; did you mean 'paper'"):
+        fusionpl.load_config("papr")
+    assert with_presets(["--config", "joint", "--seed", "1"], "fuse")[1] == str(CONF / "fuse/joint.yaml")
+    assert with_presets(["--config=joint"], "fuse") == [f"--config={CONF / 'fuse/joint.yaml'}"]
+    with pytest.raises(SystemExit):
+        with_presets(["--list-presets"], "train")
+    assert re.search(r"^vit-digits +A ViT on", capsys.readouterr().out, flags=re.MULTILINE)

@@ -121,8 +121,11 @@ class Family:
         yield TAIL, "", self.tail
 
 
-def _all(one_or_more: str | list[str]) -> tuple[str, ...]:
-    return (one_or_more,) if isinstance(one_or_more, str) else tuple(one_or_more)
+def _all(place: str, one_or_more: Any) -> tuple[str, ...]:
+    found = one_or_more if isinstance(one_or_more, list) else [one_or_more]
+    if not all(isinstance(one, str) for one in found):
+        raise FusionError(f"{place}: '{one_or_more}' is no name and no list of names")
+    return tuple(found)
 
 
 _MAPPINGS = ("parameters", "taps", "joins", "circuits", "maps", "gates", "norms", "scales")
@@ -148,13 +151,13 @@ def _section(name: str, raw: Any) -> Section:
         parameters={
             pattern: _dims(f"{name}.parameters.{pattern}", line) for pattern, line in raw["parameters"].items()
         },
-        taps={axis: _all(places) for axis, places in raw.get("taps", {}).items()},
+        taps={axis: _all(f"{name}.taps.{axis}", places) for axis, places in raw.get("taps", {}).items()},
         joins={axis: tuple(members) for axis, members in raw.get("joins", {}).items()},
         circuits={name: tuple(members) for name, members in raw.get("circuits", {}).items()},
         maps=dict(raw.get("maps", {})),
         gates=dict(raw.get("gates", {})),
         norms={name: tuple(readers) for name, readers in raw.get("norms", {}).items()},
-        scales={name: _all(modules) for name, modules in raw.get("scales", {}).items()},
+        scales={scale: _all(f"{name}.scales.{scale}", modules) for scale, modules in raw.get("scales", {}).items()},
     )
 
 

@@ -57,6 +57,7 @@ def test_there_is_no_file(tmp_path: Path) -> None:
             "mlp.fc2.weight: mlp <- ffn <- in",
             "my.yaml: block.parameters.mlp.fc2.weight: 'mlp <- ffn <- in': at most one arrow",
         ),
+        ("attn: attn.proj,", "attn: ,", "my.yaml: block.taps.attn: 'None' is no name and no list of names"),
         ("joins: {mid: [in, attn]", "joins: {mid: in", "my.yaml: block.joins.mid: 'in' is no list of 2 names or more"),
         ("sizes: {head: blocks", "sizes: {heads: blocks", "my.yaml: sizes lacks the key head, by which units are"),
         (

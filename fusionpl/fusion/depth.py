@@ -206,7 +206,7 @@ def _of_first_rank(found: Any) -> Any:
 
 
 def _blocks(network: Network) -> str:
-    return f"{network.name} has {network.binding.depth} blocks"
+    return f"{network.name} has {' and '.join(map(str, network.binding.depths))} blocks"
 
 
 def _unlike(binding: Binding) -> str | None:

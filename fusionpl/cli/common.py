@@ -187,6 +187,26 @@ def task_of(argv: Sequence[str], default: TaskName = "image-classification") -> 
     return cast(TaskName, name)
 
 
+def parser_for(argv: Sequence[str], option: str, build: Callable[[TaskName], ArgumentParser]) -> ArgumentParser:
+    """The parser of a command whose models have a task and data of their own, unless the command line names others.
+
+    Args:
+        argv: the arguments.
+        option: that names the models, such as `--parents`.
+        build: makes the parser for a task.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument(option, dest="models", nargs="+", default=[])
+    known, _ = peek.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    origin = next((found for found in map(settings_in, known.models) if found), {})
+    trained: TaskName = origin.get("task", "image-classification")
+    task = task_of(argv, trained)
+    parser = build(task)
+    if task == trained:
+        parser.set_defaults({f"data.{key}": value for key, value in origin.get("data", {}).items()})
+    return parser
+
+
 def settings_in(run: str | Path) -> dict[str, Any]:
     """What a run's config.yaml holds; nothing where there is none."""
     file = Path(run) / "config.yaml"

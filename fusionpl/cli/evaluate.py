@@ -1,13 +1,12 @@
 """`fusionpl evaluate --models A B`: figures of models, of their ensemble and plain average, without fusing."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from fusionpl.cli.common import (
     add_reading_options,
@@ -15,11 +14,10 @@ from fusionpl.cli.common import (
     main,
     new_parser,
     parse_options,
+    parser_for,
     quiet,
-    settings_in,
     settings_of,
     staged,
-    task_of,
 )
 from fusionpl.cli.fuse import common_tokenizer, named
 from fusionpl.cli.measuring import measure_models
@@ -50,7 +48,10 @@ def run(argv: Sequence[str]) -> None:
         FusionError: a user's mistake.
     """
     quiet()
-    parser, options = _read(argv)
+    parser = parser_for(argv, "--models", build_parser)
+    options = parse_options(parser, argv)
+    if not options.models:
+        raise FusionError("nothing to evaluate; give --models RUN_A RUN_B")
     settings, chosen = settings_of(parser, options), parser.instantiate(options)
     models = named(options.models)
     data = TASKS[options.task].datamodule(chosen.data, 0, common_tokenizer(models, 0, renumbered=False))
@@ -79,23 +80,6 @@ def run(argv: Sequence[str]) -> None:
     log_report(loggers, report, output)
     finish_loggers(loggers)
     print(f"\n{output}: report/report.md, report/bars.png")
-
-
-def _read(argv: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
-    """The parser and what it read: task and data set are the first model's own unless the command line names others."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--models", nargs="+", default=[])
-    known, _ = peek.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    origin = next((found for found in map(settings_in, known.models) if found), {})
-    trained = origin.get("task", "image-classification")
-    task = task_of(argv, trained)
-    parser = build_parser(task)
-    if task == trained:
-        parser.set_defaults({f"data.{key}": value for key, value in origin.get("data", {}).items()})
-    options = parse_options(parser, argv)
-    if not options.models:
-        raise FusionError("nothing to evaluate; give --models RUN_A RUN_B")
-    return parser, options
 
 
 if __name__ == "__main__":

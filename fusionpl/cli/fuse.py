@@ -1,6 +1,5 @@
 """`python fuse.py --parents A B`: align, average, evaluate, report."""
 
-import argparse
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -26,11 +25,10 @@ from fusionpl.cli.common import (
     is_main_process,
     new_parser,
     parse,
+    parser_for,
     quiet,
-    settings_in,
     settings_of,
     staged,
-    task_of,
     with_presets,
 )
 from fusionpl.cli.measuring import Cost, Depth, Made, card, measure
@@ -311,16 +309,8 @@ def arguments(
         more: adds further options to the parser.
     """
     argv = with_presets(argv, "fuse")
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--parents", nargs="+", default=[])
-    known, _ = peek.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    origin = next((found for found in map(settings_in, known.parents) if found), {})
-    trained = origin.get("task", "image-classification")
-    task = task_of(argv, trained)
-    parser = build_parser(task)
+    parser = parser_for(argv, "--parents", build_parser)
     more(parser)
-    if task == trained:
-        parser.set_defaults({f"data.{key}": value for key, value in origin.get("data", {}).items()})
     args = parse(parser, argv, PRESET)
     if len(args.parents) < 2:
         raise FusionError(f"fusion needs at least two parents, not {len(args.parents)}; give --parents RUN_A RUN_B")

@@ -48,11 +48,14 @@ class Table:
         title: what it shows.
         cells: in the order of the rows.
         curve: columns are epochs; the picture is a line a row.
+        cost: what a row of a column costs to run, in FLOPs of one parent; None where it is not shown. With it there is
+            a second picture, a line a column.
     """
 
     title: str
     cells: Sequence[Cell]
     curve: bool = False
+    cost: Callable[[str, str], float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def write(name: str, table: Table, folder: Path, output: Path, command: str) -> 
         markdown(["", *columns], rows),
         "",
         f"![{name}]({name}.png)",
+        *(["", f"![{name} over FLOPs]({name}-flops.png)"] if table.cost else []),
         "",
         f"`{command}`, {told('machine')}, {told('date')}, commit {told('commit')}; {hours:.1f} hours for the cells, "
         "parents that were trained for them included" + (f"; missing cells: {missing}." if missing else "."),
@@ -123,6 +127,8 @@ def write(name: str, table: Table, folder: Path, output: Path, command: str) -> 
             for column, value in one.figures.items()
         )
     plot(table, figures, columns, metrics, output / f"{name}.png")
+    if table.cost:
+        plot_over_cost(table.cost, figures, columns, output / f"{name}-flops.png")
     return text
 
 
@@ -152,6 +158,32 @@ def plot(
         axes.spines[["top", "right"]].set_visible(False)
     panels.savefig(file, dpi=150)
     plt.close(panels)
+
+
+def plot_over_cost(
+    cost: Callable[[str, str], float | None], figures: Mapping[str, Mapping[str, list[float]]], columns: Sequence[str],
+    file: Path,
+) -> None:  # fmt: skip
+    """Accuracy over the cost of running a model, a line a column through what was fused; the best parent and the
+    ensemble stand at its ends."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for number, column in enumerate(columns):
+        shown = {row: 100 * statistics.mean(of[column]) for row, of in figures.items() if column in of}
+        at = {row: found for row in shown if (found := cost(row, column)) is not None}
+        marks = {"best parent": "s", "ensemble": "D"}
+        fused = sorted((at[row], shown[row]) for row in at if row not in marks)
+        axes.plot(*zip(*fused, strict=True), color=f"C{number}", marker="o", markersize=4, label=column)
+        for row, mark in marks.items():
+            if row in at:
+                axes.plot(at[row], shown[row], color=f"C{number}", marker=mark, markersize=6, fillstyle="none")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("FLOPs of a sample, in multiples of a parent's (squares: best parent, diamonds: ensemble)")
+    axes.set_ylabel("test accuracy (%)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
 
 
 def _spread(values: list[float]) -> float:

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 
 from benchmarks.common import PAIRS, Parents
+from fusionpl.calibration import Network
 from fusionpl.datamodules import ImageDataModule
+from fusionpl.evaluation import flops
+from fusionpl.families import bind
+from fusionpl.fusion import FuseConfig, RefitConfig
+from fusionpl.fusion.goal import goal_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEEDS = (1, 2, 3, 4, 5)
@@ -157,6 +162,14 @@ class Lab:
     def calibration(self) -> list[Any]:
         """The calibration batches."""
         return list(self.data.calibration_dataloader())
+
+    def flops(self, width: float) -> float:
+        """What an image model of another width costs to run, in multiples of one."""
+        model = self.parents().models(SEEDS[:1])[0]
+        network = Network(model, bind(model))
+        wide = goal_of(network, FuseConfig(strategy="joint", refit=RefitConfig("ridge"), width=width))
+        batch = self.test[0]
+        return flops(wide.module.to_empty(device="cpu"), batch) / flops(model, batch)
 
     @property
     def narrow(self) -> Parents:

@@ -1,5 +1,6 @@
 """The tables: which cells each has."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 
@@ -67,7 +68,19 @@ def worth(lab: Lab) -> Table:
         "Test accuracy of fusions beside what their user has for nothing; the last two rows are taught by the "
         f"ensemble, without labels, for {lab.scale.minutes:g} minutes.",
         cells,
+        cost=cache(partial(_worth_cost, lab)),
     )
+
+
+def _worth_cost(lab: Lab, row: str, column: str) -> float | None:
+    """FLOPs in multiples of a parent's."""
+    if row == "ensemble":
+        counted = re.search(r"(\d+) parents", column)
+        return float(counted[1]) if counted else 2.0
+    if row in ("best parent", "one stream"):
+        return 1.0
+    wide = re.fullmatch(r"one stream, ([\d.]+) times as wide", row)
+    return lab.flops(float(wide[1])) if wide else None
 
 
 def _settings(lab: Lab) -> Iterator[tuple[str, list[tuple[str, Team]]]]:

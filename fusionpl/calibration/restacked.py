@@ -100,13 +100,12 @@ class Restacked(Network):
         if run is None:
             return self._source.beneath(section)
         found: State = {}
-        for block in run.blocks:
-            own = self._source.parameters(block)
-            if block == run.blocks[-1]:
-                own |= {_moved(name, section, block): tensor for name, tensor in self._end(section).items()}
-            if len(run.blocks) > 1 and (block != run.kept or self._ends):
-                found |= {_ASIDE + name: tensor for name, tensor in own.items()}
-        return found
+        for block in run.blocks if len(run.blocks) > 1 else ():
+            if block != run.kept or self._ends:  # the one that is kept has another's norm
+                found |= self._source.parameters(block)
+        if found:
+            found |= _renamed(self._end(section), section, run.blocks[-1])
+        return {_ASIDE + name: tensor for name, tensor in found.items()}
 
     def _end(self, section: str) -> State:
         """The parameters of the norm that ends a section of a post-LN network."""

@@ -14,7 +14,7 @@ from fusionpl.fusion.sweep import Team
 # Of digits, CIFAR-10 and language, parents of the same data, or of halves that were cut at random, had shares below
 # 0.026; parents that saw 80 % of half the classes each, from 0.035 on.
 SPECIALISED = 0.03
-_ROWS = 1024  # whose predictions are held at once
+_TOKENS = 1024  # whose predictions are held at once
 
 
 def specialisation(team: Team) -> float:
@@ -36,10 +36,13 @@ def specialisation(team: Team) -> float:
         states = [parent.states(TAIL) for parent in team.parents]
         for batch in team.data:
             mask = team.data.mask(batch, team.binding, boundary(team.binding.blocks[-1]))
-            each = [flow.logits(state, batch) for flow, state in zip(team.flows, states, strict=True)]
-            if mask is not None and each[0].ndim == 3:
-                each = [one[mask.to(one.device)] for one in each]
-            for rows in zip(*(one.flatten(0, -2).split(_ROWS) for one in each), strict=True):
+            each = [flow.logits(state, batch, _TOKENS) for flow, state in zip(team.flows, states, strict=True)]
+            for given in zip(*each, strict=True):
+                part = given[0][0]
+                rows = [
+                    one[mask[part].to(one.device)] if mask is not None and one.ndim == 3 else one.flatten(0, -2)
+                    for _, one in given
+                ]
                 shown = torch.stack([one.float().softmax(-1) for one in rows])
                 sums += torch.tensor([shown.shape[1], float(_divergence(shown).sum())])
                 total = shown.double().sum(1).cpu()

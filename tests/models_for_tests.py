@@ -279,13 +279,13 @@ def t5(seed: int = 0, *, width: int = 16, heads: int = 4, mlp: int = 24, depth: 
     return redrawn(T5ForConditionalGeneration(config), seed)
 
 
-def _clip(cls: type[PreTrainedModel], seed: int) -> nn.Module:
+def clip_model(cls: type[PreTrainedModel], seed: int, depth: int = 3) -> nn.Module:
     common = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, "projection_dim": 12}
     text = CLIPTextConfig(
         vocab_size=VOCABULARY, hidden_size=16, max_position_embeddings=POSITIONS, eos_token_id=2, bos_token_id=1,
         pad_token_id=0, **common,
     )  # fmt: skip
-    vision = CLIPVisionConfig(hidden_size=20, image_size=SIZE, patch_size=4, **{**common, "num_hidden_layers": 3})
+    vision = CLIPVisionConfig(hidden_size=20, image_size=SIZE, patch_size=4, **{**common, "num_hidden_layers": depth})
     whole = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12, num_labels=CLASSES)
     config = {CLIPTextModelWithProjection: text, CLIPVisionModelWithProjection: vision}.get(cls, whole)
     return redrawn(cls(config), seed)
@@ -295,10 +295,10 @@ def _clip(cls: type[PreTrainedModel], seed: int) -> nn.Module:
 STACKS: dict[str, Callable[[int], nn.Module]] = {
     "t5": t5,
     "t5, gated": lambda seed: t5(seed, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
-    "clip": partial(_clip, CLIPModel),
-    "clip text": partial(_clip, CLIPTextModelWithProjection),
-    "clip vision": partial(_clip, CLIPVisionModelWithProjection),
-    "clip classifier": partial(_clip, CLIPForImageClassification),
+    "clip": partial(clip_model, CLIPModel),
+    "clip text": partial(clip_model, CLIPTextModelWithProjection),
+    "clip vision": partial(clip_model, CLIPVisionModelWithProjection),
+    "clip classifier": partial(clip_model, CLIPForImageClassification),
 }
 
 

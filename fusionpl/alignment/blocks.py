@@ -37,7 +37,7 @@ def spread(depth: int, count: int) -> list[int]:
     return [round(at * depth / count) for at in range(count + 1)]
 
 
-def matched(alike: Tensor, alone: Sequence[bool]) -> list[int]:
+def matched(alike: Tensor, alone: Sequence[bool], *, at_once: bool = False) -> list[int]:
     """The boundaries of a network that stand for those of another, in order, from the first to the last.
 
     Dynamic programming: the path along which the streams are most alike.
@@ -46,6 +46,7 @@ def matched(alike: Tensor, alone: Sequence[bool]) -> list[int]:
         alike: of the other's boundaries and its own, [n + 1, depth + 1].
         alone: of each of the n steps, whether it is a block of no network so far: if there are blocks for it, one of
             this network's has to be.
+        at_once: whether the first step has to be a block of this network's.
 
     Returns:
         n + 1 numbers that never fall.
@@ -58,7 +59,8 @@ def matched(alike: Tensor, alone: Sequence[bool]) -> list[int]:
     came: list[Tensor] = []
     for step in range(steps):
         gain = alike[step + 1] - _UNEVEN * (forward - last / steps).square() + _ALONE * (alone[step] & (forward > 0))
-        best = torch.where(forward < 0, -torch.inf, score[:, None] + gain).max(0)
+        backward = forward < (1 if at_once and not step else 0)
+        best = torch.where(backward, -torch.inf, score[:, None] + gain).max(0)
         score, before = best.values, best.indices
         came.append(before)
     path = [last]

@@ -12,7 +12,7 @@ from torch import Tensor
 from fusionpl.alignment import likeness, matched, spread, telling
 from fusionpl.calibration import CalibrationSet, Flow, Network, Restacked, Run, eval_mode, select
 from fusionpl.errors import FusionError
-from fusionpl.families import TAIL, Binding, bind
+from fusionpl.families import TAIL, Binding, bind, boundary
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.models import resized
 
@@ -142,7 +142,10 @@ def levelled(
             found.setdefault(index, (list(range(goal + 1)), None))
             continue
         alike = likeness([streams[anchor][at] for at in way], streams[index]) if streams else None
-        path = matched(torch.zeros(goal + 1, network.binding.depth + 1) if alike is None else alike, alone)
+        path = matched(
+            torch.zeros(goal + 1, network.binding.depth + 1) if alike is None else alike, alone,
+            at_once=_bare(network.binding),
+        )  # fmt: skip
         alone = [lone and before == after for lone, (before, after) in zip(alone, pairwise(path), strict=True)]
         found[index] = path, alike
     kept = {
@@ -158,6 +161,8 @@ def levelled(
         blocks = network.binding.blocks
         module = network.module if network.binding.depth == goal else resized(network.module, depth=goal)
         binding = bind(module, network.binding.family)
+        if binding.depth != goal:
+            raise FusionError(f"a {type(network.module).__name__} can't be built with {goal} blocks; use one depth")
         runs = {
             block: Run(blocks[before:after], None if which is None else blocks[which])
             for block, (before, after), which in zip(binding.blocks, pairwise(path), kept[index], strict=True)
@@ -186,6 +191,15 @@ def _streams(network: Network, data: CalibrationSet, index: int) -> list[Tensor]
             whole = torch.cat(rows)
             found.append(whole[:: -(-len(whole) // _ROWS)].float())
     return found
+
+
+def _bare(binding: Binding) -> bool:
+    """Whether no norm ends what stands before the blocks of a post-LN network, so that none that adds nothing can
+    be the first: see `Restacked`."""
+    if binding.family.norm != "post":
+        return False
+    norm = binding.taps[boundary(binding.sections[0])].target
+    return any(slot.parameter == f"{norm}.weight" and len(slot.axes) > 1 for slot in binding.slots)
 
 
 def _kept(path: Sequence[int], step: int, streams: Sequence[Tensor] | None) -> int | None:

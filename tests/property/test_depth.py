@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import CLIPForImageClassification
 
 import fusionpl
 from fusionpl.calibration import Network, Restacked, Run
@@ -13,7 +14,8 @@ from fusionpl.errors import FusionError
 from fusionpl.families import bind
 from fusionpl.fusion import FusionResult, load_config
 from fusionpl.models import resized
-from tests.models_for_tests import batch_for, causal, hf_vit, images, run, t5, text_model
+from tests.models_for_tests import batch_for, causal, clip_model, hf_vit, images, run, t5, text_model
+from tests.property.test_newer_families import BUILD as EVERY
 
 EXACT = {"align.residual": "tie", "align.heads": "matched", "align.solver": "assignment", "calibration.tokens": "all"}
 BUILD: dict[str, Any] = {
@@ -91,6 +93,24 @@ def test_a_parent_fused_with_its_own_expansion_gives_itself(name: str, preset: s
     assert matching.mean is not None
     assert matching.mean > (0.999 if name in PRE else 0.95)  # the norm before a block that adds nothing is another
     assert matching.warning is None
+
+
+@pytest.mark.parametrize("name", ["electra masked-lm, small", "deit, distilled", "dinov2, gate", "qwen3", "clip text"])
+def test_other_families_of_the_library(name: str) -> None:
+    """Where no norm stands before the first block of a post-LN network (ELECTRA's small one), that block is its own."""
+    model = EVERY[name](1)
+    deep = expanded(model, [1])
+    for parents in ([model, deep], [deep, model]):
+        config = load_config("conf/fuse/default.yaml", {"calibration.samples": 32})
+        result = fusionpl.fuse(parents, [batch_for(name, 32)], config)
+        torch.testing.assert_close(run(name, result.model), run(name, model), rtol=1e-2, atol=1e-2)
+        assert bind(result.model).depth == bind(parents[0]).depth
+
+
+def test_a_model_that_its_library_builds_in_one_depth_alone_is_refused() -> None:
+    parents = [clip_model(CLIPForImageClassification, 1), clip_model(CLIPForImageClassification, 2, depth=4)]
+    with pytest.raises(FusionError, match="a CLIPForImageClassification can't be built with 3 blocks"):
+        fusionpl.fuse(parents, [batch_for("clip classifier", 8)], load_config("conf/fuse/transport.yaml"))
 
 
 @pytest.mark.parametrize("name", ["vit_hf", "bert masked-lm"])

@@ -54,6 +54,13 @@ def test_a_block_that_nobody_has_is_filled_first() -> None:
     assert matched(alike, [False, True, False, True]) == [0, 0, 1, 1, 2]
 
 
+def test_the_first_block_may_have_to_be_one_of_its_own() -> None:
+    alike = torch.zeros(4, 3, dtype=torch.float64)
+    alike[:3, 0] = 1
+    assert matched(alike, [False] * 3) == [0, 0, 0, 2]
+    assert matched(alike, [False] * 3, at_once=True)[1] == 1
+
+
 def test_streams_without_a_difference_are_matched_evenly() -> None:
     assert matched(torch.zeros(4, 7), [False] * 3) == [0, 2, 4, 6] == spread(6, 3)
     assert spread(4, 6) == [0, 1, 1, 2, 3, 3, 4]

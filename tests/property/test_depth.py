@@ -1,5 +1,6 @@
 """Parents of different depth: what keeps the function keeps it, and the blocks that belong together are found."""
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,6 +94,18 @@ def test_a_parent_fused_with_its_own_expansion_gives_itself(name: str, preset: s
     assert matching.mean is not None
     assert matching.mean > (0.999 if name in PRE else 0.95)  # the norm before a block that adds nothing is another
     assert matching.warning is None
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", ["vit_hf", "gpt2", "bert masked-lm"])
+def test_blocks_that_add_nothing_are_found_wherever_they_stand(name: str, seed: int) -> None:
+    """In post-LN networks not before the first block: the embeddings would end with another norm."""
+    draw = random.Random(seed)
+    model, first = BUILD[name](seed), 0 if name in PRE else 1
+    deep = expanded(model, sorted(draw.randrange(first, 4) for _ in range(draw.randrange(1, 4))), seed)
+    for parents in ([model, deep], [deep, model]):
+        result = fused(name, parents, "paper", anchor=0)
+        torch.testing.assert_close(shown(name, result.model), shown(name, model), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["electra masked-lm, small", "deit, distilled", "dinov2, gate", "qwen3", "clip text"])

@@ -75,7 +75,8 @@ def goal_of(network: Network, config: FuseConfig) -> Network:
     Raises:
         FusionError: a width that leaves a part of a head; a library that can't build it.
     """
-    times, heads = _times(network.binding, 1 if config.width is None else config.width)
+    # Heads need not divide a width that nobody asked to change.
+    times, heads = (Fraction(1), None) if config.width is None else _times(network.binding, config.width)
     if times == 1 and network.original is network:
         return network
     module = network.module if times == 1 else resized(network.module, times=times, heads=heads)

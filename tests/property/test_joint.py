@@ -268,6 +268,13 @@ def test_its_first_walk_is_expected() -> None:
     assert found["joint"]["forward"] > 1.5 * found["transport"]["forward"]
 
 
+def test_a_width_that_heads_do_not_divide_stays() -> None:
+    parents = [timm_vit(seed, width=16, heads=3, head_dim=4) for seed in range(2)]
+    for preset in ("joint", "transport"):
+        result = fusionpl.fuse(parents, [images(32)], load_config(preset))
+        assert result.binding.axes["blocks.0.out"].size == 16
+
+
 def test_a_parent_that_lacks_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     parents = [BUILD["llama"](seed) for seed in range(2)]
     networks = [Network(parent, bind(parent), f"parent {index}") for index, parent in enumerate(parents)]

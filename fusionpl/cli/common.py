@@ -15,7 +15,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -55,7 +54,8 @@ def main(run: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
 
 @contextmanager
 def _stopping() -> Iterator[list[int]]:
-    """Lets SIGTERM and SIGHUP stop a command as Ctrl-C does; the list has those that came."""
+    """Lets SIGTERM and SIGHUP stop a command as Ctrl-C does; the list has those that came. What is ignored stays so:
+    nohup is there to survive a SIGHUP."""
     came: list[int] = []
 
     def stop(number: int, frame: object) -> None:
@@ -65,7 +65,8 @@ def _stopping() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield came
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    numbers = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield came
     finally:
@@ -122,23 +123,34 @@ def parse(parser: ArgumentParser, argv: Sequence[str], default: Path) -> Namespa
     Raises:
         FusionError: an unknown option or key (with the nearest known one), or a value of the wrong type.
     """
-    files = [word.partition("=")[2] or after for word, after in zip_longest(argv, argv[1:], fillvalue="")
-             if word.partition("=")[0] == "--config"]  # fmt: skip
-    for file in filter(Path.is_file, map(Path, files)):
-        check_sections(read_yaml(file), parser, file)
-    return parse_options(parser, argv if files else ["--config", str(default), *argv])
+    return parse_options(parser, argv if _configs(argv) else ["--config", str(default), *argv])
 
 
 def parse_options(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     """Parses a command line.
 
     Raises:
-        FusionError: see `parse`.
+        FusionError: see `parse`; a section of the file that `--config` names holds no options.
     """
+    for _, file in _configs(argv):
+        if Path(file).is_file():
+            check_sections(read_yaml(file), parser, file)
     try:
         return parser.parse_args(list(argv))
     except ArgumentError as error:
         raise FusionError(explain(str(error), parser)) from error
+
+
+def _configs(argv: Sequence[str]) -> list[tuple[int, str]]:
+    """What `--config` names: the place of the word that ends with it, and the name."""
+    found = []
+    for at, word in enumerate(argv):
+        option, equals, value = word.partition("=")
+        if option == "--config" and equals:
+            found.append((at, value))
+        elif option == "--config" and at + 1 < len(argv):
+            found.append((at + 1, argv[at + 1]))
+    return found
 
 
 def with_presets(argv: Sequence[str], kind: str) -> list[str]:
@@ -156,14 +168,11 @@ def with_presets(argv: Sequence[str], kind: str) -> list[str]:
         print(*(f"{name.ljust(max(map(len, found)))}  {what}" for name, what in found.items()), sep="\n")
         raise SystemExit(0)
     words = list(argv)
-    for at, word in enumerate(argv):
-        option, _, value = word.partition("=")
-        if option == "--config" and (value or at + 1 < len(argv)):
-            place, name = (at, value) if value else (at + 1, argv[at + 1])
-            file = preset(kind, name)
-            if not read_yaml(file):
-                raise FusionError(f"{file} holds no settings; leave --config out for the default preset")
-            words[place] = f"--config={file}" if value else str(file)
+    for place, name in _configs(argv):
+        file = preset(kind, name)
+        if not read_yaml(file):
+            raise FusionError(f"{file} holds no settings; leave --config out for the default preset")
+        words[place] = words[place].removesuffix(name) + str(file)
     return words
 
 
@@ -292,10 +301,11 @@ def run_folder(folder: Path, overwrite: bool, keep: str) -> Iterator[Path]:
     if not is_main_process():
         yield folder
         return
-    with _beside(folder, keep) as temporary:
+    with _beside(folder) as temporary:
         check_output(folder, overwrite)
         if folder.exists():
             folder.rename(temporary / _OLD)
+        (temporary / _KEEP).write_text(keep)
         folder.mkdir()
         try:
             yield folder
@@ -305,27 +315,36 @@ def run_folder(folder: Path, overwrite: bool, keep: str) -> Iterator[Path]:
             raise
 
 
-_LOCK, _OLD = "lock", "old"
+# In a temporary folder: held while its process lives, what stood in the output's place, and the name of the file that
+# makes an output of use which is written where it stays.
+_LOCK, _OLD, _KEEP = "lock", "old", "keep"
 
 
 @contextmanager
-def _beside(folder: Path, keep: str | None = None) -> Iterator[Path]:
+def _beside(folder: Path) -> Iterator[Path]:
     """A temporary folder beside an output, which is this process's while it lives.
 
-    What processes that were killed have left there is removed, and what they had moved aside is put back, unless
-    `keep` says that their own output is of use.
+    What processes that were killed have left there is removed, and what they had moved aside is put back, unless their
+    own output is of use.
 
     Raises:
         FusionError: a process that lives has one.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*/{_LOCK}"):
-        with left.open() as lock:
-            if not _locked(lock):
+    prefix = f".{folder.name}."
+    for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
+        if "." in left.name.removeprefix(prefix) or not (left / _LOCK).is_file():
+            continue  # it belongs to an output whose name goes on
+        with (left / _LOCK).open() as lock:
+            free = _locked(lock)
+            if free is None:
+                continue
+            if not free:
                 raise FusionError(f"another run is writing {folder}; wait for it, or choose another folder")
-            if not folder.exists() or (keep is not None and not (folder / keep).exists()):
-                _restore(folder, left.parent)
-            shutil.rmtree(left.parent)
+            began = (left / _KEEP).is_file()
+            if not folder.exists() or (began and not (folder / (left / _KEEP).read_text()).exists()):
+                _restore(folder, left)
+            shutil.rmtree(left)
     with (
         tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary,
         (Path(temporary) / _LOCK).open("w") as lock,
@@ -342,14 +361,14 @@ def _restore(folder: Path, temporary: Path) -> None:
         (temporary / _OLD).rename(folder)
 
 
-def _locked(file: TextIO) -> bool:
-    """Takes the lock of a file, which goes with the process; False where another has it."""
+def _locked(file: TextIO) -> bool | None:
+    """Takes the lock of a file, which goes with the process; False where another has it, None where there are none."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # no locks on this file system
-        return True
+        return None
     return True
 
 

@@ -288,11 +288,13 @@ def test_a_stopped_run_stays_if_it_can_go_on(tmp_path: Path, resumable: bool) ->
 # what was killed
 
 
-def left_behind(target: Path, *, moved: bool) -> Path:
-    """What a process leaves that was killed while it wrote."""
+def left_behind(target: Path, *, moved: bool, keep: str | None = None) -> Path:
+    """What a process leaves that was killed while it wrote, where it stays if `keep` makes that of use."""
     left = target.parent / f".{target.name}.killed"
     (left / "new").mkdir(parents=True)
     (left / "lock").touch()
+    if keep is not None:
+        (left / "keep").write_text(keep)
     if moved:
         (left / "old").mkdir()
         (left / "old/config.yaml").write_text("name: before")
@@ -319,7 +321,7 @@ def test_a_run_that_was_killed_before_its_first_epoch_is_no_output(tmp_path: Pat
     (target / "config.yaml").write_text("name: killed")
     if resumable:
         (target / "last.ckpt").touch()
-    left_behind(target, moved=False)
+    left_behind(target, moved=False, keep="last.ckpt")
     if resumable:
         with pytest.raises(FusionError, match="out exists; replace it"), run_folder(target, False, keep="last.ckpt"):
             pass
@@ -328,6 +330,38 @@ def test_a_run_that_was_killed_before_its_first_epoch_is_no_output(tmp_path: Pat
         with run_folder(target, False, keep="last.ckpt") as folder:
             assert not any(folder.iterdir())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_another_command_left_is_no_reason_to_remove_an_output(tmp_path: Path) -> None:
+    """A fusion was killed that would have replaced a complete output; then a training has the same output."""
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "config.yaml").write_text("name: whole")
+    left_behind(target, moved=False)
+    with pytest.raises(FusionError, match="out exists; replace it"), run_folder(target, False, keep="last.ckpt"):
+        pass
+    assert (target / "config.yaml").read_text() == "name: whole"
+
+
+def test_an_output_whose_name_goes_on_is_another(tmp_path: Path) -> None:
+    with staged(tmp_path / "out.2"), staged(tmp_path / "out") as folder:
+        (folder / "config.yaml").write_text("name: mine")
+    assert (tmp_path / "out/config.yaml").read_text() == "name: mine"
+    left = left_behind(tmp_path / "out.3", moved=True)
+    with staged(tmp_path / "out", overwrite=True) as folder:
+        (folder / "config.yaml").touch()
+    assert (left / "old/config.yaml").read_text() == "name: before"
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """nohup ignores SIGHUP so that a command outlives its terminal."""
+    seen = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert main(lambda _: seen.append(signal.getsignal(signal.SIGHUP)), []) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert seen == [signal.SIG_IGN]
 
 
 def test_two_runs_into_one_output(tmp_path: Path) -> None:

@@ -60,8 +60,8 @@ class Restacked(Network):
         self._after = dict(pairwise(binding.sections))
         self._ends: dict[str, str] = {}  # section -> the norm that ends it
         if binding.family.norm == "post":
-            ends = {section: binding.taps[boundary(section)].target for section in binding.sections[:-1]}
-            self._ends = {section: norm for section, norm in ends.items() if f"{norm}.weight" in self._elementwise}
+            ends = {section: end_norm(binding, section) for section in binding.sections[:-1]}
+            self._ends = {section: norm for section, norm in ends.items() if norm is not None}
             for block in self.idle:
                 if self._before[block] not in self._ends:
                     raise FusionError(
@@ -185,6 +185,13 @@ class Restacked(Network):
 
 _CALLS = "calls of the blocks that are one"
 _ASIDE = "beside: "
+
+
+def end_norm(binding: Binding, section: str) -> str | None:
+    """The norm whose output a section of a post-LN network leaves; None where it leaves that of a linear map."""
+    module = binding.taps[boundary(section)].target
+    linear = any(slot.parameter == f"{module}.weight" and len(slot.axes) > 1 for slot in binding.slots)
+    return None if linear else module
 
 
 def _moved(name: str, source: str, target: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fusionpl.datamodules.splits import Indices, SplitConfig, class_numbers, flawed
+from fusionpl.datamodules.splits import Indices, SplitConfig, check_classes, class_numbers, flawed
 from fusionpl.errors import FusionError, reason
 
 
@@ -86,10 +86,7 @@ def hub_or_folder(config: ImageConfig) -> Source:
     labels = class_numbers({split: list(rows[label]) for split, rows in splits.items()}, classes, label, config)
     if names is None:
         names = [str(index) for index in range(max(int(values.max(initial=0)) for values in labels.values()) + 1)]
-    if len(names) < 2:
-        raise FusionError(
-            f"the data set '{config.path}' has a single class in column '{label}'; a classifier needs two or more"
-        )
+    check_classes(names, label, config)
     images = {
         split: rows.select_columns([image]).cast_column(image, datasets.Image()) for split, rows in splits.items()
     }

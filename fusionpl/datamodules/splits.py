@@ -52,6 +52,14 @@ def class_numbers(
     return found
 
 
+def check_classes(names: Sequence[str], column: str, config: SplitConfig) -> None:
+    """Raises FusionError where the classes in a column are less than two."""
+    if len(names) < 2:
+        raise FusionError(
+            f"the data set '{config.path}' has a single class in column '{column}'; a classifier needs two or more"
+        )
+
+
 def targets(
     labels: Mapping[str, Sequence[float | None]], column: str, config: SplitConfig
 ) -> dict[str, NDArray[np.float64]]:

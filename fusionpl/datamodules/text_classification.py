@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fusionpl.datamodules.base import Collate, FixedSplits, Run
 from fusionpl.datamodules.sources import load
-from fusionpl.datamodules.splits import Indices, class_numbers, labelled_parts, targets
+from fusionpl.datamodules.splits import Indices, check_classes, class_numbers, labelled_parts, targets
 from fusionpl.datamodules.text import check_length
 from fusionpl.errors import FusionError
 
@@ -215,11 +215,7 @@ class TextClassificationDataModule(FixedSplits):
             names = [str(value) for value in values]
             numbers = {value: number for number, value in enumerate(values)}
             known = {split: [numbers.get(value) for value in one] for split, one in known.items()}
-        if len(names) < 2:
-            raise FusionError(
-                f"the data set '{self.config.path}' has a single class in column '{column}'; a classifier needs two or "
-                "more"
-            )
+        check_classes(names, column, self.config)
         return _Labels(class_numbers(known, len(names), column, self.config), tuple(names))
 
     @cached_property

@@ -109,11 +109,10 @@ def compared_cells(rows: Sequence[Row], outcomes: Mapping[tuple[str, Stage], Out
     metric = judged_metric(rows)
     held = outcomes[best.name, best.stage]
     body = []
-    for row in rows:
+    for row in (row for row in rows if row is not best):
         found = outcomes[row.name, row.stage].better(held, metric)
         alike = "" if math.isnan(found.chance) or found.chance < SIGNIFICANT else "not to be told apart"
-        if row is not best:
-            body.append([row.name, _told(found, metric, _unit(metric, row)), alike])
+        body.append([row.name, _told(found, metric, _unit(metric, row)), alike])
     return [["", f"to {best.name}, the best by {data}", ""], *body]
 
 

@@ -21,8 +21,8 @@ _UNTOUCHED = (AlignConfig(reg=0.02, residual="auto"), AlignConfig())
 def changed(align: AlignConfig) -> list[str]:
     """The options that somebody asked for: those that differ from the preset that is nearest."""
     return min(
-        ([one.name for one in fields(align) if getattr(align, one.name) != getattr(preset, one.name)]
-         for preset in _UNTOUCHED),
+        ([one.name for one in fields(align) if getattr(align, one.name) != getattr(untouched, one.name)]
+         for untouched in _UNTOUCHED),
         key=len,
     )  # fmt: skip
 

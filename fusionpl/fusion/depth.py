@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusionpl.alignment import likeness, matched, spread, telling
-from fusionpl.calibration import CalibrationSet, Flow, Network, Restacked, Run, eval_mode, select
+from fusionpl.calibration import CalibrationSet, Flow, Network, Restacked, Run, end_norm, eval_mode, select
 from fusionpl.errors import FusionError
-from fusionpl.families import TAIL, Binding, bind, boundary
+from fusionpl.families import TAIL, Binding, bind
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.models import resized
 
@@ -133,9 +133,12 @@ def levelled(
     (goal, *others), reference = depth_of(networks, anchor, config), networks[anchor].binding
     if others or all(network.binding.depth == goal for network in networks):
         return list(networks), []
-    streams = [_streams(network, data, index) for index, network in enumerate(networks)] if data else None
     way = spread(reference.depth, goal)
     alone = [before == after for before, after in pairwise(way)]
+    compared = [
+        index for index, one in enumerate(networks) if index == anchor or one.binding.depth != goal or any(alone)
+    ]
+    streams = {index: _streams(networks[index], data, index) for index in compared} if data else {}
     found: dict[int, tuple[list[int], Tensor | None]] = {anchor: (way, None)}
     for index, network in enumerate(networks):
         if index == anchor or (network.binding.depth == goal and not any(alone)):
@@ -148,10 +151,7 @@ def levelled(
         )  # fmt: skip
         alone = [lone and before == after for lone, (before, after) in zip(alone, pairwise(path), strict=True)]
         found[index] = path, alike
-    kept = {
-        index: [_kept(path, at, streams[index] if streams else None) for at in range(goal)]
-        for index, (path, _) in found.items()
-    }
+    kept = {index: [_kept(path, at, streams.get(index)) for at in range(goal)] for index, (path, _) in found.items()}
     found, kept = _of_first_rank((found, kept))
     matchings, restacked = [], list(networks)
     for index, (path, alike) in sorted(found.items()):
@@ -196,10 +196,7 @@ def _streams(network: Network, data: CalibrationSet, index: int) -> list[Tensor]
 def _bare(binding: Binding) -> bool:
     """Whether no norm ends what stands before the blocks of a post-LN network, so that none that adds nothing can
     be the first: see `Restacked`."""
-    if binding.family.norm != "post":
-        return False
-    norm = binding.taps[boundary(binding.sections[0])].target
-    return any(slot.parameter == f"{norm}.weight" and len(slot.axes) > 1 for slot in binding.slots)
+    return binding.family.norm == "post" and end_norm(binding, binding.sections[0]) is None
 
 
 def _kept(path: Sequence[int], step: int, streams: Sequence[Tensor] | None) -> int | None:

@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from benchmarks.common import markdown
-from benchmarks.paper.cells import commit, machine
+from benchmarks.origin import Origin, footer, here
 from fusionpl.calibration import logits
 from fusionpl.cli.common import main as run_command
 from fusionpl.cli.common import quiet
@@ -142,8 +142,7 @@ def run(argv: Sequence[str]) -> None:
         "",
         markdown(["family", "model", "parameters", "error", "time"], rows),
         "",
-        f"`python -m benchmarks.proofs`, {machine()}, {time.strftime('%Y-%m-%d')}, commit {commit()}.",
-        "",
+        footer("python -m benchmarks.proofs", [Origin(**here())], ["0"]),
     ])  # fmt: skip
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(text)

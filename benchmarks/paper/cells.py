@@ -2,9 +2,7 @@
 
 import csv
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 import matplotlib.pyplot as plt
-import torch
 from matplotlib.axes import Axes
 
 from benchmarks.common import Figures, markdown, mean_and_deviation
+from benchmarks.origin import Origin, footer, here
 
 
 @dataclass(frozen=True)
@@ -58,15 +56,12 @@ class Table:
     cost: Callable[[str, str], float | None] | None = None
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A cell's figures, what they cost, and where, when and by which commit they were measured."""
+@dataclass(frozen=True, kw_only=True)
+class Measured(Origin):
+    """A cell's figures, the seconds that they took, and where they come from."""
 
     figures: Figures
     seconds: float
-    machine: str
-    date: str
-    commit: str
 
 
 def known(cell: Cell, folder: Path) -> Measured | None:
@@ -75,13 +70,13 @@ def known(cell: Cell, folder: Path) -> Measured | None:
     return Measured(**json.loads(file.read_text())) if file.is_file() else None
 
 
-def measure(cell: Cell, folder: Path, where: str | None = None) -> None:
-    """Measures a cell and keeps it, with the name of the machine, by default that of `machine`."""
+def measure(cell: Cell, folder: Path) -> None:
+    """Measures a cell and keeps it."""
     start = time.monotonic()
     figures = dict(cell.measure())
     folder.mkdir(parents=True, exist_ok=True)
     temporary = cell.kept_in(folder).with_suffix(".tmp")
-    found = Measured(figures, time.monotonic() - start, where or machine(), time.strftime("%Y-%m-%d"), commit())
+    found = Measured(figures=figures, seconds=time.monotonic() - start, **here())
     temporary.write_text(json.dumps(asdict(found)))
     temporary.replace(cell.kept_in(folder))
 
@@ -99,9 +94,6 @@ def write(name: str, table: Table, folder: Path, output: Path, command: str) -> 
             for row, of in figures.items()]  # fmt: skip
     missing = len(table.cells) - len(found)
 
-    def told(what: str) -> str:
-        return ", ".join(dict.fromkeys(getattr(one, what) for _, one in found))
-
     repeats = max((len(values) for row in figures.values() for values in row.values()), default=0)
     hours = sum(one.seconds for _, one in found) / 3600
     text = "\n".join([
@@ -112,9 +104,11 @@ def write(name: str, table: Table, folder: Path, output: Path, command: str) -> 
         f"![{name}]({name}.png)",
         *(["", f"![{name} over FLOPs]({name}-flops.png)"] if table.cost else []),
         "",
-        f"`{command}`, {told('machine')}, {told('date')}, commit {told('commit')}; {hours:.1f} hours for the cells, "
-        "parents that were trained for them included" + (f"; missing cells: {missing}." if missing else "."),
-        "",
+        footer(
+            command, [one for _, one in found], (cell.repeat for cell, _ in found),
+            f"; {hours:.1f} hours for the cells, parents that were trained for them included"
+            + (f"; missing cells: {missing}" if missing else ""),
+        ),
     ])  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
     (output / f"{name}.md").write_text(text)
@@ -224,19 +218,3 @@ def bars(axes: Axes, rows: Mapping[str, Mapping[str, list[float]]], digits: str)
     axes.margins(x=0.1, y=0.02)
     if len(columns) > 1:
         axes.legend(frameon=False, fontsize=8, ncols=min(len(columns), 4), loc="lower left", bbox_to_anchor=(0, 1))
-
-
-def machine() -> str:
-    """The processor, or the GPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU ({platform.machine()}, threads: {torch.get_num_threads()})"
-
-
-def commit() -> str:
-    """The commit that measures, with a + where files differ from it."""
-    words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

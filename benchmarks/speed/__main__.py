@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 import benchmarks.speed
 from benchmarks.paper.cells import known, measure
-from benchmarks.speed.report import PICTURE, draw, machine, measured_of, write
+from benchmarks.speed.report import PICTURE, draw, measured_of, write
 from benchmarks.speed.tables import FULL, QUICK, TABLES, Table
 from fusionpl.cli.common import main as run_command
 from fusionpl.cli.common import quiet
@@ -61,7 +61,7 @@ def measure_missing(name: str, table: Table, folder: Path) -> None:
     bar = tqdm([one.cell for one in table.entries if not known(one.cell, folder)], desc=name, unit="cell")
     for cell in bar:
         bar.set_postfix_str(f"{cell.row} ({cell.repeat})")
-        measure(cell, folder, machine())
+        measure(cell, folder)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
 """Writes the tables as Markdown and CSV, and one picture of all of them."""
 
 import csv
-import os
-import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import torch
 from matplotlib.axes import Axes
 
 from benchmarks.common import Figures, markdown
+from benchmarks.origin import footer
 from benchmarks.paper.cells import Measured, bars, known
 from benchmarks.speed.tables import PLAIN, REFIT, Entry, Table
 
@@ -18,19 +16,6 @@ Found = list[tuple[Entry, Measured]]
 PICTURE = "speed.png"
 AIMS = {"paper": 2.0, REFIT: 4.0}  # times the parents' forward passes, from 384x12 on
 _MIB = 2**20
-
-
-def machine() -> str:
-    """Processor, cores and the version of PyTorch; threads are a column of the tables."""
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-    else:
-        try:
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-        except (OSError, StopIteration):
-            name = platform.machine()
-    return f"{name}, {os.cpu_count()} cores, PyTorch {torch.__version__}"
 
 
 def _memory(size: float) -> str:
@@ -80,9 +65,6 @@ def write(name: str, table: Table, folder: Path, output: Path, command: str) -> 
     header = ["", "setting", "samples", "threads", *(COLUMNS[column][0] for column in table.columns)]
     missing = len(table.entries) - len(found)
 
-    def all_of(what: str) -> str:
-        return ", ".join(dict.fromkeys(getattr(one, what) for _, one in found))
-
     text = "\n".join([
         table.title + " Random weights; images of 32x32 in patches of 4 (65 tokens), sequences of 64 tokens.",
         "",
@@ -90,11 +72,12 @@ def write(name: str, table: Table, folder: Path, output: Path, command: str) -> 
         "",
         f"![speed]({PICTURE})",
         "",
-        f"`{command}`, {all_of('machine')}, {all_of('date')}, commit {all_of('commit')}; "
-        + ("each cell in a process of its own, " if table.entries[0].fresh else "all cells in one process, ")
-        + "forward passes the faster of one before and one after the fusion"
-        + (f"; missing cells: {missing}." if missing else "."),
-        "",
+        footer(
+            command, [one for _, one in found], ["weights 1 and 2, samples 0"],
+            ("; each cell in a process of its own, " if table.entries[0].fresh else "; all cells in one process, ")
+            + "forward passes the faster of one before and one after the fusion"
+            + (f"; missing cells: {missing}" if missing else ""),
+        ),
     ])  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
     (output / f"{name}.md").write_text(text)

@@ -381,11 +381,16 @@ def quiet() -> None:
         disable_progress_bars()
 
 
-def new_parser(description: str) -> ArgumentParser:
-    """A parser whose mistakes `parse` turns into one line; an option is its full name, never an abbreviation."""
+def new_parser(description: str, *, presets: bool = True) -> ArgumentParser:
+    """A parser whose mistakes `parse` turns into one line; an option is its full name, never an abbreviation.
+
+    Args:
+        description: of the command.
+        presets: whether it has some, see `with_presets`.
+    """
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="a YAML file of these options, or the name of one "
-                        "that --list-presets lists")  # fmt: skip
+    parser.add_argument("--config", action="config", help="a YAML file of these options"
+                        + ", or the name of one that --list-presets lists" * presets)  # fmt: skip
     return parser
 
 

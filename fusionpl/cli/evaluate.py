@@ -28,7 +28,7 @@ from fusionpl.training import TASKS, LoggerName, TaskName, finish_loggers, log_r
 
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     """The options for models of a task."""
-    parser = new_parser("Evaluates models on one test set, with their ensemble and plain average.")
+    parser = new_parser("Evaluates models on one test set, with their ensemble and plain average.", presets=False)
     parser.add_argument("--models", nargs="+", type=str, default=[], help="run folders, model folders or hub ids, "
                         "org/name or org/name@revision")  # fmt: skip
     parser.add_argument("--task", type=TaskName, default=task, help="what the models were trained for")

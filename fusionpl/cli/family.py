@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from fusionpl.calibration import Network, logits
-from fusionpl.cli.common import add_reading_options, main, quiet
+from fusionpl.cli.common import add_reading_options, main, parse_options, quiet
 from fusionpl.errors import FusionError, reason
 from fusionpl.families import (
     PROOF_TOLERANCE,
@@ -32,7 +32,6 @@ from fusionpl.families import (
     without_scales,
 )
 from fusionpl.models import load_model
-from fusionpl.options import explain
 
 TOKENS = 12
 
@@ -44,11 +43,7 @@ def run(argv: Sequence[str]) -> None:
         FusionError: a user's mistake, or what is wrong with the family.
     """
     quiet()
-    parser = build_parser()
-    try:
-        args = parser.parse_args(list(argv))
-    except ArgumentError as error:
-        raise FusionError(explain(str(error), parser)) from error
+    args = parse_options(build_parser(), argv)
     family, output = read_family(args.family), Path(args.output) if args.output else None
     if output is not None and output.exists() and not args.overwrite:
         raise FusionError(f"{output} exists; replace it with --overwrite, or choose another file with --output")

@@ -300,17 +300,16 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
 
 
 def arguments(
-    argv: Sequence[str], more: Callable[[ArgumentParser], None] = lambda _: None
+    argv: Sequence[str], build: Callable[[TaskName], ArgumentParser] = build_parser
 ) -> tuple[ArgumentParser, Namespace]:
     """The parser and what it read: task and data set are the parents' own unless the command line names others.
 
     Args:
         argv: the arguments.
-        more: adds further options to the parser.
+        build: makes the parser for a task.
     """
     argv = with_presets(argv, "fuse")
-    parser = parser_for(argv, "--parents", build_parser)
-    more(parser)
+    parser = parser_for(argv, "--parents", build)
     args = parse(parser, argv, PRESET)
     if len(args.parents) < 2:
         raise FusionError(f"fusion needs at least two parents, not {len(args.parents)}; give --parents RUN_A RUN_B")

@@ -15,6 +15,7 @@ COMMANDS = {
     "sweep": "fuses under every combination of options",
     "check": "proves a family on your own models: `fuse --check`",
     "family": "drafts the family of an architecture that the library lacks, or proves one",
+    "completion": "prints a script with which your shell completes all this",
 }
 
 
@@ -31,7 +32,7 @@ def run(argv: Sequence[str]) -> None:
         print(
             "fusionpl COMMAND [OPTIONS]\n",
             *lines,
-            "\nfusionpl COMMAND --help, fusionpl COMMAND --list-presets",
+            "\nfusionpl COMMAND --help; train, fuse and finetune have presets: --list-presets",
             sep="\n",
         )
     elif name == "--version":

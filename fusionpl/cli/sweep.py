@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from fusionpl.cli import fuse
 from fusionpl.cli.common import check_output, main, quiet, settings_of, staged
 from fusionpl.cli.fuse import arguments, common_tokenizer, fuse_config, named, progress_bar
 from fusionpl.errors import FusionError, flattened
@@ -23,7 +24,7 @@ from fusionpl.evaluation import Report, Row, evaluate
 from fusionpl.families import read_family
 from fusionpl.fusion import Calibrated, FuseConfig, load_config, mixing_weights, resolve_anchor
 from fusionpl.models import load_model
-from fusionpl.training import TASKS, finish_loggers, log_report, make_loggers
+from fusionpl.training import TASKS, TaskName, finish_loggers, log_report, make_loggers
 
 Cell = dict[str, Any]
 
@@ -35,7 +36,7 @@ def run(argv: Sequence[str]) -> None:
         FusionError: a user's mistake.
     """
     quiet()
-    parser, args = arguments(argv, _sweep_option)
+    parser, args = arguments(argv, build_parser)
     settings = {key: value for key, value in settings_of(parser, args).items() if key not in ("check", "dry_run")}
     chosen = parser.instantiate(args)
     base, family = asdict(fuse_config(chosen)), read_family(args.family)
@@ -81,8 +82,11 @@ def run(argv: Sequence[str]) -> None:
     print(f"\n{output}: sweep.csv, report/report.md, report/bars.png")
 
 
-def _sweep_option(parser: ArgumentParser) -> None:
+def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
+    """The options of the command for parents of a task: those of fuse.py, and what is swept."""
+    parser = fuse.build_parser(task)
     parser.add_argument("--sweep", nargs="+", type=str, default=[], help="KEY=VALUE,VALUE,... of fuse options")
+    return parser
 
 
 def grid(sweeps: Sequence[str]) -> list[Cell]:

@@ -86,3 +86,21 @@ def test_every_command_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("usage: ") == len(COMMANDS)
     with pytest.raises(FusionError, match="there is no command 'fues'; did you mean 'fuse'"):
         run(["fues"])
+
+
+def test_a_shell_completes_commands_options_and_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(["completion", "bash"])
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+
+    def completed(*words: str) -> list[str]:
+        line = " ".join(f"'{word}'" for word in words)
+        asked = f"source script; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; COMP_TYPE=9; "
+        asked += '"$(complete -p fusionpl | sed "s/.*-F \\([^ ]*\\).*/\\1/")"; printf "%s\\n" "${COMPREPLY[@]}"'
+        done = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert completed("fusionpl", "f") == ["fuse", "finetune", "family"]
+    assert completed("fusionpl", "fuse", "--align.res") == ["--align.residual"]
+    assert completed("fusionpl", "fuse", "--align.residual", "t") == ["tie"]
+    with pytest.raises(FusionError, match=r"shell.*'bsh'.*bash"):
+        run(["completion", "bsh"])

@@ -14,7 +14,7 @@ from fusionpl.alignment.aligner import Aligner
 from fusionpl.alignment.config import AlignConfig
 from fusionpl.alignment.problem import Problem, Size, seen_at, sizes_in
 from fusionpl.errors import FusionError
-from fusionpl.families import Axis, Binding, State
+from fusionpl.families import TAIL, Axis, Binding, State
 from fusionpl.transport import TransportMap
 
 
@@ -93,8 +93,12 @@ class ChosenUnits(Problem):
             rows, columns = ((at[:, None] * width + torch.arange(width)).to(work.device) for at in (units, places))
             plan = torch.zeros(n, m, dtype=torch.float64, device=work.device)
             plan[rows.flatten(), columns.flatten()] = 1
-            # A mean over the parents must leave a unit as it is.
-            work.maps.give([axis], TransportMap(plan, "chosen", "orthogonal", gain=1 / work.weight))
+            # A mean over the parents must leave a unit as it is. In the tail, where nothing refits a decoder, what it
+            # reads stands for as many units as its parent has.
+            read_gain = n / m / work.weight if self.section == TAIL else 1.0
+            work.maps.give(
+                [axis], TransportMap(plan, "chosen", "orthogonal", gain=1 / work.weight, read_gain=read_gain)
+            )
 
     def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
         """None."""
@@ -218,16 +222,20 @@ def _energy(binding: Binding, state: State, axis: str, count: int, *, reads: boo
 
 
 def joint_stream(
-    products: Tensor, widths: Sequence[int], weights: Sequence[float], width: int, *, centred: bool
+    products: Tensor, widths: Sequence[int], weights: Sequence[float], width: int, *, centred: bool, anchor: int = 0
 ) -> list[TransportMap]:
     """The maps of streams into one: the directions in which they, side by side, have most energy.
+
+    The basis is turned as near as it comes to the anchor's units, followed by those of the others: what a norm inside a
+    post-LN stream does unit by unit then stays as near to what it does in the parents.
 
     Args:
         products: of the streams' units side by side, [sum of widths, sum of widths].
         widths: of the streams.
         weights: one number above 0 a parent, summing to 1: the share of its stream's energy.
         width: of the one stream.
-        centred: the means over the units are zero and stay it.
+        centred: a norm takes away the means over the units.
+        anchor: index of the anchor.
 
     Returns:
         A map [width of the parent, width] for each parent. With their weights they add up to a stream T = sum of
@@ -237,23 +245,25 @@ def joint_stream(
     parts = list(zip(widths, weights, strict=True))
     scale = torch.cat([products.new_full((n,), w**0.5) for n, w in parts])
     energies, shared = products * torch.outer(scale, scale), sum(widths)
+    inside = torch.eye(width, dtype=products.dtype, device=products.device)
     if centred:  # each stream's mean comes last, and is no direction
         means = torch.block_diag(*(products.new_full((n, n), 1 / n) for n in widths))
+        energies = energies - means @ energies - energies @ means + means @ energies @ means
         energies, shared = energies - energies.trace() * means, shared - len(widths)
-    vectors = torch.linalg.eigh(energies).eigenvectors.flip(1)
+        inside[:, 0] = 1
+        inside = torch.linalg.qr(inside).Q[:, 1:]
+    vectors = torch.linalg.eigh(energies).eigenvectors.flip(1)[:, : min(inside.shape[1], shared)]
+    places = products.new_zeros(len(products), width)
+    order = sorted(range(len(widths)), key=lambda index: index != anchor)
+    rows = torch.arange(len(products), device=products.device).split(list(widths))
+    first = torch.cat([rows[index] for index in order])[:width]
+    places[first, torch.arange(len(first), device=products.device)] = 1
+    left, _, right = torch.linalg.svd(vectors.T @ places @ inside, full_matrices=False)
+    basis = vectors @ left @ right @ inside.T
     if centred:
-        ones = torch.eye(width, dtype=products.dtype, device=products.device)
-        ones[:, 0] = 1
-        inside = torch.linalg.qr(ones).Q[:, 1:]
-        held = min(width - 1, shared)
-        basis = vectors[:, :held] @ inside[:, :held].T
-        # No stream has a mean over the units, but the shift of a norm that no bias takes may.
+        # No stream of a pre-LN network has a mean over the units, but the shift of a norm that no bias takes may.
         mean = torch.cat([products.new_full((n,), (w / n) ** 0.5) for n, w in parts])
         basis += torch.outer(mean, torch.full_like(basis[0], width**-0.5))
-    else:
-        basis = vectors.new_zeros(len(vectors), width)
-        held = min(width, shared)
-        basis[:, :held] = vectors[:, :held]
     ratio = (sum(n * w for n, w in parts) / width) ** 0.5
     return [
         TransportMap(part, "joint", "orthogonal", gain=w**-0.5, read_gain=w**-0.5, norm_gain=ratio)

@@ -9,7 +9,7 @@ from fusionpl.calibration.kept import GIB, Kept, budget, bytes_of, free_memory
 from fusionpl.calibration.moments import Key, Moments
 from fusionpl.calibration.network import Network
 from fusionpl.calibration.observe import Statistics, Target, Wanted, observe
-from fusionpl.calibration.restacked import Restacked, Run, end_norm
+from fusionpl.calibration.restacked import Restacked, Run
 from fusionpl.calibration.taps import Place, captured, parameter_units, recorded
 from fusionpl.calibration.tokens import select
 
@@ -37,7 +37,6 @@ __all__ = [
     "bytes_of",
     "captured",
     "device_of",
-    "end_norm",
     "eval_mode",
     "free_memory",
     "has_float64",

@@ -11,7 +11,7 @@ from fusionpl.calibration.forward import Batch
 from fusionpl.calibration.network import Call, Network, Passed, Prepare, Seen
 from fusionpl.calibration.taps import Place
 from fusionpl.errors import FusionError
-from fusionpl.families import Binding, State, boundary
+from fusionpl.families import Binding, State
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Restacked(Network):
         self._after = dict(pairwise(binding.sections))
         self._ends: dict[str, str] = {}  # section -> the norm that ends it
         if binding.family.norm == "post":
-            ends = {section: end_norm(binding, section) for section in binding.sections[:-1]}
+            ends = {section: binding.end_norm(section) for section in binding.sections[:-1]}
             self._ends = {section: norm for section, norm in ends.items() if norm is not None}
             for block in self.idle:
                 if self._before[block] not in self._ends:
@@ -185,13 +185,6 @@ class Restacked(Network):
 
 _CALLS = "calls of the blocks that are one"
 _ASIDE = "beside: "
-
-
-def end_norm(binding: Binding, section: str) -> str | None:
-    """The norm whose output a section of a post-LN network leaves; None where it leaves that of a linear map."""
-    module = binding.taps[boundary(section)].target
-    linear = any(slot.parameter == f"{module}.weight" and len(slot.axes) > 1 for slot in binding.slots)
-    return None if linear else module
 
 
 def _moved(name: str, source: str, target: str) -> str:

@@ -12,7 +12,7 @@ from fusionpl.families.apply import (
 )
 from fusionpl.families.axes import Axis, Binding, Index, Join, Slot, Tap, boundary, section_of
 from fusionpl.families.binding import bind
-from fusionpl.families.canonical import canonical, unrotatable, without_scales
+from fusionpl.families.canonical import canonical, inseparable, unrotatable, without_scales
 from fusionpl.families.compatible import check_compatible, check_finite
 from fusionpl.families.draft import draft
 from fusionpl.families.family import STEM, TAIL, VOCABULARY, Family, family_of, library, parse_family, read_family
@@ -56,6 +56,7 @@ __all__ = [
     "read_family",
     "section_of",
     "with_parameters",
+    "inseparable",
     "unrotatable",
     "without_scales",
 ]

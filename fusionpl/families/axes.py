@@ -241,6 +241,12 @@ class Binding:
         whole = [part for part in parts if isinstance(part, Tensor)]
         return torch.cat(whole) if whole else None
 
+    def end_norm(self, section: str) -> str | None:
+        """The norm whose output a section of a post-LN network leaves; None where it leaves that of a linear map."""
+        module = self.taps[boundary(section)].target
+        linear = any(slot.parameter == f"{module}.weight" and len(slot.axes) > 1 for slot in self.slots)
+        return None if linear else module
+
     def on_boundary(self, axis: str) -> bool:
         """Whether `axis` is the stream that one section hands to the next."""
         return axis == boundary(section_of(axis))

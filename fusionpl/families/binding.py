@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fusionpl.errors import FusionError
 from fusionpl.families.axes import Axis, Binding, Gain, Index, Join, Slot, Tap, section_of
-from fusionpl.families.family import STEM, TAIL, Family, Kind, Stack, attribute, family_of
+from fusionpl.families.family import STEM, TAIL, Family, Kind, Section, Stack, attribute, family_of
 from fusionpl.families.grammar import Dim, Segment
 from fusionpl.families.sizes import Layout, sizes_of
 
@@ -61,6 +61,7 @@ class _Binder:
 
     def bind(self) -> Binding:
         lines = {name: self._match(name, tensor) for name, tensor in self.parameters.items()}
+        self._one = {(lines[name].section, axis): one for name, axis, one in self._tied(lines)}
         grouped, repeats = self._grouped(lines)
         layouts = {name: self._layout(line, grouped) for name, line in lines.items()}
         ranks = {section: rank for rank, (section, _) in enumerate(self.sections)}
@@ -107,7 +108,7 @@ class _Binder:
             self.family, axes, slots, taps, joins,
             circuits=tuple(c for c in circuits if all(member in axes for member in c)),
             gates=gates, attention=tuple(map(tuple, attention.values())), depths=self.depths,
-            uses=self._uses(lines), closed=frozenset(self._closed(layouts)),
+            uses=self._uses(lines), closed=frozenset(self._closed(lines, layouts)),
         )  # fmt: skip
         self._check_ties(layouts, binding.tied())
         return binding
@@ -140,6 +141,17 @@ class _Binder:
             )
         return matches[0]
 
+    def _tied(self, lines: Mapping[str, _Line]) -> Iterator[tuple[str, str, str]]:
+        """Parameters that are one tensor with another section's, with an axis of theirs, and the axis that it is."""
+        sections: dict[int, set[str]] = {}
+        for name, line in lines.items():
+            sections.setdefault(id(self.parameters[name]), set()).add(line.section)
+        parts = dict(self.sections)
+        for name, line in lines.items():
+            if len(sections[id(self.parameters[name])]) > 1:
+                axes = {segment.axis for dim in line.dims for segment in dim.segments}
+                yield from ((name, axis, one) for axis, one in parts[line.section].tied.items() if axis in axes)
+
     def _uses(self, lines: Mapping[str, _Line]) -> dict[str, tuple[str, ...]]:
         first: dict[int, str] = {}
         names: dict[str, dict[str, None]] = {section: {} for section, _ in self.sections}
@@ -150,6 +162,7 @@ class _Binder:
     def _name(self, section: str, local: str) -> str:
         """The global name of an axis: `in` is what the section before leaves as `out`, `decoder.stem.in` that of
         another section."""
+        local = self._one.get((section, local), local)
         elsewhere, dot, axis = local.rpartition(".")
         if dot and axis == "in" and elsewhere in self.stack_of:
             return self._name(elsewhere, axis)
@@ -210,8 +223,10 @@ class _Binder:
             if ours != theirs:
                 yield twin, name, ours, theirs
 
-    def _closed(self, layouts: Mapping[str, Layout]) -> Iterator[str]:
-        return (twin for twin, *_ in self._twins(layouts))
+    def _closed(self, lines: Mapping[str, _Line], layouts: Mapping[str, Layout]) -> Iterator[str]:
+        names = {id(tensor): name for name, tensor in reversed(self.parameters.items())}
+        yield from (twin for twin, *_ in self._twins(layouts))
+        yield from (names[id(self.parameters[name])] for name, *_ in self._tied(lines))
 
     def _check_ties(self, layouts: Mapping[str, Layout], tied: Mapping[str, str]) -> None:
         for twin, name, ours, theirs in self._twins(layouts):
@@ -231,7 +246,7 @@ class _Binder:
     ) -> Iterator[Slot]:
         seen: set[int] = set()
         parts = list(self.family.sections(self.depths))
-        norms = {f"{prefix}{norm}.weight" for _, prefix, part in parts for norm in part.norms}
+        norms = {f"{prefix}{norm}.weight" for _, prefix, part in parts for norm in (*part.norms, *self._inside(part))}
         scales = {f"{prefix}{scale}" for _, prefix, part in parts for scale in part.scales}
         for name, line in lines.items():
             if id(self.parameters[name]) in seen:
@@ -252,6 +267,13 @@ class _Binder:
             for index, names in cuts:
                 yield Slot(name, index, names, reads, line.section, gain)
 
+    def _inside(self, part: Section) -> Iterator[str]:
+        """The norms that the stream goes through, of a post-LN family."""
+        if self.family.norm == "post":
+            for axis, places in part.taps.items():
+                if axis == "out" or axis in part.joins:
+                    yield from places
+
     def _taps(self, slots: tuple[Slot, ...]) -> Iterator[Tap]:
         outputs: dict[tuple[str, str], Index] = {}
         for slot in slots:
@@ -261,7 +283,7 @@ class _Binder:
         for section, prefix, part in self.family.sections(self.depths):
             for local, places in part.taps.items():
                 axis = self._name(section, local)
-                if self.stack_of[section_of(axis)] is self.stack_of[section]:
+                if (section, local) not in self._one and self.stack_of[section_of(axis)] is self.stack_of[section]:
                     yield from itertools.islice(self._seen(axis, prefix, places, outputs), 1)
 
     def _seen(

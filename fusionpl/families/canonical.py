@@ -18,13 +18,24 @@ from fusionpl.families.family import Section
 def unrotatable(binding: Binding) -> str | None:
     """Why the residual stream of a model may not be rotated; None where it may.
 
-    Its family is post-LN, its embedding is tied to its decoder, or a norm, which is named, stands inside the stream.
+    Its family is post-LN, or see `inseparable`.
     """
     if binding.family.norm == "post":
         return (
             f"{binding.family.name} is post-LN, its norms scale the stream unit by unit, so only permutations keep its "
             "function"
         )
+    return inseparable(binding)
+
+
+def inseparable(binding: Binding) -> str | None:
+    """Why the residual stream of a model may not be put into one with those of others; None where it may.
+
+    Its embedding is tied to its decoder, a norm, which is named, stands inside a pre-LN stream, or none ends the
+    embeddings of a post-LN model.
+    """
+    if binding.family.norm == "post" and binding.end_norm(binding.sections[0]) is None:
+        return f"no norm stands behind the embeddings of {binding.family.name}, whose blocks have theirs in the stream"
     if binding.closed:
         return (
             f"'{next(iter(binding.closed))}' stands at both ends of the stream, so the gain of the last norm can't be "

@@ -37,6 +37,7 @@ class Section:
         gates: axis -> the axis of the gate that multiplies it: both move alike, and its scale and sign are free.
         norms: a pre-LN norm module -> the linear modules that read it; none if it normalises inside the stream.
         scales: a module that multiplies unit by unit (LayerScale) -> the linear module before it, by each of its names.
+        tied: axis -> the axis that it is, where a parameter of it is one with a parameter of another section.
     """
 
     path: str
@@ -48,6 +49,7 @@ class Section:
     gates: Mapping[str, str]
     norms: Mapping[str, tuple[str, ...]]
     scales: Mapping[str, tuple[str, ...]]
+    tied: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _all(place: str, one_or_more: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
-_MAPPINGS = ("parameters", "taps", "joins", "circuits", "maps", "gates", "norms", "scales")
+_MAPPINGS = ("parameters", "taps", "joins", "circuits", "maps", "gates", "norms", "scales", "tied")
 
 
 def _section(name: str, raw: Any) -> Section:
@@ -158,6 +160,7 @@ def _section(name: str, raw: Any) -> Section:
         gates=dict(raw.get("gates", {})),
         norms={name: tuple(readers) for name, readers in raw.get("norms", {}).items()},
         scales={scale: _all(f"{name}.scales.{scale}", modules) for scale, modules in raw.get("scales", {}).items()},
+        tied=dict(raw.get("tied", {})),
     )
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusionpl.alignment import likeness, matched, spread, telling
-from fusionpl.calibration import CalibrationSet, Flow, Network, Restacked, Run, end_norm, eval_mode, select
+from fusionpl.calibration import CalibrationSet, Flow, Network, Restacked, Run, eval_mode, select
 from fusionpl.errors import FusionError
 from fusionpl.families import TAIL, Binding, bind
 from fusionpl.fusion.config import FuseConfig
@@ -196,7 +196,7 @@ def _streams(network: Network, data: CalibrationSet, index: int) -> list[Tensor]
 def _bare(binding: Binding) -> bool:
     """Whether no norm ends what stands before the blocks of a post-LN network, so that none that adds nothing can
     be the first: see `Restacked`."""
-    return binding.family.norm == "post" and end_norm(binding, binding.sections[0]) is None
+    return binding.family.norm == "post" and binding.end_norm(binding.sections[0]) is None
 
 
 def _kept(path: Sequence[int], step: int, streams: Sequence[Tensor] | None) -> int | None:

@@ -150,7 +150,7 @@ class Calibrated:
         level, self.matchings = ready(networks, anchor, first)
         self._parted = [
             f"'{name}' is no longer embedding and decoder in one: the fused model's decoder has parameters of its own, "
-            "because a rotated stream can't have the gain of its last norm elsewhere"
+            "because what writes the stream and what reads it are moved apart"
             for name in closed - level[anchor].binding.closed
         ]
         plans = [plan_of(level, anchor, config, self.names)[1] for config in configs]

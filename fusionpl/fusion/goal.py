@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusionpl.calibration import Network
 from fusionpl.errors import FusionError
-from fusionpl.families import Binding, bind, unrotatable
+from fusionpl.families import Binding, bind, inseparable
 from fusionpl.fusion.config import FuseConfig, changed
 from fusionpl.models import resized, untied
 
@@ -36,7 +36,7 @@ def settled(config: FuseConfig, networks: Sequence[Network], anchor: int) -> Fus
         )
     if config.strategy != "auto":
         return config
-    reasons = [f"{one.name}: {reason}" for one in networks if (reason := unrotatable(parted(one).binding))]
+    reasons = [f"{one.name}: {reason}" for one in networks if (reason := inseparable(parted(one).binding))]
     reasons += lacking
     reasons += [f"align.{name} asks for strategy transport" for name in changed(config.align)]
     if config.refit.method == "none":
@@ -52,7 +52,7 @@ def settled(config: FuseConfig, networks: Sequence[Network], anchor: int) -> Fus
 
 def parted(network: Network) -> Network:
     """The same network with a decoder of its own, where its decoder is its embedding: what stands at one end of the
-    stream alone may be rotated with it, and the gain of the last norm folded. T5, which scales by the tie, stays."""
+    stream alone may move with it. T5, which scales by the tie, stays."""
     if not network.binding.closed or len(network.binding.stacks) > 1:
         return network
     found = untied(network.module)

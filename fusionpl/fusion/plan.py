@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fusionpl.alignment import AlignConfig, ChosenUnits, JointStream, Problem, check_choice, joint_problems, problems
 from fusionpl.calibration import Key
 from fusionpl.errors import FusionError
-from fusionpl.families import TAIL, Binding, Slot, section_of, unrotatable
+from fusionpl.families import TAIL, Binding, Slot, inseparable, section_of, unrotatable
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.stages import Stage, stages
 
@@ -110,8 +110,9 @@ def make_plan(
     """
     reference = goal or bindings[anchor]
     if config.canonical:
+        hindered = inseparable if config.strategy == "joint" else unrotatable
         for binding, name in zip(bindings, names, strict=True):
-            if reason := unrotatable(binding):
+            if reason := hindered(binding):
                 raise FusionError(f"{name}: {reason}; use {_INSTEAD[config.strategy]}")
     if config.strategy == "joint":
         found = joint_problems(reference, even=config.units == "even")

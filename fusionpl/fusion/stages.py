@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusionpl.calibration import Place, Target, places_of
-from fusionpl.families import TAIL, Binding, Index, Slot
+from fusionpl.families import TAIL, Binding, Index, Slot, boundary, section_of
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,10 @@ class Stage:
 def stages(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Stage, ...]:
     """The stages of a section, in forward order.
 
-    A stem has none: it reads the same input in every parent, so its average is its least-squares solution. Modules of
-    a block that read one axis read one tensor; in the tail one may read all tokens and another the first. Decoders
-    stay: what they put out, a number for each entry of the vocabulary, would be too much to keep.
+    A stem has none but the norm behind it in post-LN networks: the rest reads the same input in every parent, so its
+    average is its least-squares solution. Modules of a block that read one axis read one tensor; in the tail one may
+    read all tokens and another the first. Decoders stay: what they put out, a number for each entry of the vocabulary,
+    would be too much to keep.
 
     Args:
         binding: the anchor's.
@@ -76,8 +77,15 @@ def stages(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Stage,
         keep: parameters that stay as they are.
     """
     if section in binding.ends and section != TAIL:
-        return ()
-    norms = {tap.target: axis for axis, tap in binding.taps.items() if axis in binding.joins and tap.kind == "output"}
+        norm = binding.end_norm(section) if binding.family.norm == "post" else None
+        return (Stage({norm: (boundary(section),)}, norm=True, narrow=False, skips={}),) if norm else ()
+    # What a post-LN head puts out goes through a norm too.
+    norms = {
+        tap.target: axis
+        for axis, tap in binding.taps.items()
+        if tap.kind == "output"
+        and (axis in binding.joins or (section_of(axis) == TAIL and not binding.reads(tap.target)))
+    }
     linear: dict[str, list[Slot]] = defaultdict(list)
     for slot in binding.slots:
         if slot.section == section and any(slot.reads) and slot.parameter not in keep:

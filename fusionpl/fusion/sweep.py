@@ -208,11 +208,13 @@ class Sweep:
 
     def _join_streams(self) -> None:
         """Finds the parents' maps into the one stream that holds them all, where that is asked for."""
-        centred = self.team.binding.family.norm == "pre"
+        centred = self.team.binding.family.norm != "rms"
         for axis in dict.fromkeys(self.plan.together.values()):
             widths = [binding.axes[axis].size for binding in self.team.bindings]
             width = self.goal.binding.axes[axis].size
-            found = joint_stream(self.team.survey.streams[axis], widths, self.weights, width, centred=centred)
+            found = joint_stream(
+                self.team.survey.streams[axis], widths, self.weights, width, centred=centred, anchor=self.team.anchor
+            )
             for index, aligner in self.aligners.items():
                 aligner.streams = {**aligner.streams, axis: found[index]}
 

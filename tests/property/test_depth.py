@@ -79,8 +79,6 @@ def test_blocks_that_add_nothing_keep_the_function(name: str) -> None:
 @pytest.mark.parametrize("deep", [0, 1])
 def test_a_parent_fused_with_its_own_expansion_gives_itself(name: str, preset: str, deep: int) -> None:
     """Whichever is the anchor; the blocks that add nothing are found where they are."""
-    if preset == "joint" and name not in PRE:
-        pytest.skip("post-LN streams can't be rotated")
     model = BUILD[name](1)
     parents = [model, model]
     parents[deep] = expanded(model, [1, 3])

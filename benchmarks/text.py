@@ -38,7 +38,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "permutations": {**TEXT, **EXACT},
     "OT weights soft (0.06)": {**TEXT, **WEIGHTS},
 }
-FINETUNED = ("best parent", "vanilla", "OT soft (paper)", "OT hard (EMD)", "default")
+BERT_ROWS = (
+    *VARIANTS, "OT soft (paper) + refit", "permutations + refit", "transport + refit", "default",
+)  # fmt: skip
+FINETUNED = ("best parent", "vanilla", "OT soft (paper)", "OT hard (EMD)", "transport + refit", "default")
 CLASSIFIERS = ("vanilla", "OT soft (paper)", "default")
 EPOCHS = 3
 ONE_SHOT, AFTER = "one-shot", f"after {EPOCHS} epochs"
@@ -49,27 +52,25 @@ TASKS: dict[str, TaskName] = {
     "t5": "span-corruption",
 }
 ROTATION: dict[str, Any] = {**TEXT, **EXACT, "align.stream": "rotation", "align.scaling": "two_sided"}
-# The rows of the table of families, and which of them are finetuned.
+# The rows of the table of families, all of which are finetuned, and those that a family has not: streams of BERTs can't
+# be rotated, and T5's default is transport.
 FAMILY_ROWS = (
-    "best parent", "vanilla", "OT soft (paper)", "permutations + refit", "rotations + refit", "transport + refit",
-    "default",
+    "OT soft (paper)", "permutations + refit", "rotations + refit", "transport + refit", "default",
 )  # fmt: skip
+WITHOUT = {"bert": ("rotations + refit",), "t5": ("rotations + refit", "transport + refit")}
 
 
-def fused_models(parents: Parents, pair: tuple[int, int], *, rotate: bool = False) -> dict[str, Maker]:
-    """Name -> what makes the model, from parents and calibration data that are loaded once; `rotate` where streams of
-    their family may be rotated, so that the default is one stream."""
+def fused_models(parents: Parents, pair: tuple[int, int]) -> dict[str, Maker]:
+    """Name -> what makes the model, from parents and calibration data that are loaded once."""
     models = cache(lambda: parents.models(pair))
     calibration = cache(lambda: list(parents.data(pair[0]).calibration_dataloader()))
 
     configs = {name: load_config(PAPER, changes) for name, changes in VARIANTS.items()}
     configs |= {f"{name} + refit": load_config(PAPER, {**VARIANTS[name], "refit.method": "ridge"})
                 for name in ("OT soft (paper)", "permutations")}  # fmt: skip
-    if rotate:
-        configs["rotations + refit"] = load_config(PAPER, {**ROTATION, "refit.method": "ridge"})
-        configs["transport + refit"] = load_config(TRANSPORT)
+    configs["rotations + refit"] = load_config(PAPER, {**ROTATION, "refit.method": "ridge"})
+    configs["transport + refit"] = load_config(TRANSPORT)
     configs["default"] = load_config(DEFAULT)
-    configs["default, residual tie"] = load_config(DEFAULT, {"align.residual": "tie"})
     made: dict[str, Maker] = {
         name: partial(lambda config: fuse(models(), calibration(), config).model, config)
         for name, config in configs.items()
@@ -81,11 +82,10 @@ def language(
     parents: Parents,
     pair: tuple[int, int],
     task: TaskName = "masked-lm",
+    rows: Sequence[str] = BERT_ROWS,
     finetuning: Sequence[str] = FINETUNED,
-    *,
-    rotate: bool = False,
 ) -> dict[str, Measure]:
-    """Name -> what measures its test loss, and after finetuning where that is shown."""
+    """Name -> what measures its test loss, and after finetuning where that is shown; `rows` are the fused models."""
     models = cache(lambda: parents.models(pair))
     data = cache(lambda: parents.data(pair[0]))
     test = cache(lambda: list(data().test_dataloader()))
@@ -96,7 +96,7 @@ def language(
 
     made = {
         "best parent": lambda: models()[losses().index(min(losses()))],
-        **fused_models(parents, pair, rotate=rotate),
+        **{name: make for name, make in fused_models(parents, pair).items() if name in ("vanilla", *rows)},
     }
     return {
         "parents, mean": lambda: {ONE_SHOT: statistics.mean(losses())},
@@ -135,10 +135,9 @@ def of_depths(family: str, groups: Sequence[Parents], seeds: tuple[int, int]) ->
 
 
 def of_family(family: str, parents: Parents, pair: tuple[int, int]) -> dict[str, Measure]:
-    """The same for the rows that all families have."""
-    rows = ("parents, mean", "ensemble", *FAMILY_ROWS)
-    found = language(parents, pair, TASKS[family], FAMILY_ROWS, rotate=family in ("gpt2", "llama"))
-    return {name: measure for name, measure in found.items() if name in rows}
+    """The same for the rows that a family has."""
+    rows = [name for name in FAMILY_ROWS if name not in WITHOUT.get(family, ())]
+    return language(parents, pair, TASKS[family], rows, ("best parent", "vanilla", *rows))
 
 
 @dataclass(frozen=True)

@@ -224,9 +224,11 @@ class _Binder:
                 yield twin, name, ours, theirs
 
     def _closed(self, lines: Mapping[str, _Line], layouts: Mapping[str, Layout]) -> Iterator[str]:
-        names = {id(tensor): name for name, tensor in reversed(self.parameters.items())}
+        first: dict[int, str] = {}
+        for name, tensor in self.parameters.items():
+            first.setdefault(id(tensor), name)
         yield from (twin for twin, *_ in self._twins(layouts))
-        yield from (names[id(self.parameters[name])] for name, *_ in self._tied(lines))
+        yield from (first[id(self.parameters[name])] for name, *_ in self._tied(lines))
 
     def _check_ties(self, layouts: Mapping[str, Layout], tied: Mapping[str, str]) -> None:
         for twin, name, ours, theirs in self._twins(layouts):

@@ -77,8 +77,8 @@ def stages(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Stage,
         keep: parameters that stay as they are.
     """
     if section in binding.ends and section != TAIL:
-        norm = binding.end_norm(section) if binding.family.norm == "post" else None
-        return (Stage({norm: (boundary(section),)}, norm=True, narrow=False, skips={}),) if norm else ()
+        behind = binding.end_norm(section) if binding.family.norm == "post" else None
+        return (Stage({behind: (boundary(section),)}, norm=True, narrow=False, skips={}),) if behind else ()
     # What a post-LN head puts out goes through a norm too.
     norms = {
         tap.target: axis

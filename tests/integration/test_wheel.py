@@ -69,7 +69,7 @@ def test_the_wheel_has_every_package_and_preset(wheel: Path) -> None:
     names = set(subprocess.run([sys.executable, "-m", "zipfile", "-l", str(wheel)], capture_output=True, text=True,
                                check=True).stdout.split())  # fmt: skip
     inside = {f"fusionpl/{path.relative_to(ROOT / 'fusionpl')}" for path in (ROOT / "fusionpl").rglob("*")
-              if path.suffix in (".py", ".yaml", ".typed")}  # fmt: skip
+              if path.suffix in (".py", ".html", ".yaml", ".typed")}  # fmt: skip
     inside |= {f"fusionpl/conf/{path.relative_to(CONF)}" for path in CONF.rglob("*.yaml")}
     assert inside <= names
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)

@@ -20,19 +20,20 @@ SHARES = [[(index / 8) ** 2.5, shade] for index, shade in enumerate(sequential.B
 
 
 def cost_figure(rows: Sequence[Row]) -> go.Figure:
-    """The rows' main metric (see `shown_metric`) over the operations for one sample; rows that lack one are left out."""
+    """The rows' main metric (see `shown_metric`) over the operations for a sample; rows that lack one are left out."""
     metric = shown_metric(rows)
     shown = [row for row in ordered(rows) if known(getattr(row, metric)) and known(row.flops)]
     kinds: dict[tuple[str, Stage], list[Row]] = {}
     for row in shown:
         kinds.setdefault((_kind(row.name), row.stage), []).append(row)
-    figure = _figure("FLOPs for one sample", {"accuracy": "accuracy", "loss": "loss (nats)"}.get(metric, metric))
+    figure = _figure("FLOPs for one sample", {"accuracy": "accuracy", "loss": "loss (nats)"}.get(metric, metric), 384)
     for (kind, stage), members in kinds.items():
         finetuned = stage == "finetuned"
         figure.add_scatter(
             x=[row.flops for row in members],
             y=[getattr(row, metric) for row in members],
             name=f"{kind}, finetuned" if finetuned else kind,
+            visible="legendonly" if kind == "plain average" and not finetuned else True,
             mode="markers",
             marker={
                 "symbol": MARKERS.get(kind, "circle") + ("-open" if finetuned else ""),
@@ -95,8 +96,8 @@ def map_figure(axis: MatchedAxis) -> go.Figure:
         showscale=False, hovertemplate="anchor unit %{customdata[1]}: %{z:.1%} of it is parent unit %{customdata[0]}"
         "<extra></extra>",
     )  # fmt: skip
-    figure.update_xaxes(showticklabels=False)
-    figure.update_yaxes(showticklabels=False, autorange="reversed")
+    figure.update_xaxes(showticklabels=False, ticks="")
+    figure.update_yaxes(showticklabels=False, ticks="", autorange="reversed")
     return figure
 
 
@@ -105,13 +106,14 @@ def _kind(name: str) -> str:
     return "fused" if name == "fused" else kinds.get(name.split(" ")[0], "other fusions")
 
 
-def _figure(x: str, y: str) -> go.Figure:
-    """An empty figure with titles for its axes. A finger that moves on it scrolls the page."""
+def _figure(x: str, y: str, height: int = 320) -> go.Figure:
+    """An empty figure with titles for its axes, `height` pixels high. A finger that moves on it scrolls the page."""
     axis: dict[str, Any] = {"gridcolor": FAINT, "linecolor": FAINT, "zeroline": False, "automargin": True,
                             "fixedrange": True}  # fmt: skip
     return go.Figure(
         layout={
             "template": "none",
+            "height": height,
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
             "font": {"family": "system-ui, sans-serif", "size": 12, "color": INK},

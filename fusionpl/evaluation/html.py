@@ -63,7 +63,7 @@ def _drawn(report: "Report") -> dict[str, list[tuple[str, Markup]]]:
 def _embedded(figure: go.Figure, name: str) -> Markup:
     # Without a name of ours it has a random one, and the same report other bytes each time.
     settings = {"displayModeBar": False, "responsive": True}
-    return Markup(figure.to_html(settings, full_html=False, include_plotlyjs=False, default_height="20rem", div_id=name))
+    return Markup(figure.to_html(settings, full_html=False, include_plotlyjs=False, div_id=name))
 
 
 def _axes(axes: Mapping[str, MatchedAxis]) -> list[tuple[dict[str, int], list[str]]]:

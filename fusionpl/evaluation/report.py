@@ -32,13 +32,6 @@ from fusionpl.evaluation.text import CONTINUED, EQUAL_COST, markdown_table, quot
 from fusionpl.evaluation.verdict import Verdict, compared_cells, verdict_cells, verdicts
 
 SAMPLES, PICTURES = "samples.safetensors", "pictures.safetensors"
-EQUAL_COST = (
-    "What its parents' owner could have instead. `distilled` and `trained-on` start from the best parent and had the "
-    "seconds of the fused model. Seconds are wall time behind the parents' training."
-)
-
-
-CONTINUED = "The likeliest token each time, before finetuning. Line ends are drawn as ⏎."
 
 
 @dataclass

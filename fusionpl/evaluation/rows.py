@@ -172,7 +172,7 @@ def readable(column: str, value: Any) -> str:
         case "partners":
             return f"{value:.1f}"
         case "marginal error":
-            return f"{value:.1e}"
+            return f"{value:.2g}"
         case "perplexity":
             return f"{value:.2f}" if value < 1000 else _with_prefix(value)
         case "parameters" | "flops":

@@ -70,7 +70,7 @@ def _axes(axes: Mapping[str, MatchedAxis]) -> list[tuple[dict[str, int], list[st
     """For each axis its place in each order, and its cells. All orders but the model's put the hardest first."""
     orders = {
         "model": list(axes),
-        "partners": sorted(axes, key=lambda name: -axes[name].partners),
+        "partners": sorted(axes, key=lambda name: -(axes[name].partners or 0)),
         "cost": sorted(axes, key=lambda name: -(axes[name].cost or 0)),
         "error": sorted(axes, key=lambda name: (axes[name].converged, -(axes[name].marginal_error or 0))),
     }

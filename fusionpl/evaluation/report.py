@@ -210,7 +210,7 @@ class Report:
         """Reads what `save` wrote to a folder.
 
         Raises:
-            FusionError: there is no report, or the file is not one.
+            FusionError: there is no report, or a file of it is damaged.
         """
         path = Path(folder) / "report.json"
         if not path.is_file():
@@ -222,7 +222,7 @@ class Report:
             continued = {key: data[key] for key in ("notes", "prompt", "continuations") if key in data}
             pictures = load_tensors(path.with_name(PICTURES))
             axes = {name: _axis(name, values, pictures) for name, values in data.get("axes", {}).items()}
-            blocks = {
+            blocks: dict[str, tuple[Tensor, Sequence[int]]] = {
                 name: (pictures[key], list(way))
                 for name, way in data.get("blocks", {}).items()
                 if (key := f"blocks/{name}") in pictures

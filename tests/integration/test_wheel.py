@@ -61,7 +61,7 @@ def test_an_installed_package_fuses_from_an_empty_folder(command: Path, tmp_path
     assert all(len(line.split()) > 5 for line in listed)
     parents = [str(make_run(tmp_path / f"seed-{seed}", seed)) for seed in range(2)]
     words = ("fuse", "--parents", *parents, "--output", "fused", "--config", "transport", "--logger", "none")
-    assert "fused: model/, report/report.md" in spoken(command, *words, place=tmp_path)
+    assert "fused: model/, report/report.html" in spoken(command, *words, place=tmp_path)
     assert (tmp_path / "fused/model/model.safetensors").is_file()
 
 

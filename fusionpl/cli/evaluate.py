@@ -79,7 +79,7 @@ def run(argv: Sequence[str]) -> None:
     loggers = make_loggers(options.logger, output, name=f"evaluate {output.name}", config=settings)
     log_report(loggers, report, output)
     finish_loggers(loggers)
-    print(f"\n{output}: report/report.md, report/bars.png")
+    print(f"\n{output}: report/report.html, report/report.md")
 
 
 if __name__ == "__main__":

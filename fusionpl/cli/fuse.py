@@ -216,7 +216,7 @@ def run(argv: Sequence[str]) -> None:
     loggers = make_loggers(args.logger, output, name=f"fuse {output.name}", config=job.settings)
     log_report(loggers, report, output, parents=args.parents)
     finish_loggers(loggers)
-    print(f"{output}: model/, report/report.md, maps.safetensors; {time.monotonic() - started:.0f} s")
+    print(f"{output}: model/, report/report.html, maps.safetensors; {time.monotonic() - started:.0f} s")
     print(f"next: python finetune.py --model {output}")
 
 

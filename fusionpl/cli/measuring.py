@@ -1,19 +1,20 @@
 """What commands measure: a fused model beside its parents, or models alone, whole and on the test data."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fusionpl.datamodules import FixedSplits
 from fusionpl.evaluation import (
     MODEL,
     PARENT,
     Curve,
+    MatchedAxis,
     Needs,
     Report,
     Row,
@@ -106,7 +107,8 @@ def measure(
         bench.add("refitted", [result.refitted])
     bench.add_made("fused", result.model, cost)
     if aligned:
-        report.maps = dict(_shown_maps(result))
+        drawn = _drawn(result)
+        report.axes = {name: MatchedAxis.of(found, drawn=name in drawn) for name, found in result.maps.items()}
     report.blocks = {one.parent: (one.alike, one.path) for one in result.matchings if one.alike is not None}
     if depth == "full" and report.rows[0].accuracy is not None:  # the curve of a regression has no accuracy to show
         other = next(index for index in range(len(names)) if index != result.anchor)
@@ -218,12 +220,9 @@ def card(report: Report, names: Sequence[str], strategy: str) -> str:
     return f"# Fused from {', '.join(names)}\n\n{how[strategy]}\n\n" + report.markdown().partition("\n")[2].lstrip()
 
 
-def _shown_maps(result: FusionResult) -> Iterator[tuple[str, Tensor]]:
+def _drawn(result: FusionResult) -> list[str]:
     """A few maps that tell the story: the embedding, one block in the middle, the last of the stream."""
     names = [name for name in result.maps if name.startswith("stem.")]
     sections = list(dict.fromkeys(name.rpartition(".")[0] for name in result.maps if not name.startswith("stem.")))
     middle = sections[(len(sections) - 1) // 2]
-    names = [*names[-1:], *(f"{middle}.{axis}" for axis in ("q", "v", "attn", "ffn")), f"{sections[-1]}.out"]
-    for name in names:
-        if name in result.maps:
-            yield name, result.maps[name].plan
+    return [*names[-1:], *(f"{middle}.{axis}" for axis in ("q", "v", "attn", "ffn")), f"{sections[-1]}.out"]

@@ -79,7 +79,7 @@ def run(argv: Sequence[str]) -> None:
     loggers = make_loggers(args.logger, output, name=f"sweep {output.name}", config=settings)
     log_report(loggers, report, output)
     finish_loggers(loggers)
-    print(f"\n{output}: sweep.csv, report/report.md, report/bars.png")
+    print(f"\n{output}: sweep.csv, report/report.html, report/report.md")
 
 
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:

@@ -3,6 +3,7 @@
 from fusionpl.evaluation.barrier import Curve, interpolation
 from fusionpl.evaluation.continuation import continuation
 from fusionpl.evaluation.cost import flops, parameters
+from fusionpl.evaluation.matched import MatchedAxis
 from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble, evaluate_samples
 from fusionpl.evaluation.outcomes import Outcomes, load_outcomes, save_outcomes, scored
 from fusionpl.evaluation.report import Report
@@ -13,6 +14,7 @@ __all__ = [
     "MODEL",
     "PARENT",
     "Curve",
+    "MatchedAxis",
     "Needs",
     "Outcomes",
     "Report",

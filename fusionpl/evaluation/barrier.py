@@ -1,6 +1,7 @@
 """The loss barrier: how the straight line between two models in weight space behaves."""
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,8 +41,29 @@ class Curve:
         """The same for accuracy: the largest drop below the straight line, in [0, 1]."""
         return _largest(self.accuracy_drop)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The curve and its barriers for JSON; null for what is not a finite number."""
+        figures = {"accuracy": self.accuracy, "loss": self.loss}
+        return {
+            "barrier": _number(self.barrier),
+            "accuracy_barrier": _number(self.accuracy_barrier),
+            "lambdas": list(self.lambdas),
+            **{name: [_number(value) for value in values] for name, values in figures.items()},
+        }
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> "Curve":
+        """A curve that `as_dict` wrote."""
+        columns = (values[key] for key in ("lambdas", "accuracy", "loss"))
+        return cls(*(tuple(math.nan if value is None else value for value in column) for column in columns))
+
     def _line(self, values: Sequence[float]) -> list[float]:
         return [at * values[-1] + (1 - at) * values[0] for at in self.lambdas]
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN or infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _largest(values: Sequence[float]) -> float:

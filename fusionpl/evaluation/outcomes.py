@@ -130,9 +130,18 @@ def load_outcomes(file: Path) -> dict[str, Outcomes]:
     Raises:
         FusionError: the file is damaged.
     """
+    return {name: Outcomes(values) for name, values in load_tensors(file).items()}
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """Reads a report's tensors; nothing where there is no such file.
+
+    Raises:
+        FusionError: the file is damaged.
+    """
     if not file.is_file():
         return {}
     try:
-        return {name: Outcomes(values) for name, values in load_file(file).items()}
+        return load_file(file)
     except Exception as error:  # safetensors has its own for a damaged file
         raise FusionError(f"'{file}' is damaged ({reason(error)}); run fuse.py again") from error

@@ -1,10 +1,9 @@
-"""The report's figures. Colours: parents grey, ensemble black, vanilla red, fused blue, finetuned hatched."""
+"""The report's pictures. Colours: parents grey, ensemble black, vanilla red, fused blue, finetuned hatched."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -13,13 +12,22 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from torch import Tensor
 
 from fusionpl.evaluation.barrier import Curve
-from fusionpl.evaluation.rows import MODEL, PARENT, Row, known, ordered, readable, shown_metric
+from fusionpl.evaluation.matched import MatchedAxis
+from fusionpl.evaluation.rows import MODEL, PARENT, Row, far_apart, known, ordered, readable, shown_metric
 
 GREY, BLACK, RED, BLUE = "#a9adb3", "#2b2f36", "#c94c41", "#2f6fb3"
 INK, FAINT = "#33373d", "#e3e5e8"
 HALO = [withStroke(linewidth=2.5, foreground="white")]
 MOST_MAPS = 6  # heat maps in one figure
-MOST_CELLS = 256  # larger maps are max-pooled: a permutation's single entries would vanish
+
+BARS, LINE, MAPS, BLOCKS = "bars.png", "interpolation.png", "transport-maps.png", "blocks.png"
+CAPTIONS = {
+    BARS: "All models on the same test data. Hatched bars: after finetuning.",
+    LINE: "On the straight line between parent A and anchor B: A as trained (vanilla), and A aligned to B.",
+    MAPS: "Of which parent units each anchor unit is made, and of how many (partners). "
+    "A sharp diagonal is a one-to-one matching.",
+    BLOCKS: "Streams of parents of another depth beside the anchor's, and the path along which blocks were matched.",
+}
 
 
 def metric_bars(rows: Sequence[Row]) -> Figure:
@@ -37,7 +45,7 @@ def metric_bars(rows: Sequence[Row]) -> Figure:
     positions = [index + 1.1 * stages.index(row.stage) for index, row in enumerate(shown)]
     for position, row, value in zip(positions, shown, values, strict=True):
         hatch = "/////" if row.stage == "finetuned" else None
-        axes.barh(position, value, 0.74, color=_colour(row.name), hatch=hatch, edgecolor="white", linewidth=0)
+        axes.barh(position, value, 0.74, color=colour_of(row.name), hatch=hatch, edgecolor="white", linewidth=0)
         text = readable(metric, getattr(row, metric))
         _note(axes, text, (value, position), (4, 0), INK, ha="left", va="center")
     for stage in stages:
@@ -46,7 +54,7 @@ def metric_bars(rows: Sequence[Row]) -> Figure:
         # x is a fraction of the axes: a logarithmic axis has no 0.
         place = axes.get_yaxis_transform()
         axes.text(0, first - 0.55, title, transform=place, color=INK, fontsize=8.5, weight="bold", path_effects=HALO)
-    if values and metric != "accuracy" and min(values) > 0 and max(values) > 50 * min(values):
+    if far_apart(metric, values):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:,g}")
         axes.xaxis.set_minor_locator(NullLocator())
@@ -79,7 +87,7 @@ def interpolation_figure(curves: Mapping[str, Curve]) -> Figure:
     left, right = figure.subplots(1, 2)
     for name, curve in curves.items():
         accuracy = [100 * value for value in curve.accuracy]
-        colour = RED if name == "vanilla" else BLUE
+        colour = colour_of(name)
         drop = f"drop {100 * curve.accuracy_barrier:.1f} points"
         _curve(left, name, curve.lambdas, accuracy, curve.accuracy_drop, colour, drop, below=True)
         excess = f"barrier {curve.barrier:.2f}"
@@ -123,15 +131,11 @@ def _curve(
         _note(axes, text, (at, values[worst]), (0, 7), colour, ha="center", va="bottom")
 
 
-def map_figure(maps: Mapping[str, Tensor]) -> Figure:
-    """Heat maps of transport plans, sorted so that structure shows, on one colour scale.
-
-    A column shows of which parent units an anchor unit is made (shares add up to 1; for a map with negative
-    entries, an orthogonal one, shares are the squares). The side with fewer units is sorted by its largest
-    shares, the other by the unit it belongs to most: a one-to-one matching is a sharp diagonal.
+def map_figure(maps: Mapping[str, MatchedAxis]) -> Figure:
+    """Heat maps of transport plans on one colour scale.
 
     Args:
-        maps: axis name -> plan or map, [n_parent, n_anchor]; of more than six, six evenly spread are shown.
+        maps: axis name -> how it was matched, with its picture; of more than six, six evenly spread are shown.
     """
     names = list(maps)
     if len(names) > MOST_MAPS:
@@ -142,21 +146,20 @@ def map_figure(maps: Mapping[str, Tensor]) -> Figure:
     grid = figure.subplots(lines, columns, squeeze=False)
     norm = PowerNorm(0.4, 0, 1)
     for axes, name in zip(grid.flat, names, strict=False):
-        shares = _shares(maps[name])
-        n_parent, n_anchor = shares.shape
+        axis = maps[name]
+        assert axis.picture is not None, name
         picture = axes.imshow(
-            _pooled(_sorted(shares)).numpy(),
+            axis.picture.shares.numpy(),
             cmap="BuPu",
             norm=norm,
-            extent=(0, n_anchor, n_parent, 0),
+            extent=(0, axis.n_anchor, axis.n_parent, 0),
             interpolation="nearest",
             aspect="auto",
         )
-        partners = _partners(shares)
-        axes.set_title(f"{name}\n{n_parent} → {n_anchor} units, {partners:.1f} partners each", fontsize=8.5)
+        axes.set_title(f"{name}\n{axis.words}", fontsize=8.5)
         axes.set_box_aspect(1)
-        axes.set_xticks([0, n_anchor])
-        axes.set_yticks([0, n_parent])
+        axes.set_xticks([0, axis.n_anchor])
+        axes.set_yticks([0, axis.n_parent])
         axes.tick_params(labelsize=7.5, colors=INK, length=2)
         axes.set_xlabel("anchor units", fontsize=8, labelpad=-4)
         axes.set_ylabel("parent units", fontsize=8, labelpad=-4)
@@ -193,32 +196,8 @@ def blocks_figure(matchings: Mapping[str, tuple[Tensor, Sequence[int]]]) -> Figu
     return figure
 
 
-def _shares(plan: Tensor) -> Tensor:
-    """The map [n_parent, n_anchor] with columns that say what an anchor unit is made of."""
-    plan = plan.detach().cpu().double()
-    weights = plan.square() if bool((plan < 0).any()) else plan
-    return weights / weights.sum(0).clamp_min(torch.finfo(weights.dtype).tiny)
-
-
-def _partners(shares: Tensor) -> float:
-    """How many parent units an anchor unit is made of: exp(entropy) of its shares, mean over anchor units."""
-    return float(torch.special.entr(shares).sum(0).exp().mean())
-
-
-def _sorted(shares: Tensor) -> Tensor:
-    """The side with fewer units by its largest share, the other by the unit it belongs to most."""
-    if shares.shape[0] < shares.shape[1]:
-        return _sorted(shares.T).T
-    shares = shares[:, shares.amax(0).argsort(descending=True, stable=True)]
-    return shares[shares.argmax(1).argsort(stable=True)]
-
-
-def _pooled(shares: Tensor) -> Tensor:
-    size = [min(length, MOST_CELLS) for length in shares.shape]
-    return torch.nn.functional.adaptive_max_pool2d(shares[None], size)[0]
-
-
-def _colour(name: str) -> str:
+def colour_of(name: str) -> str:
+    """The colour of a row or a curve of this name."""
     return {"parent": GREY, "model": GREY, "ensemble": BLACK, "vanilla": RED}.get(name.split(" ")[0], BLUE)
 
 

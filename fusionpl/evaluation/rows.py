@@ -78,6 +78,11 @@ def shown_metric(rows: Sequence[Row]) -> Literal["accuracy", "perplexity", "loss
     return "accuracy" if any(row.accuracy is not None for row in rows) else "loss"
 
 
+def far_apart(metric: str, values: Sequence[float]) -> bool:
+    """Whether values of a metric are shown on a logarithmic axis."""
+    return bool(values) and metric != "accuracy" and min(values) > 0 and max(values) > 50 * min(values)
+
+
 def judged_metric(rows: Sequence[Row]) -> Metric:
     """What models are judged by, because it adds up over samples: accuracy, or the loss of language and regression."""
     return "accuracy" if shown_metric(rows) == "accuracy" else "loss"
@@ -162,8 +167,12 @@ def readable(column: str, value: Any) -> str:
     match column:
         case "accuracy":
             return f"{100 * value:.2f} %"
-        case "f1" | "matthews" | "pearson" | "spearman" | "loss" | "unigram_loss" | "bits_per_byte":
+        case "f1" | "matthews" | "pearson" | "spearman" | "loss" | "unigram_loss" | "cost" | "bits_per_byte":
             return f"{value:.4f}"
+        case "partners":
+            return f"{value:.1f}"
+        case "marginal error":
+            return f"{value:.2g}"
         case "perplexity":
             return f"{value:.2f}" if value < 1000 else _with_prefix(value)
         case "parameters" | "flops":

@@ -61,7 +61,7 @@ def test_an_installed_package_fuses_from_an_empty_folder(command: Path, tmp_path
     assert all(len(line.split()) > 5 for line in listed)
     parents = [str(make_run(tmp_path / f"seed-{seed}", seed)) for seed in range(2)]
     words = ("fuse", "--parents", *parents, "--output", "fused", "--config", "transport", "--logger", "none")
-    assert "fused: model/, report/report.md" in spoken(command, *words, place=tmp_path)
+    assert "fused: model/, report/report.html" in spoken(command, *words, place=tmp_path)
     assert (tmp_path / "fused/model/model.safetensors").is_file()
 
 
@@ -69,7 +69,7 @@ def test_the_wheel_has_every_package_and_preset(wheel: Path) -> None:
     names = set(subprocess.run([sys.executable, "-m", "zipfile", "-l", str(wheel)], capture_output=True, text=True,
                                check=True).stdout.split())  # fmt: skip
     inside = {f"fusionpl/{path.relative_to(ROOT / 'fusionpl')}" for path in (ROOT / "fusionpl").rglob("*")
-              if path.suffix in (".py", ".yaml", ".typed")}  # fmt: skip
+              if path.suffix in (".py", ".html", ".yaml", ".typed")}  # fmt: skip
     inside |= {f"fusionpl/conf/{path.relative_to(CONF)}" for path in CONF.rglob("*.yaml")}
     assert inside <= names
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from fusionpl.errors import FusionError
-from fusionpl.evaluation import Curve, Report, Row, plots
+from fusionpl.evaluation import Curve, MatchedAxis, Report, Row, matched, plots
+from fusionpl.transport import TransportMap
 
 VANILLA = Curve((0, 0.5, 1), (0.98, 0.16, 0.97), (0.1, 4.0, 0.2))
 ALIGNED = Curve((0, 0.5, 1), (0.98, 0.72, 0.7), (0.1, 0.9, 0.8))
@@ -31,6 +32,10 @@ def a_report() -> Report:
     report.add(Row("vanilla", accuracy=0.1625, loss=math.nan))
     report.add(Row("fused", accuracy=0.712, loss=0.93))
     return report
+
+
+def drawn(plan: torch.Tensor) -> MatchedAxis:
+    return MatchedAxis.of(TransportMap(plan, "sinkhorn", cost=0.25), drawn=True)
 
 
 def bars(figure: Figure) -> list[Rectangle]:
@@ -118,7 +123,7 @@ def test_a_curve_that_broke_is_saved_as_null(tmp_path: Path) -> None:
 def test_markdown_embeds_the_pictures_next_to_it_and_the_configuration(tmp_path: Path) -> None:
     report = a_report()
     report.config["output"] = Path("runs/fused")
-    report.maps = {"blocks.0.ffn": torch.eye(4)}
+    report.axes = {"blocks.0.ffn": drawn(torch.eye(4))}
     report.save(tmp_path)
     text = (tmp_path / "report.md").read_text()
     pictures = sorted(path.name for path in tmp_path.glob("*.png"))
@@ -128,17 +133,20 @@ def test_markdown_embeds_the_pictures_next_to_it_and_the_configuration(tmp_path:
     assert yaml.safe_load(text.split("```yaml")[1].split("```")[0]) == CONFIG | {"output": "runs/fused"}
 
 
-def test_a_loaded_report_keeps_the_picture_of_its_maps(tmp_path: Path) -> None:
+def test_a_loaded_report_draws_all_again(tmp_path: Path) -> None:
     report = a_report()
-    report.maps = {"stream": torch.eye(4)}
-    report.save(tmp_path)
-    picture = (tmp_path / "transport-maps.png").read_bytes()
-    loaded = Report.load(tmp_path)
-    loaded.add(Row("vanilla", "finetuned", accuracy=0.96))
-    loaded.save(tmp_path)
-    assert (tmp_path / "transport-maps.png").read_bytes() == picture
-    assert "](transport-maps.png)" in (tmp_path / "report.md").read_text()
-    assert "| vanilla | finetuned | 96.00 % |" in (tmp_path / "report.md").read_text()
+    report.axes = {
+        "stream": drawn(torch.rand(5, 4)),
+        "ffn": MatchedAxis.of(TransportMap(torch.eye(3), "emd"), drawn=False),
+    }
+    report.blocks = {"deep": (torch.rand(3, 4), [0, 1, 3])}
+    report.save(tmp_path / "first")
+    Report.load(tmp_path / "first").save(tmp_path / "second")
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("first", "second")
+    )
+    assert {"report.html", "transport-maps.png", "blocks.png"} <= set(first)
+    assert [name for name in first if first[name] != second.get(name)] == []
 
 
 def test_the_same_report_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -221,15 +229,24 @@ def test_a_hard_matching_shows_as_a_diagonal(n_parent: int, n_anchor: int) -> No
     staircase = torch.eye(narrow).repeat_interleave(wide // narrow, 0)
     plan = staircase if n_parent >= n_anchor else staircase.T
     shuffled = plan[torch.randperm(n_parent)][:, torch.randperm(n_anchor)] / wide
-    figure = plots.map_figure({"blocks.0.ffn": shuffled})
+    figure = plots.map_figure({"blocks.0.ffn": drawn(shuffled)})
     picture = torch.tensor(figure.axes[0].images[0].get_array())
     assert torch.equal(picture > 0, plan > 0)
     partners = max(1, n_parent // n_anchor)
     assert figure.axes[0].get_title() == (f"blocks.0.ffn\n{n_parent} → {n_anchor} units, {partners:.1f} partners each")
 
 
+@pytest.mark.parametrize("shape", [(4, 4), (5, 200), (200, 150)])
+def test_a_cell_of_a_picture_names_its_units(shape: tuple[int, int]) -> None:
+    plan = torch.rand(shape, dtype=torch.float64)
+    picture = drawn(plan).picture
+    assert picture is not None
+    parent, anchor = picture.units.long().unbind(-1)
+    assert torch.equal((plan / plan.sum(0))[parent, anchor].float(), picture.shares)
+
+
 def test_heat_maps_are_few_small_and_finite() -> None:
-    maps = {f"blocks.{index}.ffn": torch.eye(4) for index in range(14)}
+    maps = {f"blocks.{index}.ffn": drawn(torch.eye(4)) for index in range(14)}
     titles = [axes.get_title().split("\n")[0] for axes in plots.map_figure(maps).axes if axes.images]
     assert len(titles) == plots.MOST_MAPS
     assert titles[0] == "blocks.0.ffn"
@@ -238,15 +255,15 @@ def test_heat_maps_are_few_small_and_finite() -> None:
     four = plots.map_figure(dict(list(maps.items())[:4])).axes
     assert [axes.get_visible() for axes in four[:6]] == [True] * 4 + [False] * 2
 
-    large = plots.map_figure({"ffn": torch.eye(600)[torch.randperm(600)]})
+    large = plots.map_figure({"ffn": drawn(torch.eye(600)[torch.randperm(600)])})
     pooled = torch.tensor(large.axes[0].images[0].get_array())
-    assert max(pooled.shape) == plots.MOST_CELLS
+    assert max(pooled.shape) == matched.MOST_CELLS
     assert bool((pooled.amax(0) == 1).all())
 
     rotation = torch.linalg.qr(torch.randn(8, 8))[0]
     dead = torch.eye(8) * (torch.arange(8) > 0)  # an anchor unit that nothing was sent to
     for plan in (rotation, dead):
-        shown = torch.tensor(plots.map_figure({"stream": plan}).axes[0].images[0].get_array())
+        shown = torch.tensor(plots.map_figure({"stream": drawn(plan)}).axes[0].images[0].get_array())
         assert bool(torch.isfinite(shown).all())
         assert shown.min() >= 0
         assert shown.max() <= 1 + 1e-6

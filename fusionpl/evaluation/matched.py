@@ -1,0 +1,97 @@
+"""How the units of a parent were matched, axis by axis, small enough to keep beside a report."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_max_pool2d
+
+from fusionpl.evaluation.rows import known, readable
+from fusionpl.transport import TransportMap
+
+MOST_CELLS = 96  # larger maps are max-pooled: a permutation's single entries would vanish
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A transport map, sorted so that structure shows.
+
+    A column shows of which parent units an anchor unit is made (shares add up to 1; for a map with negative entries, an
+    orthogonal one, shares are the squares). The side with fewer units is sorted by its largest shares, the other by the
+    unit it belongs to most: a one-to-one matching is a sharp diagonal.
+
+    Attributes:
+        shares: float32, [parent's cells, anchor's cells]; a cell of several units holds the largest share among them.
+        units: int32, [parent's cells, anchor's cells, 2]: the parent's and the anchor's unit of that share, from 0.
+    """
+
+    shares: Tensor
+    units: Tensor
+
+
+@dataclass(frozen=True)
+class MatchedAxis:
+    """How the units of a parent were matched with the anchor's along one axis; what is not known is None.
+
+    Attributes:
+        n_parent, n_anchor: how many units.
+        partners: of how many parent units an anchor unit is made, 1 where the matching is hard: exp(entropy) of its
+            shares, mean over anchor units.
+        solver, cost, iterations, converged, marginal_error: see `fusionpl.transport.TransportMap`.
+        picture: the map; None where it is not drawn.
+    """
+
+    n_parent: int
+    n_anchor: int
+    partners: float | None
+    solver: str
+    cost: float | None
+    iterations: int | None
+    converged: bool
+    marginal_error: float | None
+    picture: Picture | None = None
+
+    @classmethod
+    def of(cls, found: TransportMap, *, drawn: bool) -> "MatchedAxis":
+        """What a report shows of a map, with its picture if it is `drawn`."""
+        plan = found.plan.detach().cpu().double()
+        weights = plan.square() if bool((plan < 0).any()) else plan
+        shares = weights / weights.sum(0).clamp_min(torch.finfo(weights.dtype).tiny)
+        n_parent, n_anchor = shares.shape
+        return cls(
+            n_parent,
+            n_anchor,
+            float(torch.special.entr(shares).sum(0).exp().mean()),
+            found.solver,
+            found.cost,
+            found.iterations,
+            found.converged,
+            found.marginal_error,
+            _picture(shares) if drawn else None,
+        )
+
+    @property
+    def words(self) -> str:
+        """`384 → 192 units, 1.7 partners each`."""
+        return f"{self.n_parent} → {self.n_anchor} units, {readable('partners', self.partners)} partners each"
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the picture, for JSON."""
+        return {key: value if known(value) else None for key, value in vars(self).items() if key != "picture"}
+
+
+def _picture(shares: Tensor) -> Picture:
+    rows, columns = _order(shares)
+    size = [min(length, MOST_CELLS) for length in shares.shape]
+    largest, where = adaptive_max_pool2d(shares[rows][:, columns][None], size, return_indices=True)
+    units = torch.stack([rows[where[0] // len(columns)], columns[where[0] % len(columns)]], -1)
+    return Picture(largest[0].float(), units.int())
+
+
+def _order(shares: Tensor) -> tuple[Tensor, Tensor]:
+    if shares.shape[0] < shares.shape[1]:
+        columns, rows = _order(shares.T)
+        return rows, columns
+    columns = shares.amax(0).argsort(descending=True, stable=True)
+    return shares[:, columns].argmax(1).argsort(stable=True), columns

@@ -1,0 +1,102 @@
+"""The report's page: complete in itself, safe whatever a parent is called, and drawn by a browser without complaint."""
+
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusionpl.evaluation import Curve, MatchedAxis, Outcomes, Report, Row
+from fusionpl.evaluation.html import page
+from fusionpl.transport import TransportMap
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+EVIL = "</script><script>document.title='broken'</script>"
+# Appended to the page: tells the page around it what the browser made of it, axes in the order of their cost.
+PROBE = """<script>addEventListener("load", () => {
+  document.getElementById("by-cost").checked = true;
+  const all = (selector) => [...document.querySelectorAll(selector)];
+  const top = (element) => element.getBoundingClientRect().top;
+  parent.postMessage({
+    title: document.title,
+    drawn: all(".js-plotly-plot").filter((plot) => plot.querySelector("svg.main-svg")).map((plot) => plot.id),
+    axes: all(".axes td:first-child").sort((a, b) => top(a) - top(b)).map((cell) => cell.textContent),
+    shown: innerWidth,
+    needed: document.documentElement.scrollWidth,
+  }, "*");
+});</script>"""
+AROUND = """<body><script>addEventListener("message", ({data}) => {
+  document.body.append(Object.assign(document.createElement("pre"), {textContent: JSON.stringify(data)}));
+})</script><iframe src="report.html" width="360"></iframe><iframe src="report.html" width="1280"></iframe>"""
+
+
+def a_report() -> Report:
+    report = Report(config={"parents": ["runs/a", EVIL]}, notes=[EVIL], prompt=EVIL, continuations={EVIL: EVIL})
+    names = ["parent a", f"parent {EVIL}", "ensemble", "vanilla", "distilled", "fused"]
+    for index, name in enumerate(names):
+        right = (torch.arange(40) % 10 < 9 - index).float()
+        outcomes = Outcomes(torch.stack([1 - right, torch.ones(40), right], 1))
+        steps = 3 if name == "distilled" else None
+        report.add(Row(name, **outcomes.figures, parameters=1000, flops=2000, seconds=1.0, steps=steps), outcomes)
+    report.barrier = {EVIL: Curve((0, 0.5, 1), (0.9, 0.2, 0.9), (0.1, float("nan"), 0.1))}
+    report.blocks = {EVIL: (torch.rand(3, 4), [0, 1, 3])}
+    plans = {"q": ("sinkhorn", 0.1), "ffn": ("emd", 0.4), "out": ("identity", None), EVIL: ("assignment", 0.2)}
+    report.axes = {
+        name: MatchedAxis.of(TransportMap(torch.eye(6), solver, cost=cost), drawn=name in ("q", EVIL))
+        for name, (solver, cost) in plans.items()
+    }
+    return report
+
+
+class Tags(HTMLParser):
+    """The tags that a browser sees, and the text outside of scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.cdata_elem is None:
+            self.text += data
+
+
+def test_the_page_has_all_sections_and_loads_nothing() -> None:
+    report = a_report()
+    seen = Tags(page(report))
+    headings = ["Models", "What it costs", "At equal cost", "Notes", "Loss barrier", "Blocks", "Transport maps", "Axes",
+                "Continuations", "Configuration"]  # fmt: skip
+    places = [seen.text.index(word) for word in (report.verdicts[0].words, *(f"{head}\n" for head in headings[:-1]))]
+    assert places == sorted(places)
+    assert "Configuration" in seen.text
+    assert not [tag for tag, attributes in seen.tags if attributes.keys() & {"src", "href"}]
+    assert EVIL in seen.text
+    assert [tag for tag, _ in seen.tags].count("script") == 1 + 6  # plotly and its figures, not the names
+
+
+def test_a_page_without_figures_holds_no_library() -> None:
+    assert len(page(Report(config={"seed": 1}))) < 10_000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, for example apt-get install chromium")
+def test_a_browser_draws_it_on_a_phone_and_a_desktop(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text(page(a_report()) + PROBE)
+    (tmp_path / "around.html").write_text(AROUND)
+    words = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
+             "--hide-scrollbars", "--virtual-time-budget=5000", f"--user-data-dir={tmp_path / 'profile'}",
+             (tmp_path / "around.html").as_uri()]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    told = [json.loads(unescape(line)) for line in re.findall("<pre>(.*?)</pre>", done.stdout)]
+    assert sorted(facts.pop("shown") for facts in told) == sorted(facts.pop("needed") for facts in told) == [360, 1280]
+    drawn = ["cost-0", "barrier-0", "barrier-1", "blocks-0", "maps-0", "maps-1"]
+    assert told == [{"title": "Fusion report", "drawn": drawn, "axes": ["ffn", EVIL, "q", "out"]}] * 2

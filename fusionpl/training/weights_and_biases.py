@@ -60,8 +60,8 @@ def open_run(
         _ = logger.experiment  # now, and not after an hour's work
     except wandb.Error as error:
         raise FusionError(
-            f"Weights & Biases: {reason(error)}; keep the run offline with WANDB_MODE=offline, or leave it out with "
-            "--logger csv"
+            f"Weights & Biases: {reason(error).rstrip('.')}; keep the run offline with WANDB_MODE=offline, or leave it out "
+            "with --logger csv"
         ) from error
     if folder.is_dir():
         remember_run([logger], folder)

@@ -73,7 +73,7 @@ from fusionpl.training import (
     log_models,
     log_report,
     make_loggers,
-    remember_run,
+    open_run,
 )
 
 PRESET = CONF / "fuse" / "default.yaml"
@@ -200,6 +200,7 @@ def run(argv: Sequence[str]) -> None:
                 f"--compare {' '.join(job.alternatives)} trains in one process, not in {trainer.world_size}; "
                 "add --trainer.devices 1"
             )
+        open_run(loggers, folder)  # whose system metrics then show the fusion
         trainer.test(_Nothing(), datamodule=job.data, verbose=False)
         assert fusion.result is not None
         device = trainer.strategy.root_device
@@ -211,7 +212,6 @@ def run(argv: Sequence[str]) -> None:
             return
         job.data.trainer = None  # whose test data are shared out among the processes
         (folder / "config.yaml").write_text(yaml.safe_dump(job.settings, sort_keys=False))
-        remember_run(loggers, folder)
         if job.tokenizer is not None:
             job.tokenizer.save_pretrained(folder / "model")
         alternatives = {name: partial(_alternative, job, name, fusion.cost.seconds) for name in job.alternatives}

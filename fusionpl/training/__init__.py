@@ -8,7 +8,7 @@ from fusionpl.training.fusion_callback import OTFusion
 from fusionpl.training.loggers import LoggerName, finish_loggers, make_loggers
 from fusionpl.training.module import ClassificationModule, OptimConfig
 from fusionpl.training.tasks import TASKS, Task, TaskName
-from fusionpl.training.weights_and_biases import group_of, in_sweep, label, remember_run
+from fusionpl.training.weights_and_biases import group_of, in_sweep, label, open_run
 
 __all__ = [
     "TASKS",
@@ -31,6 +31,6 @@ __all__ = [
     "log_models",
     "log_report",
     "make_loggers",
-    "remember_run",
+    "open_run",
     "train_for",
 ]

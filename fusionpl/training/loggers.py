@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from fusionpl.training.weights_and_biases import Job, finish_run, open_run
+from fusionpl.training.weights_and_biases import FolderRun, Job, finish_run
 
 LoggerName = Literal["wandb", "tensorboard", "csv", "none"]
 
@@ -87,15 +87,12 @@ def make_loggers(
         group: what it is grouped by there.
         config: settings to show there.
         resume: whether the run continues one in the same folder.
-
-    Raises:
-        FusionError: Weights & Biases refuses.
     """
     loggers: list[Logger] = [MetricsFile(folder / "metrics.csv", resume=resume)]
     if "tensorboard" in names:
         loggers.append(TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False))
     if "wandb" in names:
-        loggers.append(open_run(folder, name=name, job=job, group=group, config=config or {}, resume=resume))
+        loggers.append(FolderRun(folder, name=name, job=job, group=group, config=config or {}, resume=resume))
     return loggers
 
 
@@ -103,7 +100,7 @@ def make_loggers(
 def finish_loggers(loggers: Sequence[Logger]) -> None:
     """Writes what is left to write; says how to upload a Weights & Biases run that was kept offline."""
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, FolderRun):
             finish_run(logger)
         else:
             logger.finalize("success")

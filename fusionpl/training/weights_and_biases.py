@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from fusionpl.errors import FusionError, reason
 from fusionpl.options import read_yaml
@@ -23,63 +24,78 @@ KEPT = "wandb.yaml"
 _VARIABLES = {"group": "WANDB_RUN_GROUP", "id": "WANDB_RUN_ID"}
 
 
-def open_run(
-    folder: Path, *, name: str, job: Job, group: str | None, config: dict[str, Any], resume: bool
-) -> WandbLogger:
-    """Opens the run of a folder, and keeps its id there for a command that resumes.
+class FolderRun(WandbLogger):
+    """The run of a folder, opened when it is first logged to; the folder keeps its id and group if it is there by then.
 
     Its files lie beside the folder, in `wandb/`, where neither `--overwrite` nor a failure removes them. What the
     environment says comes first (WANDB_PROJECT, WANDB_RUN_GROUP, WANDB_MODE, ...); under `wandb agent`, the sweep
     decides which run it is and what it is called. Without an API key the run is kept offline.
 
     Args:
-        folder: the output that is logged; it need not be there yet.
+        folder: the output that is logged.
         name, job, group: what the run is called, its type, and what it is grouped by on the dashboard.
         config: settings to show there.
         resume: continue the run that the folder remembers.
-
-    Raises:
-        FusionError: Weights & Biases refuses.
     """
-    import wandb
 
-    ours: dict[str, Any] = {"project": PROJECT, "dir": str(folder.resolve().parent), "job_type": job}
-    if not has_wandb_key():
-        ours["mode"] = "offline"
-    if "WANDB_SWEEP_ID" not in os.environ:
-        ours |= {"name": name, "group": group, "id": _kept(folder).get("id") if resume else None}
-    quiet = {"silent": True, "console": "off"}
-    logger = WandbLogger(
-        save_dir=None,  # type: ignore[arg-type]  # the working directory by default, which would hide WANDB_DIR
-        config=config,
-        settings=wandb.Settings(**_unless_set(quiet)),
-        **_unless_set(ours),
-    )
-    logger._wandb_init.pop("anonymous", None)  # Lightning always passes it on, and wandb warns about it
-    try:
-        _ = logger.experiment  # now, and not after an hour's work
-    except wandb.Error as error:
-        raise FusionError(
-            f"Weights & Biases: {reason(error).rstrip('.')}; keep the run offline with WANDB_MODE=offline, or leave it out "
-            "with --logger csv"
-        ) from error
-    if folder.is_dir():
-        remember_run([logger], folder)
-    return logger
+    def __init__(
+        self, folder: Path, *, name: str, job: Job, group: str | None, config: dict[str, Any], resume: bool
+    ) -> None:
+        import wandb
+
+        self.folder = folder
+        ours: dict[str, Any] = {"project": PROJECT, "dir": str(folder.resolve().parent), "job_type": job}
+        if not has_wandb_key():
+            ours["mode"] = "offline"
+        if "WANDB_SWEEP_ID" not in os.environ:
+            ours |= {"name": name, "group": group, "id": _kept(folder).get("id") if resume else None}
+        super().__init__(
+            save_dir=None,  # type: ignore[arg-type]  # the working directory by default, which would hide WANDB_DIR
+            config=config,
+            settings=wandb.Settings(**_unless_set({"silent": True, "console": "off"})),
+            **_unless_set(ours),
+        )
+        self._wandb_init.pop("anonymous", None)  # Lightning always passes it on, and wandb warns about it
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The run.
+
+        Raises:
+            FusionError: Weights & Biases refuses it.
+        """
+        import wandb
+
+        first = self._experiment is None
+        try:
+            run = super().experiment
+        except wandb.Error as error:
+            raise FusionError(
+                f"Weights & Biases: {reason(error).rstrip('.')}; keep the run offline with WANDB_MODE=offline, or "
+                "leave it out with --logger csv"
+            ) from error
+        if first and self.folder.is_dir():
+            self.keep(self.folder)
+        return run
+
+    def keep(self, folder: Path) -> None:
+        """Writes the run's id and group into a folder."""
+        run = self.experiment
+        kept = {"id": run.id, **({"group": run.group} if run.group else {})}
+        (folder / KEPT).write_text(yaml.safe_dump(kept, sort_keys=False))
 
 
 @rank_zero_only
-def remember_run(loggers: Sequence[Logger], folder: Path) -> None:
-    """Keeps in a folder which Weights & Biases run logs it, and its group, if one does."""
+def open_run(loggers: Sequence[Logger], folder: Path) -> None:
+    """Opens the Weights & Biases run among loggers now, and keeps its id and group in a folder."""
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            run = logger.experiment
-            kept = {"id": run.id, **({"group": run.group} if run.group else {})}
-            (folder / KEPT).write_text(yaml.safe_dump(kept, sort_keys=False))
+        if isinstance(logger, FolderRun):
+            logger.keep(folder)
 
 
 @rank_zero_only
-def finish_run(logger: WandbLogger) -> None:
+def finish_run(logger: FolderRun) -> None:
     """Closes a run, and says how to upload it if it was kept offline."""
     run = logger.experiment
     run.finish()

@@ -77,8 +77,14 @@ def run(argv: Sequence[str]) -> None:
     with staged(output, options.overwrite) as folder:
         (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         report.save(folder / "report")
-    called = {"name": f"evaluate {output.name}", "group": group_of(options.models), "config": settings}
-    loggers = make_loggers(options.logger, output, job="evaluate", **called)
+    loggers = make_loggers(
+        options.logger,
+        output,
+        name=f"evaluate {output.name}",
+        job="evaluate",
+        group=group_of(options.models),
+        config=settings,
+    )
     log_report(loggers, report, output / "report")
     log_models(loggers, used=options.models)
     finish_loggers(loggers)

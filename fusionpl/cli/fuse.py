@@ -189,8 +189,9 @@ def run(argv: Sequence[str]) -> None:
         f"parents: {', '.join(names)} ({bindings[0].family.name}, {_depths(job.networks)} blocks); "
         f"anchor: {names[job.anchor]}"
     )
-    called = {"name": f"fuse {output.name}", "group": label(output), "config": job.settings}
-    loggers = make_loggers(args.logger, output, job="fuse", **called)
+    loggers = make_loggers(
+        args.logger, output, name=f"fuse {output.name}", job="fuse", group=label(output), config=job.settings
+    )
     with staged(output, args.overwrite) if is_main_process() else nullcontext(output) as folder:
         reading = {"names": names, "seed": args.seed, "allow_pickle": args.allow_pickle, "family": job.family}
         fusion = _Fusion(list(job.parents.values()), job.config, output=folder, progress=progress_bar, **reading)

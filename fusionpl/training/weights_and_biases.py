@@ -10,9 +10,9 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 import yaml
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from fusionpl.errors import FusionError, reason
 from fusionpl.options import read_yaml

@@ -49,9 +49,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def check_sections(tree: Mapping[str, Any], parser: ArgumentParser, path: object) -> None:
-    """Raises FusionError where a section of options, such as `align`, is empty or holds one value."""
-    known = list(parser.get_defaults(skip_validation=True).keys())
+    """Raises FusionError where a section of options, such as `align`, is empty or holds one value, and where an option
+    that takes several values, such as `parents`, holds one that is no list."""
+    defaults = parser.get_defaults(skip_validation=True)
+    known = list(defaults.keys())
     for key, value in tree.items():
+        if isinstance(value, str) and isinstance(defaults.get(key), list):
+            raise FusionError(f"{path}: '{key}' takes a list; write `{key}: [{value}]`")
         if not isinstance(value, dict) and (options := [one for one in known if one.startswith(f"{key}.")]):
             raise FusionError(
                 f"{path}: '{key}' holds no options, which are {options[0]} and such; leave it out for the defaults"

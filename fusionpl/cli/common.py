@@ -25,6 +25,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from fusionpl.errors import FusionError, nearest, reason
 from fusionpl.options import check_sections, explain, read_yaml
 from fusionpl.presets import preset, presets
+from fusionpl.training.loggers import LoggerName
 from fusionpl.training.tasks import TASKS, TaskName
 
 MISTAKE, INTERRUPT = 2, 130
@@ -136,9 +137,13 @@ def parse_options(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
         if Path(file).is_file():
             check_sections(read_yaml(file), parser, file)
     try:
-        return parser.parse_args(list(argv))
+        options = parser.parse_args(list(argv))
     except ArgumentError as error:
         raise FusionError(explain(str(error), parser)) from error
+    loggers = options.get("logger") or []
+    if "none" in loggers and len(loggers) > 1:
+        raise FusionError(f"--logger {' '.join(loggers)}: none leaves the others out; leave none out, or them")
+    return options
 
 
 def _configs(argv: Sequence[str]) -> list[tuple[int, str]]:
@@ -242,6 +247,13 @@ def add_trainer_options(parser: ArgumentParser) -> None:
             "use_distributed_sampler",
         },
     )
+
+
+def add_logger_option(parser: ArgumentParser, default: LoggerName = "wandb") -> None:
+    """Adds `--logger`."""
+    parser.add_argument("--logger", nargs="+", type=LoggerName, default=[default], help="""where figures go besides
+                        metrics.csv, which is always written: wandb, tensorboard, or both; csv or none: nowhere
+                        else""")  # fmt: skip
 
 
 def add_reading_options(parser: ArgumentParser) -> None:

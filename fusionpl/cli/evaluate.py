@@ -9,6 +9,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from fusionpl.cli.common import (
+    add_logger_option,
     add_reading_options,
     check_output,
     main,
@@ -23,7 +24,7 @@ from fusionpl.cli.fuse import common_tokenizer, named
 from fusionpl.cli.measuring import measure_models
 from fusionpl.errors import FusionError
 from fusionpl.models import load_model
-from fusionpl.training import TASKS, LoggerName, TaskName, finish_loggers, log_report, make_loggers
+from fusionpl.training import TASKS, TaskName, finish_loggers, group_of, log_models, log_report, make_loggers
 
 
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
@@ -34,7 +35,7 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     parser.add_argument("--task", type=TaskName, default=task, help="what the models were trained for")
     parser.add_argument("--output", type=str | None, help="where the report goes; none is written without it")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
-    parser.add_argument("--logger", type=LoggerName, default="none", help="where else the report goes")
+    add_logger_option(parser, "none")
     parser.add_argument("--device", type=str | None, help="where models are run; a GPU if there is one")
     add_reading_options(parser)
     parser.add_class_arguments(TASKS[task].data, "data")
@@ -76,8 +77,16 @@ def run(argv: Sequence[str]) -> None:
     with staged(output, options.overwrite) as folder:
         (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         report.save(folder / "report")
-    loggers = make_loggers(options.logger, output, name=f"evaluate {output.name}", config=settings)
-    log_report(loggers, report, output)
+    loggers = make_loggers(
+        options.logger,
+        output,
+        name=f"evaluate {output.name}",
+        job="evaluate",
+        group=group_of(options.models),
+        config=settings,
+    )
+    log_report(loggers, report, output / "report")
+    log_models(loggers, used=options.models)
     finish_loggers(loggers)
     print(f"\n{output}: report/report.html, report/report.md")
 

@@ -4,7 +4,8 @@ import argparse
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import lightning as L
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt
+from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from fusionpl.cli.common import (
+    add_logger_option,
     add_reading_options,
     add_trainer_options,
     is_main_process,
@@ -52,10 +55,34 @@ from fusionpl.models import (
     with_classifier,
 )
 from fusionpl.presets import CONF
-from fusionpl.training import TASKS, LoggerName, OptimConfig, TaskName, finish_loggers, fit, log_report, make_loggers
+from fusionpl.training import (
+    TASKS,
+    OptimConfig,
+    TaskName,
+    finish_loggers,
+    fit,
+    group_of,
+    in_sweep,
+    log_models,
+    log_report,
+    make_loggers,
+)
 
 PRESET = CONF / "finetune" / "default.yaml"
 DONE, SAMPLES = "metrics.json", "samples.safetensors"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to finetune.
+
+    Attributes:
+        model: which is trained in place.
+        sources: where its weights came from.
+    """
+
+    model: nn.Module
+    sources: Sequence[str]
 
 
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
@@ -69,7 +96,7 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     parser.add_argument("--output", type=str | None, help="where the finetuned model goes")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     parser.add_argument("--resume", action="store_true", help="continue a finetuning that was stopped")
-    parser.add_argument("--logger", type=LoggerName, default="wandb", help="metrics.csv is always written")
+    add_logger_option(parser)
     add_reading_options(parser)
     parser.add_class_arguments(TASKS[task].data, "data")
     parser.add_class_arguments(OptimConfig, "optim")
@@ -96,7 +123,7 @@ def run(argv: Sequence[str]) -> None:
         parser.set_defaults({f"data.{key}": value for key, value in origin.get("data", {}).items()})
     options = parse(parser, argv, PRESET)
     home = source.parent if source.is_dir() else Path("runs")
-    folder = Path(options.output or home / f"{short_name(model)}-finetuned")
+    folder = Path(options.output or in_sweep(home / f"{short_name(model)}-finetuned"))
     candidates = _candidates(model, origin, options, every_parent=task != own)
     started = time.monotonic()
     try:
@@ -128,21 +155,22 @@ def _model_in(argv: Sequence[str]) -> str:
     return str(model)
 
 
-def _candidates(source: str, origin: dict[str, Any], options: Namespace, *, every_parent: bool) -> dict[str, nn.Module]:
+def _candidates(source: str, origin: dict[str, Any], options: Namespace, *, every_parent: bool) -> dict[str, Candidate]:
     """Report name -> model: the model itself and, for a fused one, its best parent and the vanilla average.
 
     For another task than the parents' nobody knows which parent is the best: then all of them.
     """
     if "parents" not in origin:
-        return {short_name(source): load_model(source, allow_pickle=options.allow_pickle)}
+        return {short_name(source): Candidate(load_model(source, allow_pickle=options.allow_pickle), [source])}
     fused = load_model(source)
-    candidates = {"fused": fused}
+    candidates = {"fused": Candidate(fused, [source])}
     if not options.baselines:
         return candidates
     allowed = options.allow_pickle or origin.get("allow_pickle", False)
     family = read_family(origin.get("family"))
     vocabulary = Vocabulary.of(source, fused, family)
-    parents = [load_parent(path, vocabulary, allow_pickle=allowed, family=family) for path in origin["parents"]]
+    paths = origin["parents"]
+    parents = [load_parent(path, vocabulary, allow_pickle=allowed, family=family) for path in paths]
     plain = vanilla(parents, mixing_weights(origin.get("weights"), len(parents)))
     report = Report.load(Path(source) / "report").rows
     rows = [row for row in report if row.name.startswith("parent ") and row.stage == "one-shot"]
@@ -152,9 +180,11 @@ def _candidates(source: str, origin: dict[str, Any], options: Namespace, *, ever
             f"{source} was fused with --report none, so nobody knows its best parent; add --baselines false"
         )
     candidates |= {
-        row.name: parent for row, parent in zip(rows, parents, strict=True) if every_parent or row is found[0]
+        row.name: Candidate(parent, [path])
+        for row, parent, path in zip(rows, parents, paths, strict=True)
+        if every_parent or row is found[0]
     }
-    return candidates | ({"vanilla": plain} if plain is not None else {})
+    return candidates | ({"vanilla": Candidate(plain, paths)} if plain is not None else {})
 
 
 def _check_sharding(folder: Path, options: Namespace) -> None:
@@ -167,25 +197,27 @@ def _check_sharding(folder: Path, options: Namespace) -> None:
 
 
 def _finetune_all(
-    parser: ArgumentParser, options: Namespace, candidates: dict[str, nn.Module], folder: Path
+    parser: ArgumentParser, options: Namespace, candidates: Mapping[str, Candidate], folder: Path
 ) -> list[tuple[Row, Outcomes | None]]:
     """The same finetuning for every candidate; finished ones are not repeated when a run resumes."""
-    chosen = parser.instantiate(options)
+    chosen, settings = parser.instantiate(options), settings_of(parser, options)
     if is_main_process():
-        (folder / "config.yaml").write_text(yaml.safe_dump(settings_of(parser, options), sort_keys=False))
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     rows = []
-    for index, (name, model) in enumerate(candidates.items()):
+    for index, (name, candidate) in enumerate(candidates.items()):
         place = folder if index == 0 else folder / "baselines" / name.replace("parent ", "")
         done = place / DONE
         if not (options.resume and done.is_file()):
-            _finetune(options, chosen, name, model, place)
+            _finetune(options, chosen, settings, name, candidate, place)
         if is_main_process():
             row = Row(**json.loads(done.read_text()))
             rows.append((row, load_outcomes(place / SAMPLES).get(name)))
     return rows
 
 
-def _finetune(options: Namespace, chosen: Namespace, name: str, model: nn.Module, place: Path) -> None:
+def _finetune(
+    options: Namespace, chosen: Namespace, settings: dict[str, Any], name: str, candidate: Candidate, place: Path
+) -> None:
     if is_main_process():
         place.mkdir(parents=True, exist_ok=True)
         print(f"finetuning {name} for {options.trainer.max_epochs} epochs")
@@ -193,9 +225,10 @@ def _finetune(options: Namespace, chosen: Namespace, name: str, model: nn.Module
     task = TASKS[options.task]
     data = task.datamodule(chosen.data, options.seed, load_tokenizer(options.model))
     resume = options.resume and (place / "checkpoints" / "last.ckpt").is_file()
+    model = candidate.model
     if task.new_head:
         model = with_classifier(model, data.num_classes, data.class_names, seed=options.seed)
-    loggers = make_loggers(options.logger, place, name=f"finetune {name}", resume=resume)
+    loggers = _loggers(options, settings, name, place, resume)
     result = fit(
         model, data, chosen.optim, options.trainer.as_dict(), place, seed=options.seed, loggers=loggers, resume=resume,
         monitor=task.monitor, mode=task.mode,
@@ -217,7 +250,21 @@ def _finetune(options: Namespace, chosen: Namespace, name: str, model: nn.Module
         if result.outcomes is not None:
             save_outcomes(place / SAMPLES, {name: result.outcomes})
         (place / DONE).write_text(json.dumps(row.as_dict(), indent=2) + "\n")
+        log_models(loggers, used=candidate.sources, made=place)
     finish_loggers(loggers)
+
+
+def _loggers(options: Namespace, settings: dict[str, Any], name: str, place: Path, resume: bool) -> list[Logger]:
+    """The loggers of a candidate's run."""
+    return make_loggers(
+        options.logger,
+        place,
+        name=f"finetune {name}",
+        job="finetune",
+        group=group_of([options.model]),
+        config={**settings, "origin": settings_in(options.model)},
+        resume=resume,
+    )
 
 
 def _finish(
@@ -236,14 +283,14 @@ def _finish(
     for row, outcomes in rows:
         report.add(row, outcomes)
     report.config["finetune"] = settings
-    report.save(source / "report" if known else folder / "report")
+    home = (source if known else folder) / "report"
+    report.save(home)
     for verdict in report.verdicts:
         if verdict.stage == "finetuned":
             add_to_card(folder / "model", f"**{verdict.words}**")
-    if known:
-        loggers = make_loggers(options.logger, folder, name=f"report {source.name}", config=report.config, resume=True)
-        log_report(loggers, report, source, parents=origin.get("parents", []))
-        finish_loggers(loggers)
+    loggers = _loggers(options, settings, rows[0][0].name, folder, resume=True)  # the first candidate's run goes on
+    log_report(loggers, report, home)
+    finish_loggers(loggers)
     print(f"\n{report.table()}\n")
     parent = settings_in(Path(origin["parents"][0])) if origin.get("parents") else origin
     whole, epochs = parent.get("trainer", {}).get("max_epochs"), rows[0][0].epochs

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from fusionpl.calibration import CalibrationSet, Kept, Network, budget, logits
 from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON, alternative, compared
 from fusionpl.cli.common import (
+    add_logger_option,
     add_reading_options,
     add_trainer_options,
     check_output,
@@ -62,7 +63,18 @@ from fusionpl.models import (
     write_card,
 )
 from fusionpl.presets import CONF
-from fusionpl.training import TASKS, LoggerName, OTFusion, TaskName, finish_loggers, log_report, make_loggers
+from fusionpl.training import (
+    TASKS,
+    OTFusion,
+    TaskName,
+    finish_loggers,
+    in_sweep,
+    label,
+    log_models,
+    log_report,
+    make_loggers,
+    open_run,
+)
 
 PRESET = CONF / "fuse" / "default.yaml"
 
@@ -155,7 +167,7 @@ def run(argv: Sequence[str]) -> None:
     for other in job.presets.values():
         anchor = resolve_anchor(other, len(names))
         plan_of(ready(job.networks, anchor, other)[0], anchor, other, names)
-    device, output = _device(args.trainer), Path(args.output or _default_output(args.parents))
+    device, output = _device(args.trainer), Path(args.output or in_sweep(_default_output(args.parents)))
     job.data.check_reads(job.networks[job.anchor].module)
     if not args.dry_run:
         job.data.check_model(job.networks[job.anchor].module, job.networks[job.anchor].logits)
@@ -177,6 +189,9 @@ def run(argv: Sequence[str]) -> None:
         f"parents: {', '.join(names)} ({bindings[0].family.name}, {_depths(job.networks)} blocks); "
         f"anchor: {names[job.anchor]}"
     )
+    loggers = make_loggers(
+        args.logger, output, name=f"fuse {output.name}", job="fuse", group=label(output), config=job.settings
+    )
     with staged(output, args.overwrite) if is_main_process() else nullcontext(output) as folder:
         reading = {"names": names, "seed": args.seed, "allow_pickle": args.allow_pickle, "family": job.family}
         fusion = _Fusion(list(job.parents.values()), job.config, output=folder, progress=progress_bar, **reading)
@@ -186,6 +201,7 @@ def run(argv: Sequence[str]) -> None:
                 f"--compare {' '.join(job.alternatives)} trains in one process, not in {trainer.world_size}; "
                 "add --trainer.devices 1"
             )
+        open_run(loggers, folder)  # whose system metrics then show the fusion
         trainer.test(_Nothing(), datamodule=job.data, verbose=False)
         assert fusion.result is not None
         device = trainer.strategy.root_device
@@ -213,8 +229,8 @@ def run(argv: Sequence[str]) -> None:
     for line in fusion.result.notes:
         print(line)
     print(f"\n{report.table()}\n")
-    loggers = make_loggers(args.logger, output, name=f"fuse {output.name}", config=job.settings)
-    log_report(loggers, report, output, parents=args.parents)
+    log_report(loggers, report, output / "report")
+    log_models(loggers, used=args.parents, made=output)
     finish_loggers(loggers)
     print(f"{output}: model/, report/report.html, maps.safetensors; {time.monotonic() - started:.0f} s")
     print(f"next: python finetune.py --model {output}")
@@ -282,7 +298,7 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     parser.add_argument("--output", type=str | None, help="where the fused model goes")
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="decides what learned refinement draws")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
-    parser.add_argument("--logger", type=LoggerName, default="wandb", help="metrics.csv is always written")
+    add_logger_option(parser)
     parser.add_argument("--compare", nargs="+", type=str, default=[], help=f"""more rows in the report: other presets;
                         {DISTILLED}, the ensemble distilled into the best parent on the calibration data; {TRAINED_ON},
                         the best parent trained on labels; both as long as the fusion took""")  # fmt: skip

@@ -24,7 +24,7 @@ from fusionpl.evaluation import Report, Row, evaluate
 from fusionpl.families import read_family
 from fusionpl.fusion import Calibrated, FuseConfig, load_config, mixing_weights, resolve_anchor
 from fusionpl.models import load_model
-from fusionpl.training import TASKS, TaskName, finish_loggers, log_report, make_loggers
+from fusionpl.training import TASKS, TaskName, finish_loggers, log_models, log_report, make_loggers
 
 Cell = dict[str, Any]
 
@@ -76,8 +76,9 @@ def run(argv: Sequence[str]) -> None:
         with (folder / "sweep.csv").open("w", newline="") as file:
             csv.writer(file).writerows([columns, *rows])
     print(report.table())
-    loggers = make_loggers(args.logger, output, name=f"sweep {output.name}", config=settings)
-    log_report(loggers, report, output)
+    loggers = make_loggers(args.logger, output, name=f"sweep {output.name}", job="sweep", config=settings)
+    log_report(loggers, report, output / "report")
+    log_models(loggers, used=args.parents)
     finish_loggers(loggers)
     print(f"\n{output}: sweep.csv, report/report.html, report/report.md")
 

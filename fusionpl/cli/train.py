@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt
 
 from fusionpl.cli.common import (
+    add_logger_option,
     add_trainer_options,
     is_main_process,
     new_parser,
@@ -33,11 +34,12 @@ from fusionpl.training import (
     TASKS,
     ClassificationModule,
     FitResult,
-    LoggerName,
     OptimConfig,
     TaskName,
     finish_loggers,
     fit,
+    in_sweep,
+    log_models,
     make_loggers,
 )
 
@@ -63,7 +65,7 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     parser.add_argument("--output", type=str | None, help="another folder for the run")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is there")
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
-    parser.add_argument("--logger", type=LoggerName, default="wandb", help="metrics.csv is always written")
+    add_logger_option(parser)
     parser.add_argument("--compile", type=bool, default=False, help="run the model through torch.compile")
     parser.add_class_arguments(ModelConfig, "model")
     parser.add_class_arguments(TASKS[task].data, "data")
@@ -83,7 +85,7 @@ def run(argv: Sequence[str]) -> None:
     argv = with_presets(argv, "train")
     parser = build_parser(task_of(argv))
     options = parse(parser, argv, PRESET)
-    folder = Path(options.output or f"runs/{options.name}/seed-{options.seed}")
+    folder = Path(options.output or in_sweep(Path(f"runs/{options.name}/seed-{options.seed}")))
     try:
         if options.resume:
             _check_same(folder, settings_of(parser, options))
@@ -104,9 +106,8 @@ def _train(parser: ArgumentParser, options: Namespace, folder: Path) -> None:
     model = build_model(
         chosen.model, num_classes=data.num_classes, class_names=data.class_names, args=data.model_args()
     )
-    loggers = make_loggers(
-        options.logger, folder, name=f"{options.name}/seed-{options.seed}", config=settings, resume=options.resume
-    )
+    name = f"{options.name}/seed-{options.seed}"
+    loggers = make_loggers(options.logger, folder, name=name, job="train", config=settings, resume=options.resume)
     if is_main_process():
         (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -129,6 +130,7 @@ def _train(parser: ArgumentParser, options: Namespace, folder: Path) -> None:
     )
     if is_main_process():
         _export(result, data, settings, folder)
+        log_models(loggers, made=folder)
     finish_loggers(loggers)
 
 

@@ -1,13 +1,14 @@
 """Training with Lightning: the module, the loggers, and `fit`, which the commands share."""
 
 from fusionpl.training.budget import Trained, train_for
-from fusionpl.training.dashboard import log_report
+from fusionpl.training.dashboard import log_models, log_report
 from fusionpl.training.distillation import Distillation, UnlabelledData
 from fusionpl.training.fit import FitResult, build_trainer, fit
 from fusionpl.training.fusion_callback import OTFusion
 from fusionpl.training.loggers import LoggerName, finish_loggers, make_loggers
 from fusionpl.training.module import ClassificationModule, OptimConfig
 from fusionpl.training.tasks import TASKS, Task, TaskName
+from fusionpl.training.weights_and_biases import group_of, in_sweep, label, open_run
 
 __all__ = [
     "TASKS",
@@ -24,7 +25,12 @@ __all__ = [
     "build_trainer",
     "finish_loggers",
     "fit",
+    "group_of",
+    "in_sweep",
+    "label",
+    "log_models",
     "log_report",
     "make_loggers",
+    "open_run",
     "train_for",
 ]

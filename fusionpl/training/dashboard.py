@@ -1,24 +1,29 @@
-"""A report on the Weights & Biases dashboard: rows, pictures, the model, and the parents it came from."""
+"""Reports and models on dashboards: figures, table, pictures, and which model was made of which."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from PIL import Image
 
 from fusionpl.evaluation import Report
+from fusionpl.training.weights_and_biases import label
+
+if TYPE_CHECKING:
+    from wandb import Artifact
 
 
 @rank_zero_only
-def log_report(loggers: Sequence[Logger], report: Report, folder: Path, *, parents: Sequence[str] = ()) -> None:
-    """Logs a saved report and the model beside it.
+def log_report(loggers: Sequence[Logger], report: Report, folder: Path) -> None:
+    """Logs a saved report: figures everywhere, table and pictures on Weights & Biases and TensorBoard.
 
     Args:
-        loggers: those of the run; all get the figures, Weights & Biases also table, pictures and artifacts.
+        loggers: those of the run.
         report: what was measured.
-        folder: the run folder with `report/` and `model/`.
-        parents: where the parents came from: folders become input artifacts of the fused model. Weights & Biases
-            cannot link artifacts while offline; the run's config names the parents then.
+        folder: where the report was saved.
     """
     figures = {
         f"{row.name} {row.stage}/{metric}": value
@@ -26,25 +31,46 @@ def log_report(loggers: Sequence[Logger], report: Report, folder: Path, *, paren
         for metric, value in (("accuracy", row.accuracy), ("loss", row.loss))
         if value is not None
     }
+    pictures = {f"report/{path.stem}": path for path in sorted(folder.glob("*.png"))}
     for logger in loggers:
         logger.log_metrics(figures)
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text("report", report.markdown())
+            for name, path in pictures.items():
+                image = np.asarray(Image.open(path).convert("RGB"))
+                logger.experiment.add_image(name, image, dataformats="HWC")
         if isinstance(logger, WandbLogger):
             import wandb
 
             columns, rows = report.rows_as_table()
+            shown = {name: wandb.Image(str(path)) for name, path in pictures.items()}
+            logger.experiment.log({"report": wandb.Table(columns=list(columns), data=list(rows)), **shown})
+
+
+@rank_zero_only
+def log_models(loggers: Sequence[Logger], *, used: Sequence[str | Path] = (), made: Path | None = None) -> None:
+    """Logs models as Weights & Biases artifacts, so that its lineage shows which was made of which.
+
+    Args:
+        loggers: those of the run.
+        used: where its models came from: run and model folders become input artifacts; hub ids stand in the run's
+            configuration. Weights & Biases cannot link artifacts while offline: the configuration names all then.
+        made: the output whose `model/` the run made, if any.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
             run = logger.experiment
-            run.log({"report": wandb.Table(columns=list(columns), data=list(rows))})
-            for picture in sorted((folder / "report").glob("*.png")):
-                run.log({f"report/{picture.stem}": wandb.Image(str(picture))})
             if not run.offline:
-                for parent in filter(lambda path: (Path(path) / "model").is_dir(), parents):
-                    run.use_artifact(_artifact(Path(parent)))
-            run.log_artifact(_artifact(folder))
+                for model in filter(lambda path: Path(path).is_dir(), used):
+                    run.use_artifact(_artifact(Path(model)))
+            if made is not None:
+                run.log_artifact(_artifact(made))
 
 
-def _artifact(folder: Path):  # type: ignore[no-untyped-def]  # wandb.Artifact, imported on demand
+def _artifact(folder: Path) -> "Artifact":
     import wandb
 
-    artifact = wandb.Artifact(f"{folder.resolve().parent.name}-{folder.name.strip('.')}", type="model")
-    artifact.add_dir(str(folder / "model"))
+    artifact = wandb.Artifact(label(folder), type="model")
+    model = folder / "model"
+    artifact.add_dir(str(model if model.is_dir() else folder))
     return artifact

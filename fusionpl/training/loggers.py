@@ -1,19 +1,18 @@
-"""Where figures go: a CSV file always, Weights & Biases if asked."""
+"""Where figures go: a CSV file always, Weights & Biases and TensorBoard if asked."""
 
 import csv
-import netrc
 import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlparse
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-LoggerName = Literal["wandb", "csv", "none"]
-PROJECT = "fusionpl"
+from fusionpl.training.weights_and_biases import FolderRun, Job, finish_run
+
+LoggerName = Literal["wandb", "tensorboard", "csv", "none"]
 
 
 class MetricsFile(Logger):
@@ -48,13 +47,14 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Adds figures to their epoch's row and rewrites the file."""
-        epoch = int(metrics.get("epoch", 0))
-        if self._from is None:  # later epochs in a resumed run's file were never finished
+        """Adds figures to their epoch's row, or those of no epoch to the last row, and rewrites the file."""
+        epoch = int(metrics.get("epoch", max(self._rows, default=0)))
+        if self._from is None and "epoch" in metrics:  # later epochs in a resumed run's file were never finished
             self._from = epoch
             self._rows = {known: row for known, row in self._rows.items() if known < epoch}
-        row = self._rows.setdefault(epoch, {"epoch": epoch})
-        row.update({"step": step} | {key: value for key, value in metrics.items() if key != "epoch"})
+        row = self._rows.setdefault(epoch, {"epoch": epoch, "step": step})
+        row.update({key: value for key, value in metrics.items() if key != "epoch"})
+        row["step"] = row["step"] if step is None else step
         columns = list(dict.fromkeys(key for row in self._rows.values() for key in row))
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", newline="") as file:
@@ -68,52 +68,39 @@ class MetricsFile(Logger):
 
 
 def make_loggers(
-    kind: LoggerName, folder: Path, *, name: str, config: dict[str, Any] | None = None, resume: bool = False
+    names: Sequence[LoggerName],
+    folder: Path,
+    *,
+    name: str,
+    job: Job,
+    group: str | None = None,
+    config: dict[str, Any] | None = None,
+    resume: bool = False,
 ) -> list[Logger]:
-    """The loggers of a run. `folder`/metrics.csv is written whatever `kind` is.
+    """The loggers of a run. `folder`/metrics.csv is written whatever their names are.
 
     Args:
-        kind: `wandb`, or `csv` or `none` for the CSV file alone.
-        folder: the run folder; Weights & Biases keeps its files in its `wandb/`.
+        names: `wandb` and `tensorboard`, whose event files lie in `folder`/tensorboard; `csv` and `none` add nothing.
+        folder: the output that is logged; it need not be there yet.
         name: the run's name on the dashboard.
+        job: its type there.
+        group: what it is grouped by there.
         config: settings to show there.
         resume: whether the run continues one in the same folder.
     """
     loggers: list[Logger] = [MetricsFile(folder / "metrics.csv", resume=resume)]
-    if kind == "wandb":
-        import wandb
-
-        dashboard = WandbLogger(
-            project=PROJECT,
-            name=name,
-            save_dir=folder,
-            offline=not has_wandb_key(),
-            config=config or {},
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-        dashboard._wandb_init.pop("anonymous", None)  # Lightning always passes it on, and wandb warns about it
-        loggers.append(dashboard)
+    if "tensorboard" in names:
+        loggers.append(TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False))
+    if "wandb" in names:
+        loggers.append(FolderRun(folder, name=name, job=job, group=group, config=config or {}, resume=resume))
     return loggers
-
-
-def has_wandb_key() -> bool:
-    """Whether Weights & Biases would find an API key: in the environment or in ~/.netrc."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc().authenticators(host or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 @rank_zero_only
 def finish_loggers(loggers: Sequence[Logger]) -> None:
-    """Closes the Weights & Biases run, and says how to upload it if it was kept offline."""
+    """Writes what is left to write; says how to upload a Weights & Biases run that was kept offline."""
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            run = logger.experiment
-            folder = Path(run.dir).parent
-            run.finish()
-            if run.settings._offline:
-                print(f"Weights & Biases: no API key, so the run was kept offline; upload it with: wandb sync {folder}")
+        if isinstance(logger, FolderRun):
+            finish_run(logger)
+        else:
+            logger.finalize("success")

@@ -20,7 +20,7 @@ QUICK = {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False}
 
 def preset(folder: Path, file_name: str, **settings: Any) -> str:
     file = folder / f"{file_name}.yaml"
-    file.write_text(yaml.safe_dump({"optim": {"lr": 0.01}, "trainer": QUICK, "logger": "csv", **settings}))
+    file.write_text(yaml.safe_dump({"optim": {"lr": 0.01}, "trainer": QUICK, "logger": ["csv"], **settings}))
     return str(file)
 
 

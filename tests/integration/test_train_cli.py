@@ -31,7 +31,7 @@ TINY = {
     "data": {"path": "digits", "image_size": 8, "batch_size": 25, "train_limit": 100, "shift": 1},
     "optim": {"lr": 0.01},
     "trainer": {"max_epochs": 2, "accelerator": "cpu"},
-    "logger": "csv",
+    "logger": ["csv"],
 }
 
 

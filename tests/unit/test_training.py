@@ -16,7 +16,8 @@ from fusionpl.evaluation import evaluate
 from fusionpl.models import ModelConfig, build_model
 from fusionpl.training import ClassificationModule, FitResult, OptimConfig, finish_loggers, fit, make_loggers
 from fusionpl.training.callbacks import SeedEpochs
-from fusionpl.training.loggers import MetricsFile, has_wandb_key
+from fusionpl.training.loggers import MetricsFile
+from fusionpl.training.weights_and_biases import has_wandb_key
 
 MODEL = ModelConfig(
     args={
@@ -63,7 +64,7 @@ def trained(
         {"max_epochs": 4, "accelerator": "cpu", **args},
         folder,
         seed=5,
-        loggers=make_loggers("csv", folder, name="test", resume=resume),
+        loggers=make_loggers(["csv"], folder, name="test", job="train", resume=resume),
         callbacks=callbacks,
         resume=resume,
         module=functools.partial(ClassificationModule, compiled=compiled),
@@ -230,6 +231,12 @@ def test_the_metrics_file_forgets_epochs_that_a_resumed_run_repeats(tmp_path: Pa
         ("0", "1.0", "2.0"),
         ("1", "9.0", ""),
     ]
+    reported = MetricsFile(tmp_path / "metrics.csv", resume=True)
+    reported.log_metrics({"fused finetuned/accuracy": 0.5})
+    assert [(row["epoch"], row["step"], row["fused finetuned/accuracy"]) for row in table(tmp_path)] == [
+        ("0", "0", ""),
+        ("1", "1", "0.5"),
+    ]
 
 
 def test_weights_and_biases_without_a_key_runs_offline(
@@ -239,7 +246,9 @@ def test_weights_and_biases_without_a_key_runs_offline(
     monkeypatch.setenv("NETRC", "")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert not has_wandb_key()
-    loggers = make_loggers("wandb", tmp_path, name="test", config={"seed": 1})
+    run = tmp_path / "run"
+    run.mkdir()
+    loggers = make_loggers(["wandb"], run, name="test", job="train", config={"seed": 1})
     for logger in loggers:
         logger.log_metrics({"epoch": 0, "val/loss": 0.5}, step=0)
     finish_loggers(loggers)
@@ -248,9 +257,9 @@ def test_weights_and_biases_without_a_key_runs_offline(
     said = captured.out.strip()
     assert said.startswith("Weights & Biases: no API key, so the run was kept offline; upload it with: wandb sync ")
     kept = Path(said.rpartition(" ")[2])
-    assert kept.parent == tmp_path / "wandb"
-    assert list(kept.glob("run-*.wandb"))
-    assert table(tmp_path)[0]["val/loss"] == "0.5"
+    assert kept == tmp_path / "wandb"
+    assert list(kept.glob("offline-run-*/run-*.wandb"))
+    assert table(run)[0]["val/loss"] == "0.5"
 
 
 def test_a_key_in_the_environment_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,7 @@ def explain(message: str, parser: ArgumentParser) -> str:
         return f"unknown key {name}{nearest(name, known)}"
     if found := re.match(r"Option '(.+)' is not accepted", message):
         return f"unknown key {found[1]}{nearest(found[1], known)}"
-    if found := re.match(r'Parser key "(.+?)":\s*(.*)', message, flags=re.DOTALL):
+    if found := re.match(r'Parser key "(.+?)"(?: element \d+)?:\s*(.*)', message, flags=re.DOTALL):
         return f"{found[1]}: {_misfit(found[2])}"
     return message
 

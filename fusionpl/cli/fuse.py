@@ -67,9 +67,9 @@ from fusionpl.training import (
     TASKS,
     OTFusion,
     TaskName,
+    dashboard_name,
     finish_loggers,
     in_sweep,
-    label,
     log_models,
     log_report,
     make_loggers,
@@ -190,7 +190,7 @@ def run(argv: Sequence[str]) -> None:
         f"anchor: {names[job.anchor]}"
     )
     loggers = make_loggers(
-        args.logger, output, name=f"fuse {output.name}", job="fuse", group=label(output), config=job.settings
+        args.logger, output, name=f"fuse {output.name}", job="fuse", group=dashboard_name(output), config=job.settings
     )
     with staged(output, args.overwrite) if is_main_process() else nullcontext(output) as folder:
         reading = {"names": names, "seed": args.seed, "allow_pickle": args.allow_pickle, "family": job.family}

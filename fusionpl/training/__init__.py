@@ -8,7 +8,7 @@ from fusionpl.training.fusion_callback import OTFusion
 from fusionpl.training.loggers import LoggerName, finish_loggers, make_loggers
 from fusionpl.training.module import ClassificationModule, OptimConfig
 from fusionpl.training.tasks import TASKS, Task, TaskName
-from fusionpl.training.weights_and_biases import group_of, in_sweep, label, open_run
+from fusionpl.training.weights_and_biases import dashboard_name, group_of, in_sweep, open_run
 
 __all__ = [
     "TASKS",
@@ -23,11 +23,11 @@ __all__ = [
     "Trained",
     "UnlabelledData",
     "build_trainer",
+    "dashboard_name",
     "finish_loggers",
     "fit",
     "group_of",
     "in_sweep",
-    "label",
     "log_models",
     "log_report",
     "make_loggers",

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
 from fusionpl.evaluation import Report
-from fusionpl.training.weights_and_biases import label
+from fusionpl.training.weights_and_biases import dashboard_name
 
 if TYPE_CHECKING:
     from wandb import Artifact
@@ -70,7 +70,7 @@ def log_models(loggers: Sequence[Logger], *, used: Sequence[str | Path] = (), ma
 def _artifact(folder: Path) -> "Artifact":
     import wandb
 
-    artifact = wandb.Artifact(label(folder), type="model")
+    artifact = wandb.Artifact(dashboard_name(folder), type="model")
     model = folder / "model"
     artifact.add_dir(str(model if model.is_dir() else folder))
     return artifact

@@ -54,7 +54,8 @@ class MetricsFile(Logger):
             self._rows = {known: row for known, row in self._rows.items() if known < epoch}
         row = self._rows.setdefault(epoch, {"epoch": epoch, "step": step})
         row.update({key: value for key, value in metrics.items() if key != "epoch"})
-        row["step"] = row["step"] if step is None else step
+        if step is not None:
+            row["step"] = step
         columns = list(dict.fromkeys(key for row in self._rows.values() for key in row))
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", newline="") as file:

@@ -106,16 +106,16 @@ def finish_run(logger: FolderRun) -> None:
 
 
 def group_of(models: Sequence[str | Path]) -> str | None:
-    """The group of a run over models: the first that a model's folder remembers; else, of one folder, its label.
+    """The group of a run over models: the first that a folder remembers; else, of one folder, what it is called there.
 
     Args:
         models: run folders, model folders or hub ids.
     """
     known = next((group for model in models if (group := _kept(Path(model)).get("group"))), None)
-    return known or (label(models[0]) if len(models) == 1 and Path(models[0]).is_dir() else None)
+    return known or (dashboard_name(models[0]) if len(models) == 1 and Path(models[0]).is_dir() else None)
 
 
-def label(folder: str | Path) -> str:
+def dashboard_name(folder: str | Path) -> str:
     """`vit-digits-fused-3f2a9c`: what Weights & Biases calls a folder, in characters that it takes.
 
     The digits, of the whole path, tell folders of equal names apart.

@@ -14,7 +14,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from fusionpl.cli import evaluate, finetune, fuse
 from fusionpl.cli.common import main, parse
 from fusionpl.presets import CONF
-from fusionpl.training import finish_loggers, group_of, in_sweep, label, log_models, make_loggers
+from fusionpl.training import dashboard_name, finish_loggers, group_of, in_sweep, log_models, make_loggers
 from fusionpl.training.weights_and_biases import KEPT
 from tests.integration.runs import make_run
 
@@ -80,13 +80,13 @@ def test_lineage_group_and_report_of_a_fusion(tmp_path: Path, runs: list[Run]) -
     assert main(evaluate.run, ["--models", str(fused), "--output", str(tmp_path / "out"), "--logger", "wandb"]) == 0
     fusion, first, parent, vanilla, report, evaluation = runs
     assert [run.given["job_type"] for run in runs] == ["fuse", *["finetune"] * 4, "evaluate"]
-    assert {run.given["group"] for run in runs} == {label(fused)}
+    assert {run.given["group"] for run in runs} == {dashboard_name(fused)}
     assert fusion.given["config"]["parents"] == first.given["config"]["origin"]["parents"] == parents
-    assert (fusion.used, fusion.made) == ([label(one) for one in parents], [label(fused)])
-    assert (first.used, first.made) == ([label(fused)], [label(tuned)])
-    assert parent.used in ([label(parents[0])], [label(parents[1])])
-    assert (vanilla.used, vanilla.made) == (fusion.used, [label(tuned / "baselines/vanilla")])
-    assert (evaluation.used, evaluation.made) == ([label(fused)], [])
+    assert (fusion.used, fusion.made) == ([dashboard_name(one) for one in parents], [dashboard_name(fused)])
+    assert (first.used, first.made) == ([dashboard_name(fused)], [dashboard_name(tuned)])
+    assert parent.used in ([dashboard_name(parents[0])], [dashboard_name(parents[1])])
+    assert (vanilla.used, vanilla.made) == (fusion.used, [dashboard_name(tuned / "baselines/vanilla")])
+    assert (evaluation.used, evaluation.made) == ([dashboard_name(fused)], [])
     assert report.given["id"] == first.id  # the first candidate's run goes on
     assert {"report", "report/bars", "fused one-shot/accuracy"} <= fusion.logged.keys()
     assert {"report", "report/bars", "fused finetuned/accuracy"} <= report.logged.keys()
@@ -158,11 +158,11 @@ def test_hub_ids_and_runs_that_are_offline_link_nothing(tmp_path: Path, runs: li
     model = make_run(tmp_path / "a b", 0)
     loggers = make_loggers(["wandb"], tmp_path / "out", name="x", job="evaluate")
     log_models(loggers, used=["org/name@main", model, model / "model"])
-    assert runs[0].used == [label(model), label(model / "model")]
-    assert label(model).startswith(f"{tmp_path.name}-a-b-")
+    assert runs[0].used == [dashboard_name(model), dashboard_name(model / "model")]
+    assert dashboard_name(model).startswith(f"{tmp_path.name}-a-b-")
     runs[0].offline = True
     log_models(loggers, used=[model], made=model)
-    assert (len(runs[0].used), runs[0].made) == (2, [label(model)])
+    assert (len(runs[0].used), runs[0].made) == (2, [dashboard_name(model)])
     assert group_of(["org/name"]) is None
 
 

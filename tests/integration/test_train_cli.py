@@ -137,7 +137,7 @@ def test_overwrite_spares_what_is_not_ours(preset: Path, capsys: pytest.CaptureF
         (["--optim.lrr", "3"], r"unknown option --optim\.lrr; did you mean 'optim\.lr'\?"),
         (["--trainer.max_epoch", "3"], r"unknown option --trainer\.max_epoch; did you mean 'trainer\.max_epochs'\?"),
         (["--data.shift", "much"], r"data\.shift: 'much' is not int"),
-        (["--logger", "paper"], "logger: .*paper"),
+        (["--logger", "csv", "paper"], "logger: 'paper' is not wandb or tensorboard or csv or none"),
         (["--config", "nowhere.yaml"], "there is no configuration file nowhere.yaml"),
         (["--model.architecture", "vit_tiny_patch16_22"], "did you mean 'vit_tiny_patch16_224'"),
         (["--data.path", "./nowhere"], "no data set at nowhere"),

@@ -29,6 +29,7 @@ from fusionpl.evaluation.rows import (
     readable,
 )
 from fusionpl.evaluation.verdict import Verdict, compared_cells, verdict_cells, verdicts
+from fusionpl.paths import public_settings
 
 SAMPLES = "samples.safetensors"
 BARS, LINE, MAPS, BLOCKS = "bars.png", "interpolation.png", "transport-maps.png", "blocks.png"
@@ -260,8 +261,8 @@ def _curve(values: Mapping[str, Any]) -> Curve:
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration in JSON's types: tuples as lists, paths and enumerations as text."""
-    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    """The configuration in JSON's types, tuples as lists and enumerations as text; paths as others may see them."""
+    plain: dict[str, Any] = json.loads(json.dumps(public_settings(config), default=str))
     return plain
 
 

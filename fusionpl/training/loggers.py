@@ -12,6 +12,8 @@ from urllib.parse import urlparse
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from fusionpl.paths import public_settings
+
 LoggerName = Literal["wandb", "csv", "none"]
 PROJECT = "fusionpl"
 
@@ -88,7 +90,7 @@ def make_loggers(
             name=name,
             save_dir=folder,
             offline=not has_wandb_key(),
-            config=config or {},
+            config=public_settings(config or {}),
             settings=wandb.Settings(silent=True, console="off"),
         )
         dashboard._wandb_init.pop("anonymous", None)  # Lightning always passes it on, and wandb warns about it

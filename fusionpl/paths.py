@@ -44,5 +44,5 @@ def _public_word(word: str) -> str:
     except yaml.YAMLError:
         nested = None
     if nested is not None:
-        value = yaml.safe_dump(public_settings(nested), default_flow_style=True, width=2**31).strip()
+        value = yaml.safe_dump(public_settings(nested), default_flow_style=True, sort_keys=False, width=2**31).strip()
     return option + equals + public(value)

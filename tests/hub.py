@@ -81,10 +81,11 @@ class Hub:
         if path == "/api/repos/create":
             asked = json.loads(body)
             repo = f"{asked['organization']}/{asked['name']}"
+            _, headers, address = found({"url": f"http://127.0.0.1/{repo}"})
             if repo in self.pushed:
-                return 409, {}, b"{}"
+                return 409, headers, address
             self.pushed[repo] = Pushed(asked["visibility"] == "private")
-            return found({"url": f"/{repo}"})
+            return 200, headers, address
         if path == "/api/validate-yaml":
             return found({"errors": [], "warnings": []})
         repo, _, rest = path.removeprefix("/api/models/").rpartition("/main")[0].rpartition("/")

@@ -124,13 +124,10 @@ def run(argv: Sequence[str]) -> None:
     if is_main_process():
         settings = settings_of(parser, options)
         _finish(source if task == own else folder, origin, options, rows, folder, settings)
-        section, data = made_of
+        parents, data = made_of
         command = command_section("finetune", [word for word in given if word != "--resume"], PRESET)
-        add_to_card(
-            folder / "model",
-            "\n\n".join([section, command]).strip(),
-            data | metadata(settings, rows[0][0], folder.name),
-        )
+        data |= metadata(settings, rows[0][0], folder.name)
+        add_to_card(folder / "model", f"{parents}\n\n{command}".lstrip(), data)
         print(f"{folder}: model/, baselines/; {time.monotonic() - started:.0f} s")
         if options.push_to is not None:
             push_run(folder, options.push_to, private=options.push_private)

@@ -1,6 +1,7 @@
 """`fusionpl push RUN --to org/name`: puts a finished model on the hub, with its card and its report's pictures."""
 
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -75,9 +76,8 @@ def push_run(folder: Path, repo: str, *, private: bool) -> None:
         FusionError: it did not work out; the message says how to push later.
         KeyboardInterrupt: likewise.
     """
-    again = (
-        f"{folder} is complete; push it with: fusionpl push {folder} --to {repo}{'' if private else ' --private false'}"
-    )
+    words = ["fusionpl", "push", str(folder), "--to", repo, *([] if private else ["--private", "false"])]
+    again = f"{folder} is complete; push it with: {shlex.join(words)}"
     with tempfile.TemporaryDirectory() as temporary:
         write_published(folder, Path(temporary), repo.rpartition("/")[2], _link)
         try:

@@ -145,9 +145,8 @@ def _export(result: FitResult, data: FixedSplits, settings: dict[str, Any], fold
     temporary = folder / "metrics.json.tmp"
     temporary.write_text(json.dumps(figures, indent=2) + "\n")
     os.replace(temporary, folder / "metrics.json")
-    save_model(
-        result.model, folder / "model", tokenizer=data.tokenizer, card=_card(result, tested, public_settings(settings))
-    )
+    card = _card(result, tested, public_settings(settings))
+    save_model(result.model, folder / "model", tokenizer=data.tokenizer, card=card)
     print(
         f"test {', '.join(f'{name} {readable(name, value)}' for name, value in tested.items())}"
         f" (epoch {result.best_epoch} of {result.epochs}, the best in validation); {result.seconds:.0f} s of training"

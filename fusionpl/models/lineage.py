@@ -79,16 +79,25 @@ def parents_section(ancestors: Sequence[Ancestor]) -> str:
 
 def inherited(folder: Path) -> tuple[str, dict[str, Any]]:
     """What the card in a model folder says of its parents: the section, empty where there is none, and metadata."""
-    card = huggingface_hub.ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+    card = _card(folder)
+    if card is None:
+        return "", {}
     section = re.search(rf"^{PARENTS}\n.*?(?=^## |\Z)", card.text, re.MULTILINE | re.DOTALL)
     data = card.data.to_dict()
     return section[0].strip() if section else "", {key: data[key] for key in INHERITED if key in data}
 
 
-def _licence(folder: Path) -> str | None:
+def _card(folder: Path) -> huggingface_hub.ModelCard | None:
     try:
-        card = huggingface_hub.ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        return huggingface_hub.ModelCard(text, ignore_metadata_errors=True)
     except Exception:  # no card, or one by a stranger in whatever state
+        return None
+
+
+def _licence(folder: Path) -> str | None:
+    card = _card(folder)
+    if card is None:
         return None
     name = card.data.get("license")
     name = card.data.get("license_name", name) if name == "other" else name

@@ -1,6 +1,8 @@
 """Pushing a folder to the hub as a model."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import (
@@ -9,7 +11,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils._validators import validate_repo_id
 
 from fusionpl.errors import FusionError, reason
 
@@ -51,7 +53,10 @@ def check_push(repo: str, *, private: bool) -> None:
     except Exception as error:  # the HTTP library's and the system's errors
         raise FusionError(f"cannot push to {repo}: the hub can't be reached ({reason(error)})") from error
     if public and private:
-        raise FusionError(f"{repo} is there and public; push with private false, or to another name")
+        raise FusionError(
+            f"{repo} is there and public; add --private false (fuse and finetune: --push-private false), or push to "
+            "another name"
+        )
 
 
 def push(folder: Path, repo: str, *, private: bool, message: str) -> str:
@@ -79,7 +84,7 @@ def push(folder: Path, repo: str, *, private: bool, message: str) -> str:
     return str(address)
 
 
-def _check_token(user: dict, repo: str) -> None:  # type: ignore[type-arg]  # as the hub answers
+def _check_token(user: Mapping[str, Any], repo: str) -> None:
     """A token that only reads is refused, and one that writes to other names than the repository's."""
     role = user.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":

@@ -95,8 +95,8 @@ def write_card(folder: Path, library: str, card: str, data: Mapping[str, Any] | 
         card: its Markdown body.
         data: more metadata, see `huggingface_hub.ModelCardData`.
     """
-    data = huggingface_hub.ModelCardData(**{"library_name": library, "tags": ["fusionpl"], **(data or {})})
-    huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card}\n").save(folder / "README.md")
+    found = huggingface_hub.ModelCardData(**{"library_name": library, "tags": ["fusionpl"], **(data or {})})
+    huggingface_hub.ModelCard(f"---\n{found.to_yaml()}\n---\n\n{card}\n").save(folder / "README.md")
 
 
 def add_to_card(folder: Path, paragraph: str, data: Mapping[str, Any] | None = None) -> None:

@@ -91,7 +91,7 @@ def make_loggers(
             save_dir=folder,
             offline=not has_wandb_key(),
             config=public_settings(config or {}),
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=wandb.Settings(silent=True, console="off", x_disable_meta=True),  # which names this machine
         )
         dashboard._wandb_init.pop("anonymous", None)  # Lightning always passes it on, and wandb warns about it
         loggers.append(dashboard)

@@ -42,6 +42,8 @@ def run(argv: Sequence[str]) -> None:
     if not (folder / "model" / "README.md").is_file():
         raise FusionError(f"no model with a card at {folder / 'model'}; give a folder that fuse or finetune wrote")
     if options.dry_run is not None:
+        if Path(options.dry_run).exists():
+            raise FusionError(f"{options.dry_run} exists; give --dry-run a folder that is not there yet")
         with staged(Path(options.dry_run)) as new:
             write_published(folder, new, (options.to or folder.resolve().name).rpartition("/")[2], shutil.copy)
         print(f"{options.dry_run}: what would be pushed; nothing was")
@@ -99,7 +101,8 @@ def write_published(folder: Path, new: Path, name: str, put: Callable[[Path, Pat
         put: makes a file of `new` of one of the run's.
     """
     for file in sorted((folder / "model").iterdir()):
-        put(file, new / file.name)
+        if file.is_file():
+            put(file, new / file.name)
     card = huggingface_hub.ModelCard.load(folder / "model" / "README.md")
     if "model_name" in card.data:
         card.data["model_name"] = name

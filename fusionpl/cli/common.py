@@ -409,7 +409,7 @@ def new_parser(description: str, *, presets: bool = True) -> ArgumentParser:
 def settings_of(parser: ArgumentParser, options: Namespace) -> dict[str, Any]:
     """What decides a result, as plain values: `--config` reads it back. Leaves out where the output goes."""
     kept = options.clone()
-    for key in ("config", "output", "overwrite", "resume"):
+    for key in ("config", "output", "overwrite", "resume", "push_to", "push_private"):
         kept.pop(key, None)
     settings: dict[str, Any] = yaml.safe_load(parser.dump(kept, skip_validation=True))
     return settings

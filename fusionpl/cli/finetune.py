@@ -16,6 +16,7 @@ from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
+from fusionpl.cli.cards import command_section, metadata
 from fusionpl.cli.common import (
     add_logger_option,
     add_reading_options,
@@ -30,6 +31,7 @@ from fusionpl.cli.common import (
     task_of,
     with_presets,
 )
+from fusionpl.cli.push import add_push_options, check_push_options, push_run
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import (
     Outcomes,
@@ -47,13 +49,18 @@ from fusionpl.fusion import mixing_weights, vanilla
 from fusionpl.models import (
     Vocabulary,
     add_to_card,
+    ancestor,
+    inherited,
+    lineage,
     load_model,
     load_parent,
     load_tokenizer,
+    parents_section,
     save_model,
     short_name,
     with_classifier,
 )
+from fusionpl.paths import public
 from fusionpl.presets import CONF
 from fusionpl.training import (
     TASKS,
@@ -97,6 +104,7 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     parser.add_argument("--resume", action="store_true", help="continue a finetuning that was stopped")
     add_logger_option(parser)
+    add_push_options(parser)
     add_reading_options(parser)
     parser.add_class_arguments(TASKS[task].data, "data")
     parser.add_class_arguments(OptimConfig, "optim")
@@ -112,7 +120,7 @@ def run(argv: Sequence[str]) -> None:
         KeyboardInterrupt: the user stopped it; the message says how to continue.
     """
     quiet()
-    argv = with_presets(argv, "finetune")
+    given, argv = argv, with_presets(argv, "finetune")
     model = _model_in(argv)
     source = Path(model)
     origin = settings_in(source)
@@ -124,6 +132,8 @@ def run(argv: Sequence[str]) -> None:
     options = parse(parser, argv, PRESET)
     home = source.parent if source.is_dir() else Path("runs")
     folder = Path(options.output or in_sweep(home / f"{short_name(model)}-finetuned"))
+    check_push_options(options.push_to, options.push_private)
+    made_of = _made_of(model, origin) if is_main_process() else ("", {})
     candidates = _candidates(model, origin, options, every_parent=task != own)
     started = time.monotonic()
     try:
@@ -139,8 +149,15 @@ def run(argv: Sequence[str]) -> None:
         words = [word for word in argv if word not in ("--resume", "--overwrite")]
         raise KeyboardInterrupt(f"continue with: python finetune.py {shlex.join([*words, '--resume'])}") from stop
     if is_main_process():
-        _finish(source if task == own else folder, origin, options, rows, folder, settings_of(parser, options))
+        settings = settings_of(parser, options)
+        _finish(source if task == own else folder, origin, options, rows, folder, settings)
+        parents, data = made_of
+        command = command_section("finetune", [word for word in given if word != "--resume"], PRESET)
+        data |= metadata(settings, rows[0][0], folder.name)
+        add_to_card(folder / "model", f"{parents}\n\n{command}".lstrip(), data)
         print(f"{folder}: model/, baselines/; {time.monotonic() - started:.0f} s")
+        if options.push_to is not None:
+            push_run(folder, options.push_to, private=options.push_private)
 
 
 def _model_in(argv: Sequence[str]) -> str:
@@ -153,6 +170,16 @@ def _model_in(argv: Sequence[str]) -> str:
             parse(build_parser(task_of(argv)), argv, PRESET)
         raise FusionError("which model? give --model, for example --model runs/vit-digits/fused")
     return str(model)
+
+
+def _made_of(model: str, origin: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What a finetuned model's card says of where it comes from, as a section and metadata: of a fused model's parents
+    what was known when it was fused."""
+    if "parents" in origin:
+        section, data = inherited(Path(model) / "model")
+        return section, data | {"tags": ["fusionpl", "merge"]}
+    ancestors = [ancestor(short_name(model), model)]
+    return parents_section(ancestors), lineage(ancestors, "finetune")
 
 
 def _candidates(source: str, origin: dict[str, Any], options: Namespace, *, every_parent: bool) -> dict[str, Candidate]:
@@ -245,7 +272,7 @@ def _finetune(
             seconds=round(result.seconds, 1),
         )
         figures = ", ".join(f"{key} {readable(key, value)}" for key, value in tested.items())
-        card = f"# {name}, finetuned from {options.model}\n\non the test split: {figures}"
+        card = f"# {name}, finetuned from {public(options.model)}\n\non the test split: {figures}"
         save_model(result.model, place / "model", tokenizer=data.tokenizer, card=card)
         if result.outcomes is not None:
             save_outcomes(place / SAMPLES, {name: result.outcomes})

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from fusionpl.calibration import CalibrationSet, Kept, Network, budget, logits
 from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON, alternative, compared
+from fusionpl.cli.cards import command_section, fused_card, metadata
 from fusionpl.cli.common import (
     add_logger_option,
     add_reading_options,
@@ -32,10 +33,11 @@ from fusionpl.cli.common import (
     staged,
     with_presets,
 )
-from fusionpl.cli.measuring import Cost, Depth, Made, card, measure
+from fusionpl.cli.measuring import Cost, Depth, Made, measure
+from fusionpl.cli.push import add_push_options, check_push_options, push_run
 from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError
-from fusionpl.evaluation import Needs
+from fusionpl.evaluation import Needs, Report
 from fusionpl.families import PROOF_TOLERANCE, VOCABULARY, Family, allowed, permutation_error, read_family
 from fusionpl.fusion import (
     Estimate,
@@ -54,11 +56,16 @@ from fusionpl.fusion import (
     settled,
 )
 from fusionpl.models import (
+    Ancestor,
     Vocabulary,
+    ancestor,
     check_tokenizers,
+    forget_places,
     library_of,
+    lineage,
     load_parent,
     load_tokenizer,
+    parents_section,
     short_name,
     write_card,
 )
@@ -89,6 +96,7 @@ class Job:
         config: how to fuse.
         parents: short name -> where the parent comes from.
         networks: the parents.
+        ancestors: what their cards tell of them.
         anchor: index of the anchor.
         data: to calibrate and test on.
         tokenizer: that the parents share, or None.
@@ -102,6 +110,7 @@ class Job:
     config: FuseConfig
     parents: Mapping[str, str]
     networks: Sequence[Network]
+    ancestors: Sequence[Ancestor]
     anchor: int
     data: FixedSplits
     tokenizer: Any
@@ -116,7 +125,7 @@ class Job:
         Raises:
             FusionError: a user's mistake.
         """
-        parser, args = arguments(argv)
+        parser, args = arguments(argv, add_push_options)
         settings = {key: value for key, value in settings_of(parser, args).items() if key not in ("check", "dry_run")}
         chosen = parser.instantiate(args)
         config, parents, family = fuse_config(chosen), named(args.parents), read_family(args.family)
@@ -136,7 +145,10 @@ class Job:
         config = settled(config, networks, anchor)
         presets = {name: settled(one, networks, resolve_anchor(one, len(parents))) for name, one in presets.items()}
         data = TASKS[args.task].datamodule(chosen.data, 0, tokenizer)
-        return cls(args, settings, config, parents, networks, anchor, data, tokenizer, family, presets, alternatives)
+        ancestors = [ancestor(name, path) for name, path in parents.items()]
+        return cls(
+            args, settings, config, parents, networks, ancestors, anchor, data, tokenizer, family, presets, alternatives
+        )
 
     def load(self, name: str) -> nn.Module:
         """A whole parent, with the anchor's vocabulary."""
@@ -184,6 +196,7 @@ def run(argv: Sequence[str]) -> None:
         _check(job)
         return
     check_output(output, args.overwrite)
+    check_push_options(args.push_to, args.push_private)
     expected.check(device, output)
     print(
         f"parents: {', '.join(names)} ({bindings[0].family.name}, {_depths(job.networks)} blocks); "
@@ -215,15 +228,14 @@ def run(argv: Sequence[str]) -> None:
         (folder / "config.yaml").write_text(yaml.safe_dump(job.settings, sort_keys=False))
         if job.tokenizer is not None:
             job.tokenizer.save_pretrained(folder / "model")
+            forget_places(folder / "model")
         alternatives = {name: partial(_alternative, job, name, fusion.cost.seconds) for name in job.alternatives}
         report = measure(
             names, job.load, fusion.result, fusion.cost, others, alternatives, job.data, device, job.settings,
             args.report,
         )  # fmt: skip
         report.save(folder / "report")
-        write_card(
-            folder / "model", library_of(job.networks[job.anchor].module), card(report, names, job.config.strategy)
-        )
+        _write_card(folder / "model", job, report, command_section("fuse", argv, PRESET), output.name)
     for line in fusion.result.warnings:
         print(f"warning: {line}")
     for line in fusion.result.notes:
@@ -233,7 +245,16 @@ def run(argv: Sequence[str]) -> None:
     log_models(loggers, used=args.parents, made=output)
     finish_loggers(loggers)
     print(f"{output}: model/, report/report.html, maps.safetensors; {time.monotonic() - started:.0f} s")
+    if args.push_to is not None:
+        push_run(output, args.push_to, private=args.push_private)
     print(f"next: python finetune.py --model {output}")
+
+
+def _write_card(folder: Path, job: Job, report: Report, command: str, name: str) -> None:
+    fused = next((row for row in report.rows if row.name == "fused"), None)
+    data = metadata(job.settings, fused, name) | lineage(job.ancestors, "merge") | {"tags": ["fusionpl", "merge"]}
+    body = fused_card(report, list(job.parents), job.config.strategy, parents_section(job.ancestors), command)
+    write_card(folder, library_of(job.networks[job.anchor].module), body, data)
 
 
 class _Fusion(OTFusion):

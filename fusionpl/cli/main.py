@@ -13,6 +13,7 @@ COMMANDS = {
     "finetune": "finetunes a fused model beside its baselines",
     "evaluate": "figures of models, their ensemble and plain average",
     "sweep": "fuses under every combination of options",
+    "push": "puts a finished model on the hub",
     "check": "proves a family on your own models: `fuse --check`",
     "family": "drafts the family of an architecture that the library lacks, or proves one",
     "completion": "prints a script with which your shell completes all this",

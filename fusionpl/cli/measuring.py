@@ -210,16 +210,6 @@ class _Bench:
         return judged(evaluate(model.to(self._device), self._data.val_dataloader()))
 
 
-def card(report: Report, names: Sequence[str], strategy: str) -> str:
-    """The model card of a fused model."""
-    how = {
-        "transport": "Aligned with optimal transport and averaged by fusionpl "
-        "([Transformer Fusion with Optimal Transport](https://arxiv.org/abs/2310.05719)).",
-        "joint": "Fitted by fusionpl to one residual stream that holds the parents' streams.",
-    }
-    return f"# Fused from {', '.join(names)}\n\n{how[strategy]}\n\n" + report.markdown().partition("\n")[2].lstrip()
-
-
 def _drawn(result: FusionResult) -> list[str]:
     """A few maps that tell the story: the embedding, one block in the middle, the last of the stream."""
     names = [name for name in result.maps if name.startswith("stem.")]

@@ -29,6 +29,7 @@ from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError, flattened
 from fusionpl.evaluation import readable
 from fusionpl.models import ModelConfig, build_model, save_model
+from fusionpl.paths import public_settings
 from fusionpl.presets import CONF
 from fusionpl.training import (
     TASKS,
@@ -146,7 +147,8 @@ def _export(result: FitResult, data: FixedSplits, settings: dict[str, Any], fold
     temporary = folder / "metrics.json.tmp"
     temporary.write_text(json.dumps(figures, indent=2) + "\n")
     os.replace(temporary, folder / "metrics.json")
-    save_model(result.model, folder / "model", tokenizer=data.tokenizer, card=_card(result, tested, settings))
+    card = _card(result, tested, public_settings(settings))
+    save_model(result.model, folder / "model", tokenizer=data.tokenizer, card=card)
     print(
         f"test {', '.join(f'{name} {readable(name, value)}' for name, value in tested.items())}"
         f" (epoch {result.best_epoch} of {result.epochs}, the best in validation); {result.seconds:.0f} s of training"

@@ -3,10 +3,12 @@
 from fusionpl.datamodules.base import IGNORED, FixedSplits
 from fusionpl.datamodules.images import DataConfig, ImageDataModule
 from fusionpl.datamodules.objectives import MaskedTextConfig, SpanTextConfig, TextConfig
+from fusionpl.datamodules.sources import BUILT_IN
 from fusionpl.datamodules.text import CausalTextDataModule, MaskedTextDataModule, SpanTextDataModule, TextDataModule
 from fusionpl.datamodules.text_classification import TextClassificationConfig, TextClassificationDataModule
 
 __all__ = [
+    "BUILT_IN",
     "IGNORED",
     "CausalTextDataModule",
     "DataConfig",

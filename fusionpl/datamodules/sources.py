@@ -13,6 +13,8 @@ from torch.nn import functional
 from fusionpl.datamodules.splits import Indices, SplitConfig, check_classes, class_numbers, flawed
 from fusionpl.errors import FusionError, reason
 
+BUILT_IN = ("digits", "pydoc")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -152,8 +154,8 @@ def load(path: str, name: str | None = None, *, streaming: bool = False) -> dict
     folder = Path(path).expanduser()
     if not folder.is_dir() and (path[0] in "./~" or (len(folder.parts) > 1 and folder.parent.is_dir())):
         raise FusionError(
-            f"no data set at {folder}; --data.path takes a built-in name (digits, pydoc), a folder of data files or a "
-            "hub id"
+            f"no data set at {folder}; --data.path takes a built-in name ({', '.join(BUILT_IN)}), a folder of data "
+            "files or a hub id"
         )
     datasets.disable_progress_bars()
     try:

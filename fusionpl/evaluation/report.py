@@ -30,6 +30,7 @@ from fusionpl.evaluation.rows import (
 )
 from fusionpl.evaluation.text import CONTINUED, EQUAL_COST, markdown_table, quoted, text_table
 from fusionpl.evaluation.verdict import Verdict, compared_cells, verdict_cells, verdicts
+from fusionpl.paths import public_settings
 
 SAMPLES, PICTURES = "samples.safetensors", "pictures.safetensors"
 
@@ -264,8 +265,8 @@ def _axis(name: str, values: Mapping[str, Any], pictures: Mapping[str, Tensor]) 
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration in JSON's types: tuples as lists, paths and enumerations as text."""
-    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    """The configuration in JSON's types, tuples as lists and enumerations as text; paths as others may see them."""
+    plain: dict[str, Any] = json.loads(json.dumps(public_settings(config), default=str))
     return plain
 
 

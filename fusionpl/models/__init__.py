@@ -3,16 +3,19 @@
 from fusionpl.models.build import ModelConfig, build_model
 from fusionpl.models.folders import ModelFolder, open_model
 from fusionpl.models.heads import with_classifier
-from fusionpl.models.hub import short_name
+from fusionpl.models.hub import hub_id, short_name
+from fusionpl.models.lineage import Ancestor, ancestor, inherited, lineage, parents_section
 from fusionpl.models.load import load_model
+from fusionpl.models.push import check_push, push
 from fusionpl.models.resized import resized, untied
-from fusionpl.models.save import add_to_card, class_names, library_of, save_model, write_card
+from fusionpl.models.save import add_to_card, class_names, forget_places, library_of, save_model, write_card
 from fusionpl.models.tensors import TensorFile
 from fusionpl.models.tokenizers import check_tokenizers, load_tokenizer, train_bpe, train_wordpiece
 from fusionpl.models.vocabulary import Renumbering, Vocabulary, load_parent, renumber
 from fusionpl.models.writer import ModelWriter
 
 __all__ = [
+    "Ancestor",
     "ModelConfig",
     "ModelFolder",
     "ModelWriter",
@@ -20,14 +23,22 @@ __all__ = [
     "TensorFile",
     "Vocabulary",
     "add_to_card",
+    "ancestor",
     "build_model",
+    "check_push",
     "check_tokenizers",
     "class_names",
-    "load_model",
+    "forget_places",
+    "hub_id",
+    "inherited",
     "library_of",
+    "lineage",
+    "load_model",
     "load_parent",
     "load_tokenizer",
     "open_model",
+    "parents_section",
+    "push",
     "renumber",
     "resized",
     "save_model",

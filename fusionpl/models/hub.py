@@ -69,6 +69,15 @@ def download(source: HubId, *, allow_pickle: bool = False, weights: bool = True)
     raise FusionError(_without_weights(source, _names(folder), allow_pickle))
 
 
+def card_folder(source: HubId) -> Path:
+    """Downloads the card of a model, or takes it from the cache; the folder is named by the commit.
+
+    Raises:
+        FusionError: the hub doesn't give it out, or has no such revision.
+    """
+    return _snapshot(source, ("README.md",))
+
+
 def _snapshot(source: HubId, patterns: Iterable[str]) -> Path:
     try:
         found = huggingface_hub.snapshot_download(

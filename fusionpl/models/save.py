@@ -1,7 +1,9 @@
 """Models on disk: the hub layouts of timm and transformers, with a model card."""
 
+import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from torch import nn
 
 from fusionpl.errors import FusionError
 from fusionpl.models.quiet import quiet_transformers
+
+# Keys of configurations, by other versions of the libraries too, that hold paths of the machine that wrote them.
+PLACES = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file")
 
 
 def save_model(
@@ -52,6 +57,7 @@ def save_model(
             _save_timm(model, staged, names)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
+        forget_places(staged)
         write_card(staged, library_of(model), card or f"# {folder.parent.name}")
         put_in_place(staged, folder)
 
@@ -70,24 +76,37 @@ def put_in_place(staged: Path, folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def write_card(folder: Path, library: str, card: str) -> None:
+def forget_places(folder: Path) -> None:
+    """Takes out of a model folder's configurations where on whose machine the model and its tokenizer once lay."""
+    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+        if file.is_file():
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            kept = {key: value for key, value in settings.items() if key not in PLACES}
+            if kept != settings:
+                file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_card(folder: Path, library: str, card: str, data: Mapping[str, Any] | None = None) -> None:
     """Writes the model card of a model folder.
 
     Args:
         folder: the model folder.
         library: timm or transformers.
         card: its Markdown body.
+        data: more metadata, see `huggingface_hub.ModelCardData`.
     """
-    data = huggingface_hub.ModelCardData(library_name=library, tags=["fusionpl"])
-    huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card}\n").save(folder / "README.md")
+    found = huggingface_hub.ModelCardData(**{"library_name": library, "tags": ["fusionpl"], **(data or {})})
+    huggingface_hub.ModelCard(f"---\n{found.to_yaml()}\n---\n\n{card}\n").save(folder / "README.md")
 
 
-def add_to_card(folder: Path, paragraph: str) -> None:
-    """Adds a paragraph to the model card of a model folder, unless it is there already."""
+def add_to_card(folder: Path, paragraph: str, data: Mapping[str, Any] | None = None) -> None:
+    """Adds a paragraph to the model card of a model folder, unless it is there already, and sets metadata."""
     card = huggingface_hub.ModelCard.load(folder / "README.md")
+    for key, value in (data or {}).items():
+        card.data[key] = value
     if paragraph not in card.text:
         card.text = f"{card.text.rstrip()}\n\n{paragraph}\n"
-        card.save(folder / "README.md")
+    card.save(folder / "README.md")
 
 
 def library_of(model: nn.Module) -> str:

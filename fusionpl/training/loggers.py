@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from fusionpl.paths import public_settings
 from fusionpl.training.weights_and_biases import FolderRun, Job, finish_run
 
 LoggerName = Literal["wandb", "tensorboard", "csv", "none"]
@@ -93,7 +94,9 @@ def make_loggers(
     if "tensorboard" in names:
         loggers.append(TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False))
     if "wandb" in names:
-        loggers.append(FolderRun(folder, name=name, job=job, group=group, config=config or {}, resume=resume))
+        loggers.append(
+            FolderRun(folder, name=name, job=job, group=group, config=public_settings(config or {}), resume=resume)
+        )
     return loggers
 
 

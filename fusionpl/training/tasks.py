@@ -30,6 +30,7 @@ class Task:
     Attributes:
         data: the options under `data`.
         datamodule: makes the data module of options, a seed and the tokenizer of an existing model (None for none).
+        pipeline: the hub's name of the task.
         monitor: the validation metric that the best checkpoint is chosen by.
         mode: whether more or less of it is better.
         new_head: whether finetuning puts a classifier on a model that has none for the data's classes.
@@ -37,6 +38,7 @@ class Task:
 
     data: type
     datamodule: Callable[[Any, int, Any], FixedSplits]
+    pipeline: str
     monitor: str
     mode: Literal["min", "max"]
     new_head: bool = False
@@ -44,12 +46,21 @@ class Task:
 
 TASKS: Mapping[str, Task] = {
     "image-classification": Task(
-        DataConfig, lambda config, seed, _: ImageDataModule(config, seed), "val/accuracy", "max"
+        DataConfig,
+        lambda config, seed, _: ImageDataModule(config, seed),
+        "image-classification",
+        "val/accuracy",
+        "max",
     ),
-    "masked-lm": Task(MaskedTextConfig, MaskedTextDataModule, "val/loss", "min"),
-    "causal-language-modeling": Task(TextConfig, CausalTextDataModule, "val/loss", "min"),
-    "span-corruption": Task(SpanTextConfig, SpanTextDataModule, "val/loss", "min"),
+    "masked-lm": Task(MaskedTextConfig, MaskedTextDataModule, "fill-mask", "val/loss", "min"),
+    "causal-language-modeling": Task(TextConfig, CausalTextDataModule, "text-generation", "val/loss", "min"),
+    "span-corruption": Task(SpanTextConfig, SpanTextDataModule, "text2text-generation", "val/loss", "min"),
     "text-classification": Task(
-        TextClassificationConfig, TextClassificationDataModule, "val/loss", "min", new_head=True
+        TextClassificationConfig,
+        TextClassificationDataModule,
+        "text-classification",
+        "val/loss",
+        "min",
+        new_head=True,
     ),
 }

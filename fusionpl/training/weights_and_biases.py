@@ -52,7 +52,8 @@ class FolderRun(WandbLogger):
         super().__init__(
             save_dir=None,  # type: ignore[arg-type]  # the working directory by default, which would hide WANDB_DIR
             config=config,
-            settings=wandb.Settings(**_unless_set({"silent": True, "console": "off"})),
+            # What it gathers about a run names this machine and its folders.
+            settings=wandb.Settings(**_unless_set({"silent": True, "console": "off", "x_disable_meta": True})),
             **_unless_set(ours),
         )
         self._wandb_init.pop("anonymous", None)  # Lightning always passes it on, and wandb warns about it

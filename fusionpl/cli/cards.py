@@ -1,0 +1,76 @@
+"""Model cards of what was fused or finetuned: metadata that the hub reads, parents, and the command."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from fusionpl import __version__
+from fusionpl.datamodules import BUILT_IN
+from fusionpl.evaluation import FIGURES, Report, Row
+from fusionpl.models import hub_id
+from fusionpl.paths import public, public_command
+from fusionpl.training import TASKS
+
+# The hub's names of metrics, where they are not those of a report.
+METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
+HOW = {
+    "transport": "Aligned with optimal transport and averaged by fusionpl "
+    "([Transformer Fusion with Optimal Transport](https://arxiv.org/abs/2310.05719)).",
+    "joint": "Fitted by fusionpl to one residual stream that holds the parents' streams.",
+}
+
+
+def fused_card(report: Report, names: Sequence[str], strategy: str, *sections: str) -> str:
+    """The model card of a fused model.
+
+    Args:
+        report: of the fusion.
+        names: of the parents.
+        strategy: of the fusion.
+        sections: what follows the report.
+    """
+    body = report.markdown().partition("\n")[2].strip()
+    return "\n\n".join([f"# Fused from {', '.join(names)}", HOW[strategy], body, *sections])
+
+
+def command_section(command: str, argv: Sequence[str], preset: Path) -> str:
+    """The command that made a model as a section of its card, with the preset it used by default.
+
+    Args:
+        command: `fuse` or `finetune`.
+        argv: its arguments, as they were given.
+        preset: what is used without `--config`.
+    """
+    named = any(word.partition("=")[0] == "--config" for word in argv)
+    words = ["fusionpl", command, *([] if named else ["--config", preset.stem]), *argv]
+    return f"## Command\n\nWith fusionpl {__version__}:\n\n```bash\n{public_command(words)}\n```"
+
+
+def metadata(settings: Mapping[str, Any], row: Row | None, name: str) -> dict[str, Any]:
+    """What the hub reads of a model besides its parents: its task, its data set, and what it measured.
+
+    Args:
+        settings: of the command that made it, with `task` and `data`.
+        row: what it measured on the test split; None for nothing.
+        name: of the model.
+    """
+    task, path = TASKS[settings["task"]].pipeline, settings["data"]["path"]
+    on_hub = path not in BUILT_IN and hub_id(path) is not None
+    figures = {} if row is None else row.as_dict()
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=public(path),
+            dataset_name=public(path),
+            dataset_config=settings["data"].get("name"),
+            dataset_split="test",
+            metric_type=METRICS.get(metric, metric),
+            metric_value=figures[metric],
+        )
+        for metric in FIGURES
+        if metric in figures
+    ]
+    measured = {"eval_results": results, "model_name": name} if results else {}
+    return {"pipeline_tag": task, **({"datasets": [path]} if on_hub else {}), **measured}

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 import shtab
 from jsonargparse import ArgumentParser
 
-from fusionpl.cli import evaluate, family, finetune, fuse, sweep, train
+from fusionpl.cli import evaluate, family, finetune, fuse, push, sweep, train
 from fusionpl.cli.common import parse_options
 from fusionpl.cli.main import COMMANDS
 from fusionpl.presets import presets
@@ -18,6 +18,7 @@ PARSERS = {
     "finetune": finetune.build_parser,
     "evaluate": evaluate.build_parser,
     "sweep": sweep.build_parser,
+    "push": push.build_parser,
     "check": fuse.build_parser,
     "family": family.build_parser,
 }

@@ -125,7 +125,7 @@ class Job:
         Raises:
             FusionError: a user's mistake.
         """
-        parser, args = arguments(argv, add_push_options)
+        parser, args = arguments(argv, build_parser)
         settings = {key: value for key, value in settings_of(parser, args).items() if key not in ("check", "dry_run")}
         chosen = parser.instantiate(args)
         config, parents, family = fuse_config(chosen), named(args.parents), read_family(args.family)
@@ -312,6 +312,13 @@ def _device(options: Namespace) -> torch.device:
 
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     """The options of fuse.py for parents of a task."""
+    parser = fusing_parser(task)
+    add_push_options(parser)
+    return parser
+
+
+def fusing_parser(task: TaskName) -> ArgumentParser:
+    """The options of all commands that fuse parents of a task."""
     parser = new_parser(f"Aligns parents and averages them. Without --config the preset {PRESET.name} is used.")
     parser.add_argument("--parents", nargs="+", type=str, default=[], help="run folders, model folders or hub ids, "
                         "org/name or org/name@revision")  # fmt: skip
@@ -336,9 +343,7 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     return parser
 
 
-def arguments(
-    argv: Sequence[str], build: Callable[[TaskName], ArgumentParser] = build_parser
-) -> tuple[ArgumentParser, Namespace]:
+def arguments(argv: Sequence[str], build: Callable[[TaskName], ArgumentParser]) -> tuple[ArgumentParser, Namespace]:
     """The parser and what it read: task and data set are the parents' own unless the command line names others.
 
     Args:

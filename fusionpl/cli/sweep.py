@@ -16,9 +16,8 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from fusionpl.cli import fuse
 from fusionpl.cli.common import check_output, main, quiet, settings_of, staged
-from fusionpl.cli.fuse import arguments, common_tokenizer, fuse_config, named, progress_bar
+from fusionpl.cli.fuse import arguments, common_tokenizer, fuse_config, fusing_parser, named, progress_bar
 from fusionpl.errors import FusionError, flattened
 from fusionpl.evaluation import Report, Row, evaluate
 from fusionpl.families import read_family
@@ -85,7 +84,7 @@ def run(argv: Sequence[str]) -> None:
 
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     """The options of the command for parents of a task: those of fuse.py, and what is swept."""
-    parser = fuse.build_parser(task)
+    parser = fusing_parser(task)
     parser.add_argument("--sweep", nargs="+", type=str, default=[], help="KEY=VALUE,VALUE,... of fuse options")
     return parser
 

@@ -6,7 +6,8 @@ from fusionpl.evaluation.cost import flops, parameters
 from fusionpl.evaluation.matched import MatchedAxis
 from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble, evaluate_samples
 from fusionpl.evaluation.outcomes import Outcomes, load_outcomes, save_outcomes, scored
-from fusionpl.evaluation.report import CAPTIONS, Report
+from fusionpl.evaluation.plots import CAPTIONS
+from fusionpl.evaluation.report import Report
 from fusionpl.evaluation.rows import FIGURES, MODEL, PARENT, Needs, Row, best_parent, judged, readable
 from fusionpl.evaluation.verdict import Verdict
 

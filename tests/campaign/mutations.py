@@ -12,7 +12,7 @@ import torch
 
 from fusionpl.cli import train
 from fusionpl.cli.common import settings_in, task_of, with_presets
-from fusionpl.cli.fuse import arguments, fuse_config
+from fusionpl.cli.fuse import arguments, build_parser, fuse_config
 from fusionpl.datamodules import DataConfig, ImageDataModule, MaskedTextConfig, MaskedTextDataModule
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import Report, Row
@@ -124,7 +124,7 @@ def _train_options(folder: Path) -> object:
 
 
 def _fuse_options(folder: Path) -> object:
-    parser, options = arguments(["--config", str(folder / "mine.yaml"), "--parents", "a", "b"])
+    parser, options = arguments(["--config", str(folder / "mine.yaml"), "--parents", "a", "b"], build_parser)
     return fuse_config(parser.instantiate(options))
 
 

@@ -2,8 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= runs/demo
+# LOCK=requirements.lock installs the versions that CI tests, by their hashes, in place of the newest.
+LOCK ?=
+INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
-.PHONY: demo test campaign lint types clean
+.PHONY: demo test campaign lint types lock audit clean
 
 demo: .venv/runtime
 	@echo "== two parents, a few minutes each"
@@ -34,12 +37,22 @@ types: .venv/dev
 	$(PYTHON) -c 'import sys; sys.exit("fusionpl needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.txt -e .
+	$(if $(LOCK),$(INSTALL) --require-hashes -r $(LOCK),$(INSTALL) -r requirements.txt)
+	$(INSTALL) $(if $(LOCK),--no-deps) -e .
 	touch $@
 
 .venv/dev: .venv/runtime
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e '.[dev]'
+	$(if $(LOCK),,$(INSTALL) -e '.[dev]')
 	touch $@
+
+# The newest versions that resolve, with their hashes.
+lock: .venv/runtime
+	$(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-annotate --no-header --python $(BIN)/python \
+		--extra dev pyproject.toml -o requirements.lock
+
+# Known holes in the locked versions; asks the network.
+audit: .venv/runtime
+	$(BIN)/uv tool run pip-audit --disable-pip --require-hashes -r requirements.lock
 
 clean:
 	rm -rf runs .venv .mypy_cache .pytest_cache .ruff_cache .coverage

@@ -296,7 +296,7 @@ def match_vocabularies(
             moved = renumber(network.module, found, family)
             if folder is not None:
                 network.read = lambda name, read=network.read, moved=moved: moved(name, read(name))  # type: ignore[misc]
-            network.binding, network.absent = bind(network.module, family), found.absent
+            network.binding, network.absent = bind(network.module, family), found.absent if len(found.absent) else None
             lines.append(found.told(network.name, reference.name))
     return lines
 

@@ -94,7 +94,7 @@ def test_a_shell_completes_commands_options_and_values(tmp_path: Path, capsys: p
 
     def completed(*words: str) -> list[str]:
         line = " ".join(f"'{word}'" for word in words)
-        asked = f"source script; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; COMP_TYPE=9; "
+        asked = f"source ./script; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; COMP_TYPE=9; "
         asked += '"$(complete -p fusionpl | sed "s/.*-F \\([^ ]*\\).*/\\1/")"; printf "%s\\n" "${COMPREPLY[@]}"'
         done = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True, check=True)
         return done.stdout.split()

@@ -21,11 +21,13 @@ from fusionpl.cli.common import (
     new_parser,
     parse,
     quiet,
+    resumed,
     run_folder,
     settings_in,
     settings_of,
     task_of,
     with_presets,
+    write_json,
 )
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import (
@@ -101,10 +103,11 @@ def run(argv: Sequence[str]) -> None:
     started = time.monotonic()
     try:
         if options.resume:
-            if not (folder / "config.yaml").is_file():
-                raise FusionError(f"there is no finetuning to resume in {folder}; start one without --resume")
-            _check_sharding(folder, options)
-            rows = _finetune_all(parser, options, candidates, folder)
+            with resumed(folder):
+                if not (folder / "config.yaml").is_file():
+                    raise FusionError(f"there is no finetuning to resume in {folder}; start one without --resume")
+                _check_sharding(folder, options)
+                rows = _finetune_all(parser, options, candidates, folder)
         else:
             with run_folder(folder, options.overwrite, keep="checkpoints/last.ckpt"):
                 rows = _finetune_all(parser, options, candidates, folder)
@@ -216,7 +219,7 @@ def _finetune(options: Namespace, chosen: Namespace, name: str, model: nn.Module
         save_model(result.model, place / "model", tokenizer=data.tokenizer, card=card)
         if result.outcomes is not None:
             save_outcomes(place / SAMPLES, {name: result.outcomes})
-        (place / DONE).write_text(json.dumps(row.as_dict(), indent=2) + "\n")
+        write_json(place / DONE, row.as_dict())
     finish_loggers(loggers)
 
 

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from fusionpl.evaluation.rows import (
     readable,
 )
 from fusionpl.evaluation.verdict import Verdict, compared_cells, verdict_cells, verdicts
+from fusionpl.models import beside
 
 SAMPLES = "samples.safetensors"
 BARS, LINE, MAPS, BLOCKS = "bars.png", "interpolation.png", "transport-maps.png", "blocks.png"
@@ -178,8 +178,7 @@ class Report:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-            new = Path(temporary)
+        with beside(folder) as new:
             figures = {BARS: plots.metric_bars(self.rows)} if self.rows else {}
             if self.barrier:
                 figures[LINE] = plots.interpolation_figure(self.barrier)

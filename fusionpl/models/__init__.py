@@ -6,7 +6,7 @@ from fusionpl.models.heads import with_classifier
 from fusionpl.models.hub import short_name
 from fusionpl.models.load import load_model
 from fusionpl.models.resized import resized, untied
-from fusionpl.models.save import add_to_card, class_names, library_of, save_model, write_card
+from fusionpl.models.save import add_to_card, beside, class_names, library_of, save_model, write_card
 from fusionpl.models.tensors import TensorFile
 from fusionpl.models.tokenizers import check_tokenizers, load_tokenizer, train_bpe, train_wordpiece
 from fusionpl.models.vocabulary import Renumbering, Vocabulary, load_parent, renumber
@@ -20,6 +20,7 @@ __all__ = [
     "TensorFile",
     "Vocabulary",
     "add_to_card",
+    "beside",
     "build_model",
     "check_tokenizers",
     "class_names",

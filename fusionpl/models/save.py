@@ -1,7 +1,8 @@
 """Models on disk: the hub layouts of timm and transformers, with a model card."""
 
 import shutil
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ def save_model(
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     names = class_names or _remembered(model)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        staged = Path(temporary) / "model"
+    with beside(folder) as temporary:
+        staged = temporary / "model"
         if isinstance(model, transformers.PreTrainedModel):
             if names is not None:
                 model.config.id2label = dict(enumerate(names))
@@ -54,6 +55,18 @@ def save_model(
             tokenizer.save_pretrained(staged)
         write_card(staged, library_of(model), card or f"# {folder.parent.name}")
         put_in_place(staged, folder)
+
+
+@contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """An empty folder beside another, of one name always: what a process that was killed left in it goes."""
+    temporary = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary)
 
 
 def put_in_place(staged: Path, folder: Path) -> None:

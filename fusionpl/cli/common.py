@@ -22,6 +22,7 @@ from typing import Any, TextIO, cast
 import yaml
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from safetensors import SafetensorError
 
 from fusionpl.errors import FusionError, nearest, reason
 from fusionpl.options import check_sections, explain, read_yaml
@@ -34,6 +35,7 @@ _OF_THE_PLACE = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
     errno.EEXIST,
 }  # fmt: skip
+_ELSEWHERE = "choose another folder with --output, or make room"
 # What gloo and NCCL say to a process whose partner is gone.
 _LOST = re.compile(r"[Cc]onnection (was )?(closed|reset)|Broken pipe|remote process exited", re.ASCII)
 
@@ -99,8 +101,13 @@ def _exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str], where:
         if error.errno not in _OF_THE_PLACE:
             raise
         place = f": {error.filename}" if error.filename else ""
-        print(f"error{where}: {error.strerror}{place}; choose another folder with --output, or make room",
-              file=sys.stderr)  # fmt: skip
+        print(f"error{where}: {error.strerror}{place}; {_ELSEWHERE}", file=sys.stderr)
+        return MISTAKE
+    except SafetensorError as error:  # has no errno of its own
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None or int(number[1]) not in _OF_THE_PLACE:
+            raise
+        print(f"error{where}: {os.strerror(int(number[1]))}; {_ELSEWHERE}", file=sys.stderr)
         return MISTAKE
     except SystemExit as stop:
         if not isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes an exit of Ctrl-C

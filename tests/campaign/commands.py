@@ -2,12 +2,14 @@
 
 import csv
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -83,15 +85,15 @@ class Running:
 
     def __init__(self, home: Path, words: Sequence[str], **environment: str) -> None:
         (home / TEMPORARY).mkdir(exist_ok=True)
-        self.output = home / TEMPORARY / "said"
+        self.output = home.with_name(f"{home.name}.said")
         self.process = FORKS.Process(target=_command, args=(home, tuple(words), environment, self.output))
         self.process.start()
 
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        """Sends a signal to all processes of the command that are still there."""
+    def kill(self, number: int = signal.SIGKILL, *, everyone: bool = True) -> None:
+        """Sends a signal to all processes of the command that are still there, or to the first alone."""
         assert self.process.pid is not None
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+            (os.killpg if everyone else os.kill)(self.process.pid, number)
 
     def wait(self, seconds: float) -> int | None:
         """The exit code, minus the number of the signal that killed it; None if it still runs."""
@@ -115,6 +117,10 @@ def _command(home: Path, words: tuple[str, ...], environment: Mapping[str, str],
     os.chdir(home)
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     os.dup2(1, 2)
+    os.close(0)
+    if environment.get("clock") == "jumps":
+        now, late = time.time, itertools.cycle((0, 3600))
+        time.time = lambda: now() - next(late)
     tempfile.tempdir = str(home / TEMPORARY)
     os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": tempfile.tempdir, **environment}
     sys.argv = [str(ROOT / "fusionpl/cli/main.py"), *words]
@@ -130,6 +136,14 @@ def finished(home: Path, words: Sequence[str], **environment: str) -> str:
     finally:
         running.kill()
     return running.said()
+
+
+def has_checkpoint(path: Path) -> None:
+    """Waits for a checkpoint."""
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.05)
 
 
 def make_home(home: Path) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from fusionpl.cli import train
 from fusionpl.cli.common import main, resumed, run_folder, staged
@@ -416,6 +417,10 @@ def test_two_runs_into_one_output(tmp_path: Path) -> None:
     ("error", "words"),
     [
         (PermissionError(13, "Permission denied", "/there"), "error: Permission denied: /there; choose another folder"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "error: No space left on device; choose another folder",
+        ),
         (OSError(28, "No space left on device"), "error: No space left on device; choose another folder"),
         (MemoryError(), "error: out of memory: MemoryError; use smaller"),
         (

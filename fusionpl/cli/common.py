@@ -4,6 +4,7 @@ import argparse
 import errno
 import fcntl
 import glob
+import json
 import logging
 import os
 import re
@@ -13,14 +14,15 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 import yaml
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from safetensors import SafetensorError
 
 from fusionpl.errors import FusionError, nearest, reason
 from fusionpl.options import check_sections, explain, read_yaml
@@ -34,6 +36,9 @@ _OF_THE_PLACE = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
     errno.EEXIST,
 }  # fmt: skip
+_ELSEWHERE = "choose another folder with --output, or make room"
+# What gloo and NCCL say to a process whose partner is gone.
+_LOST = re.compile(r"[Cc]onnection (was )?(closed|reset)|Broken pipe|remote process exited", re.ASCII)
 
 
 def main(run: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
@@ -82,6 +87,10 @@ def _exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str], where:
         print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr)
         return MISTAKE
     except (RuntimeError, MemoryError) as error:
+        if _LOST.search(str(error)):
+            print(f"error{where}: another process of this run ended; what it said stands above; "
+                  "run the command again, a training with --resume", file=sys.stderr)  # fmt: skip
+            return MISTAKE
         if not (isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)):
             raise
         print(f"error{where}: out of memory: {_allocation(error)}; use smaller batches, samples or images",
@@ -93,8 +102,13 @@ def _exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str], where:
         if error.errno not in _OF_THE_PLACE:
             raise
         place = f": {error.filename}" if error.filename else ""
-        print(f"error{where}: {error.strerror}{place}; choose another folder with --output, or make room",
-              file=sys.stderr)  # fmt: skip
+        print(f"error{where}: {error.strerror}{place}; {_ELSEWHERE}", file=sys.stderr)
+        return MISTAKE
+    except SafetensorError as error:  # has no errno of its own
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None or int(number[1]) not in _OF_THE_PLACE:
+            raise
+        print(f"error{where}: {os.strerror(int(number[1]))}; {_ELSEWHERE}", file=sys.stderr)
         return MISTAKE
     except SystemExit as stop:
         if not isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes an exit of Ctrl-C
@@ -288,14 +302,15 @@ def staged(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         FusionError: see `check_output`; another run is writing there.
     """
-    with _beside(folder) as temporary:
+    target = folder.resolve()  # where a symbolic link leads
+    with _beside(target) as temporary:
         check_output(folder, overwrite)
         written = temporary / "new"
         written.mkdir()
         yield written
-        if folder.exists():
-            folder.rename(temporary / _OLD)
-        written.rename(folder)
+        if target.exists():
+            target.rename(temporary / _OLD)
+        written.rename(target)
 
 
 @contextmanager
@@ -313,18 +328,31 @@ def run_folder(folder: Path, overwrite: bool, keep: str) -> Iterator[Path]:
     if not is_main_process():
         yield folder
         return
-    with _beside(folder) as temporary:
+    target = folder.resolve()  # where a symbolic link leads
+    with _beside(target) as temporary:
         check_output(folder, overwrite)
-        if folder.exists():
-            folder.rename(temporary / _OLD)
+        if target.exists():
+            target.rename(temporary / _OLD)
         (temporary / _KEEP).write_text(keep)
-        folder.mkdir()
+        target.mkdir()
         try:
             yield folder
         except BaseException:
-            if not (folder / keep).exists():
-                _restore(folder, temporary)
+            if not (target / keep).exists():
+                _restore(target, temporary)
             raise
+
+
+@contextmanager
+def resumed(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a run folder while its run goes on, and removes what lies beside it of one that was
+    killed.
+
+    Raises:
+        FusionError: another run is writing there.
+    """
+    with _beside(folder.resolve()) if is_main_process() and folder.is_dir() else nullcontext():
+        yield
 
 
 # In a temporary folder: held while its process lives, what stood in the output's place, and the name of the file that
@@ -382,6 +410,13 @@ def _locked(file: TextIO) -> bool | None:
     except OSError:  # no locks on this file system
         return None
     return True
+
+
+def write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    """Writes a file that is never half there."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(tree, indent=2) + "\n")
+    os.replace(temporary, path)
 
 
 def quiet() -> None:

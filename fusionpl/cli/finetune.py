@@ -25,11 +25,13 @@ from fusionpl.cli.common import (
     new_parser,
     parse,
     quiet,
+    resumed,
     run_folder,
     settings_in,
     settings_of,
     task_of,
     with_presets,
+    write_json,
 )
 from fusionpl.cli.push import add_push_options, check_push_options, push_run
 from fusionpl.errors import FusionError
@@ -138,10 +140,11 @@ def run(argv: Sequence[str]) -> None:
     started = time.monotonic()
     try:
         if options.resume:
-            if not (folder / "config.yaml").is_file():
-                raise FusionError(f"there is no finetuning to resume in {folder}; start one without --resume")
-            _check_sharding(folder, options)
-            rows = _finetune_all(parser, options, candidates, folder)
+            with resumed(folder):
+                if not (folder / "config.yaml").is_file():
+                    raise FusionError(f"there is no finetuning to resume in {folder}; start one without --resume")
+                _check_sharding(folder, options)
+                rows = _finetune_all(parser, options, candidates, folder)
         else:
             with run_folder(folder, options.overwrite, keep="checkpoints/last.ckpt"):
                 rows = _finetune_all(parser, options, candidates, folder)
@@ -276,7 +279,7 @@ def _finetune(
         save_model(result.model, place / "model", tokenizer=data.tokenizer, card=card)
         if result.outcomes is not None:
             save_outcomes(place / SAMPLES, {name: result.outcomes})
-        (place / DONE).write_text(json.dumps(row.as_dict(), indent=2) + "\n")
+        write_json(place / DONE, row.as_dict())
         log_models(loggers, used=candidate.sources, made=place)
     finish_loggers(loggers)
 

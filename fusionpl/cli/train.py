@@ -1,8 +1,6 @@
 """`python train.py --seed 1`: trains one parent."""
 
 import functools
-import json
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +18,12 @@ from fusionpl.cli.common import (
     new_parser,
     parse,
     quiet,
+    resumed,
     run_folder,
     settings_of,
     task_of,
     with_presets,
+    write_json,
 )
 from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError, flattened
@@ -89,8 +89,9 @@ def run(argv: Sequence[str]) -> None:
     folder = Path(options.output or in_sweep(Path(f"runs/{options.name}/seed-{options.seed}")))
     try:
         if options.resume:
-            _check_same(folder, settings_of(parser, options))
-            _train(parser, options, folder)
+            with resumed(folder):
+                _check_same(folder, settings_of(parser, options))
+                _train(parser, options, folder)
         else:
             with run_folder(folder, options.overwrite, keep=LAST):
                 _train(parser, options, folder)
@@ -144,9 +145,7 @@ def _export(result: FitResult, data: FixedSplits, settings: dict[str, Any], fold
         "epochs": result.epochs,
         "seconds": round(result.seconds, 1),
     }
-    temporary = folder / "metrics.json.tmp"
-    temporary.write_text(json.dumps(figures, indent=2) + "\n")
-    os.replace(temporary, folder / "metrics.json")
+    write_json(folder / "metrics.json", figures)
     card = _card(result, tested, public_settings(settings))
     save_model(result.model, folder / "model", tokenizer=data.tokenizer, card=card)
     print(

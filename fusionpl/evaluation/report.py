@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from fusionpl.evaluation.rows import (
 )
 from fusionpl.evaluation.text import CONTINUED, EQUAL_COST, markdown_table, quoted, text_table
 from fusionpl.evaluation.verdict import Verdict, compared_cells, verdict_cells, verdicts
+from fusionpl.models import beside
 from fusionpl.paths import public_settings
 
 SAMPLES, PICTURES = "samples.safetensors", "pictures.safetensors"
@@ -184,8 +184,7 @@ class Report:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-            new = Path(temporary)
+        with beside(folder) as new:
             figures = {BARS: plots.metric_bars(self.rows)} if self.rows else {}
             if self.barrier:
                 figures[LINE] = plots.interpolation_figure(self.barrier)

@@ -8,7 +8,7 @@ from fusionpl.models.lineage import Ancestor, ancestor, inherited, lineage, pare
 from fusionpl.models.load import load_model
 from fusionpl.models.push import check_push, push
 from fusionpl.models.resized import resized, untied
-from fusionpl.models.save import add_to_card, class_names, forget_places, library_of, save_model, write_card
+from fusionpl.models.save import add_to_card, beside, class_names, forget_places, library_of, save_model, write_card
 from fusionpl.models.tensors import TensorFile
 from fusionpl.models.tokenizers import check_tokenizers, load_tokenizer, train_bpe, train_wordpiece
 from fusionpl.models.vocabulary import Renumbering, Vocabulary, load_parent, renumber
@@ -24,6 +24,7 @@ __all__ = [
     "Vocabulary",
     "add_to_card",
     "ancestor",
+    "beside",
     "build_model",
     "check_push",
     "check_tokenizers",

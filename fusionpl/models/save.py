@@ -2,8 +2,8 @@
 
 import json
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ def save_model(
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     names = class_names or _remembered(model)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        staged = Path(temporary) / "model"
+    with beside(folder) as temporary:
+        staged = temporary / "model"
         if isinstance(model, transformers.PreTrainedModel):
             if names is not None:
                 model.config.id2label = dict(enumerate(names))
@@ -60,6 +60,18 @@ def save_model(
         forget_places(staged)
         write_card(staged, library_of(model), card or f"# {folder.parent.name}")
         put_in_place(staged, folder)
+
+
+@contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """An empty folder beside another, of one name always: what a process that was killed left in it goes."""
+    temporary = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary)
 
 
 def put_in_place(staged: Path, folder: Path) -> None:

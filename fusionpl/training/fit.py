@@ -20,6 +20,7 @@ from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError, reason
 from fusionpl.evaluation import Outcomes
 from fusionpl.training.callbacks import RunProgress, SeedEpochs
+from fusionpl.training.checkpoints import WholeCheckpoints
 from fusionpl.training.module import ClassificationModule, OptimConfig
 
 
@@ -169,6 +170,7 @@ def build_trainer(
             default_root_dir=folder,
             logger=list(loggers) or False,
             callbacks=[*bar, *callbacks, *kept],
+            plugins=[WholeCheckpoints()],
             use_distributed_sampler=False,
             **args,
         )

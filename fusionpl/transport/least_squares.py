@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusionpl.errors import FusionError
 from fusionpl.transport.products import cross_product, self_product
 
 # In units of the inputs' mean energy; the largest all but keeps the prior. Below the smallest, the rounding errors of
@@ -96,9 +97,14 @@ def fit_ridge(
 
     Returns:
         W [n + 1, m] and the penalty; the prior itself and infinity where no fit predicts better.
+
+    Raises:
+        FusionError: what is fitted is not finite.
     """
     if not float(held_out.count) or not float(rows.count):
         return prior, float("inf")
+    if not all(bool(one.isfinite().all()) for part in (rows, held_out) for one in (part.xx, part.xy)):
+        raise FusionError("the activations of a refit hold NaN or infinite values; check calibration data and parents")
     trial, judge = (part.with_targets(_combined(part.xy)).less(_combined(prior)) for part in (rows, held_out))
 
     @functools.cache

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from fusionpl.cli import train
-from fusionpl.cli.common import main, run_folder, staged
+from fusionpl.cli.common import main, resumed, run_folder, staged
 from fusionpl.datamodules import DataConfig, ImageDataModule
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import evaluate
@@ -353,6 +354,35 @@ def test_an_output_whose_name_goes_on_is_another(tmp_path: Path) -> None:
     assert (left / "old/config.yaml").read_text() == "name: before"
 
 
+def test_a_run_that_goes_on_is_alone_and_removes_what_was_killed(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "last.ckpt").touch()
+    left = left_behind(target, moved=True, keep="last.ckpt")
+    with resumed(target):
+        assert not left.exists()
+        with pytest.raises(FusionError, match="another run is writing"), resumed(target):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with resumed(tmp_path / "nowhere"):
+        assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["dangling", "an output"])
+def test_an_output_may_be_a_symbolic_link(tmp_path: Path, *, whole: bool) -> None:
+    link, target = tmp_path / "mein Ordner é", tmp_path / "large disk/融合"
+    link.symlink_to(target)
+    if whole:
+        target.mkdir(parents=True)
+        (target / "config.yaml").touch()
+    for place in (staged(link, whole), run_folder(link, True, keep="last.ckpt")):
+        with place as folder:
+            (folder / "config.yaml").write_text("name: after")
+        assert link.is_symlink()
+        assert (target / "config.yaml").read_text() == "name: after"
+        assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
     """nohup ignores SIGHUP so that a command outlives its terminal."""
     seen = []
@@ -387,11 +417,19 @@ def test_two_runs_into_one_output(tmp_path: Path) -> None:
     ("error", "words"),
     [
         (PermissionError(13, "Permission denied", "/there"), "error: Permission denied: /there; choose another folder"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "error: No space left on device; choose another folder",
+        ),
         (OSError(28, "No space left on device"), "error: No space left on device; choose another folder"),
         (MemoryError(), "error: out of memory: MemoryError; use smaller"),
         (
             RuntimeError("[enforce fail at x] can't allocate memory: you tried to allocate 88 bytes. Error"),
             "allocate 88 b",
+        ),
+        (
+            RuntimeError("[pair.cc:537] Connection closed by peer [127.0.0.1]:9"),
+            "error: another process of this run ended",
         ),
         (FusionError("many\n lines of a library"), "error: many lines of a library"),
     ],

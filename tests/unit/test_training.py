@@ -1,6 +1,8 @@
 import csv
 import dataclasses
+import errno
 import functools
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from fusionpl.evaluation import evaluate
 from fusionpl.models import ModelConfig, build_model
 from fusionpl.training import ClassificationModule, FitResult, OptimConfig, finish_loggers, fit, make_loggers
 from fusionpl.training.callbacks import SeedEpochs
+from fusionpl.training.checkpoints import WholeCheckpoints
+from fusionpl.training.fit import read_checkpoint
 from fusionpl.training.loggers import MetricsFile
 from fusionpl.training.weights_and_biases import has_wandb_key
 
@@ -265,3 +269,25 @@ def test_weights_and_biases_without_a_key_runs_offline(
 def test_a_key_in_the_environment_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     assert has_wandb_key()
+
+
+def test_a_checkpoint_is_the_old_or_the_new_and_needs_no_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    path = tmp_path / "checkpoints/last.ckpt"
+    WholeCheckpoints().save_checkpoint({"epoch": 1}, path)
+
+    def full(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space"):
+            WholeCheckpoints().save_checkpoint({"epoch": 2}, path)
+    assert read_checkpoint(path) == {"epoch": 1}
+    WholeCheckpoints().save_checkpoint({"epoch": 2}, path)
+    assert read_checkpoint(path) == {"epoch": 2}
+    assert [one.name for one in path.parent.iterdir()] == ["last.ckpt"]

@@ -1,0 +1,32 @@
+"""How checkpoints get onto the disk."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside the one that it replaces, then renames it: a run that is killed has one or the other.
+
+    Lightning writes it to $TMPDIR, which may be full and is often another file system: then the move is a copy, and
+    a kill in the middle of it leaves a damaged checkpoint and no other.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Saves a checkpoint.
+
+        Raises:
+            OSError: there is no room; what was there stays.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        # torch.save to a file would turn a full disk into an error of its zip writer
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        temporary.write_bytes(buffer.getbuffer())
+        os.replace(temporary, path)

@@ -1,0 +1,72 @@
+"""As many processes as one likes fuse the same model, and none waits for one that is gone."""
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from fusionpl import load_model
+from tests.campaign.commands import COMMANDS, LAST, Running, finished, has_checkpoint, make_home
+
+pytestmark = pytest.mark.campaign
+FUSE = COMMANDS["fuse"].words
+ENDLESS = ("--trainer.max_epochs", "100000")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.mark.parametrize("batch_size", [10, 16, 24], ids=["even", "an uneven last", "a rank without"])
+def test_any_number_of_ranks(home: Path, tmp_path: Path, batch_size: int) -> None:
+    """40 samples: 4 batches, 3 of which the last is half as large, or 2, which leave the third rank none."""
+    shutil.copytree(home, tmp_path / "place")
+    place = tmp_path / "place"
+    options = ("--calibration.samples", "40", "--calibration.batch_size", str(batch_size))
+    for ranks in (1, 2, 3):
+        several = ("--trainer.devices", str(ranks), "--trainer.strategy", "ddp") if ranks > 1 else ()
+        finished(place, [*FUSE, *options, *several])
+        (place / "out").rename(place / f"{ranks}")
+    images = torch.randn(64, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    maps = [safetensors.torch.load_file(place / f"{ranks}/maps.safetensors") for ranks in (1, 2, 3)]
+    with torch.inference_mode():
+        outputs = [load_model(place / f"{ranks}")(images) for ranks in (1, 2, 3)]
+    for found, output in zip(maps[1:], outputs[1:], strict=True):
+        for name, plan in maps[0].items():
+            torch.testing.assert_close(found[name], plan, rtol=0, atol=1e-6, msg=name)
+        assert float((output - outputs[0]).norm()) < 1e-3 * float(outputs[0].norm())
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["the second rank", "the first rank"])
+def test_a_rank_that_dies_ends_the_others(home: Path, tmp_path: Path, *, first: bool) -> None:
+    shutil.copytree(home, tmp_path / "place")
+    running = Running(tmp_path / "place", [*COMMANDS["train, 2 processes"].words, *ENDLESS])
+    try:
+        has_checkpoint(tmp_path / "place/out" / LAST)
+        pid = running.process.pid
+        assert pid is not None
+        (second,) = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        os.kill(pid if first else second, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while _lives(second if first else pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not _lives(second if first else pid)
+    finally:
+        running.kill()
+    assert running.wait(10) == (-signal.SIGKILL if first else 2)
+    lines = [line for line in running.said().splitlines() if not line.startswith(("training", "epoch"))]
+    assert len(lines) == 1
+    assert "another process of this run ended; what it said stands above" in lines[0]
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= runs/demo
 
-.PHONY: demo test campaign lint types clean
+.PHONY: demo test docs campaign lint types clean
 
 demo: .venv/runtime
 	@echo "== two parents, a few minutes each"
@@ -17,6 +17,10 @@ demo: .venv/runtime
 
 test: lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term $(PYTEST)
+
+# The site, with the notebook run: build/site/index.html.
+docs: .venv/docs
+	EXECUTE_NOTEBOOKS=true NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # Hundreds of damaged files of each kind; MUTATIONS says how many.
 campaign: .venv/dev
@@ -41,5 +45,9 @@ types: .venv/dev
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e '.[dev]'
 	touch $@
 
+.venv/docs: .venv/runtime
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf runs .venv .mypy_cache .pytest_cache .ruff_cache .coverage
+	rm -rf build runs .venv .mypy_cache .pytest_cache .ruff_cache .coverage

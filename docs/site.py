@@ -23,6 +23,6 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         if not file.exists():
             raise FileNotFoundError(f"{page.file.src_uri}: there is no {found[2]}")
         alone = f"\n\n{found[0]}\n\n" in markdown
-        return f"```yaml title=\"{words}\"\n{file.read_text()}```" if alone else f"`{words.strip('`')}`"
+        return f'```yaml title="{words}"\n{file.read_text()}```' if alone else f"`{words.strip('`')}`"
 
     return LINK.sub(shown, markdown)

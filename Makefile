@@ -6,7 +6,7 @@ RUNS ?= runs/demo
 LOCK ?=
 INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
-.PHONY: demo test campaign lint types lock audit clean
+.PHONY: demo test docs campaign lint types lock audit clean
 
 demo: .venv/runtime
 	@echo "== two parents, a few minutes each"
@@ -20,6 +20,10 @@ demo: .venv/runtime
 
 test: lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term $(PYTEST)
+
+# The site, with the notebook run: build/site/index.html.
+docs: .venv/docs
+	EXECUTE_NOTEBOOKS=true NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # Hundreds of damaged files of each kind; MUTATIONS says how many.
 campaign: .venv/dev
@@ -45,6 +49,10 @@ types: .venv/dev
 	$(if $(LOCK),,$(INSTALL) -e '.[dev]')
 	touch $@
 
+.venv/docs: .venv/runtime
+	$(INSTALL) -e '.[docs]'
+	touch $@
+
 # The newest versions that resolve, with their hashes.
 lock: .venv/runtime
 	$(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-annotate --no-header --python $(BIN)/python \
@@ -55,4 +63,4 @@ audit: .venv/runtime
 	$(BIN)/uv tool run pip-audit --disable-pip --require-hashes -r requirements.lock
 
 clean:
-	rm -rf runs .venv .mypy_cache .pytest_cache .ruff_cache .coverage
+	rm -rf build runs .venv .mypy_cache .pytest_cache .ruff_cache .coverage

@@ -99,7 +99,7 @@ def test_every_option_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
             check(name, words)
         except FusionError as error:
             pytest.fail(f"{one}: {error}")
-    with pytest.raises(FusionError, match="did you mean 'align.solver'"):
+    with pytest.raises(FusionError, match=r"did you mean .align\.solver."):
         check("fuse", ["--parents", "A", "B", "--align.solvr", "emd"])
 
 

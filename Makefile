@@ -18,7 +18,7 @@ demo: .venv/runtime
 test: lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term $(PYTEST)
 
-# Hundreds of damaged files of each kind; MUTATIONS says how many.
+# Damaged files of each kind, and commands that are killed: MUTATIONS and KILLS say how many of each.
 campaign: .venv/dev
 	$(BIN)/python -m pytest tests/campaign -m campaign -s
 

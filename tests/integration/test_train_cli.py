@@ -427,7 +427,10 @@ def test_two_runs_into_one_output(tmp_path: Path) -> None:
             RuntimeError("[enforce fail at x] can't allocate memory: you tried to allocate 88 bytes. Error"),
             "allocate 88 b",
         ),
-        (RuntimeError("[pair.cc:537] Connection closed by peer [127.0.0.1]:9"), "error: another process of this run ended"),
+        (
+            RuntimeError("[pair.cc:537] Connection closed by peer [127.0.0.1]:9"),
+            "error: another process of this run ended",
+        ),
         (FusionError("many\n lines of a library"), "error: many lines of a library"),
     ],
 )

@@ -25,7 +25,7 @@ test: lint types
 docs: .venv/docs
 	EXECUTE_NOTEBOOKS=true NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-# Hundreds of damaged files of each kind; MUTATIONS says how many.
+# Damaged files of each kind, and commands that are killed: MUTATIONS and KILLS say how many of each.
 campaign: .venv/dev
 	$(BIN)/python -m pytest tests/campaign -m campaign -s
 

@@ -38,7 +38,8 @@ TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 TUNED = ("finetune", "--model", "fused", "--output", "out", "--trainer.max_epochs", "2", "--baselines", "false")
 LAST = "checkpoints/last.ckpt"
 TEMPORARY = "temporary"  # $TMPDIR of the commands: the system's to empty
-SECONDS = ("seconds", "samples/s")
+# Times, and what Lightning logs of an epoch after its checkpoint is written: a run that is stopped in between lacks it.
+VARY = ("seconds", "train/loss", "train/accuracy", "lr")
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def make_home(home: Path) -> Path:
 
 
 def left_in(home: Path) -> dict[str, Any]:
-    """What every file of a folder holds, apart from times: figures, hashes of tensors, of other files that they are there."""
+    """What can be compared in every file of a folder: figures, hashes of tensors; other files are there or not."""
     return {
         str(path.relative_to(home)): _content(path)
         for path in sorted(home.rglob("*"))
@@ -166,15 +167,15 @@ def left_in(home: Path) -> dict[str, Any]:
 
 def _content(path: Path) -> Any:
     if path.suffix == ".json":
-        return _timeless(json.loads(path.read_text()))
+        return _comparable(json.loads(path.read_text()))
     if path.suffix == ".csv":
-        return [_timeless(row) for row in csv.DictReader(path.read_text().splitlines())]
+        return [_comparable(row) for row in csv.DictReader(path.read_text().splitlines())]
     if path.suffix == ".safetensors":
         return hashlib.sha256(path.read_bytes()).hexdigest()
     return None
 
 
-def _timeless(tree: Any) -> Any:
+def _comparable(tree: Any) -> Any:
     if isinstance(tree, dict):
-        return {key: _timeless(value) for key, value in tree.items() if key not in SECONDS}
-    return [_timeless(one) for one in tree] if isinstance(tree, list) else tree
+        return {key: _comparable(value) for key, value in tree.items() if key not in VARY}
+    return [_comparable(one) for one in tree] if isinstance(tree, list) else tree

@@ -7,14 +7,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.campaign.commands import COMMANDS, finished, left_in, make_home
+from tests.campaign.commands import COMMANDS, finished, left_in
 
 pytestmark = pytest.mark.campaign
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_home(tmp_path_factory.mktemp("home"))
 
 
 def run(home: Path, place: Path, name: str, threads: int) -> Path:

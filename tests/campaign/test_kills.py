@@ -1,4 +1,4 @@
-"""Killed at a random moment, a command leaves a complete output or none, and what is run next ends as if nothing was."""
+"""Killed at a random moment, a command leaves a complete output or none; run again, it ends as if nothing had been."""
 
 import os
 import random
@@ -12,15 +12,10 @@ import pytest
 
 from fusionpl import load_model
 from fusionpl.errors import FusionError
-from tests.campaign.commands import COMMANDS, LAST, Command, Running, finished, left_in, make_home
+from tests.campaign.commands import COMMANDS, LAST, Command, Running, finished, left_in
 
 pytestmark = pytest.mark.campaign
 LOGGED = "out/metrics.csv"  # written last, after the output is complete
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_home(tmp_path_factory.mktemp("home"))
 
 
 def killed(command: Command, place: Path, seconds: float, whole: dict[str, Any]) -> str:

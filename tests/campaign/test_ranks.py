@@ -11,16 +11,11 @@ import safetensors.torch
 import torch
 
 from fusionpl import load_model
-from tests.campaign.commands import COMMANDS, LAST, Running, finished, has_checkpoint, make_home
+from tests.campaign.commands import COMMANDS, LAST, Running, finished, has_checkpoint
 
 pytestmark = pytest.mark.campaign
 FUSE = COMMANDS["fuse"].words
 ENDLESS = ("--trainer.max_epochs", "100000")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_home(tmp_path_factory.mktemp("home"))
 
 
 @pytest.mark.parametrize("batch_size", [10, 16, 24], ids=["even", "an uneven last", "a rank without"])

@@ -241,7 +241,12 @@ def joint_stream(
         A map [width of the parent, width] for each parent. With their weights they add up to a stream T = sum of
         w^1/2 A V, whose energy is the parents' mean where V, the rows of an orthonormal basis, holds all of it; and
         each parent's stream is read from it as w^-1/2 T V^T.
+
+    Raises:
+        FusionError: the products are not finite.
     """
+    if not bool(products.isfinite().all()):
+        raise FusionError("the parents' streams hold NaN or infinite values; check calibration data and parents")
     parts = list(zip(widths, weights, strict=True))
     scale = torch.cat([products.new_full((n,), w**0.5) for n, w in parts])
     energies, shared = products * torch.outer(scale, scale), sum(widths)

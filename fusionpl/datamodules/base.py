@@ -146,7 +146,15 @@ class FixedSplits(L.LightningDataModule):
         return self._evaluation_loader("test")
 
     def calibration_dataloader(self, batch_size: int = 64) -> DataLoader[Any]:
-        """The calibration data, never trained, validated or tested on, in a fixed order; the same on every rank."""
+        """The calibration data, never trained, validated or tested on, in a fixed order; the same on every rank.
+
+        Raises:
+            FusionError: there are none.
+        """
+        if not len(self.dataset("calibration")):  # type: ignore[arg-type]  # all have a length
+            raise FusionError(
+                "there are no calibration data; give some samples of the training data: --data.calibration 200"
+            )
         return self._loader("calibration", batch_size, None, 0)
 
     @property

@@ -310,6 +310,7 @@ def test_sweep_calibrates_once_for_cells_that_share_tokens() -> None:
         (["--anchor", "2"], "anchor 2"),
         (["--weights", "[0.9, 0.9]"], "weights must sum to 1"),
         (["--calibration.samples", "0"], "calibration"),
+        (["--data.calibration", "0"], "there are no calibration data; give some samples"),
         (["--data.path", "nowhere/at-all/x"], "nowhere/at-all/x"),
     ],
 )

@@ -22,6 +22,7 @@ from fusionpl.cli.common import parse_options, task_of, with_presets
 from fusionpl.cli.completion import PARSERS
 from fusionpl.cli.sweep import grid
 from fusionpl.errors import FusionError
+from fusionpl.fusion import Estimate
 from fusionpl.presets import CONF
 from tests.integration.runs import make_run
 
@@ -122,6 +123,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("words", FUSING.values(), ids=FUSING)
 def test_every_fusion_is_planned(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
+    monkeypatch.setattr(Estimate, "told", lambda *_: "")  # which times the machine
     fuse.run([*(word.replace("data/all-sites", "digits") for word in words), "--dry-run"])
 
 

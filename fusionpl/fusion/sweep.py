@@ -71,7 +71,10 @@ class Team:
         self.binding = self.bindings[anchor]
         self._data = data
         self.readers = [_Reader(parent) for parent in parents]
-        self.flows = [Flow(parent, data, f"parent {index}") for index, parent in enumerate(parents)] if data else []
+        # a calibration set of which this rank has no batch is empty, and still one
+        self.flows = (
+            [] if data is None else [Flow(parent, data, f"parent {index}") for index, parent in enumerate(parents)]
+        )
 
     @property
     def data(self) -> CalibrationSet:

@@ -89,6 +89,9 @@ class Running:
         self.output = home.with_name(f"{home.name}.said")
         self.process = FORKS.Process(target=_command, args=(home, tuple(words), environment, self.output))
         self.process.start()
+        pid = self.process.pid
+        while self.process.is_alive() and os.getpgid(pid) != pid:  # until it has its group
+            time.sleep(0.001)
 
     def kill(self, number: int = signal.SIGKILL, *, everyone: bool = True) -> None:
         """Sends a signal to all processes of the command that are still there, or to the first alone."""

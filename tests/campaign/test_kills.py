@@ -23,7 +23,7 @@ def killed(command: Command, place: Path, seconds: float, whole: dict[str, Any])
     running = Running(place, command.words)
     time.sleep(seconds)
     running.kill()
-    running.wait(60)
+    assert running.wait(60) is not None
     output, left = place / "out", left_in(place)
     if output.exists() and not command.resumable:
         found = "complete"

@@ -18,11 +18,9 @@ from tests.unit.test_documented_commands import ROOT, commands, subcommand
 
 # Of images; what fuses text or models of the hub has its options checked alone.
 FUSIONS = [
-    words[1:]
+    subcommand(shlex.split(line, comments=True))[1:]
     for _, line, needs in commands()
-    if not needs and "bert" not in line and (" fuse" in f" {line}")
-    for words in [subcommand(shlex.split(line, comments=True))]
-    if words[0] == "fuse"
+    if not needs and "bert" not in line and line.startswith(("python fuse.py", "fusionpl fuse"))
 ]
 
 

@@ -76,3 +76,13 @@ def test_mistakes(models: list[str], words: list[str], message: str, capsys: pyt
     line = capsys.readouterr().err
     assert message in line
     assert line.count("\n") == 1
+
+
+def test_an_empty_section_of_a_configuration_is_one_line(
+    models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text("data:\n")
+    assert main(command.run, ["--config", str(tmp_path / "mine.yaml"), "--models", models[0]]) == 2
+    line = capsys.readouterr().err
+    assert "mine.yaml: 'data' holds no options" in line
+    assert line.count("\n") == 1

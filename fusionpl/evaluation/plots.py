@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusionpl.evaluation.barrier import Curve
 from fusionpl.evaluation.matched import MatchedAxis
-from fusionpl.evaluation.rows import MODEL, PARENT, Row, best_parent, far_apart, known, ordered, readable, shown_metric
+from fusionpl.evaluation.rows import MODEL, Row, best_parent, far_apart, known, ordered, readable, shown_metric
 
 GREY, BLACK, RED, BLUE = "#a9adb3", "#2b2f36", "#c94c41", "#2f6fb3"
 INK, FAINT = "#33373d", "#e3e5e8"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusionpl.evaluation.barrier import Curve
 from fusionpl.evaluation.matched import MatchedAxis
-from fusionpl.evaluation.rows import MODEL, PARENT, Row, far_apart, known, ordered, readable, shown_metric
+from fusionpl.evaluation.rows import MODEL, Row, best_parent, far_apart, known, ordered, readable, shown_metric
 
 GREY, BLACK, RED, BLUE = "#a9adb3", "#2b2f36", "#c94c41", "#2f6fb3"
 INK, FAINT = "#33373d", "#e3e5e8"
@@ -33,7 +33,8 @@ CAPTIONS = {
 def metric_bars(rows: Sequence[Row]) -> Figure:
     """Horizontal bars of the rows' main metric (see `shown_metric`), one-shot above finetuned.
 
-    Rows that lack the metric are left out. The dashed line marks the best parent before finetuning.
+    Rows that lack the metric are left out. The dashed line marks the best parent before finetuning, which
+    validation chose.
     """
     metric = shown_metric(rows)
     scale = 100.0 if metric == "accuracy" else 1.0
@@ -58,15 +59,11 @@ def metric_bars(rows: Sequence[Row]) -> Figure:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:,g}")
         axes.xaxis.set_minor_locator(NullLocator())
-    best = max if metric == "accuracy" else min
-    parents = [
-        value
-        for row, value in zip(shown, values, strict=True)
-        if row.name.startswith((PARENT, MODEL)) and row.stage == "one-shot"
-    ]
-    if parents:
-        axes.axvline(best(parents), color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-        _note(axes, "best parent", (best(parents), -1.2), (0, 2), INK, ha="center", va="bottom")
+    best = best_parent(shown) or best_parent(shown, MODEL)
+    if best is not None and best[0].stage == "one-shot":
+        at = scale * getattr(best[0], metric)
+        axes.axvline(at, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        _note(axes, f"best {best[0].name.partition(' ')[0]}", (at, -1.2), (0, 2), INK, ha="center", va="bottom")
     axes.set_yticks(positions, [row.name for row in shown])
     axes.set_ylim(max(positions, default=0) + 0.6, -1.2)
     axes.margins(x=0.12)

@@ -42,8 +42,7 @@ def specialisation(team: Team) -> Specialisation:
         team: the parents, which stand before the tail.
     """
     means: Tensor | None = None
-    of: Literal["samples", "tokens"] = "samples"
-    sums = torch.zeros(2, dtype=torch.float64)  # rows, and what they diverge by
+    sums = torch.zeros(3, dtype=torch.float64)  # rows, those of tokens, and what all diverge by
     with team.at_work():
         states = [parent.states(TAIL) for parent in team.parents]
         for batch in team.data:
@@ -55,16 +54,16 @@ def specialisation(team: Team) -> Specialisation:
                     one[mask[part].to(one.device)] if mask is not None and one.ndim == 3 else one.flatten(0, -2)
                     for _, one in given
                 ]
-                of = "tokens" if given[0][1].ndim == 3 else of
                 shown = torch.stack([one.float().softmax(-1) for one in rows])
-                sums += torch.tensor([shown.shape[1], float(_divergence(shown).sum())])
+                count = shown.shape[1]
+                sums += torch.tensor([count, count * (given[0][1].ndim == 3), float(_divergence(shown).sum())])
                 total = shown.double().sum(1).cpu()
                 means = total if means is None else means + total
     assert means is not None  # a calibration set has samples
     sum_over_ranks([sums, means])
-    rows_seen, diverged = sums.tolist()
+    rows_seen, of_tokens, diverged = sums.tolist()
     share = float(_divergence(means / rows_seen)) * rows_seen / diverged if diverged > 0 else 0.0
-    return Specialisation(share, of)
+    return Specialisation(share, "tokens" if of_tokens else "samples")
 
 
 def with_units(config: FuseConfig, found: Specialisation) -> tuple[FuseConfig, str]:

@@ -18,7 +18,7 @@ def test_the_notebook_trains_fuses_and_shows_pictures(tmp_path: Path, monkeypatc
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
     NotebookClient(notebook, timeout=600).execute()
     outputs = [output for cell in code for output in cell.outputs]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
     text = "".join(output.get("text", "") for output in outputs)
     assert "the best parent" in text
     assert "warning" not in text.lower()

@@ -108,7 +108,8 @@ def test_a_fusion_of_the_hubs_models_is_pushed_and_so_is_its_finetuning(
 
 
 def test_nothing_that_is_published_names_a_path(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("API_KEY", "MODE"):  # without a key a run is kept offline
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
     parents = [make_run(here.parent / "elsewhere" / f"seed-{seed}", seed) for seed in (1, 2)]
     for parent in parents:
         file = parent / "model" / "config.json"

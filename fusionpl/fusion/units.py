@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fusionpl.calibration import sum_over_ranks
+from fusionpl.calibration import or_zeros, sum_over_ranks
 from fusionpl.families import TAIL, boundary
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.sweep import Team
@@ -47,7 +47,7 @@ def specialisation(team: Team) -> float:
                 sums += torch.tensor([shown.shape[1], float(_divergence(shown).sum())])
                 total = shown.double().sum(1).cpu()
                 means = total if means is None else means + total
-    assert means is not None  # a calibration set has samples
+    means = or_zeros(means)
     sum_over_ranks([sums, means])
     rows_seen, diverged = sums.tolist()
     return float(_divergence(means / rows_seen)) * rows_seen / diverged if diverged > 0 else 0.0

@@ -200,3 +200,14 @@ def sum_over_ranks(tensors: list[Tensor]) -> None:
     dist.all_reduce(flat)
     for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(summed.view_as(tensor))
+
+
+def or_zeros(tensor: Tensor | None) -> Tensor:
+    """What is to be summed over ranks: on a rank that saw no batch, and has none, zeros as large as another's."""
+    if not dist.is_initialized():
+        assert tensor is not None  # a calibration set has samples
+        return tensor
+    shapes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shapes, None if tensor is None else tensor.shape)
+    shape = next(shape for shape in shapes if shape is not None)
+    return torch.zeros(shape, dtype=torch.float64) if tensor is None else tensor

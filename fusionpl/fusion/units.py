@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fusionpl.calibration import sum_over_ranks
+from fusionpl.calibration import or_zeros, sum_over_ranks
 from fusionpl.families import TAIL, boundary
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.sweep import Team
@@ -59,7 +59,7 @@ def specialisation(team: Team) -> Specialisation:
                 sums += torch.tensor([count, count * (given[0][1].ndim == 3), float(_divergence(shown).sum())])
                 total = shown.double().sum(1).cpu()
                 means = total if means is None else means + total
-    assert means is not None  # a calibration set has samples
+    means = or_zeros(means)
     sum_over_ranks([sums, means])
     rows_seen, of_tokens, diverged = sums.tolist()
     share = float(_divergence(means / rows_seen)) * rows_seen / diverged if diverged > 0 else 0.0

@@ -1,6 +1,8 @@
 """Lightning callbacks of every training run."""
 
+import signal
 import sys
+import threading
 from typing import Any
 
 import lightning as L
@@ -23,6 +25,24 @@ class SeedEpochs(Callback):
         """Seeds python, numpy and torch."""
         entropy = (self.seed, trainer.current_epoch, trainer.global_rank)
         L.seed_everything(int(np.random.SeedSequence(entropy).generate_state(1)[0]), verbose=False)
+
+
+class OwnSignals(Callback):
+    """Leaves SIGTERM to who handled it before the Trainer.
+
+    Lightning's handler sends the other ranks a message in the middle of whatever they exchange: where a scheduler stops
+    all of them at once, they may wait for each other for ever.
+    """
+
+    def __init__(self) -> None:
+        self._handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes Lightning's handler away again."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._handler)
+
+    on_test_start = on_train_start
 
 
 class RunProgress(ProgressBar):

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError, reason
 from fusionpl.evaluation import Outcomes
-from fusionpl.training.callbacks import RunProgress, SeedEpochs
+from fusionpl.training.callbacks import OwnSignals, RunProgress, SeedEpochs
 from fusionpl.training.checkpoints import WholeCheckpoints
 from fusionpl.training.module import ClassificationModule, OptimConfig
 
@@ -169,7 +169,7 @@ def build_trainer(
         return L.Trainer(
             default_root_dir=folder,
             logger=list(loggers) or False,
-            callbacks=[*bar, *callbacks, *kept],
+            callbacks=[OwnSignals(), *bar, *callbacks, *kept],
             plugins=[WholeCheckpoints()],
             use_distributed_sampler=False,
             **args,

@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import errno
 import functools
+import signal
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -291,3 +292,18 @@ def test_a_checkpoint_is_the_old_or_the_new_and_needs_no_temporary_folder(
     WholeCheckpoints().save_checkpoint({"epoch": 2}, path)
     assert read_checkpoint(path) == {"epoch": 2}
     assert [one.name for one in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_sigterm_is_left_to_who_handled_it(tmp_path: Path) -> None:
+    """Lightning's handler would wait for other ranks that a scheduler stopped too."""
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+        def on_test_batch_end(self, *_: Any) -> None:
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    trained(tmp_path, max_epochs=1, callbacks=[Look()])
+    assert set(seen) == {signal.getsignal(signal.SIGTERM)}

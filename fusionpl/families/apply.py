@@ -70,7 +70,7 @@ def aligned_state(
         if slot.parameter not in source or any(second in slot.axes for _, second in pairs):
             continue
         turned = [maps[axis] for axis in slot.axes if axis and axis in maps and maps[axis].scaling == "orthogonal"]
-        if slot.gain and turned:  # it is 1 in both
+        if slot.gain and turned:  # it is 1 in both, or will be fitted
             gain = turned[0].norm_gain if slot.gain == "norm" else 1.0
             place.put(state[place.parameter], torch.full_like(place.of(state[place.parameter]), gain))
             continue

@@ -62,7 +62,7 @@ class Slot:
         axes, reads: of each dimension, its axis and whether the parameter reads it.
         section: that the parameter belongs to.
         gain: `norm` for the gain of a norm, `scale` for a LayerScale: it multiplies unit by unit; before a stream is
-            rotated, it is folded.
+            rotated, it is folded; where several become one stream, that of a norm inside it is fitted.
     """
 
     parameter: str

@@ -94,9 +94,9 @@ class FuseConfig:
         refit: what happens to the average.
         refine: what happens after that; see `fusionpl.fusion.refine`.
         strategy: `transport`: units are matched and averaged; `joint`: one stream holds as much of all parents' streams
-            as fits into it, the other units are the anchor's, and what reads and writes the stream is refitted (pre-LN
-            families; `align` has nothing to do); `auto`: `joint` where the family allows it and `align` is as in
-            conf/fuse/default.yaml, else `transport`.
+            as fits into it, the other units are the anchor's, and what reads and writes the stream is refitted
+            (`align` has nothing to do; not for several stacks, nor norms inside a pre-LN stream); `auto`: `joint` where
+            the family allows it and `align` is as in conf/fuse/default.yaml, else `transport`.
         width: with `joint`, the units of the fused model's stream, or up to 8 a factor of the anchor's; its heads and
             hidden units grow with it, and are more of the parents'. null: the anchor's.
         depth: with `joint`, the number of the fused model's blocks, between the shallowest parent's and the sum of all.

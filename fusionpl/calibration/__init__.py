@@ -11,7 +11,7 @@ from fusionpl.calibration.network import Network
 from fusionpl.calibration.observe import Statistics, Target, Wanted, observe
 from fusionpl.calibration.restacked import Restacked, Run
 from fusionpl.calibration.taps import Place, captured, parameter_units, recorded
-from fusionpl.calibration.tokens import select
+from fusionpl.calibration.tokens import select, window
 
 __all__ = [
     "GIB",
@@ -51,4 +51,5 @@ __all__ = [
     "select",
     "sources",
     "sum_over_ranks",
+    "window",
 ]

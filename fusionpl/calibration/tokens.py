@@ -36,7 +36,7 @@ def select(activations: Tensor, tokens: str, mask: Tensor | None = None) -> Tens
     if tokens.startswith("window:") and mask is not None:
         raise FusionError(f"calibration.tokens {tokens} is for images, not for padded text; use all, class or mean")
     if tokens.startswith("window:") and not patches:
-        activations = activations[:, _window(activations.shape[1], int(tokens.partition(":")[2]))]
+        activations = activations[:, window(activations.shape[1], tokens)]
     elif tokens == "class" and not patches:
         activations = activations[:, :1]
     elif mask is not None:
@@ -44,8 +44,13 @@ def select(activations: Tensor, tokens: str, mask: Tensor | None = None) -> Tens
     return activations.flatten(0, 1)
 
 
-def _window(length: int, n: int) -> Tensor:
-    side = math.isqrt(length - 1)
+def window(length: int, tokens: str) -> Tensor:
+    """The places, among `length` tokens, that `tokens`, which is `window:N`, means: the class token and N x N patches.
+
+    Raises:
+        FusionError: there is no such grid.
+    """
+    n, side = int(tokens.partition(":")[2]), math.isqrt(length - 1)
     if side * side != length - 1 or n > side:
         raise FusionError(
             f"calibration.tokens window:{n} needs a class token and a square grid of at least {n} x {n} patches, "

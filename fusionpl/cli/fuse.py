@@ -161,11 +161,17 @@ class Job:
         config = self.config.calibration
         return CalibrationSet(self.data.calibration_dataloader(config.batch_size), config, Kept(budget(config.memory)))
 
-    def estimate(self, plan: Plan, networks: Sequence[Network], goal: Network, device: torch.device) -> Estimate:
-        """What the fusion will take."""
-        calibration = self.data.calibration_dataloader(self.config.calibration.batch_size)
+    def estimate(
+        self, config: FuseConfig, plan: Plan, networks: Sequence[Network], goal: Network, device: torch.device
+    ) -> Estimate:
+        """What a fusion will take."""
+        calibration, anchor = self.data.calibration_dataloader(config.calibration.batch_size), self.anchor_of(config)
         batch, samples = next(iter(calibration)), len(calibration.dataset)  # type: ignore[arg-type]  # all have a length
-        return estimate(plan, networks, self.anchor, self.config, batch, samples, device, goal)
+        return estimate(plan, networks, anchor, config, batch, samples, device, goal)
+
+    def anchor_of(self, config: FuseConfig) -> int:
+        """The anchor's index, from 0."""
+        return resolve_anchor(config, len(self.parents))
 
 
 def run(argv: Sequence[str]) -> None:
@@ -176,18 +182,21 @@ def run(argv: Sequence[str]) -> None:
     names, args = list(job.parents), job.args
     networks, matchings = ready(job.networks, job.anchor, job.config)
     goal, plan = plan_of(networks, job.anchor, job.config, names)
-    for other in job.presets.values():
-        anchor = resolve_anchor(other, len(names))
-        plan_of(ready(job.networks, anchor, other)[0], anchor, other, names)
     device, output = _device(args.trainer), Path(args.output or in_sweep(_default_output(args.parents)))
     job.data.check_reads(job.networks[job.anchor].module)
+    for other in job.presets.values():
+        level, anchor = ready(job.networks, job.anchor_of(other), other)[0], job.anchor_of(other)
+        other_goal, other_plan = plan_of(level, anchor, other, names)
+        needed = job.estimate(other, other_plan, level, other_goal, device)
+        if not args.dry_run:
+            needed.check(device, None)
     if not args.dry_run:
         job.data.check_model(job.networks[job.anchor].module, job.networks[job.anchor].logits)
     if args.dry_run and matchings:
         networks, matchings = ready(job.networks, job.anchor, job.config, job.calibration())
         goal, plan = plan_of(networks, job.anchor, job.config, names)
     bindings = [network.binding for network in networks]
-    expected = job.estimate(plan, networks, goal, device)
+    expected = job.estimate(job.config, plan, networks, goal, device)
     if args.dry_run:
         table = describe(plan, bindings, job.anchor, job.config, names, goal.binding)
         print(table, *(one.told for one in matchings), expected.told(device), sep="\n")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusionpl.calibration import GIB, Batch, Key, Network, budget, eval_mode, free_memory, inputs_of, sources
+from fusionpl.calibration import GIB, Batch, Key, Network, budget, eval_mode, free_memory, inputs_of, sources, window
 from fusionpl.errors import FusionError
 from fusionpl.families import Binding, State, boundary
 from fusionpl.fusion.config import FuseConfig
@@ -236,7 +236,7 @@ class _Shapes:
 def _evidence(tokens: str, length: int, inputs: Mapping[str, Tensor]) -> int:
     """How many of a sample's tokens count as evidence."""
     if tokens.startswith("window:") and "pixel_values" in inputs:
-        return int(tokens.partition(":")[2]) ** 2 + 1
+        return len(window(length, tokens))
     return 1 if tokens in ("class", "mean") else length
 
 

@@ -322,6 +322,15 @@ def test_a_wrong_option_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_preset_to_compare_with_is_refused_before_anything_is_fused(
+    parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fuse, "staged", lambda *_: pytest.fail("it began"))
+    (tmp_path / "wide.yaml").write_text("calibration:\n  tokens: window:9\n")
+    words = ["--parents", *parents[:2], "--output", str(tmp_path / "out"), "--compare", str(tmp_path / "wide.yaml")]
+    assert "window:9 needs a class token and a square grid of at least 9 x 9" in refused(capsys, fuse.run, words)
+
+
 def test_unknown_key_in_a_config_file(parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("align:\n  residul: skip\n")

@@ -28,7 +28,7 @@ FUSIONS = [
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that commands name: parents, a family, presets."""
     folder = tmp_path_factory.mktemp("shown")
-    runs = [make_run(folder / f"run-{seed}", seed, depth=4) for seed in range(3)]
+    runs = [make_run(folder / f"run-{seed}", seed, depth=4, img_size=24) for seed in range(3)]
     for words in FUSIONS:
         parents = takewhile(lambda word: not word.startswith("-"), words[words.index("--parents") + 1 :])
         for path, run in zip(map(folder.joinpath, parents), runs, strict=False):
@@ -44,4 +44,5 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_fusion_is_planned(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setattr(Estimate, "told", lambda *_: "")  # which times the machine
-    fuse.run([*(word.replace("data/all-sites", "digits") for word in words), "--dry-run"])
+    words = [word.replace("data/all-sites", "digits") for word in words]
+    fuse.run([*words, "--data.image_size", "24", "--dry-run"])  # room for the window of the paper

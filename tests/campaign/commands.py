@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from fusionpl.cli.common import main
@@ -128,6 +129,7 @@ def _command(home: Path, words: tuple[str, ...], environment: Mapping[str, str],
     tempfile.tempdir = str(home / TEMPORARY)
     os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": tempfile.tempdir, **environment}
     sys.argv = [str(ROOT / "fusionpl/cli/main.py"), *words]
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # the server has read its own
     sys.modules["__main__"].__spec__ = None  # Lightning starts further processes from it, or else from argv
     sys.exit(main(run, words))
 

@@ -11,17 +11,16 @@ from jsonargparse import ArgumentParser
 from fusionpl.cli.common import (
     add_logger_option,
     add_reading_options,
-    check_output,
     main,
     new_parser,
     parse_options,
     parser_for,
     quiet,
     settings_of,
-    staged,
 )
 from fusionpl.cli.fuse import common_tokenizer, named
 from fusionpl.cli.measuring import measure_models
+from fusionpl.cli.outputs import check_output, staged
 from fusionpl.errors import FusionError
 from fusionpl.models import load_model
 from fusionpl.training import TASKS, TaskName, finish_loggers, group_of, log_models, log_report, make_loggers

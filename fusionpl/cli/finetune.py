@@ -21,18 +21,15 @@ from fusionpl.cli.common import (
     add_logger_option,
     add_reading_options,
     add_trainer_options,
-    is_main_process,
     new_parser,
     parse,
     quiet,
-    resumed,
-    run_folder,
     settings_in,
     settings_of,
     task_of,
     with_presets,
-    write_json,
 )
+from fusionpl.cli.outputs import is_main_process, resumed, run_folder, write_json
 from fusionpl.cli.push import add_push_options, check_push_options, push_run
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import (

@@ -23,17 +23,15 @@ from fusionpl.cli.common import (
     add_logger_option,
     add_reading_options,
     add_trainer_options,
-    check_output,
-    is_main_process,
     new_parser,
     parse,
     parser_for,
     quiet,
     settings_of,
-    staged,
     with_presets,
 )
 from fusionpl.cli.measuring import Cost, Depth, Made, measure
+from fusionpl.cli.outputs import check_output, is_main_process, staged
 from fusionpl.cli.push import add_push_options, check_push_options, push_run
 from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError

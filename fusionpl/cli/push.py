@@ -11,7 +11,8 @@ from pathlib import Path
 import huggingface_hub
 from jsonargparse import ArgumentParser
 
-from fusionpl.cli.common import is_main_process, main, new_parser, parse_options, quiet, settings_in, staged
+from fusionpl.cli.common import main, new_parser, parse_options, quiet, settings_in
+from fusionpl.cli.outputs import is_main_process, staged
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import CAPTIONS
 from fusionpl.models import check_push, push

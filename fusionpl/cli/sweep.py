@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from fusionpl.cli.common import check_output, main, quiet, settings_of, staged
+from fusionpl.cli.common import main, quiet, settings_of
 from fusionpl.cli.fuse import arguments, common_tokenizer, fuse_config, fusing_parser, named, progress_bar
+from fusionpl.cli.outputs import check_output, staged
 from fusionpl.errors import FusionError, flattened
 from fusionpl.evaluation import Report, Row, evaluate
 from fusionpl.families import read_family

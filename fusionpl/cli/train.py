@@ -14,17 +14,14 @@ from jsonargparse.typing import NonNegativeInt
 from fusionpl.cli.common import (
     add_logger_option,
     add_trainer_options,
-    is_main_process,
     new_parser,
     parse,
     quiet,
-    resumed,
-    run_folder,
     settings_of,
     task_of,
     with_presets,
-    write_json,
 )
+from fusionpl.cli.outputs import is_main_process, resumed, run_folder, write_json
 from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError, flattened
 from fusionpl.evaluation import readable

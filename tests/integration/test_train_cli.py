@@ -14,7 +14,8 @@ import yaml
 from safetensors import SafetensorError
 
 from fusionpl.cli import train
-from fusionpl.cli.common import main, resumed, run_folder, staged
+from fusionpl.cli.common import main
+from fusionpl.cli.outputs import resumed, run_folder, staged
 from fusionpl.datamodules import DataConfig, ImageDataModule
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import evaluate
@@ -397,7 +398,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
 def test_two_runs_into_one_output(tmp_path: Path) -> None:
     target = tmp_path / "out"
     words = (
-        "import sys; from pathlib import Path; from fusionpl.cli.common import staged\n"
+        "import sys; from pathlib import Path; from fusionpl.cli.outputs import staged\n"
         "with staged(Path(sys.argv[1])): print('ready', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

@@ -84,7 +84,7 @@ class ChosenUnits(Problem):
         units, places = work.chosen[self.axes[0]]
         for axis in self.axes:
             n, m = sizes_in([axis], work.parent, work.anchor)
-            key = n, m, *units.tolist(), *places.tolist()
+            key = self.section == TAIL, n, m, *units.tolist(), *places.tolist()
             if key in work.given:
                 work.maps.share(axis, work.given[key])
                 continue

@@ -66,6 +66,13 @@ def test_it_is_nearer_to_the_mean_of_the_parents_than_their_average(name: str) -
     assert distance(joined(name, parents).model) < distance(vanilla(parents, [0.5, 0.5]))
 
 
+def test_a_head_as_wide_as_the_hidden_units_is_not_taken_for_them() -> None:
+    """Both have the same units in the same places, but nothing refits what reads the head's."""
+    model = text_model("bert masked-lm", 1, mlp=16)
+    found = joined("bert masked-lm", [model] * 2).model
+    torch.testing.assert_close(run("bert masked-lm", found), run("bert masked-lm", model), atol=5e-3, rtol=5e-3)
+
+
 @pytest.mark.parametrize(
     "name", ["dinov2, gate", "gpt2", "gpt_neox", "llama", "qwen3", "vit", "bert masked-lm", "roberta classifier"]
 )

@@ -22,7 +22,7 @@ PICTURES = "## Pictures"
 
 def build_parser() -> ArgumentParser:
     """The options."""
-    parser = new_parser("Puts a finished model on the hub, with its card and its report's pictures.")
+    parser = new_parser("Puts a finished model on the hub, with its card and its report's pictures.", presets=False)
     parser.add_argument("run", type=str, help="what fuse or finetune wrote")
     parser.add_argument("--to", type=str | None, help="the repository, org/name; made where there is none")
     parser.add_argument("--private", type=bool, default=True, help="whether a new repository is for its members alone")

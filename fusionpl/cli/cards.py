@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from fusionpl import __version__
+from fusionpl.cli.common import configs_in
 from fusionpl.datamodules import BUILT_IN
 from fusionpl.evaluation import FIGURES, Report, Row
 from fusionpl.models import hub_id
@@ -43,8 +44,7 @@ def command_section(command: str, argv: Sequence[str], preset: Path) -> str:
         argv: its arguments, as they were given.
         preset: what is used without `--config`.
     """
-    named = any(word.partition("=")[0] == "--config" for word in argv)
-    words = ["fusionpl", command, *([] if named else ["--config", preset.stem]), *argv]
+    words = ["fusionpl", command, *([] if configs_in(argv) else ["--config", preset.stem]), *argv]
     return f"## Command\n\nWith fusionpl {__version__}:\n\n```bash\n{public_command(words)}\n```"
 
 

@@ -134,7 +134,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str], default: Path) -> Namespa
     Raises:
         FusionError: an unknown option or key (with the nearest known one), or a value of the wrong type.
     """
-    return parse_options(parser, argv if _configs(argv) else ["--config", str(default), *argv])
+    return parse_options(parser, argv if configs_in(argv) else ["--config", str(default), *argv])
 
 
 def parse_options(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
@@ -143,7 +143,7 @@ def parse_options(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     Raises:
         FusionError: see `parse`; a section of the file that `--config` names holds no options.
     """
-    for _, file in _configs(argv):
+    for _, file in configs_in(argv):
         if Path(file).is_file():
             check_sections(read_yaml(file), parser, file)
     try:
@@ -156,7 +156,7 @@ def parse_options(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     return options
 
 
-def _configs(argv: Sequence[str]) -> list[tuple[int, str]]:
+def configs_in(argv: Sequence[str]) -> list[tuple[int, str]]:
     """What `--config` names: the place of the word that ends with it, and the name."""
     found = []
     for at, word in enumerate(argv):
@@ -183,7 +183,7 @@ def with_presets(argv: Sequence[str], kind: str) -> list[str]:
         print(*(f"{name.ljust(max(map(len, found)))}  {what}" for name, what in found.items()), sep="\n")
         raise SystemExit(0)
     words = list(argv)
-    for place, name in _configs(argv):
+    for place, name in configs_in(argv):
         file = preset(kind, name)
         if not read_yaml(file):
             raise FusionError(f"{file} holds no settings; leave --config out for the default preset")

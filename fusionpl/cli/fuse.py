@@ -94,7 +94,6 @@ class Job:
         config: how to fuse.
         parents: short name -> where the parent comes from.
         networks: the parents.
-        ancestors: what their cards tell of them.
         anchor: index of the anchor.
         data: to calibrate and test on.
         tokenizer: that the parents share, or None.
@@ -108,7 +107,6 @@ class Job:
     config: FuseConfig
     parents: Mapping[str, str]
     networks: Sequence[Network]
-    ancestors: Sequence[Ancestor]
     anchor: int
     data: FixedSplits
     tokenizer: Any
@@ -143,10 +141,7 @@ class Job:
         config = settled(config, networks, anchor)
         presets = {name: settled(one, networks, resolve_anchor(one, len(parents))) for name, one in presets.items()}
         data = TASKS[args.task].datamodule(chosen.data, 0, tokenizer)
-        ancestors = [ancestor(name, path) for name, path in parents.items()]
-        return cls(
-            args, settings, config, parents, networks, ancestors, anchor, data, tokenizer, family, presets, alternatives
-        )
+        return cls(args, settings, config, parents, networks, anchor, data, tokenizer, family, presets, alternatives)
 
     def load(self, name: str) -> nn.Module:
         """A whole parent, with the anchor's vocabulary."""
@@ -183,7 +178,8 @@ def run(argv: Sequence[str]) -> None:
     device, output = _device(args.trainer), Path(args.output or in_sweep(_default_output(args.parents)))
     job.data.check_reads(job.networks[job.anchor].module)
     for other in job.presets.values():
-        level, anchor = ready(job.networks, job.anchor_of(other), other)[0], job.anchor_of(other)
+        anchor = job.anchor_of(other)
+        level = ready(job.networks, anchor, other)[0]
         other_goal, other_plan = plan_of(level, anchor, other, names)
         needed = job.estimate(other, other_plan, level, other_goal, device)
         if not args.dry_run:
@@ -209,6 +205,8 @@ def run(argv: Sequence[str]) -> None:
         f"parents: {', '.join(names)} ({bindings[0].family.name}, {_depths(job.networks)} blocks); "
         f"anchor: {names[job.anchor]}"
     )
+    # Now, so that the card tells of the commits that are fused; a branch may move.
+    ancestors = [ancestor(name, path) for name, path in job.parents.items()] if is_main_process() else []
     loggers = make_loggers(
         args.logger, output, name=f"fuse {output.name}", job="fuse", group=dashboard_name(output), config=job.settings
     )
@@ -242,7 +240,7 @@ def run(argv: Sequence[str]) -> None:
             args.report,
         )  # fmt: skip
         report.save(folder / "report")
-        _write_card(folder / "model", job, report, command_section("fuse", argv, PRESET), output.name)
+        _write_card(folder / "model", job, ancestors, report, command_section("fuse", argv, PRESET), output.name)
     for line in fusion.result.warnings:
         print(f"warning: {line}")
     for line in fusion.result.notes:
@@ -257,10 +255,10 @@ def run(argv: Sequence[str]) -> None:
     print(f"next: python finetune.py --model {output}")
 
 
-def _write_card(folder: Path, job: Job, report: Report, command: str, name: str) -> None:
+def _write_card(folder: Path, job: Job, ancestors: Sequence[Ancestor], report: Report, command: str, name: str) -> None:
     fused = next((row for row in report.rows if row.name == "fused"), None)
-    data = metadata(job.settings, fused, name) | lineage(job.ancestors, "merge") | {"tags": ["fusionpl", "merge"]}
-    body = fused_card(report, list(job.parents), job.config.strategy, parents_section(job.ancestors), command)
+    data = metadata(job.settings, fused, name) | lineage(ancestors, "merge") | {"tags": ["fusionpl", "merge"]}
+    body = fused_card(report, list(job.parents), job.config.strategy, parents_section(ancestors), command)
     write_card(folder, library_of(job.networks[job.anchor].module), body, data)
 
 

@@ -244,8 +244,7 @@ class Binding:
     def end_norm(self, section: str) -> str | None:
         """The norm whose output a section of a post-LN network leaves; None where it leaves that of a linear map."""
         module = self.taps[boundary(section)].target
-        linear = any(slot.parameter == f"{module}.weight" and len(slot.axes) > 1 for slot in self.slots)
-        return None if linear else module
+        return None if self.reads(module) else module
 
     def on_boundary(self, axis: str) -> bool:
         """Whether `axis` is the stream that one section hands to the next."""

@@ -51,6 +51,8 @@ class _Line:
 class _Binder:
     def __init__(self, family: Family, parameters: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
         self.family, self.parameters, self.counts = family, parameters, counts
+        names: dict[int, str] = {}
+        self.first = {name: names.setdefault(id(tensor), name) for name, tensor in parameters.items()}  # if tied
         self.depths = tuple(self._depth(stack) for stack in family.stacks)
         self.sections = tuple((name, part) for name, _, part in family.sections(self.depths))
         self.stack_of = {
@@ -143,20 +145,19 @@ class _Binder:
 
     def _tied(self, lines: Mapping[str, _Line]) -> Iterator[tuple[str, str, str]]:
         """Parameters that are one tensor with another section's, with an axis of theirs, and the axis that it is."""
-        sections: dict[int, set[str]] = {}
+        sections: dict[str, set[str]] = {}
         for name, line in lines.items():
-            sections.setdefault(id(self.parameters[name]), set()).add(line.section)
+            sections.setdefault(self.first[name], set()).add(line.section)
         parts = dict(self.sections)
         for name, line in lines.items():
-            if len(sections[id(self.parameters[name])]) > 1:
+            if len(sections[self.first[name]]) > 1:
                 axes = {segment.axis for dim in line.dims for segment in dim.segments}
                 yield from ((name, axis, one) for axis, one in parts[line.section].tied.items() if axis in axes)
 
     def _uses(self, lines: Mapping[str, _Line]) -> dict[str, tuple[str, ...]]:
-        first: dict[int, str] = {}
         names: dict[str, dict[str, None]] = {section: {} for section, _ in self.sections}
         for name, line in lines.items():
-            names[line.section][first.setdefault(id(self.parameters[name]), name)] = None
+            names[line.section][self.first[name]] = None
         return {section: tuple(found) for section, found in names.items()}
 
     def _name(self, section: str, local: str) -> str:
@@ -216,19 +217,14 @@ class _Binder:
 
     def _twins(self, layouts: Mapping[str, Layout]) -> Iterator[tuple[str, str, list[_Names], list[_Names]]]:
         """The names of tied tensors, and their axes, where these differ."""
-        first: dict[int, str] = {}
-        for name, tensor in self.parameters.items():
-            twin = first.setdefault(id(tensor), name)
+        for name, twin in self.first.items():
             ours, theirs = ([axes for axes, _ in layouts[one]] for one in (twin, name))
             if ours != theirs:
                 yield twin, name, ours, theirs
 
     def _closed(self, lines: Mapping[str, _Line], layouts: Mapping[str, Layout]) -> Iterator[str]:
-        first: dict[int, str] = {}
-        for name, tensor in self.parameters.items():
-            first.setdefault(id(tensor), name)
         yield from (twin for twin, *_ in self._twins(layouts))
-        yield from (first[id(self.parameters[name])] for name, *_ in self._tied(lines))
+        yield from (self.first[name] for name, *_ in self._tied(lines))
 
     def _check_ties(self, layouts: Mapping[str, Layout], tied: Mapping[str, str]) -> None:
         for twin, name, ours, theirs in self._twins(layouts):
@@ -246,14 +242,12 @@ class _Binder:
         sizes: Mapping[str, int],
         grouped: Mapping[str, tuple[str, ...]],
     ) -> Iterator[Slot]:
-        seen: set[int] = set()
         parts = list(self.family.sections(self.depths))
         norms = {f"{prefix}{norm}.weight" for _, prefix, part in parts for norm in (*part.norms, *self._inside(part))}
         scales = {f"{prefix}{scale}" for _, prefix, part in parts for scale in part.scales}
         for name, line in lines.items():
-            if id(self.parameters[name]) in seen:
+            if self.first[name] != name:
                 continue
-            seen.add(id(self.parameters[name]))
             reads = tuple(dim.reads for dim in line.dims)
             cuts: list[tuple[tuple[Index, ...], tuple[str | None, ...]]] = [((), ())]
             for at, ((axes, repeated), dim) in enumerate(zip(layouts[name], line.dims, strict=True)):

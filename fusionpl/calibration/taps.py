@@ -49,8 +49,12 @@ def captured(
     with contextlib.ExitStack() as stack:
         for place in wanted:
             stack.callback(hook(place).remove)
-        with contextlib.suppress(Reached) if stop else contextlib.nullcontext():
+        try:
             yield seen
+        except Reached as reached:
+            if not stop:
+                raise
+            reached.with_traceback(None)  # its frames hold a block's parameters, and stand in a cycle since Python 3.12
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ PyTorch knows the device type `lazy`, and its wheels bring no kernels for it. Te
 operation checks that it is given no tensor of the CPU beside them, as a GPU would, and computes on the CPU.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,11 +39,23 @@ class Wrapper(Tensor):
 
 
 class PretendDevice(TorchDispatchMode):
-    """Inside, tensors can be made on `DEVICE` and moved there and back, those of float64 only if it has that."""
+    """Inside, tensors can be made on `DEVICE` and moved there and back.
 
-    def __init__(self, *, float64: bool = True) -> None:
+    Args:
+        float64: whether it has that type.
+        memory: bytes that it has; None for enough of them, which aren't counted.
+    """
+
+    def __init__(self, *, float64: bool = True, memory: int | None = None) -> None:
         super().__init__()
-        self.float64 = float64
+        self.float64, self.memory, self.most = float64, memory, 0
+        self._made: weakref.WeakValueDictionary[int, Wrapper] = weakref.WeakValueDictionary()
+
+    @property
+    def used(self) -> int:
+        """Bytes of what is alive."""
+        storages = [one.here.untyped_storage() for one in self._made.values()]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = _run(operation, args, kwargs or {})
@@ -50,7 +63,17 @@ class PretendDevice(TorchDispatchMode):
             isinstance(one, Wrapper) and one.dtype == torch.float64 for one in tree_leaves(found)
         ):
             raise TypeError(f"{DEVICE} has no float64")
+        if self.memory is not None:
+            self._count(found)
         return found
+
+    def _count(self, found: Any) -> None:
+        made = [one for one in tree_leaves(found) if isinstance(one, Wrapper)]
+        self._made.update({id(one): one for one in made})
+        self.most = max(self.most, self.used)
+        if self.most > (self.memory or 0):
+            asked = max(one.here.nbytes for one in made)
+            raise torch.OutOfMemoryError(f"{DEVICE} out of memory. Tried to allocate {asked}.00 B. It has not.")
 
 
 def _run(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

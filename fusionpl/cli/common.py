@@ -124,7 +124,7 @@ def _stopped(signals: Sequence[int]) -> str:
 
 def _allocation(error: BaseException) -> str:
     """What could not be allocated, without where in the library."""
-    found = re.search(r"tried to allocate [\d.]+ ?\w+", str(error))
+    found = re.search(r"[Tt]ried to allocate [\d.]+ ?\w+", str(error))
     return found[0] if found else reason(error)
 
 

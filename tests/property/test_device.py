@@ -1,5 +1,7 @@
 """Parents on a device are fused there, to what they are fused to on the CPU."""
 
+import gc
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 import fusionpl
 from fusionpl.calibration import Network, has_float64
+from fusionpl.cli.common import main
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import evaluate, evaluate_ensemble
 from fusionpl.presets import CONF
@@ -156,6 +159,34 @@ def test_a_device_out_of_memory_is_not_taken_for_one_without_float64(monkeypatch
     monkeypatch.setattr(torch, "zeros", full)
     with pytest.raises(torch.OutOfMemoryError):
         has_float64(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("preset", "changes"), [("default", {}), ("transport", {"align.solver": "emd"})])
+def test_a_device_that_is_full_is_one_line(
+    preset: str, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever it happens, nothing stays on the device, and with enough memory the same parents are fused."""
+    config = fusionpl.load_config(CONF / "fuse" / f"{preset}.yaml", {"anchor": 0, **changes})
+    with PretendDevice(memory=2**40) as device:
+        parents = [moved(timm_vit(seed, depth=1)) for seed in range(2)]
+        before = device.used
+
+        def fuse(_: object) -> None:
+            fusionpl.fuse(parents, [images()], config)
+
+        assert main(fuse, []) == 0
+        most = device.most
+        for share in (0, 0.1, 0.4, 0.7, 0.99):
+            device.memory, device.most = int(before + share * (most - before)), 0
+            assert main(fuse, []) == 2
+            assert re.fullmatch(
+                r"error: out of memory: Tried to allocate [\d.]+ B; use smaller batches, samples or images\n",
+                capsys.readouterr().err,
+            )
+            gc.collect()
+            assert device.used <= before
+        device.memory, device.most = most, 0
+        assert main(fuse, []) == 0
 
 
 def test_parents_on_two_devices_are_refused() -> None:

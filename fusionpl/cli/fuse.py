@@ -201,12 +201,14 @@ def run(argv: Sequence[str]) -> None:
     check_output(output, args.overwrite)
     check_push_options(args.push_to, args.push_private)
     expected.check(device, output)
-    print(
-        f"parents: {', '.join(names)} ({bindings[0].family.name}, {_depths(job.networks)} blocks); "
-        f"anchor: {names[job.anchor]}"
-    )
-    # Now, so that the card tells of the commits that are fused; a branch may move.
-    ancestors = [ancestor(name, path) for name, path in job.parents.items()] if is_main_process() else []
+    ancestors: list[Ancestor] = []
+    if is_main_process():
+        print(
+            f"parents: {', '.join(names)} ({bindings[0].family.name}, {_depths(job.networks)} blocks); "
+            f"anchor: {names[job.anchor]}"
+        )
+        # Now, so that the card tells of the commits that are fused; a branch may move.
+        ancestors = [ancestor(name, path) for name, path in job.parents.items()]
     loggers = make_loggers(
         args.logger, output, name=f"fuse {output.name}", job="fuse", group=dashboard_name(output), config=job.settings
     )

@@ -11,11 +11,15 @@ import safetensors.torch
 import torch
 
 from fusionpl import load_model
-from tests.campaign.commands import COMMANDS, LAST, Running, finished, has_checkpoint
+from tests.campaign.commands import COMMANDS, LAST, TEMPORARY, Running, finished, has_checkpoint
 
 pytestmark = pytest.mark.campaign
 FUSE = COMMANDS["fuse"].words
-ENDLESS = ("--trainer.max_epochs", "100000")
+# What never ends of itself.
+ENDLESS = {
+    "train, 2 processes": ("--trainer.max_epochs", "100000"),
+    "fuse, 2 processes": ("--refine.method", "gradient", "--refine.steps", "1000000"),
+}
 
 
 @pytest.mark.parametrize("batch_size", [10, 16, 24], ids=["even", "an uneven last", "a rank without"])
@@ -38,15 +42,18 @@ def test_any_number_of_ranks(home: Path, tmp_path: Path, batch_size: int) -> Non
         assert float((output - outputs[0]).norm()) < 1e-3 * float(outputs[0].norm())
 
 
+@pytest.mark.parametrize("name", ENDLESS)
 @pytest.mark.parametrize("first", [False, True], ids=["the second rank", "the first rank"])
-def test_a_rank_that_dies_ends_the_others(home: Path, tmp_path: Path, *, first: bool) -> None:
+def test_a_rank_that_dies_ends_the_others(home: Path, tmp_path: Path, name: str, *, first: bool) -> None:
     shutil.copytree(home, tmp_path / "place")
-    running = Running(tmp_path / "place", [*COMMANDS["train, 2 processes"].words, *ENDLESS])
+    before = set((tmp_path / "place").iterdir())
+    running = Running(tmp_path / "place", [*COMMANDS[name].words, *ENDLESS[name]])
     try:
-        has_checkpoint(tmp_path / "place/out" / LAST)
         pid = running.process.pid
         assert pid is not None
-        (second,) = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        second = _work_together(pid)
+        if COMMANDS[name].resumable:
+            has_checkpoint(tmp_path / "place/out" / LAST)
         os.kill(pid if first else second, signal.SIGKILL)
         deadline = time.monotonic() + 60
         while _lives(second if first else pid) and time.monotonic() < deadline:
@@ -55,9 +62,30 @@ def test_a_rank_that_dies_ends_the_others(home: Path, tmp_path: Path, *, first: 
     finally:
         running.kill()
     assert running.wait(10) == (-signal.SIGKILL if first else 2)
-    lines = [line for line in running.said().splitlines() if not line.startswith(("training", "epoch"))]
+    lines = [line for line in running.said().splitlines() if not line.startswith(("training", "epoch", "parents:"))]
     assert len(lines) == 1
     assert "another process of this run ended; what it said stands above" in lines[0]
+    if not first and not COMMANDS[name].resumable:
+        assert set((tmp_path / "place").iterdir()) - before <= {tmp_path / "place" / TEMPORARY}
+
+
+def _work_together(pid: int) -> int:
+    """Waits until a process and its only child compute, who wait for each other before; returns the child."""
+    deadline, rounds, child = time.monotonic() + 200, 0, 0
+    while rounds < 4:
+        assert time.monotonic() < deadline
+        found = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        child = found[0] if found else 0
+        before = [_seconds(one) for one in (pid, child) if one]
+        time.sleep(0.5)
+        after = [_seconds(one) for one in (pid, child) if one]
+        rounds = rounds + 1 if child and all(old < new for old, new in zip(before, after, strict=True)) else 0
+    return child
+
+
+def _seconds(pid: int) -> int:
+    """Ticks of the CPU that a process has used."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])
 
 
 def _lives(pid: int) -> bool:

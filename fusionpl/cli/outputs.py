@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -109,6 +109,18 @@ def _beside(folder: Path) -> Iterator[Path]:
         FusionError: a process that lives has one.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        with _alone_in(folder.parent):
+            _clear(folder)
+            temporary = Path(
+                held.enter_context(tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent))
+            )
+            _locked(held.enter_context((temporary / _LOCK).open("w")))
+        yield temporary
+
+
+def _clear(folder: Path) -> None:
+    """Removes what was left beside an output by processes that are gone."""
     prefix = f".{folder.name}."
     for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
         if "." in left.name.removeprefix(prefix) or not (left / _LOCK).is_file():
@@ -123,12 +135,18 @@ def _beside(folder: Path) -> Iterator[Path]:
             if not folder.exists() or (began and not (folder / (left / _KEEP).read_text()).exists()):
                 _restore(folder, left)
             shutil.rmtree(left)
-    with (
-        tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary,
-        (Path(temporary) / _LOCK).open("w") as lock,
-    ):
-        _locked(lock)
-        yield Path(temporary)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Commands that begin at once look after one another, so that the second sees the first."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # no locks on this file system
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _restore(folder: Path, temporary: Path) -> None:

@@ -4,9 +4,13 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -412,6 +416,33 @@ def test_two_runs_into_one_output(tmp_path: Path) -> None:
     with staged(target) as folder:  # its process is gone
         (folder / "config.yaml").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_of_runs_that_begin_at_once_one_gets_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, count = tempfile.TemporaryDirectory, 4
+
+    def slowly(**options: Any) -> Any:
+        time.sleep(0.1)  # time for the others to look, if they may
+        return make(**options)
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", slowly)
+    start, end = threading.Barrier(count), threading.Barrier(count)
+
+    def write(number: int) -> bool:
+        start.wait()
+        try:
+            with staged(tmp_path / "out", overwrite=True) as folder:
+                end.wait()
+                (folder / "config.yaml").write_text(str(number))
+        except FusionError:
+            end.wait()
+            return False
+        return True
+
+    with ThreadPoolExecutor(count) as pool:
+        for _ in range(2):
+            assert sum(pool.map(write, range(count))) == 1
+            assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(

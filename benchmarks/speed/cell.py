@@ -20,7 +20,7 @@ from benchmarks.speed.pairs import Shape, write_folder
 from benchmarks.speed.plain import plain_fusion
 from fusionpl.calibration import Batch, logits
 from fusionpl.errors import FusionError
-from fusionpl.fusion import FuseConfig, estimate, load_config, make_plan, open_parents, resolve_anchor
+from fusionpl.fusion import FuseConfig, estimate, load_config, open_parents, plan_of, ready, resolve_anchor
 
 _ROOT = Path(__file__).resolve().parents[2]
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -120,11 +120,11 @@ def _fuse(parents: Sequence[nn.Module], batches: Iterator[Any], request: Request
 
 def _predicted(parents: Sequence[Any], request: Request, config: FuseConfig) -> float:
     """The seconds that `fuse.py --dry-run` would print."""
-    networks = [network for network, _ in open_parents(parents, ["first", "second"])]
-    anchor = resolve_anchor(config, len(parents))
-    plan = make_plan([network.binding for network in networks], anchor, config, ["first", "second"])
+    names, anchor = ["first", "second"], resolve_anchor(config, len(parents))
+    networks, _ = ready([network for network, _ in open_parents(parents, names)], anchor, config)
+    goal, plan = plan_of(networks, anchor, config, names)
     batch, device = next(_batches(request, config)), torch.device("cpu")
-    return estimate(plan, networks, anchor, config, batch, request.samples, device).seconds(device)
+    return estimate(plan, networks, anchor, config, batch, request.samples, device, goal).seconds(device)
 
 
 def _of_folders(request: Request, config: FuseConfig) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fusionpl.errors import FusionError
 from fusionpl.families.family import STEM, TAIL, VOCABULARY, attribute
 from fusionpl.families.tree import Seen, multiplies, stack_of, traced
 
@@ -31,7 +32,7 @@ def draft(model: nn.Module, run: Callable[[nn.Module], Any]) -> str:
         run: runs the model on a few samples; this shows the order of its modules, and which reads what another writes.
 
     Raises:
-        FusionError: no list of blocks.
+        FusionError: no list of blocks, or several that attend.
     """
     return _Draft(model.eval(), run).text()
 
@@ -64,6 +65,11 @@ class _Draft:
         self.model, self.parameters = model, dict(model.named_parameters(remove_duplicate=False))
         self.config = getattr(model, "config", None)
         self.stack, self.others = stack_of(model)
+        if stacks := [other for other in self.others if any(map(_ATTENTION.search, self._modules(f"{other}.")))]:
+            raise FusionError(
+                f"{type(model).__name__} has several stacks of blocks ({', '.join([self.stack, *stacks])}); a draft has "
+                "one: write the file by hand, as families/library/t5.yaml and clip.yaml of fusionpl do"
+            )
         blocks = list(model.get_submodule(self.stack).children())
         full = max(range(len(blocks)), key=lambda index: len(list(blocks[index].parameters())))
         self.block = f"{self.stack}.{full}"  # the first may lack a norm

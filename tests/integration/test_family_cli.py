@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from torch import nn
+from transformers import BartConfig, BartForConditionalGeneration
 
 from fusionpl.calibration import logits
 from fusionpl.cli import family, fuse, sweep
@@ -164,6 +165,18 @@ def test_a_gain_that_is_no_plain_factor_is_not_folded(tmp_path: Path, capsys: py
     assert main(family.run, [str(tmp_path / "model"), "--output", str(own)]) == 0
     assert "norms: {input_layernorm: [], post_attention_layernorm: []}" in own.read_text()
     assert "model.norm: []" in own.read_text()
+
+
+def test_several_stacks_have_no_draft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = BartConfig(
+        vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=32,
+    )  # fmt: skip
+    save_model(BartForConditionalGeneration(config), tmp_path / "model")
+    own = tmp_path / "my.yaml"
+    line = refused(capsys, family.run, [str(tmp_path / "model"), "--output", str(own)])
+    assert "has several stacks of blocks (model.decoder.layers, model.encoder.layers)" in line
+    assert not own.exists()
 
 
 def test_a_network_without_blocks_has_no_draft() -> None:

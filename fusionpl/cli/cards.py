@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult
 from fusionpl import __version__
 from fusionpl.cli.common import configs_in
 from fusionpl.datamodules import BUILT_IN
-from fusionpl.evaluation import FIGURES, Report, Row
+from fusionpl.evaluation import FIGURES, Report
 from fusionpl.models import hub_id
 from fusionpl.paths import public, public_command
 from fusionpl.training import TASKS
@@ -48,17 +48,16 @@ def command_section(command: str, argv: Sequence[str], preset: Path) -> str:
     return f"## Command\n\nWith fusionpl {__version__}:\n\n```bash\n{public_command(words)}\n```"
 
 
-def metadata(settings: Mapping[str, Any], row: Row | None, name: str) -> dict[str, Any]:
+def metadata(settings: Mapping[str, Any], figures: Mapping[str, float], name: str) -> dict[str, Any]:
     """What the hub reads of a model besides its parents: its task, its data set, and what it measured.
 
     Args:
         settings: of the command that made it, with `task` and `data`.
-        row: what it measured on the test split; None for nothing.
+        figures: what was measured of it on the test split, of which those are taken that reports show.
         name: of the model.
     """
     task, path = TASKS[settings["task"]].pipeline, settings["data"]["path"]
     on_hub = path not in BUILT_IN and hub_id(path) is not None
-    figures = {} if row is None else row.as_dict()
     results = [
         EvalResult(
             task_type=task,

@@ -153,7 +153,7 @@ def run(argv: Sequence[str]) -> None:
         _finish(source if task == own else folder, origin, options, rows, folder, settings)
         parents, data = made_of
         command = command_section("finetune", [word for word in given if word != "--resume"], PRESET)
-        data |= metadata(settings, rows[0][0], folder.name)
+        data |= metadata(settings, rows[0][0].as_dict(), folder.name)
         add_to_card(folder / "model", f"{parents}\n\n{command}".lstrip(), data)
         print(f"{folder}: model/, baselines/; {time.monotonic() - started:.0f} s")
         if options.push_to is not None:

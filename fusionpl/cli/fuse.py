@@ -258,8 +258,8 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _write_card(folder: Path, job: Job, ancestors: Sequence[Ancestor], report: Report, command: str, name: str) -> None:
-    fused = next((row for row in report.rows if row.name == "fused"), None)
-    data = metadata(job.settings, fused, name) | lineage(ancestors, "merge") | {"tags": ["fusionpl", "merge"]}
+    figures = next((row.as_dict() for row in report.rows if row.name == "fused"), {})
+    data = metadata(job.settings, figures, name) | lineage(ancestors, "merge") | {"tags": ["fusionpl", "merge"]}
     body = fused_card(report, list(job.parents), job.config.strategy, parents_section(ancestors), command)
     write_card(folder, library_of(job.networks[job.anchor].module), body, data)
 

@@ -67,7 +67,7 @@ class _Draft:
         self.stack, self.others = stack_of(model)
         if stacks := [other for other in self.others if any(map(_ATTENTION.search, self._modules(f"{other}.")))]:
             raise FusionError(
-                f"{type(model).__name__} has several stacks of blocks ({', '.join([self.stack, *stacks])}); a draft has "
+                f"{type(model).__name__} has several stacks of blocks ({', '.join([self.stack, *stacks])}), a draft "
                 "one: write the file by hand, as families/library/t5.yaml and clip.yaml of fusionpl do"
             )
         blocks = list(model.get_submodule(self.stack).children())

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -94,6 +95,10 @@ def test_a_run_folder_holds_all_of_a_run(preset: Path, capsys: pytest.CaptureFix
     assert "epoch 2/2: train loss" in said
     card = (folder / "model" / "README.md").read_text()
     assert f"of epoch {figures['best_epoch']} of 2, the best in validation" in card
+    facts = huggingface_hub.ModelCard(card).data
+    assert facts["pipeline_tag"] == "image-classification"
+    measured = {one.metric_type: one.metric_value for one in facts.eval_results}
+    assert measured["accuracy"] == figures["accuracy"]
     assert [path.name for path in folder.parent.iterdir()] == ["seed-1"]
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.common import EXACT, PAPER, TRANSPORT, WEIGHTS
+from benchmarks.common import EXACT, JOINT, PAPER, TRANSPORT, WEIGHTS
 from fusionpl.fusion import FuseConfig, load_config
 
 VARIANTS: dict[str, FuseConfig] = {
@@ -10,6 +10,7 @@ VARIANTS: dict[str, FuseConfig] = {
     "OT activations soft": load_config(PAPER),
     "OT activations EMD": load_config(PAPER, {"align.solver": "emd"}),
     "transport + refit": load_config(TRANSPORT),
+    "one stream": load_config(JOINT),
 }
 
 HARD: dict[str, Any] = {"align.solver": "emd"}

@@ -84,8 +84,10 @@ def rows(file: Path) -> dict[str, set[str]]:
 
 
 ROWS = {
-    "one-shot": {"parents, mean", "ensemble", "vanilla", "OT weights soft", "OT activations EMD", "transport + refit"},
-    "finetune": {"best parent", "vanilla", "OT activations soft", "transport + refit"},
+    "one-shot": {
+        "parents, mean", "ensemble", "vanilla", "OT weights soft", "OT activations EMD", "transport + refit", "one stream",
+    },
+    "finetune": {"best parent", "vanilla", "OT activations soft", "transport + refit", "one stream"},
     "worth": {
         "best parent",
         "ensemble",

@@ -85,9 +85,14 @@ def rows(file: Path) -> dict[str, set[str]]:
 
 ROWS = {
     "one-shot": {
-        "parents, mean", "ensemble", "vanilla", "OT weights soft", "OT activations EMD", "transport + refit",
+        "parents, mean",
+        "ensemble",
+        "vanilla",
+        "OT weights soft",
+        "OT activations EMD",
+        "transport + refit",
         "one stream",
-    },  # fmt: skip
+    },
     "finetune": {"best parent", "vanilla", "OT activations soft", "transport + refit", "one stream"},
     "worth": {
         "best parent",

@@ -64,14 +64,14 @@ class PretendDevice(TorchDispatchMode):
         ):
             raise TypeError(f"{DEVICE} has no float64")
         if self.memory is not None:
-            self._count(found)
+            self._count(found, self.memory)
         return found
 
-    def _count(self, found: Any) -> None:
+    def _count(self, found: Any, memory: int) -> None:
         made = [one for one in tree_leaves(found) if isinstance(one, Wrapper)]
         self._made.update({id(one): one for one in made})
         self.most = max(self.most, self.used)
-        if self.most > (self.memory or 0):
+        if self.most > memory:
             asked = max(one.here.nbytes for one in made)
             raise torch.OutOfMemoryError(f"{DEVICE} out of memory. Tried to allocate {asked}.00 B. It has not.")
 

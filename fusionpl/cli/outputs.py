@@ -120,7 +120,7 @@ def _beside(folder: Path) -> Iterator[Path]:
 
 
 def _clear(folder: Path) -> None:
-    """Removes what was left beside an output by processes that are gone."""
+    """Removes what processes that are gone have left beside an output, or puts it back: see `_beside`."""
     prefix = f".{folder.name}."
     for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
         if "." in left.name.removeprefix(prefix) or not (left / _LOCK).is_file():

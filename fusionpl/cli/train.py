@@ -26,7 +26,7 @@ from fusionpl.cli.outputs import is_main_process, resumed, run_folder, write_jso
 from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError, flattened
 from fusionpl.evaluation import readable
-from fusionpl.models import ModelConfig, build_model, library_of, save_model, write_card
+from fusionpl.models import ModelConfig, build_model, save_model
 from fusionpl.paths import public_settings
 from fusionpl.presets import CONF
 from fusionpl.training import (
@@ -144,10 +144,13 @@ def _export(result: FitResult, data: FixedSplits, settings: dict[str, Any], fold
         "seconds": round(result.seconds, 1),
     }
     write_json(folder / "metrics.json", figures)
-    save_model(result.model, folder / "model", tokenizer=data.tokenizer)
-    card = _card(result, tested, public_settings(settings))
-    facts = metadata(settings, tested, f"{settings['name']}-seed-{settings['seed']}")
-    write_card(folder / "model", library_of(result.model), card, facts)
+    save_model(
+        result.model,
+        folder / "model",
+        tokenizer=data.tokenizer,
+        card=_card(result, tested, public_settings(settings)),
+        metadata=metadata(settings, tested, f"{settings['name']}-seed-{settings['seed']}"),
+    )
     print(
         f"test {', '.join(f'{name} {readable(name, value)}' for name, value in tested.items())}"
         f" (epoch {result.best_epoch} of {result.epochs}, the best in validation); {result.seconds:.0f} s of training"

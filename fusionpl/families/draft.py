@@ -67,8 +67,8 @@ class _Draft:
         self.stack, self.others = stack_of(model)
         if stacks := [other for other in self.others if any(map(_ATTENTION.search, self._modules(f"{other}.")))]:
             raise FusionError(
-                f"{type(model).__name__} has several stacks of blocks ({', '.join([self.stack, *stacks])}), a draft "
-                "one: write the file by hand, as families/library/t5.yaml and clip.yaml of fusionpl do"
+                f"{type(model).__name__} has several stacks of blocks ({', '.join([self.stack, *stacks])}), and "
+                "drafts are of one; write the file by hand, like families/library/t5.yaml and clip.yaml of fusionpl"
             )
         blocks = list(model.get_submodule(self.stack).children())
         full = max(range(len(blocks)), key=lambda index: len(list(blocks[index].parameters())))
@@ -90,7 +90,7 @@ class _Draft:
         cls = type(self.model)
         head = [
             "# A draft. Mend what `python -m fusionpl.cli.family MODEL --family THIS_FILE` says is wrong.",
-            *(f"# guess: {other} repeats too, and is left out: a family has one stack" for other in self.others),
+            *(f"# guess: {other} repeats too, and is left out: a draft has one stack" for other in self.others),
             f"name: {getattr(self.config, 'model_type', cls.__name__.lower())}",
             f"models: [{cls.__module__}.{cls.__qualname__}]",
             f"norm: {'post' if self.post else 'rms' if self.rms else 'pre'}  # guess: by what reads the block's norms",

@@ -26,6 +26,7 @@ def save_model(
     class_names: tuple[str, ...] | None = None,
     tokenizer: transformers.PreTrainedTokenizerBase | None = None,
     card: str = "",
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Saves config.json, model.safetensors and README.md; `load_model` and the model's own library read them.
 
@@ -38,6 +39,7 @@ def save_model(
         class_names: names of the outputs; by default those the model remembers.
         tokenizer: kept beside the model.
         card: Markdown body of the model card.
+        metadata: of the model card, see `write_card`.
 
     Raises:
         FusionError: `model` is from neither library, or a timm model not made by `create_model`.
@@ -58,7 +60,7 @@ def save_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
         forget_places(staged)
-        write_card(staged, library_of(model), card or f"# {folder.parent.name}")
+        write_card(staged, library_of(model), card or f"# {folder.parent.name}", metadata)
         put_in_place(staged, folder)
 
 

@@ -71,25 +71,33 @@ def test_a_rank_that_dies_ends_the_others(home: Path, tmp_path: Path, name: str,
 
 def _work_together(pid: int) -> int:
     """Waits until a process and its only child compute, who wait for each other before; returns the child."""
-    deadline, rounds, child = time.monotonic() + 200, 0, 0
+    deadline, rounds = time.monotonic() + 200, 0
     while rounds < 4:
         assert time.monotonic() < deadline
-        found = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-        child = found[0] if found else 0
-        before = [_seconds(one) for one in (pid, child) if one]
+        before = {one: _ticks(one) for one in (pid, *_children(pid))}
         time.sleep(0.5)
-        after = [_seconds(one) for one in (pid, child) if one]
-        rounds = rounds + 1 if child and all(old < new for old, new in zip(before, after, strict=True)) else 0
+        busy = len(before) == 2 and all(_ticks(one) > ticks for one, ticks in before.items())
+        rounds = rounds + 1 if busy else 0
+    (child,) = _children(pid)
     return child
 
 
-def _seconds(pid: int) -> int:
-    """Ticks of the CPU that a process has used."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])
+def _children(pid: int) -> list[int]:
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _ticks(pid: int) -> int:
+    """Of the CPU that a process has used."""
+    return int(_stat(pid)[11])
 
 
 def _lives(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return _stat(pid)[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def _stat(pid: int) -> list[str]:
+    """What the system says of a process, behind its name."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -119,6 +119,7 @@ FORKS.set_forkserver_preload(
 
 def _command(home: Path, words: tuple[str, ...], environment: Mapping[str, str], output: Path) -> None:
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the campaign may have been started with nohup, which ignores it
     os.chdir(home)
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     os.dup2(1, 2)

@@ -21,7 +21,7 @@ from tests.campaign.commands import (
 
 pytestmark = pytest.mark.campaign
 LONGER = ("--trainer.max_epochs", "30")
-ENOUGH = {"sweep": 90, "evaluate": 120}  # kilobytes that hold the output
+ENOUGH = {"sweep": 90}  # kilobytes that hold the output; the rest writes report.html or checkpoints, of megabytes
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from benchmarks.paper.cells import Cell, Table
 from benchmarks.paper.choices import ALIGNMENTS, BLOCKS
 from benchmarks.paper.scales import SEEDS, Lab
 from benchmarks.paper.shards import SHARES, places, write_shards
-from benchmarks.paper.team import Team
+from benchmarks.paper.team import SHRINK, Team
 from fusionpl.fusion import load_config
 
 
@@ -38,12 +38,15 @@ def finetune(lab: Lab) -> Table:
     cells: list[Cell] = []
     for repeat, team in pairs(lab):
         cells += team.references(repeat, "0")
-        for name, make in {"best parent": team.best, **team.makers()}.items():
-            cells.append(Cell(name, f"{repeat}, 0", partial(team.one_shot, make, "0")))
-            cells += [
-                Cell(name, f"{repeat}, {epochs}", partial(team.finetuned, make, epochs, str(epochs)))
-                for epochs in lab.scale.finetuning
-            ]
+        starts: dict[str, Maker] = {"best parent": team.best, **team.makers()}
+        cells += [Cell(name, f"{repeat}, 0", partial(team.one_shot, make, "0")) for name, make in starts.items()]
+        for name in ("best parent", "one stream"):
+            starts[f"{name}, weights times {SHRINK:g}"] = partial(team.shrunk, starts[name])
+        cells += [
+            Cell(name, f"{repeat}, {epochs}", partial(team.finetuned, make, epochs, str(epochs)))
+            for name, make in starts.items()
+            for epochs in lab.scale.finetuning
+        ]
     return Table("Test accuracy by epochs of finetuning.", cells, curve=True)
 
 

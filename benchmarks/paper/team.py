@@ -16,8 +16,9 @@ from benchmarks.paper.scales import DEVICE, Lab
 from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON, alternative
 from fusionpl.evaluation import evaluate, evaluate_ensemble
 from fusionpl.fusion import FuseConfig, fuse, load_config
-from fusionpl.training import ClassificationModule, Distillation
+from fusionpl.training import ClassificationModule, Distillation, shrunk
 
+SHRINK = 0.7
 ONE_SHOT, FINETUNED = "one-shot", "finetuned"
 
 
@@ -98,6 +99,10 @@ class Team:
 
     def fused(self, config: FuseConfig) -> nn.Module:
         return fuse(self.models, self.lab.calibration, config, augment=self.lab.data.augmented).model
+
+    def shrunk(self, make: Maker) -> nn.Module:
+        """What training on starts from with `finetune.py --shrink`."""
+        return shrunk(copy.deepcopy(make()), SHRINK)
 
     def refined(self) -> nn.Module:
         """One stream, then taught by the ensemble for a while, without labels."""

@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse.typing import NonNegativeInt, restricted_number_type
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
@@ -72,9 +72,11 @@ from fusionpl.training import (
     log_models,
     log_report,
     make_loggers,
+    shrunk,
 )
 
 PRESET = CONF / "finetune" / "default.yaml"
+Shrink = restricted_number_type("Shrink", float, [(">", 0), ("<=", 1)])
 DONE, SAMPLES = "metrics.json", "samples.safetensors"
 
 
@@ -99,6 +101,8 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
                         "hub id (org/name or org/name@revision)")  # fmt: skip
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="decides data order and augmentation")
     parser.add_argument("--baselines", type=bool, default=True, help="finetune best parent and vanilla average too")
+    parser.add_argument("--shrink", type=Shrink, default=1.0, help="multiply weights by this first, those "
+                        "that weight decay acts on; 0.7 for parents that have converged")  # fmt: skip
     parser.add_argument("--output", type=str | None, help="where the finetuned model goes")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     parser.add_argument("--resume", action="store_true", help="continue a finetuning that was stopped")
@@ -252,7 +256,7 @@ def _finetune(
     task = TASKS[options.task]
     data = task.datamodule(chosen.data, options.seed, load_tokenizer(options.model))
     resume = options.resume and (place / "checkpoints" / "last.ckpt").is_file()
-    model = candidate.model
+    model = shrunk(candidate.model, options.shrink)
     if task.new_head:
         model = with_classifier(model, data.num_classes, data.class_names, seed=options.seed)
     loggers = _loggers(options, settings, name, place, resume)

@@ -6,7 +6,7 @@ from fusionpl.training.distillation import Distillation, UnlabelledData
 from fusionpl.training.fit import FitResult, build_trainer, fit
 from fusionpl.training.fusion_callback import OTFusion
 from fusionpl.training.loggers import LoggerName, finish_loggers, make_loggers
-from fusionpl.training.module import ClassificationModule, OptimConfig
+from fusionpl.training.module import ClassificationModule, OptimConfig, shrunk
 from fusionpl.training.tasks import TASKS, Task, TaskName
 from fusionpl.training.weights_and_biases import dashboard_name, group_of, in_sweep, open_run
 
@@ -32,5 +32,6 @@ __all__ = [
     "log_report",
     "make_loggers",
     "open_run",
+    "shrunk",
     "train_for",
 ]

@@ -199,6 +199,22 @@ class ClassificationModule(L.LightningModule):
         return loss
 
 
+@torch.no_grad()
+def shrunk(model: nn.Module, factor: float) -> nn.Module:
+    """A model with smaller weights: where training has ended, they learn again.
+
+    Source: Ash and Adams, "On Warm-Starting Neural Network Training", NeurIPS 2020, without their noise.
+
+    Args:
+        model: changed in place, and returned.
+        factor: of all parameters but those of one dimension, the biases and norms.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.mul_(factor)
+    return model
+
+
 class _F1OfClassOne(BinaryF1Score):
     """GLUE's F1, that of class 1, from the logits of two classes."""
 

@@ -193,6 +193,17 @@ def test_finetune_any_model_by_itself(parents: list[str], tmp_path: Path) -> Non
     assert [row.name for row in Report.load(output / "report").rows] == ["seed-1"]
 
 
+def test_finetuning_starts_from_shrunk_weights(parents: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "tuned"
+    argv = ["--model", parents[0], "--output", str(output), "--trainer.max_epochs", "1", *QUICK]
+    assert main(finetune.run, [*argv, "--shrink", "0"]) == 2
+    assert not output.exists()
+    assert main(finetune.run, [*argv, "--shrink", "0.5", "--optim.lr", "1e-12"]) == 0
+    before, after = (dict(load_model(path).named_parameters()) for path in (parents[0], output))
+    for name, one in before.items():
+        torch.testing.assert_close(after[name], one if one.ndim == 1 else 0.5 * one, rtol=1e-4, atol=1e-6)
+
+
 def finetuned(model: Path, strategy: str, *more: str) -> str:
     """Finetunes in two processes and returns what was said."""
     command = [sys.executable, "finetune.py", "--model", str(model), "--trainer.max_epochs", "2", *QUICK, *more]

@@ -16,6 +16,9 @@ from matplotlib.axes import Axes
 from benchmarks.common import Figures, markdown, mean_and_deviation
 from benchmarks.origin import Origin, footer, here
 
+# Metric -> its unit's factor and its axis.
+SHOWN: dict[str, tuple[int, str]] = {"accuracy": (100, "test accuracy (%)"), "loss": (1, "test loss (nats)")}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -122,7 +125,7 @@ def write(name: str, table: Table, folder: Path, output: Path, command: str) -> 
         )
     plot(table, figures, columns, metrics, output / f"{name}.png")
     if table.cost:
-        plot_over_cost(table.cost, figures, columns, output / f"{name}-flops.png")
+        plot_over_cost(table.cost, figures, columns, metrics, output / f"{name}-flops.png")
     return text
 
 
@@ -137,7 +140,7 @@ def plot(
     height = 4.0 if table.curve else 1.2 + len(figures) * max(0.3, 0.15 * max(map(len, figures.values())))
     panels, every = plt.subplots(1, len(kinds), figsize=(8 * len(kinds), height), layout="constrained", squeeze=False)
     for kind, axes in zip(kinds, every[0], strict=True):
-        scale = 100 if kind == "accuracy" else 1
+        scale, label = SHOWN[kind]
         rows = {
             name: {column: [scale * value for value in row[column]] for column in columns if column in row}
             for name, row in figures.items()
@@ -147,7 +150,6 @@ def plot(
             _curves(axes, rows, columns)
         else:
             bars(axes, rows, "%.1f" if kind == "accuracy" else "%.2f")
-        label = "test accuracy (%)" if kind == "accuracy" else "test loss (nats)"
         (axes.set_ylabel if table.curve else axes.set_xlabel)(label)
         axes.spines[["top", "right"]].set_visible(False)
     panels.savefig(file, dpi=150)
@@ -156,13 +158,15 @@ def plot(
 
 def plot_over_cost(
     cost: Callable[[str, str], float | None], figures: Mapping[str, Mapping[str, list[float]]], columns: Sequence[str],
-    file: Path,
+    metrics: Mapping[str, str], file: Path,
 ) -> None:  # fmt: skip
-    """Accuracy over the cost of running a model, a line a column through what was fused; the best parent and the
+    """The test figure over the cost of running a model, a line a column through what was fused; the best parent and the
     ensemble stand at its ends."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    (metric,) = set(metrics.values())
+    scale, label = SHOWN[metric]
     for number, column in enumerate(columns):
-        shown = {row: 100 * statistics.mean(of[column]) for row, of in figures.items() if column in of}
+        shown = {row: scale * statistics.mean(of[column]) for row, of in figures.items() if column in of}
         at = {row: found for row in shown if (found := cost(row, column)) is not None}
         marks = {"best parent": "s", "ensemble": "D"}
         fused = sorted((at[row], shown[row]) for row in at if row not in marks)
@@ -173,7 +177,7 @@ def plot_over_cost(
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("FLOPs of a sample, in multiples of a parent's (squares: best parent, diamonds: ensemble)")
-    axes.set_ylabel("test accuracy (%)")
+    axes.set_ylabel(label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=150)

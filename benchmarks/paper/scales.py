@@ -1,20 +1,22 @@
 """What a scale fixes: the data, the model, how long its parents and the fused models are trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from benchmarks import text
 from benchmarks.common import PAIRS, Parents
 from fusionpl.calibration import Network
-from fusionpl.datamodules import ImageDataModule
+from fusionpl.datamodules import FixedSplits
 from fusionpl.evaluation import flops
 from fusionpl.families import bind
 from fusionpl.fusion import FuseConfig, RefitConfig
 from fusionpl.fusion.goal import goal_of
+from fusionpl.training import TASKS, Task, TaskName
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEEDS = (1, 2, 3, 4, 5)
@@ -40,6 +42,8 @@ class Scale:
         samples: calibration samples of the ablation.
         accelerated: trained on a GPU, in bf16.
         corpus, text: the language models' corpus and further options of train.py for them.
+        text_teams: numbers of language models of disjoint data.
+        text_family: of those.
         families: of language models that are compared.
         sentences: finetune on at most this many of SST-2 and TREC; None for all.
     """
@@ -59,6 +63,8 @@ class Scale:
     accelerated: bool = False
     corpus: str = "wikitext2"
     text: tuple[str, ...] = ()
+    text_teams: tuple[int, ...] = (2, 4)
+    text_family: str = "llama"
     families: tuple[str, ...] = ("gpt2", "llama")
     text_depths: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     sentences: int | None = None
@@ -126,6 +132,60 @@ SCALES = {
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What is fused, and how it is judged.
+
+    Attributes:
+        scale: of the table.
+        parents: of all data, one a seed.
+        task_name: what they do.
+        shards: begins the names of folders of parents of disjoint data.
+        of_data: (folder, data set) -> parents of other data, which can be fused with these.
+    """
+
+    scale: Scale
+    parents: Parents
+    task_name: TaskName
+    shards: str
+    of_data: Callable[[str, Path], Parents]
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.task_name]
+
+    @property
+    def metric(self) -> Literal["accuracy", "loss"]:
+        """The test figure that models are compared by."""
+        return "accuracy" if self.task.mode == "max" else "loss"
+
+    @cached_property
+    def data(self) -> FixedSplits:
+        """What every fused model is calibrated, finetuned and tested on."""
+        return self.parents.data(SEEDS[0])
+
+    @cached_property
+    def test(self) -> list[Any]:
+        """The test batches."""
+        return list(self.data.test_dataloader())
+
+    @cached_property
+    def calibration(self) -> list[Any]:
+        """The calibration batches."""
+        return list(self.data.calibration_dataloader())
+
+    def flops(self, width: float) -> float:
+        """What a model of another width costs to run, in multiples of one."""
+        model = self.parents.models(SEEDS[:1])[0]
+        network = Network(model, bind(model))
+        wide = goal_of(network, FuseConfig(strategy="joint", refit=RefitConfig("ridge"), width=width))
+        empty = wide.module.to_empty(device="cpu")
+        for buffer in empty.buffers():  # some are indices
+            buffer.zero_()
+        batch = self.test[0]
+        return flops(empty, batch) / flops(model, batch)
+
+
+@dataclass(frozen=True)
 class Lab:
     """The parents of a scale and where things are kept.
 
@@ -139,37 +199,33 @@ class Lab:
     runs: Path
     paths: dict[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def images(self) -> Subject:
+        """The image models."""
+
+        def of_data(folder: str, path: Path) -> Parents:
+            return self.parents(folder, "--data.path", str(path), "--data.calibration", "0")
+
+        return Subject(self.scale, self.parents(), "image-classification", "shards", of_data)
+
+    @cached_property
+    def text(self) -> Subject:
+        """The language models; those of other data take the tokenizer of these."""
+        family = self.scale.text_family
+        parents = self.language(family)
+
+        def of_data(folder: str, path: Path) -> Parents:
+            tokenizer = parents.runs / f"seed-{SEEDS[0]}"
+            return self.language(family, folder, "--data.path", str(path), "--data.tokenizer", str(tokenizer))
+
+        return Subject(self.scale, parents, text.TASKS[family], f"{family}-shards", of_data)
+
     def parents(self, group: str = "wide", *options: str) -> Parents:
         """Parents of the image model; those of a group share a folder and options beyond the scale's."""
         words = [*self.scale.options, *options]
         if "images" in self.paths and "--data.path" not in options:
             words += ["--data.path", self.paths["images"]]
         return Parents(self.scale.preset, self.runs / group, tuple(words))
-
-    @cached_property
-    def data(self) -> ImageDataModule:
-        """What every fused model is calibrated, finetuned and tested on."""
-        data = self.parents().data(SEEDS[0])
-        assert isinstance(data, ImageDataModule)
-        return data
-
-    @cached_property
-    def test(self) -> list[Any]:
-        """The test batches."""
-        return list(self.data.test_dataloader())
-
-    @cached_property
-    def calibration(self) -> list[Any]:
-        """The calibration batches."""
-        return list(self.data.calibration_dataloader())
-
-    def flops(self, width: float) -> float:
-        """What an image model of another width costs to run, in multiples of one."""
-        model = self.parents().models(SEEDS[:1])[0]
-        network = Network(model, bind(model))
-        wide = goal_of(network, FuseConfig(strategy="joint", refit=RefitConfig("ridge"), width=width))
-        batch = self.test[0]
-        return flops(wide.module.to_empty(device="cpu"), batch) / flops(model, batch)
 
     @property
     def narrow(self) -> Parents:

@@ -1,13 +1,18 @@
 """Data sets that are parts of another: what parents get that never see all of the data."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
 import torch
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 
-from fusionpl.datamodules import ImageDataModule
+from fusionpl.datamodules import FixedSplits, ImageDataModule
+from fusionpl.datamodules.corpora import corpus
+
+Splits = Callable[[str], datasets.Dataset]
 
 # Kind of data -> the share of a class that goes to the part that it belongs to; None for an equal share.
 SHARES: dict[str, float | None] = {"IID": None, "80:20": 0.8, "own classes": 1.0}
@@ -42,27 +47,61 @@ def places(folder: Path, count: int) -> list[Path]:
     return [folder / f"part-{index}" for index in range(count)]
 
 
-def write_shards(data: ImageDataModule, folder: Path, count: int, share: float | None, seed: int) -> None:
-    """Data sets as folders of parquet files; their training images are disjoint parts of those of `data`.
+def write_shards(data: FixedSplits, folder: Path, count: int, share: float | None, seed: int) -> None:
+    """Data sets as folders of parquet files; their training samples are disjoint parts of those of `data`.
 
-    Validation and test are those of `data`. What is there is taken as it is.
+    Validation and test are those of `data`; classes of text are topics. What is there is taken as it is.
     """
-    train = data.dataset("train")
-    cuts = disjoint(train.labels, data.num_classes, count, share, seed)
+    splits, labels, classes = _images(data) if isinstance(data, ImageDataModule) else _documents(data, count)
+    cuts = disjoint(labels, classes, count, share, seed)
     for place, indices in zip(places(folder, count), cuts, strict=True):
         if not (place / "train.parquet").is_file():
             place.mkdir(parents=True, exist_ok=True)
             for part in ("validation", "test"):
-                whole = data.dataset(part)
-                _write(whole.pixels, whole.labels, data.class_names, place / f"{part}.parquet")
-            _write(train.pixels[indices], train.labels[indices], data.class_names, place / "train.parquet")
+                _write(splits(part), place / f"{part}.parquet")
+            _write(splits("train").select(indices.sort().values), place / "train.parquet")
 
 
-def _write(pixels: Tensor, labels: Tensor, names: Sequence[str], file: Path) -> None:
-    channels = pixels.shape[1]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
-    images = [image.permute(1, 2, 0).squeeze(-1 if channels == 1 else ()).numpy() for image in pixels]
-    made = datasets.Dataset.from_dict({"image": images, "label": labels.tolist()}, features=features)
+def topics(texts: Sequence[str], count: int) -> list[int]:
+    """The topic of each text, all of about as much: along the direction in which their words differ most.
+
+    Source: latent semantic analysis, Deerwester et al., 1990.
+    """
+    words = TfidfVectorizer(sublinear_tf=True).fit_transform(texts)
+    along = TruncatedSVD(2, random_state=0).fit_transform(words)[:, 1]  # the first is how much is said at all
+    found, before = [0] * len(texts), 0
+    for index in along.argsort(kind="stable").tolist():
+        found[index] = before * count // sum(map(len, texts))
+        before += len(texts[index])
+    return found
+
+
+def _images(data: ImageDataModule) -> tuple[Splits, Tensor, int]:
+    names = list(data.class_names)
+
+    def split(part: str) -> datasets.Dataset:
+        found = data.dataset(part)
+        channels = found.pixels.shape[1]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        images = [image.permute(1, 2, 0).squeeze(-1 if channels == 1 else ()).numpy() for image in found.pixels]
+        return datasets.Dataset.from_dict({"image": images, "label": found.labels.tolist()}, features=features)
+
+    return split, data.dataset("train").labels, data.num_classes
+
+
+def _documents(data: FixedSplits, count: int) -> tuple[Splits, Tensor, int]:
+    """Documents, those for training in paragraphs, which have the topics of theirs."""
+    config = data.config
+    found = corpus(config.path, config.name, config.text_column, streaming=False)
+    texts = found["train"]["text"]
+    pieces = [(f"{part}\n\n", topic) for text, topic in zip(texts, topics(texts, count), strict=True)
+              for part in text.split("\n\n")]  # fmt: skip
+    train, labels = zip(*pieces, strict=True)
+    found["train"] = datasets.Dataset.from_dict({"text": list(train)})
+    return found.__getitem__, torch.tensor(labels), count
+
+
+def _write(rows: datasets.Dataset, file: Path) -> None:
     temporary = file.with_suffix(".tmp")
-    made.to_parquet(temporary)
+    rows.to_parquet(temporary)
     temporary.replace(file)

@@ -8,26 +8,25 @@ from benchmarks import text
 from benchmarks.common import JOINT, PAPER, TRANSPORT, Maker
 from benchmarks.paper.cells import Cell, Table
 from benchmarks.paper.choices import ALIGNMENTS, BLOCKS
-from benchmarks.paper.scales import SEEDS, Lab
+from benchmarks.paper.scales import SEEDS, Lab, Subject
 from benchmarks.paper.shards import SHARES, places, write_shards
 from benchmarks.paper.team import SHRINK, Team
 from fusionpl.fusion import load_config
 
 
-def of_seeds(lab: Lab, seeds: Sequence[int]) -> Team:
-    wide = lab.parents()
-    return Team(lab, tuple((wide, seed) for seed in seeds))
+def of_seeds(subject: Subject, seeds: Sequence[int]) -> Team:
+    return Team(subject, tuple((subject.parents, seed) for seed in seeds))
 
 
-def pairs(lab: Lab) -> Iterator[tuple[str, Team]]:
-    for pair in lab.scale.pairs:
-        yield "-".join(map(str, pair)), of_seeds(lab, pair)
+def pairs(subject: Subject) -> Iterator[tuple[str, Team]]:
+    for pair in subject.scale.pairs:
+        yield "-".join(map(str, pair)), of_seeds(subject, pair)
 
 
 def one_shot(lab: Lab) -> Table:
     """Parents, ensemble, vanilla and every variant."""
     cells: list[Cell] = []
-    for repeat, team in pairs(lab):
+    for repeat, team in pairs(lab.images):
         cells += team.references(repeat)
         cells += [Cell(name, repeat, partial(team.one_shot, make)) for name, make in team.makers().items()]
     return Table("One-shot test accuracy: nothing is trained after the average.", cells)
@@ -36,7 +35,7 @@ def one_shot(lab: Lab) -> Table:
 def finetune(lab: Lab) -> Table:
     """The same models after epochs of finetuning, each number of epochs a run with its own schedule."""
     cells: list[Cell] = []
-    for repeat, team in pairs(lab):
+    for repeat, team in pairs(lab.images):
         cells += team.references(repeat, "0")
         starts: dict[str, Maker] = {"best parent": team.best, **team.makers()}
         cells += [Cell(name, f"{repeat}, 0", partial(team.one_shot, make, "0")) for name, make in starts.items()]
@@ -52,12 +51,21 @@ def finetune(lab: Lab) -> Table:
 
 def worth(lab: Lab) -> Table:
     """What a fusion is worth beside what its user has for nothing: parents of the same data, and of disjoint parts."""
+    return _worth(lab.images, lab.scale.teams, "Test accuracy")
+
+
+def worth_text(lab: Lab) -> Table:
+    """The same for language models; classes are topics."""
+    return _worth(lab.text, lab.scale.text_teams, "Test loss in nats a token of language models:")
+
+
+def _worth(subject: Subject, teams: Sequence[int], what: str) -> Table:
     cells: list[Cell] = []
-    for column, teams in _settings(lab):
-        for repeat, team in teams:
+    for column, found in _settings(subject, teams):
+        for repeat, team in found:
             makers = {"best parent": team.best, "vanilla": team.vanilla}
             makers["transport + refit"] = partial(team.fused, load_config(TRANSPORT))
-            for width in lab.scale.widths:
+            for width in subject.scale.widths:
                 name = "one stream" if width == 1 else f"one stream, {width:g} times as wide"
                 makers[name] = partial(team.fused, load_config(JOINT, {"width": width}))
             for units in ("anchor", "even"):
@@ -65,17 +73,18 @@ def worth(lab: Lab) -> Table:
             makers |= {"one stream, refined": team.refined, "best parent, distilled as long": team.distilled}
             cells += team.references(f"{repeat}, {column}", column)
             cells += [
-                Cell(name, f"{repeat}, {column}", partial(team.one_shot, make, column)) for name, make in makers.items()
+                Cell(name, f"{repeat}, {column}", partial(team.one_shot, make, column), subject.metric)
+                for name, make in makers.items()
             ]
     return Table(
-        "Test accuracy of fusions beside what their user has for nothing; the last two rows are taught by the "
-        f"ensemble, without labels, for {lab.scale.minutes:g} minutes.",
+        f"{what} of fusions beside what their user has for nothing; the last two rows are taught by the "
+        f"ensemble, without labels, for {subject.scale.minutes:g} minutes.",
         cells,
-        cost=cache(partial(_worth_cost, lab)),
+        cost=cache(partial(_worth_cost, subject)),
     )
 
 
-def _worth_cost(lab: Lab, row: str, column: str) -> float | None:
+def _worth_cost(subject: Subject, row: str, column: str) -> float | None:
     """FLOPs in multiples of a parent's."""
     if row == "ensemble":
         counted = re.search(r"(\d+) parents", column)
@@ -83,19 +92,19 @@ def _worth_cost(lab: Lab, row: str, column: str) -> float | None:
     if row in ("best parent", "one stream"):
         return 1.0
     wide = re.fullmatch(r"one stream, ([\d.]+) times as wide", row)
-    return lab.flops(float(wide[1])) if wide else None
+    return subject.flops(float(wide[1])) if wide else None
 
 
-def _settings(lab: Lab) -> Iterator[tuple[str, list[tuple[str, Team]]]]:
+def _settings(subject: Subject, teams: Sequence[int]) -> Iterator[tuple[str, list[tuple[str, Team]]]]:
     """What the parents of a team saw, and the teams."""
-    yield "same data", list(pairs(lab))
-    for count in lab.scale.teams:
+    yield "same data", list(pairs(subject))
+    for count in teams:
         for kind in SHARES:
             if count == 2 or kind == "80:20":
                 yield (
                     f"{kind}, {count} parents",
-                    [(str(seed), _of_shards(lab, [seed + at for at in range(count)], kind)) for seed, _ in
-                     lab.scale.pairs],
+                    [(str(seed), _of_shards(subject, [seed + at for at in range(count)], kind)) for seed, _ in
+                     subject.scale.pairs],
                 )  # fmt: skip
 
 
@@ -105,7 +114,7 @@ def parents(lab: Lab) -> Table:
     for count in lab.scale.many:
         for first in range(len(lab.scale.pairs)):
             seeds = [SEEDS[(first + index) % len(SEEDS)] for index in range(count)]
-            team, repeat, column = of_seeds(lab, seeds), "-".join(map(str, seeds)), f"{count} parents"
+            team, repeat, column = of_seeds(lab.images, seeds), "-".join(map(str, seeds)), f"{count} parents"
             cells += team.references(repeat, column)
             cells += [Cell(name, repeat, partial(team.one_shot, make, column)) for name, make in team.makers().items()]
     return Table("One-shot test accuracy by number of parents.", cells)
@@ -120,7 +129,7 @@ def widths(lab: Lab) -> Table:
     cells: list[Cell] = []
     for wide, narrow in lab.scale.pairs:
         repeat = f"{wide}-{narrow}"
-        team = Team(lab, ((lab.parents(), wide), (lab.narrow, narrow)))
+        team = Team(lab.images, ((lab.parents(), wide), (lab.narrow, narrow)))
         cells += _unlike(team, repeat, "wide", "narrow")
         for anchor, direction in ((1, "wide into narrow"), (0, "narrow into wide")):
             changes = {"anchor": anchor, "align.scaling": "two_sided"}
@@ -135,7 +144,7 @@ def depths(lab: Lab) -> Table:
     cells: list[Cell] = []
     for first, second in lab.scale.pairs:
         repeat = f"{first}-{second}"
-        team = Team(lab, tuple(zip(lab.depths, (first, second), strict=True)))
+        team = Team(lab.images, tuple(zip(lab.depths, (first, second), strict=True)))
         cells += _unlike(team, repeat, "deep", "shallow")
         for anchor, direction in ((1, "deep into shallow"), (0, "shallow into deep")):
             for name, file in (("transport + refit", TRANSPORT), ("one stream", JOINT)):
@@ -170,7 +179,7 @@ def ablation(lab: Lab) -> Table:
     for preset, file in (("paper", PAPER), ("transport + refit", TRANSPORT)):
         for samples in lab.scale.samples:
             named[f"Calibration samples, {preset}: {samples}"] = load_config(file, {"calibration.samples": samples})
-    for repeat, team in pairs(lab):
+    for repeat, team in pairs(lab.images):
         cells += team.references(repeat)
         cells.append(Cell("vanilla", repeat, partial(team.one_shot, team.vanilla)))
         # several choices name the same setting
@@ -190,7 +199,7 @@ def beyond(lab: Lab) -> Table:
             column += after
             cells.append(Cell(name, f"{repeat}, {column}", partial(team.finetuned, make, lab.scale.short, column)))
 
-    for repeat, team in pairs(lab):
+    for repeat, team in pairs(lab.images):
         cells += team.references(repeat, "average")
         add("best parent", repeat, team, team.best, "average", finetune=True)
         add("vanilla", repeat, team, team.vanilla, "average", finetune=True)
@@ -214,7 +223,7 @@ def shards(lab: Lab) -> Table:
     cells: list[Cell] = []
     for kind in ("IID", "80:20"):
         for pair in lab.scale.pairs:
-            repeat, team = f"{pair[0]}-{pair[1]}", _of_shards(lab, pair, kind)
+            repeat, team = f"{pair[0]}-{pair[1]}", _of_shards(lab.images, pair, kind)
             cells += [
                 Cell(f"{kind}: parents, mean", repeat, team.mean),
                 Cell(f"{kind}: ensemble", repeat, team.ensemble),
@@ -224,26 +233,25 @@ def shards(lab: Lab) -> Table:
                 Cell(f"{kind}: {name}", repeat, partial(team.both, makers[name]))
                 for name in ("best parent", "vanilla", "OT activations soft", "transport + refit")
             ]
-    for repeat, team in pairs(lab):
+    for repeat, team in pairs(lab.images):
         cells.append(Cell("a parent of all the data", repeat, partial(team.one_shot, partial(team.parent, 0))))
     return Table(
         f"Parents of disjoint halves of the data: test accuracy, finetuned on the union for {_epochs(lab)}.", cells
     )
 
 
-def _of_shards(lab: Lab, seeds: Sequence[int], kind: str) -> Team:
+def _of_shards(subject: Subject, seeds: Sequence[int], kind: str) -> Team:
     """One parent for each part; the first seed decides which samples are in which."""
-    name = f"{kind.replace(':', '-').replace(' ', '-')}-{seeds[0]}"
-    folder = lab.runs / (f"shards-{name}" if len(seeds) == 2 else f"shards-{name}-of-{len(seeds)}")
+    name = f"{subject.shards}-{kind.replace(':', '-').replace(' ', '-')}-{seeds[0]}"
+    folder = subject.parents.runs.parent / (name if len(seeds) == 2 else f"{name}-of-{len(seeds)}")
 
     def cut() -> None:
-        write_shards(lab.data, folder, len(seeds), SHARES[kind], seeds[0])
+        write_shards(subject.data, folder, len(seeds), SHARES[kind], seeds[0])
 
     parents = [
-        lab.parents(f"{folder.name}/part-{index}", "--data.path", str(place), "--data.calibration", "0")
-        for index, place in enumerate(places(folder, len(seeds)))
+        subject.of_data(f"{folder.name}/part-{index}", place) for index, place in enumerate(places(folder, len(seeds)))
     ]
-    return Team(lab, tuple(zip(parents, seeds, strict=True)), cut)
+    return Team(subject, tuple(zip(parents, seeds, strict=True)), cut)
 
 
 def bert(lab: Lab) -> Table:
@@ -274,6 +282,7 @@ TABLES: dict[str, Callable[[Lab], Table]] = {
     "one-shot": one_shot,
     "finetune": finetune,
     "worth": worth,
+    "worth-text": worth_text,
     "parents": parents,
     "widths": widths,
     "depths": depths,

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.common import JOINT, TRANSPORT, Figures, Maker, Parents, finetuned, plain_average
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.choices import ALL, VARIANTS
-from benchmarks.paper.scales import DEVICE, Lab
+from benchmarks.paper.scales import DEVICE, Subject
 from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON, alternative
 from fusionpl.evaluation import evaluate, evaluate_ensemble
 from fusionpl.fusion import FuseConfig, fuse, load_config
@@ -27,12 +27,12 @@ class Team:
     """Parents that are fused together, trained and loaded when they are first needed.
 
     Attributes:
-        lab: the scale and its folders.
+        subject: what they are, and how they are judged.
         runs: (parents, seed) of each.
         prepare: called before a parent is trained.
     """
 
-    lab: Lab
+    subject: Subject
     runs: tuple[tuple[Parents, int], ...]
     prepare: Callable[[], None] = lambda: None
 
@@ -42,17 +42,17 @@ class Team:
         return [model.to(DEVICE) for parents, seed in self.runs for model in parents.models([seed])]
 
     @cached_property
-    def accuracies(self) -> list[float]:
-        return [evaluate(model, self.lab.test)["accuracy"] for model in self.models]
+    def scores(self) -> list[float]:
+        return [evaluate(model, self.subject.test)[self.subject.metric] for model in self.models]
 
     def mean(self, column: str = ONE_SHOT) -> Figures:
-        return {column: statistics.mean(self.accuracies)}
+        return {column: statistics.mean(self.scores)}
 
     def ensemble(self, column: str = ONE_SHOT) -> Figures:
-        return {column: evaluate_ensemble(self.models, self.lab.test)["accuracy"]}
+        return {column: evaluate_ensemble(self.models, self.subject.test)[self.subject.metric]}
 
     def one_shot(self, make: Maker, column: str = ONE_SHOT) -> Figures:
-        return {column: evaluate(make(), self.lab.test)["accuracy"]}
+        return {column: evaluate(make(), self.subject.test)[self.subject.metric]}
 
     def finetuned(
         self,
@@ -62,23 +62,23 @@ class Team:
         module: Callable[..., ClassificationModule] = ClassificationModule,
     ) -> Figures:
         figures = finetuned(
-            make(), self.lab.data, "image-classification", "default.yaml",
-            seed=self.runs[0][1], epochs=epochs, trainer=self.lab.scale.trainer, module=module,
+            make(), self.subject.data, self.subject.task_name, "default.yaml",
+            seed=self.runs[0][1], epochs=epochs, trainer=self.subject.scale.trainer, module=module,
         )  # fmt: skip
-        return {column: figures["accuracy"]}
+        return {column: figures[self.subject.metric]}
 
     def both(self, make: Maker) -> Figures:
         model = make()
-        return {**self.one_shot(lambda: model), **self.finetuned(lambda: model, self.lab.scale.short)}
+        return {**self.one_shot(lambda: model), **self.finetuned(lambda: model, self.subject.scale.short)}
 
     def both_beside(self, anchor: int, make: Maker) -> Figures:
         """Also the anchor alone, trained on with labels for as long."""
         start = time.monotonic()
         model = make()
-        figures = self.finetuned(lambda: model, self.lab.scale.short)
+        figures = self.finetuned(lambda: model, self.subject.scale.short)
         trained = alternative(
-            TRAINED_ON, copy.deepcopy(self.models[anchor]), self.models, self.lab.data, samples=0,
-            seconds=time.monotonic() - start, trainer_args=self.lab.scale.trainer,
+            TRAINED_ON, copy.deepcopy(self.models[anchor]), self.models, self.subject.data, samples=0,
+            seconds=time.monotonic() - start, trainer_args=self.subject.scale.trainer,
         )  # fmt: skip
         beside = self.one_shot(lambda: trained.model, "anchor alone, trained on as long")
         return {**self.one_shot(lambda: model), **figures, **beside}
@@ -86,19 +86,20 @@ class Team:
     def taught(self) -> Figures:
         """The second parent, taught by the first for as many epochs as others are finetuned."""
         module = partial(Distillation, teachers=[copy.deepcopy(self.models[0])], labels=True)
-        return self.finetuned(partial(self.parent, 1), self.lab.scale.short, module=module)
+        return self.finetuned(partial(self.parent, 1), self.subject.scale.short, module=module)
 
     def parent(self, index: int) -> nn.Module:
         return self.models[index]
 
     def best(self) -> nn.Module:
-        return self.models[self.accuracies.index(max(self.accuracies))]
+        best = max(self.scores) if self.subject.task.mode == "max" else min(self.scores)
+        return self.models[self.scores.index(best)]
 
     def vanilla(self) -> nn.Module:
         return plain_average(self.models)
 
     def fused(self, config: FuseConfig) -> nn.Module:
-        return fuse(self.models, self.lab.calibration, config, augment=self.lab.data.augmented).model
+        return fuse(self.models, self.subject.calibration, config, augment=self.subject.data.augmented).model
 
     def shrunk(self, make: Maker) -> nn.Module:
         """What training on starts from with `finetune.py --shrink`."""
@@ -106,17 +107,17 @@ class Team:
 
     def refined(self) -> nn.Module:
         """One stream, then taught by the ensemble for a while, without labels."""
-        changes = {"refine.method": "gradient", "refine.minutes": self.lab.scale.minutes, "refine.augment": True}
+        changes = {"refine.method": "gradient", "refine.minutes": self.subject.scale.minutes, "refine.augment": True}
         return self.fused(load_config(JOINT, changes))
 
     def distilled(self) -> nn.Module:
         """The best parent, taught by the ensemble on the same data for as long as fusion and refinement take."""
         start, config = time.monotonic(), load_config(JOINT)
         self.fused(config)
-        seconds = 60 * self.lab.scale.minutes + time.monotonic() - start
+        seconds = 60 * self.subject.scale.minutes + time.monotonic() - start
         return alternative(
-            DISTILLED, copy.deepcopy(self.best()), self.models, self.lab.data,
-            samples=config.calibration.samples, seconds=seconds, trainer_args=self.lab.scale.trainer,
+            DISTILLED, copy.deepcopy(self.best()), self.models, self.subject.data,
+            samples=config.calibration.samples, seconds=seconds, trainer_args=self.subject.scale.trainer,
         ).model  # fmt: skip
 
     def refitted_vanilla(self) -> nn.Module:
@@ -130,6 +131,6 @@ class Team:
     def references(self, repeat: str, column: str = ONE_SHOT) -> list[Cell]:
         """The rows that every other is judged by."""
         return [
-            Cell("parents, mean", repeat, partial(self.mean, column)),
-            Cell("ensemble", repeat, partial(self.ensemble, column)),
+            Cell("parents, mean", repeat, partial(self.mean, column), self.subject.metric),
+            Cell("ensemble", repeat, partial(self.ensemble, column), self.subject.metric),
         ]

@@ -15,7 +15,7 @@ import torch
 from benchmarks.paper import __main__ as command
 from benchmarks.paper.cells import Cell, Table, known, measure, write
 from benchmarks.paper.scales import SCALES
-from benchmarks.paper.shards import disjoint
+from benchmarks.paper.shards import disjoint, topics
 from benchmarks.paper.tables import TABLES
 from fusionpl.errors import FusionError
 from tests.integration.runs import make_corpus, make_sentences
@@ -53,6 +53,8 @@ TINY = dataclasses.replace(
     pairs=((1, 2),),
     many=(2, 3),
     teams=(3,),
+    text_teams=(3,),
+    text_family="bert",
     minutes=0.005,
     widths=(1, 2),
     samples=(25,),
@@ -93,7 +95,7 @@ ROWS = {
         "transport + refit",
         "one stream",
     },
-    "finetune": {"best parent", "vanilla", "OT activations soft", "transport + refit", "one stream"},
+    "finetune": {"best parent", "OT activations soft", "one stream", "one stream, weights times 0.7"},
     "worth": {
         "best parent",
         "ensemble",
@@ -105,6 +107,7 @@ ROWS = {
         "one stream, refined",
         "best parent, distilled as long",
     },
+    "worth-text": {"best parent", "ensemble", "one stream, 2 times as wide", "best parent, distilled as long"},
     "parents": {"ensemble", "vanilla", "transport + refit"},
     "widths": {"wide parent", "narrow parent, taught by the wide one", "wide into narrow, transport + refit"},
     "depths": {"deep parent", "shallow into deep, one stream", "bert: deep into shallow, default"},
@@ -117,6 +120,7 @@ ROWS = {
 COLUMNS = {
     "finetune": ("transport + refit", {"0", "1"}),
     "worth": ("one stream", {"same data", "80:20, 3 parents"}),
+    "worth-text": ("one stream", {"same data", "80:20, 3 parents"}),
     "parents": ("transport + refit", {"2 parents", "3 parents"}),
     "widths": ("wide parent", {"one-shot", "finetuned"}),
     "depths": ("deep into shallow, one stream", {"one-shot", "finetuned", "anchor alone, trained on as long"}),
@@ -133,7 +137,7 @@ LONG = ("finetune", "parents", "beyond", "ablation", "widths", "depths", "shards
 @pytest.mark.parametrize("name", [pytest.param(one, marks=pytest.mark.slow) if one in LONG else one for one in TABLES])
 def test_a_table_is_measured_and_written(runs: Path, tmp_path: Path, name: str) -> None:
     words = [name, "--scale", "digits", "--output", str(tmp_path), "--runs", str(runs)]
-    if name in ("bert", "families", "depths"):
+    if name in ("bert", "families", "depths", "worth-text"):
         words += ["--corpus", str(make_corpus(tmp_path / "corpus"))]
     if name == "bert":
         words += ["--sst2", str(make_sentences(tmp_path / "sst2", train=900))]
@@ -198,3 +202,16 @@ def test_parts_are_disjoint_and_skewed_as_asked() -> None:
         assert sorted(torch.cat([first, *others]).tolist()) == list(range(600))
         assert torch.bincount(labels[first], minlength=10).tolist() == expected
     assert not torch.equal(first, disjoint(labels, 10, 4, 0.8, seed=1)[0])
+
+
+def test_texts_of_a_topic_are_together_and_topics_of_one_length() -> None:
+    fruit, tools = (
+        ("apple pear plum cherry", "plum fig apple melon"),
+        ("saw hammer nail drill", "drill plane saw chisel"),
+    )
+    texts = [f"the {words}" for pair in zip(fruit, tools, strict=True) for words in pair for _ in range(3)]
+    found = topics(texts, 2)
+    assert found[:3] == found[6:9] != found[3:6] == found[9:]
+    assert len({one for one in found[:3]}) == 1
+    lengths = [sum(len(text) for text, topic in zip(texts, found, strict=True) if topic == one) for one in (0, 1)]
+    assert max(lengths) < 1.3 * min(lengths)

@@ -42,8 +42,8 @@ class Scale:
         samples: calibration samples of the ablation.
         accelerated: trained on a GPU, in bf16.
         corpus, text: the language models' corpus and further options of train.py for them.
-        text_teams: numbers of language models of disjoint data.
-        text_family: of those.
+        text_family: of the language models in teams.
+        text_teams, text_widths: as `teams` and `widths`; heads come in groups, so 1.25 times as wide there is not.
         families: of language models that are compared.
         sentences: finetune on at most this many of SST-2 and TREC; None for all.
     """
@@ -63,8 +63,9 @@ class Scale:
     accelerated: bool = False
     corpus: str = "wikitext2"
     text: tuple[str, ...] = ()
-    text_teams: tuple[int, ...] = (2, 4)
     text_family: str = "llama"
+    text_teams: tuple[int, ...] = (2, 4)
+    text_widths: tuple[float, ...] = (1, 1.5, 2)
     families: tuple[str, ...] = ("gpt2", "llama")
     text_depths: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     sentences: int | None = None

@@ -51,21 +51,23 @@ def finetune(lab: Lab) -> Table:
 
 def worth(lab: Lab) -> Table:
     """What a fusion is worth beside what its user has for nothing: parents of the same data, and of disjoint parts."""
-    return _worth(lab.images, lab.scale.teams, "Test accuracy")
+    return _worth(lab.images, lab.scale.teams, lab.scale.widths, "Test accuracy")
 
 
 def worth_text(lab: Lab) -> Table:
     """The same for language models; classes are topics."""
-    return _worth(lab.text, lab.scale.text_teams, "Test loss in nats a token of language models:")
+    return _worth(
+        lab.text, lab.scale.text_teams, lab.scale.text_widths, "Test loss in nats a token of language models:"
+    )
 
 
-def _worth(subject: Subject, teams: Sequence[int], what: str) -> Table:
+def _worth(subject: Subject, teams: Sequence[int], widths: Sequence[float], what: str) -> Table:
     cells: list[Cell] = []
     for column, found in _settings(subject, teams):
         for repeat, team in found:
             makers = {"best parent": team.best, "vanilla": team.vanilla}
             makers["transport + refit"] = partial(team.fused, load_config(TRANSPORT))
-            for width in subject.scale.widths:
+            for width in widths:
                 name = "one stream" if width == 1 else f"one stream, {width:g} times as wide"
                 makers[name] = partial(team.fused, load_config(JOINT, {"width": width}))
             for units in ("anchor", "even"):

@@ -104,6 +104,8 @@ class FuseConfig:
         units: with `joint`, which heads and hidden units: `anchor`, all of the anchor's and then the others' most
             useful; `even`, as many of each parent's, for parents that saw different data; `auto`: `even` where the
             parents' predictions on the calibration set say that they did.
+        predictions: with `joint`, what a classifier is fitted to: the mean of the parents' `logits`, or the log of
+            the mean of their `probabilities`, for parents that know other classes; `auto`: as their predictions say.
     """
 
     anchor: int = 0
@@ -116,6 +118,7 @@ class FuseConfig:
     width: int | float | None = None
     depth: int | None = None
     units: Literal["anchor", "even", "auto"] = "auto"
+    predictions: Literal["logits", "probabilities", "auto"] = "auto"
 
     def __post_init__(self) -> None:
         """Raises FusionError for options that contradict each other."""
@@ -127,6 +130,8 @@ class FuseConfig:
             raise FusionError("strategy transport fuses into the anchor's width; width needs strategy joint")
         if self.strategy == "transport" and self.units != "auto":
             raise FusionError("strategy transport averages the units of all parents; units needs strategy joint")
+        if self.strategy == "transport" and self.predictions != "auto":
+            raise FusionError("strategy transport averages classifiers; predictions needs strategy joint")
         if self.strategy != "joint":
             return
         if self.refit.method == "none":

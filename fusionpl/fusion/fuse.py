@@ -31,7 +31,7 @@ from fusionpl.fusion.refine import Augment, refine
 from fusionpl.fusion.result import FusionResult, InMemory, Sink
 from fusionpl.fusion.survey import Survey
 from fusionpl.fusion.sweep import Sweep, Team, look
-from fusionpl.fusion.units import specialisation, with_units
+from fusionpl.fusion.units import decided, specialisation
 from fusionpl.models import (
     ModelFolder,
     ModelWriter,
@@ -171,7 +171,7 @@ class Calibrated:
         look(
             self._team, list(dict.fromkeys(keys)), list(dict.fromkeys(magnitudes)), first.calibration.tokens, together
         )  # fmt: skip
-        asked = any(config.strategy == "joint" and config.units == "auto" for config in configs)
+        asked = any(config.strategy == "joint" and "auto" in (config.units, config.predictions) for config in configs)
         self._specialised = specialisation(self._team) if asked else None
 
     def fuse(self, config: FuseConfig, *, output: str | Path | None = None) -> FusionResult:
@@ -179,9 +179,9 @@ class Calibrated:
         team = self._team
         config = settled(config, team.parents, team.anchor)
         notes = [one.told for one in self.matchings]
-        if config.strategy == "joint" and config.units == "auto" and self._specialised is not None:
-            config, told = with_units(config, self._specialised)
-            notes.append(told)
+        if config.strategy == "joint" and self._specialised is not None:
+            config, told = decided(config, self._specialised)
+            notes += told
         goal, plan = plan_of(team.parents, team.anchor, config, self.names)
         weights = mixing_weights(config.weights, len(team.parents))
         sink: Sink = InMemory(goal)

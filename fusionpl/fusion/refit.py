@@ -31,10 +31,14 @@ class Refit:
         flow: of the fused network, which stands before the section that is fitted next.
         parents: all of them, the anchor too.
         data: the calibration set, with the parents' targets of the section.
+        of_probabilities: whether a classifier is fitted to the log of the mean of the parents' probabilities, from what
+            fits the mean of their logits.
     """
 
-    def __init__(self, flow: Flow, parents: Sequence[AlignedParent], data: CalibrationSet) -> None:
-        self.flow, self.data = flow, data
+    def __init__(
+        self, flow: Flow, parents: Sequence[AlignedParent], data: CalibrationSet, *, of_probabilities: bool = False
+    ) -> None:
+        self.flow, self.data, self.of_probabilities = flow, data, of_probabilities
         self.binding = flow.network.binding
         self.parents = dict(enumerate(parents))
         self._penalties: dict[tuple[str, ...], float] = {}  # of the same stage in the block before
@@ -89,6 +93,8 @@ class Refit:
             if stage.narrow or _moves_later(self.binding, parent, stage, len(prior) - 1)
         }
         widths = [*([] if stage.narrow else [prior.shape[1]]), *(one.width for one in later.values())]
+        mixed = self.of_probabilities and stage.axes == ("classes",) and prior.shape[1] > 1
+        widths += [prior.shape[1]] if mixed else []
         parts = [NormalEquations.zeros(len(prior) - 1, sum(widths), device=prior.device) for _ in range(2)]
         for batch in self.data:
             passage = self._step(section, stage, state, batch)
@@ -100,6 +106,8 @@ class Refit:
                         target = self._target(section, index, stage, batch)
                         still = still + parent.weight * _moved(parent, stage, target)
                 targets.insert(0, still)
+            if mixed:
+                targets.append(self._mixture(section, stage, batch))
             for part, rows in zip(parts, self._rows(stage, x, batch), strict=True):
                 part.update(*(tensor.flatten(0, -2)[rows] for tensor in (x, *targets)))
         sum_over_ranks([tensor for part in parts for tensor in part.tensors()])
@@ -107,13 +115,16 @@ class Refit:
         def wanted(part: NormalEquations) -> Tensor:
             shown = list(part.xy.split(widths, dim=1))
             total = torch.zeros_like(prior) if stage.narrow else shown.pop(0)
-            for one, products in zip(later.values(), shown, strict=True):
+            for one, products in zip(later.values(), shown, strict=not mixed):
                 total = total + one.targets(products, part.xx[:, -1:])
             return total
 
         fit, choose = (part.with_targets(wanted(part)) for part in parts)
         kind = tuple(axis.rpartition(".")[2] for axis in stage.axes)
         solution, self._penalties[kind] = fit_ridge(fit, choose, prior, self._penalties.get(kind))
+        if mixed:
+            fit, choose = (part.with_targets(part.xy[:, -prior.shape[1] :]) for part in parts)
+            solution, _ = fit_ridge(fit, choose, solution - solution.mean(1, keepdim=True))
         for one, found in zip(maps, solution.split([one.matrix.shape[1] for one in maps], dim=1), strict=True):
             one.replace(found)
 
@@ -157,6 +168,15 @@ class Refit:
             orders = [self.parents[parent].binding.order(module) for module in stage.modules]
             found = [one if order is None else one[..., order] for one, order in zip(found, orders, strict=True)]
         return torch.cat(found, dim=-1) if len(found) > 1 else found[0]
+
+    def _mixture(self, section: str, stage: Stage, batch: int) -> Tensor:
+        """The log of the mean of the parents' probabilities, without its mean over the classes, which tells nothing."""
+        total = sum(
+            parent.weight * self._target(section, index, stage, batch).softmax(-1)
+            for index, parent in self.parents.items()
+        )
+        logs = torch.as_tensor(total).log()
+        return logs - logs.mean(-1, keepdim=True)
 
     def _lacking(self, passage: Passage, stage: Stage, like: Tensor) -> Tensor:
         """Minus what the fused stream already holds where the modules of a stage write into it, else zeros."""

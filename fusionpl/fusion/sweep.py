@@ -184,7 +184,10 @@ class Sweep:
         self._fused = Network(
             goal.module, goal.binding, "the fused model", read=sink.read, device=anchor.device, float32=True
         )
-        self._refit = Refit(Flow(self._fused, team.data, "fused"), self.aligned, team.data) if plan.fits else None
+        self._refit = None
+        if plan.fits:
+            flow, of_probabilities = Flow(self._fused, team.data, "fused"), config.predictions == "probabilities"
+            self._refit = Refit(flow, self.aligned, team.data, of_probabilities=of_probabilities)
 
     def run(self) -> None:
         """Walks from the stem to the tail."""

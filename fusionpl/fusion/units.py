@@ -15,6 +15,8 @@ from fusionpl.fusion.sweep import Team
 # those that saw 80 % of half the classes each, from 0.035 on. Language models of the same data had up to 0.06: they
 # disagree about rare tokens, which the calibration set has a few times; none of different data were measured.
 SPECIALISED = {"samples": 0.03, "tokens": 0.1}
+# Classifiers that saw other classes had 99 % and more, those of 80 % of half the classes at most 68 %.
+APART = 0.9
 _TOKENS = 1024  # whose predictions are held at once
 
 
@@ -66,22 +68,33 @@ def specialisation(team: Team) -> Specialisation:
     return Specialisation(share, "tokens" if of_tokens else "samples")
 
 
-def with_units(config: FuseConfig, found: Specialisation) -> tuple[FuseConfig, str]:
-    """The configuration with what `units auto` stands for, and why, in a line.
+def decided(config: FuseConfig, found: Specialisation) -> tuple[FuseConfig, list[str]]:
+    """The configuration with what `units auto` and `predictions auto` stand for, and why, in a line each.
 
     Args:
         config: what is asked for.
         found: what the parents were found to be.
     """
-    limit = SPECIALISED[found.of]
-    units: Literal["anchor", "even"] = "even" if found.share >= limit else "anchor"
-    which = {
-        "even": "units: as many of each parent's, who know different things",
-        "anchor": "units: the anchor's first, for the parents know the same",
-    }
     kind = "class" if found.of == "samples" else "token"
-    why = f"{found.share:.1%} of their disagreement is about how often each {kind} occurs; the limit is {limit:.0%}"
-    return replace(config, units=units), f"{which[units]} ({why})"
+    why = f"{found.share:.1%} of their disagreement is about how often each {kind} occurs; the limit is"
+    notes = []
+    if config.units == "auto":
+        limit = SPECIALISED[found.of]
+        units: Literal["anchor", "even"] = "even" if found.share >= limit else "anchor"
+        told = {
+            "even": "units: as many of each parent's, who know different things",
+            "anchor": "units: the anchor's first, for the parents know the same",
+        }
+        config = replace(config, units=units)
+        notes.append(f"{told[units]} ({why} {limit:.0%})")
+    if config.predictions == "auto":
+        apart = found.of == "samples" and found.share >= APART
+        config = replace(config, predictions="probabilities" if apart else "logits")
+        if apart:
+            notes.append(
+                f"predictions: the mean of the parents' probabilities, who know other classes ({why} {APART:.0%})"
+            )
+    return config, notes
 
 
 def _divergence(shown: Tensor) -> Tensor:

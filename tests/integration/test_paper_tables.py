@@ -54,6 +54,7 @@ TINY = dataclasses.replace(
     many=(2, 3),
     teams=(3,),
     text_teams=(3,),
+    text_widths=(1, 2),
     text_family="bert",
     minutes=0.005,
     widths=(1, 2),
@@ -212,6 +213,6 @@ def test_texts_of_a_topic_are_together_and_topics_of_one_length() -> None:
     texts = [f"the {words}" for pair in zip(fruit, tools, strict=True) for words in pair for _ in range(3)]
     found = topics(texts, 2)
     assert found[:3] == found[6:9] != found[3:6] == found[9:]
-    assert len({one for one in found[:3]}) == 1
+    assert len(set(found[:3])) == 1
     lengths = [sum(len(text) for text, topic in zip(texts, found, strict=True) if topic == one) for one in (0, 1)]
     assert max(lengths) < 1.3 * min(lengths)

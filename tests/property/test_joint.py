@@ -83,7 +83,10 @@ def test_the_width_is_free(name: str) -> None:
     own = joined(name, [parents[0]] * 2, width=2).model
     torch.testing.assert_close(run(name, own), run(name, parents[0]), atol=5e-3, rtol=5e-3)
     wanted = torch.stack([run(name, parent) for parent in parents]).mean(0)
-    errors = [float((run(name, joined(name, parents, width=one).model) - wanted).square().mean()) for one in (1, 2)]
+    errors = [
+        float((run(name, joined(name, parents, width=one, predictions="logits").model) - wanted).square().mean())
+        for one in (1, 2)
+    ]
     assert errors[1] < 0.3 * errors[0]
 
 
@@ -143,6 +146,26 @@ def test_parents_of_different_data_give_units_alike() -> None:
         for units in ("anchor", "even")
     ]
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("name", ["timm, DINOv2", "bert classifier"])
+def test_a_classifier_is_fitted_to_the_mean_of_probabilities(name: str) -> None:
+    """The mean of logits hides a parent that is sure behind one that is less sure of something else."""
+    parents = [BUILD[name](seed) for seed in range(2)]
+    with torch.no_grad():
+        for parent, scale in zip(parents, (60.0, 20.0), strict=True):
+            head = parent.get_submodule("classifier" if name.startswith("bert") else "head")
+            for parameter in head.parameters():
+                parameter *= scale
+    given = [run(name, parent) for parent in parents]
+    wanted = torch.stack(given).softmax(-1).mean(0)
+    far = [
+        float(-(wanted * run(name, joined(name, parents, units="even", predictions=one).model).log_softmax(-1)).sum())
+        for one in ("logits", "probabilities")
+    ]
+    assert far[1] < far[0]
+    same = joined(name, [parents[0]] * 2, predictions="probabilities").model
+    assert (run(name, same).softmax(-1) - given[0].softmax(-1)).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize(

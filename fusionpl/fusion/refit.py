@@ -4,6 +4,7 @@ gradients.
 Close relatives: RegMean (Jin et al., ICLR 2023, arXiv 2212.09849); Luenam et al. (arXiv 2507.00037).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -171,12 +172,12 @@ class Refit:
 
     def _mixture(self, section: str, stage: Stage, batch: int) -> Tensor:
         """The log of the mean of the parents' probabilities, without its mean over the classes, which tells nothing."""
-        total = sum(
-            parent.weight * self._target(section, index, stage, batch).softmax(-1)
+        each = [
+            self._target(section, index, stage, batch).float().log_softmax(-1) + math.log(parent.weight)
             for index, parent in self.parents.items()
-        )
-        logs = torch.as_tensor(total).log()
-        return logs - logs.mean(-1, keepdim=True)
+        ]
+        mean = torch.stack(each).logsumexp(0)
+        return mean - mean.mean(-1, keepdim=True)
 
     def _lacking(self, passage: Passage, stage: Stage, like: Tensor) -> Tensor:
         """Minus what the fused stream already holds where the modules of a stage write into it, else zeros."""

@@ -13,7 +13,7 @@ from fusionpl.fusion.sweep import Team
 
 # Classifiers of digits and CIFAR-10 of the same data, or of halves that were cut at random, had shares below 0.026;
 # those that saw 80 % of half the classes each, from 0.035 on. Language models disagree about rare tokens by chance (up
-# to 0.06 of the same data), and those of other topics (up to 0.18) did better with the anchor's units too: never evenly.
+# to 0.06 of the same data), and those of other topics (up to 0.18) did better with the anchor's: never evenly.
 SPECIALISED = {"samples": 0.03, "tokens": 1.0}
 # Classifiers that saw other classes had 99 % and more, those of 80 % of half the classes at most 68 %.
 APART = 0.9

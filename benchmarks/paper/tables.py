@@ -56,9 +56,7 @@ def worth(lab: Lab) -> Table:
 
 def worth_text(lab: Lab) -> Table:
     """The same for language models; classes are topics."""
-    return _worth(
-        lab.text, lab.scale.text_teams, lab.scale.text_widths, "Test loss in nats a token of language models:"
-    )
+    return _worth(lab.text, lab.scale.text_teams, lab.scale.text_widths, "Test loss in nats a token")
 
 
 def _worth(subject: Subject, teams: Sequence[int], widths: Sequence[float], what: str) -> Table:

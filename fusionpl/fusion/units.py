@@ -1,4 +1,4 @@
-"""Whether parents know different things: what decides whose units one stream takes."""
+"""Whether parents know different things: what decides which units one stream takes, and what its classifier fits."""
 
 from dataclasses import dataclass, replace
 from typing import Literal

@@ -171,7 +171,11 @@ class Calibrated:
         look(
             self._team, list(dict.fromkeys(keys)), list(dict.fromkeys(magnitudes)), first.calibration.tokens, together
         )  # fmt: skip
-        asked = any(config.strategy == "joint" and "auto" in (config.units, config.predictions) for config in configs)
+        classifies = "classes" in networks[anchor].binding.axes
+        asked = any(
+            config.strategy == "joint" and (config.units == "auto" or (classifies and config.predictions == "auto"))
+            for config in configs
+        )
         self._specialised = specialisation(self._team) if asked else None
 
     def fuse(self, config: FuseConfig, *, output: str | Path | None = None) -> FusionResult:

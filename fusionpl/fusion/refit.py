@@ -94,9 +94,10 @@ class Refit:
             if stage.narrow or _moves_later(self.binding, parent, stage, len(prior) - 1)
         }
         widths = [*([] if stage.narrow else [prior.shape[1]]), *(one.width for one in later.values())]
+        end = sum(widths)
         mixed = self.of_probabilities and stage.axes == ("classes",) and prior.shape[1] > 1
-        widths += [prior.shape[1]] if mixed else []
-        parts = [NormalEquations.zeros(len(prior) - 1, sum(widths), device=prior.device) for _ in range(2)]
+        columns = end + prior.shape[1] if mixed else end
+        parts = [NormalEquations.zeros(len(prior) - 1, columns, device=prior.device) for _ in range(2)]
         for batch in self.data:
             passage = self._step(section, stage, state, batch)
             x, targets = passage.seen[here], [self._target(section, index, stage, batch) for index in later]
@@ -114,9 +115,9 @@ class Refit:
         sum_over_ranks([tensor for part in parts for tensor in part.tensors()])
 
         def wanted(part: NormalEquations) -> Tensor:
-            shown = list(part.xy.split(widths, dim=1))
+            shown = list(part.xy[:, :end].split(widths, dim=1))
             total = torch.zeros_like(prior) if stage.narrow else shown.pop(0)
-            for one, products in zip(later.values(), shown, strict=not mixed):
+            for one, products in zip(later.values(), shown, strict=True):
                 total = total + one.targets(products, part.xx[:, -1:])
             return total
 
@@ -124,7 +125,7 @@ class Refit:
         kind = tuple(axis.rpartition(".")[2] for axis in stage.axes)
         solution, self._penalties[kind] = fit_ridge(fit, choose, prior, self._penalties.get(kind))
         if mixed:
-            fit, choose = (part.with_targets(part.xy[:, -prior.shape[1] :]) for part in parts)
+            fit, choose = (part.with_targets(part.xy[:, end:]) for part in parts)
             solution, _ = fit_ridge(fit, choose, solution - solution.mean(1, keepdim=True))
         for one, found in zip(maps, solution.split([one.matrix.shape[1] for one in maps], dim=1), strict=True):
             one.replace(found)

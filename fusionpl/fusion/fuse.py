@@ -171,19 +171,16 @@ class Calibrated:
         look(
             self._team, list(dict.fromkeys(keys)), list(dict.fromkeys(magnitudes)), first.calibration.tokens, together
         )  # fmt: skip
+        asked = any(config.strategy == "joint" and "auto" in (config.units, config.predictions) for config in configs)
         classifies = "classes" in networks[anchor].binding.axes
-        asked = any(
-            config.strategy == "joint" and (config.units == "auto" or (classifies and config.predictions == "auto"))
-            for config in configs
-        )
-        self._specialised = specialisation(self._team) if asked else None
+        self._specialised = specialisation(self._team) if asked and classifies else None
 
     def fuse(self, config: FuseConfig, *, output: str | Path | None = None) -> FusionResult:
         """Fuses under one of the configurations; see `fuse`."""
         team = self._team
         config = settled(config, team.parents, team.anchor)
         notes = [one.told for one in self.matchings]
-        if config.strategy == "joint" and self._specialised is not None:
+        if config.strategy == "joint":
             config, told = decided(config, self._specialised)
             notes += told
         goal, plan = plan_of(team.parents, team.anchor, config, self.names)

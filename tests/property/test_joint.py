@@ -168,11 +168,8 @@ def test_a_classifier_is_fitted_to_the_mean_of_probabilities(name: str) -> None:
     assert (run(name, same).softmax(-1) - given[0].softmax(-1)).abs().max() < 1e-2
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "limit"),
-    [("timm, DINOv2", "class", 0.03), ("bert classifier", "class", 0.03), ("llama", "token", 1.0)],
-)
-def test_units_are_chosen_by_what_parents_disagree_about(name: str, kind: str, limit: float) -> None:
+@pytest.mark.parametrize("name", ["timm, DINOv2", "bert classifier"])
+def test_units_are_chosen_by_what_parents_disagree_about(name: str) -> None:
     """Parents that differ by chance put out each class as often; those that saw other classes do not."""
     batch = batch_for(name, 64)
     parents = [BUILD[name](1) for _ in range(2)]
@@ -180,28 +177,30 @@ def test_units_are_chosen_by_what_parents_disagree_about(name: str, kind: str, l
     assert again.config.units == "anchor"
     assert again.notes == [
         "units: the anchor's first, for the parents know the same (0.0% of their disagreement is about how often each "
-        f"{kind} occurs; the limit is {limit:.0%})"
+        "class occurs; the limit is 3%)"
     ]
     parents[1] = BUILD[name](2)
     with torch.no_grad():
-        shown = [logits(parent, batch) for parent in parents]
-        mask = batch.get("attention_mask")
-        tokens = mask is not None and kind == "token"
-        rows = torch.stack([one[mask.bool()] if tokens else one for one in shown]).double().softmax(-1)
+        shown = torch.stack([logits(parent, batch) for parent in parents]).double().softmax(-1)
 
     def divergence(given: Tensor) -> float:
         entropy = -(given * given.log()).sum(-1)
         mean = given.mean(0)
         return float((-(mean * mean.log()).sum(-1) - entropy.mean(0)).mean())
 
-    share = divergence(rows.mean(1, keepdim=True)) / divergence(rows)
+    share = divergence(shown.mean(1, keepdim=True)) / divergence(shown)
     result = joined(name, parents)
-    assert result.config.units == ("even" if share >= limit else "anchor")
+    assert result.config.units == ("even" if share >= 0.03 else "anchor")
     assert f"({share:.1%} of their disagreement" in result.notes[0]
-    apart = kind == "class" and share >= 0.9
-    assert result.config.predictions == ("probabilities" if apart else "logits")
+    assert result.config.predictions == ("probabilities" if share >= 0.9 else "logits")
     asked = joined(name, parents, units="anchor", predictions="logits")
     assert (asked.config.units, asked.config.predictions, asked.notes) == ("anchor", "logits", [])
+
+
+def test_language_models_take_the_anchors_units_and_are_not_looked_at_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[fusionpl.fuse.__module__], "specialisation", lambda team: pytest.fail("looked at"))
+    result = joined("llama", [BUILD["llama"](seed) for seed in (1, 2)])
+    assert (result.config.units, result.config.predictions, result.notes) == ("anchor", "logits", [])
 
 
 @pytest.mark.parametrize(

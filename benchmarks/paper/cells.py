@@ -179,7 +179,7 @@ def plot_over_cost(
     axes.set_xlabel("FLOPs of a sample, in multiples of a parent's (squares: best parent, diamonds: ensemble)")
     axes.set_ylabel(label)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=3)
     figure.savefig(file, dpi=150)
     plt.close(figure)
 

@@ -101,8 +101,8 @@ SCALES = {
         short=1,
         sentences=2000,
     ),
-    # All of CIFAR-10, about an hour a parent on a core that multiplies bf16, in several sittings; one pair of each
-    # table. Attention written out is faster there: TIMM_FUSED_ATTN=0 in the environment.
+    # All of CIFAR-10, 75 minutes a parent on a core that multiplies bf16, in several sittings; one pair of each table.
+    # Attention written out is faster there: TIMM_FUSED_ATTN=0 in the environment.
     "medium": Scale(
         preset="vit-cifar10-small.yaml",
         options=(

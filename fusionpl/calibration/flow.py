@@ -172,24 +172,18 @@ class Flow:
             self.data.keep(key, out)
         return Passage(binding, section, seen, entry, out)
 
-    def logits(self, state: State, index: int, tokens: int) -> Iterator[tuple[slice, Tensor]]:
-        """What the network puts out for a batch, which stands before the tail, some samples after the other.
+    def logits(self, state: State, index: int) -> Tensor:
+        """What the network puts out for a batch, which stands before the tail.
 
         Args:
             state: the parameters that the tail takes.
             index: the batch.
-            tokens: of the hidden states that are taken at once, at most, but one sample at least.
         """
         key, kept = (self.name, "hidden", index), self.data.kept
         ends = [*(kept[*key, stack] for stack in range(len(self.network.binding.stacks) - 1)), kept[key]]
-        count = len(ends[-1])
-        step = max(1, tokens * count // ends[-1][..., 0].numel())
-        for first in range(0, count, step):
-            part = slice(first, first + step)
-            batch = {name: value[part] for name, value in self.data[index].items()}
-            found, _ = self.network.leave(state, batch, [end[part] for end in ends])
-            assert found is not None
-            yield part, found
+        found, _ = self.network.leave(state, self.data[index], ends)
+        assert found is not None
+        return found
 
 
 def sum_over_ranks(tensors: list[Tensor]) -> None:

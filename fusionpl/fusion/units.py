@@ -16,7 +16,6 @@ from fusionpl.fusion.sweep import Team
 SPECIALISED = 0.03
 # Classifiers that saw other classes had 99 % and more, those of 80 % of half the classes at most 68 %.
 APART = 0.9
-_TOKENS = 1024  # that a tail takes at once
 
 
 def specialisation(team: Team) -> float:
@@ -34,12 +33,11 @@ def specialisation(team: Team) -> float:
     with team.at_work():
         states = [parent.states(TAIL) for parent in team.parents]
         for batch in team.data:
-            each = [flow.logits(state, batch, _TOKENS) for flow, state in zip(team.flows, states, strict=True)]
-            for given in zip(*each, strict=True):
-                shown = torch.stack([one.float().softmax(-1) for _, one in given])
-                sums += torch.tensor([shown.shape[1], float(_divergence(shown).sum())])
-                total = shown.double().sum(1).cpu()
-                means = total if means is None else means + total
+            given = [flow.logits(state, batch) for flow, state in zip(team.flows, states, strict=True)]
+            shown = torch.stack([one.float().softmax(-1) for one in given])
+            sums += torch.tensor([shown.shape[1], float(_divergence(shown).sum())])
+            total = shown.double().sum(1).cpu()
+            means = total if means is None else means + total
     means = or_zeros(means)
     sum_over_ranks([sums, means])
     samples, diverged = sums.tolist()

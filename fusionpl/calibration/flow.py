@@ -1,5 +1,6 @@
 """A calibration set and the hidden states of networks over it, kept where a sweep stands."""
 
+import copy
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,12 @@ class CalibrationSet:
             self._masks.append({key: value.bool().clone() for key, value in batch.items() if key.endswith("mask")})
             # Whoever made the batch may write the next one into the same memory.
             kept["batch", index] = {key: value.clone() for key, value in batch.items()}
+
+    def head(self, samples: int) -> "CalibrationSet":
+        """The batches that begin within the first samples of all ranks; what is kept of them is kept here."""
+        found = copy.copy(self)
+        found.firsts = [first for first in self.firsts if first < samples]
+        return found
 
     def __len__(self) -> int:
         return len(self.firsts)

@@ -31,7 +31,7 @@ from fusionpl.fusion.refine import Augment, refine
 from fusionpl.fusion.result import FusionResult, InMemory, Sink
 from fusionpl.fusion.survey import Survey
 from fusionpl.fusion.sweep import Sweep, Team, look
-from fusionpl.fusion.units import decided, specialisation
+from fusionpl.fusion.units import TRIAL, candidates, preferred, specialisation
 from fusionpl.models import (
     ModelFolder,
     ModelWriter,
@@ -181,8 +181,9 @@ class Calibrated:
         config = settled(config, team.parents, team.anchor)
         notes = [one.told for one in self.matchings]
         if config.strategy == "joint":
-            config, told = decided(config, self._specialised)
-            notes += told
+            configs, told = candidates(config, self._specialised)
+            config, found = preferred(*map(self._trial, configs)) if len(configs) > 1 else (configs[0], [])
+            notes += told + found
         goal, plan = plan_of(team.parents, team.anchor, config, self.names)
         weights = mixing_weights(config.weights, len(team.parents))
         sink: Sink = InMemory(goal)
@@ -213,6 +214,13 @@ class Calibrated:
                     refined.finish()
             result.save_maps(Path(output))
         return result
+
+    def _trial(self, config: FuseConfig) -> Sweep:
+        """A fusion on a part of the samples, to be judged and thrown away."""
+        team = self._team.head(TRIAL)
+        goal, plan = plan_of(team.parents, team.anchor, config, self.names)
+        weights = mixing_weights(config.weights, len(team.parents))
+        return Sweep(team, plan, config, weights, goal, InMemory(goal), Kept(self._limit), trial=True)
 
 
 def ready(

@@ -21,6 +21,11 @@ from fusionpl.transport import NormalEquations, fit_ridge
 HOLD_OUT = 5
 
 
+def held_out(first: int, count: int) -> Tensor:
+    """Which samples of a batch are held out, bool [count]; `first` is the number of its first one."""
+    return (torch.arange(first, first + count) + 1) % HOLD_OUT == 0
+
+
 class Refit:
     """Fits the stages of one section after the other, and those of a block after those of the block before.
 
@@ -34,12 +39,19 @@ class Refit:
         data: the calibration set, with the parents' targets of the section.
         of_probabilities: whether a classifier is fitted to the log of the mean of the parents' probabilities, from what
             fits the mean of their logits.
+        trial: whether nothing is fitted to the samples that are held out, so that a fusion can be judged by them.
     """
 
     def __init__(
-        self, flow: Flow, parents: Sequence[AlignedParent], data: CalibrationSet, *, of_probabilities: bool = False
+        self,
+        flow: Flow,
+        parents: Sequence[AlignedParent],
+        data: CalibrationSet,
+        *,
+        of_probabilities: bool = False,
+        trial: bool = False,
     ) -> None:
-        self.flow, self.data, self.of_probabilities = flow, data, of_probabilities
+        self.flow, self.data, self.of_probabilities, self.trial = flow, data, of_probabilities, trial
         self.binding = flow.network.binding
         self.parents = dict(enumerate(parents))
         self._penalties: dict[tuple[str, ...], float] = {}  # of the same stage in the block before
@@ -123,10 +135,11 @@ class Refit:
 
         fit, choose = (part.with_targets(wanted(part)) for part in parts)
         kind = tuple(axis.rpartition(".")[2] for axis in stage.axes)
-        solution, self._penalties[kind] = fit_ridge(fit, choose, prior, self._penalties.get(kind))
+        solution, self._penalties[kind] = fit_ridge(fit, choose, prior, self._penalties.get(kind), both=not self.trial)
         if mixed:
             fit, choose = (part.with_targets(part.xy[:, end:]) for part in parts)
-            solution, _ = fit_ridge(fit, choose, solution - solution.mean(1, keepdim=True))
+            start = solution - solution.mean(1, keepdim=True)
+            solution, _ = fit_ridge(fit, choose, start, both=not self.trial)
         for one, found in zip(maps, solution.split([one.matrix.shape[1] for one in maps], dim=1), strict=True):
             one.replace(found)
 
@@ -141,7 +154,8 @@ class Refit:
             target = torch.zeros_like(out)
             for index, parent in self.parents.items():
                 target = target + parent.weight * _moved(parent, stage, self._target(section, index, stage, batch))
-            rows = torch.cat(self._rows(stage, out, batch))
+            fit, choose = self._rows(stage, out, batch)
+            rows = fit if self.trial else torch.cat([fit, choose])
             out, target = (tensor.flatten(0, -2)[rows].double() for tensor in (out, target))
             count += len(rows)
             for total, values in zip(sums, (out, out.square(), target, out * target), strict=True):
@@ -190,9 +204,10 @@ class Refit:
 
     def _rows(self, stage: Stage, tensor: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """The rows of a batch [B, ..., n] that are fitted, and those that choose the penalty; padding is neither."""
-        mask, first = self.data.mask(batch, self.binding, stage.axes[0]), self.data.firsts[batch]
-        held = (torch.arange(first, first + len(tensor)) + 1) % HOLD_OUT == 0
-        held = held.view(-1, *[1] * (tensor.ndim - 2)).expand(tensor.shape[:-1])
+        mask = self.data.mask(batch, self.binding, stage.axes[0])
+        held = (
+            held_out(self.data.firsts[batch], len(tensor)).view(-1, *[1] * (tensor.ndim - 2)).expand(tensor.shape[:-1])
+        )
         real = torch.ones_like(held) if mask is None or tensor.ndim == 2 else mask.cpu()
         fit, choose = ((real & rows).flatten().nonzero()[:, 0].to(tensor.device) for rows in (~held, held))
         return fit, choose

@@ -82,6 +82,10 @@ class Team:
         assert self._data is not None  # the plan says whether anything is run
         return self._data
 
+    def head(self, samples: int) -> "Team":
+        """The same parents over the first samples."""
+        return Team(self.parents, self.anchor, self.data.head(samples), self.survey, self.progress)
+
     def states(self, section: str) -> list[State]:
         """The parameters that a section uses, of every parent."""
         return [read(section) for read in self.readers]
@@ -135,6 +139,7 @@ class Sweep:
         goal: what the fused network looks like: the anchor, or one whose parameters are still to come.
         sink: takes the fused parameters.
         maps: where maps are kept.
+        trial: see `Refit`.
 
     Attributes:
         aligned: the parents, with the maps found so far.
@@ -149,9 +154,11 @@ class Sweep:
         goal: Network,
         sink: Sink,
         maps: Kept,
+        *,
+        trial: bool = False,
     ) -> None:
         self.team, self.plan, self.config, self.weights, self.sink = team, plan, config, weights, sink
-        self.goal = goal
+        self.goal, self._label = goal, "try" if trial else "fuse"
         anchor = team.parents[team.anchor]
         idle = [parent.idle if config.strategy == "transport" else frozenset() for parent in team.parents]
         self.aligners = {
@@ -187,7 +194,13 @@ class Sweep:
         self._refit = None
         if plan.fits:
             flow, of_probabilities = Flow(self._fused, team.data, "fused"), config.predictions == "probabilities"
-            self._refit = Refit(flow, self.aligned, team.data, of_probabilities=of_probabilities)
+            self._refit = Refit(flow, self.aligned, team.data, of_probabilities=of_probabilities, trial=trial)
+
+    @property
+    def fused(self) -> Flow:
+        """The hidden states of a fused network that is fitted; behind the walk they stand before the tail."""
+        assert self._refit is not None
+        return self._refit.flow
 
     def run(self) -> None:
         """Walks from the stem to the tail."""
@@ -196,7 +209,7 @@ class Sweep:
         with self.team.at_work():
             self._join_streams()
             self._solve(self.plan.whole, self._nothing())
-            for at, section in enumerate(self.team.progress(self.plan.sections, "fuse")):
+            for at, section in enumerate(self.team.progress(self.plan.sections, self._label)):
                 states = self.team.states(section.name)
                 found = self._nothing()
                 if at <= last:

@@ -83,7 +83,7 @@ class NormalEquations:
 
 
 def fit_ridge(
-    rows: NormalEquations, held_out: NormalEquations, prior: Tensor, guess: float | None = None
+    rows: NormalEquations, held_out: NormalEquations, prior: Tensor, guess: float | None = None, *, both: bool = True
 ) -> tuple[Tensor, float]:
     """Ridge regression shrunk towards `prior`, with the penalty that predicts the held-out rows best.
 
@@ -91,9 +91,10 @@ def fit_ridge(
     Where there are many targets, random combinations of them stand for all.
 
     Args:
-        rows, held_out: two parts of the data; the returned solution uses both.
+        rows, held_out: two parts of the data.
         prior: [n + 1, m], for the constant in the last row.
         guess: the penalty to begin with, for example that of a similar problem; it changes the time alone.
+        both: whether the solution uses the held-out rows too, once they have chosen the penalty.
 
     Returns:
         W [n + 1, m] and the penalty; the prior itself and infinity where no fit predicts better.
@@ -117,7 +118,8 @@ def fit_ridge(
             best += step
     if error(best) >= 0:
         return prior, float("inf")
-    return prior + (rows + held_out).less(prior).ridge(PENALTIES[best]), PENALTIES[best]
+    used = rows + held_out if both else rows
+    return prior + used.less(prior).ridge(PENALTIES[best]), PENALTIES[best]
 
 
 def _combined(targets: Tensor) -> Tensor:

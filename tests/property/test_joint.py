@@ -15,8 +15,9 @@ from fusionpl.alignment import ChosenUnits, choose, joint_problems, joint_stream
 from fusionpl.calibration import Network, logits
 from fusionpl.errors import FusionError
 from fusionpl.families import bind, own_state
-from fusionpl.fusion import FusionResult, estimate, load_config, make_plan, settled, vanilla
+from fusionpl.fusion import FusionResult, estimate, load_config, make_plan, refit, settled, vanilla
 from fusionpl.models import save_model
+from fusionpl.transport import NormalEquations, fit_ridge
 from tests.integration.runs import make_run
 from tests.models_for_tests import (
     TEXT_MODELS,
@@ -169,7 +170,7 @@ def test_a_classifier_is_fitted_to_the_mean_of_probabilities(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["timm, DINOv2", "bert classifier"])
-def test_units_are_chosen_by_what_parents_disagree_about(name: str) -> None:
+def test_the_share_of_classes_in_what_parents_disagree_about_is_told(name: str) -> None:
     """Parents that differ by chance put out each class as often; those that saw other classes do not."""
     batch = batch_for(name, 64)
     parents = [BUILD[name](1) for _ in range(2)]
@@ -179,8 +180,10 @@ def test_units_are_chosen_by_what_parents_disagree_about(name: str) -> None:
         "units: the anchor's first, for the parents know the same (0.0% of their disagreement is about how often each "
         "class occurs; the limit is 3%)"
     ]
-    parents[1] = BUILD[name](2)
+    head = parents[1].get_submodule("classifier" if name.startswith("bert") else "head")
+    assert isinstance(head.bias, Tensor)
     with torch.no_grad():
+        head.bias[0] += 1
         shown = torch.stack([logits(parent, batch) for parent in parents]).double().softmax(-1)
 
     def divergence(given: Tensor) -> float:
@@ -189,12 +192,54 @@ def test_units_are_chosen_by_what_parents_disagree_about(name: str) -> None:
         return float((-(mean * mean.log()).sum(-1) - entropy.mean(0)).mean())
 
     share = divergence(shown.mean(1, keepdim=True)) / divergence(shown)
+    assert share >= 0.9
     result = joined(name, parents)
-    assert result.config.units == ("even" if share >= 0.03 else "anchor")
-    assert f"({share:.1%} of their disagreement" in result.notes[0]
-    assert result.config.predictions == ("probabilities" if share >= 0.9 else "logits")
+    assert (result.config.units, result.config.predictions) == ("even", "probabilities")
+    assert [note.partition(":")[0] for note in result.notes] == ["units", "predictions"]
+    assert all(f"({share:.1%} of their disagreement" in note for note in result.notes)
     asked = joined(name, parents, units="anchor", predictions="logits")
     assert (asked.config.units, asked.config.predictions, asked.notes) == ("anchor", "logits", [])
+
+
+@pytest.mark.parametrize("name", ["timm, DINOv2", "bert classifier"])
+def test_between_the_limits_a_trial_decides_whose_units(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parent beside itself needs all of its own heads, half of them and their copies are less. Parents that have
+    nothing in common do not."""
+    monkeypatch.setattr(sys.modules[fusionpl.fuse.__module__], "specialisation", lambda team: 0.5)
+    batch = batch_for(name, 1024)
+    one, other = (BUILD[name](seed) for seed in (1, 2))
+
+    def fused(parents: list[nn.Module], samples: int = 1024, **changes: Any) -> FusionResult:
+        given = {key: value[:samples] for key, value in batch.items()}
+        return fusionpl.fuse(parents, [given], load_config(JOINT, changes))
+
+    result = fused([one, one])
+    assert (result.config.units, result.config.predictions) == ("anchor", "logits")
+    assert result.notes[0].startswith(
+        "units: the anchor's first; with them, predictions of held-out samples are clearly"
+    )
+    assert largest_difference(result.model, fused([one, one], units="anchor").model) == 0
+    result = fused([one, other])
+    assert result.config.units == "even"
+    assert "are not clearly nearer" in result.notes[0]
+    assert largest_difference(result.model, fused([one, other], units="even").model) == 0
+    assert fused([one, other], 4).config.units == "even"  # nothing is held out
+
+
+def test_a_trial_takes_a_part_of_the_samples_and_leaves_out_what_judges_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[fusionpl.fuse.__module__], "specialisation", lambda team: 0.5)
+    calls: list[tuple[bool, float, float]] = []
+
+    def spy(rows: NormalEquations, held_out: NormalEquations, *args: Any, both: bool) -> tuple[Tensor, float]:
+        calls.append((both, float(rows.count), float(held_out.count)))
+        return fit_ridge(rows, held_out, *args, both=both)
+
+    monkeypatch.setattr(refit, "fit_ridge", spy)
+    fusionpl.fuse([timm_vit(seed) for seed in (1, 2)], [images(640)], load_config(JOINT))
+    third = len(calls) // 3
+    assert [both for both, *_ in calls] == [False] * 2 * third + [True] * third
+    classifiers = [calls[at * third - 1] for at in (1, 2, 3)]  # one row a sample
+    assert classifiers == [(False, 410, 102), (False, 410, 102), (True, 512, 128)]
 
 
 def test_language_models_take_the_anchors_units_and_are_not_looked_at_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

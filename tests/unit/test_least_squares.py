@@ -62,6 +62,9 @@ def test_held_out_rows_choose_the_penalty() -> None:
     solution, penalty = fit_ridge(equations(x[:100], y[:100]), equations(x[100:], y[100:]), prior)
     assert penalty < 1e-2
     assert equations(x, y).error(solution) < 1e-3 - float(y.square().sum(1).mean())
+    alone, same = fit_ridge(equations(x[:100], y[:100]), equations(x[100:], y[100:]), prior, both=False)
+    assert same == penalty
+    torch.testing.assert_close(alone, equations(x[:100], y[:100]).ridge(penalty))
     # Targets that the inputs say nothing about: the prior predicts best, and is kept.
     noise = torch.randn(200, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     solution, penalty = fit_ridge(equations(x[:8], noise[:8]), equations(x[100:], noise[100:]), prior)

@@ -103,7 +103,8 @@ class FuseConfig:
             null: the anchor's.
         units: with `joint`, which heads and hidden units: `anchor`, all of the anchor's and then the others' most
             useful; `even`, as many of each parent's, for parents that saw different data; `auto`: `even` where the
-            predictions of classifiers on the calibration set say that they did.
+            predictions of classifiers on the calibration set say that they did, and no trial on a part of it speaks
+            for `anchor`.
         predictions: with `joint`, what a classifier is fitted to: the mean of the parents' `logits`, or the log of
             the mean of their `probabilities`, for parents that know other classes; `auto`: as their predictions say.
     """

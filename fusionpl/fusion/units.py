@@ -117,7 +117,7 @@ def _distances(sweep: Sweep) -> Tensor:
     found, state = [torch.zeros(0, dtype=torch.float64)], sweep.fused.network.states(TAIL)
     with sweep.team.at_work():
         for batch, shown in _shown(sweep.team):
-            mean = torch.einsum("p,p...->...", shown.new_tensor(sweep.weights), shown)
+            mean = torch.stack([weight * one for weight, one in zip(sweep.weights, shown, strict=True)]).sum(0)
             predicted = sweep.fused.logits(state, batch).float().log_softmax(-1)
             far = (torch.special.xlogy(mean, mean) - mean * predicted).flatten(1).sum(1).double().cpu()
             found.append(far[held_out(sweep.team.data.firsts[batch], len(far))])

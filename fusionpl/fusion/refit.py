@@ -205,9 +205,8 @@ class Refit:
     def _rows(self, stage: Stage, tensor: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """The rows of a batch [B, ..., n] that are fitted, and those that choose the penalty; padding is neither."""
         mask = self.data.mask(batch, self.binding, stage.axes[0])
-        held = (
-            held_out(self.data.firsts[batch], len(tensor)).view(-1, *[1] * (tensor.ndim - 2)).expand(tensor.shape[:-1])
-        )
+        held = held_out(self.data.firsts[batch], len(tensor))
+        held = held.view(-1, *[1] * (tensor.ndim - 2)).expand(tensor.shape[:-1])
         real = torch.ones_like(held) if mask is None or tensor.ndim == 2 else mask.cpu()
         fit, choose = ((real & rows).flatten().nonzero()[:, 0].to(tensor.device) for rows in (~held, held))
         return fit, choose

@@ -61,11 +61,9 @@ def candidates(config: FuseConfig, share: float | None) -> tuple[list[FuseConfig
         share: what `specialisation` found of classifiers; None of other models.
     """
     if share is None:
-        return [replace(
-            config,
-            units="anchor" if config.units == "auto" else config.units,
-            predictions="logits" if config.predictions == "auto" else config.predictions,
-        )], []  # fmt: skip
+        units = "anchor" if config.units == "auto" else config.units
+        predictions = "logits" if config.predictions == "auto" else config.predictions
+        return [replace(config, units=units, predictions=predictions)], []
     apart, notes = share >= APART, []
     why = f"{share:.1%} of their disagreement is about how often each class occurs; the limit is"
     found = [config]

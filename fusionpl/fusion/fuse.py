@@ -1,6 +1,7 @@
 """fuse(): plan, then one sweep through the networks."""
 
 import copy
+import sys
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from itertools import zip_longest
@@ -186,7 +187,7 @@ class Calibrated:
             notes += told + found
         goal, plan = plan_of(team.parents, team.anchor, config, self.names)
         weights = mixing_weights(config.weights, len(team.parents))
-        sink: Sink = InMemory(goal)
+        sink: Sink = InMemory(goal, Kept(sys.maxsize))
         folder = self._folder if self._folder and self._folder.module is goal.module else None
         if output is not None and folder is not None:
             sink = ModelWriter(folder, Path(output) / "model")
@@ -220,7 +221,8 @@ class Calibrated:
         team = self._team.head(TRIAL)
         goal, plan = plan_of(team.parents, team.anchor, config, self.names)
         weights = mixing_weights(config.weights, len(team.parents))
-        return Sweep(team, plan, config, weights, goal, InMemory(goal), Kept(self._limit), trial=True)
+        kept = Kept(self._limit)
+        return Sweep(team, plan, config, weights, goal, InMemory(goal, kept), kept, trial=True)
 
 
 def ready(

@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor, nn
 
 from fusionpl.alignment import Alignment
-from fusionpl.calibration import Network
+from fusionpl.calibration import Kept, Network
 from fusionpl.families import Binding, State, with_parameters
 from fusionpl.fusion.average import averaged
 from fusionpl.fusion.config import FuseConfig
@@ -47,18 +47,23 @@ class InMemory:
 
     Args:
         goal: what it looks like.
+        kept: where they are kept.
     """
 
-    def __init__(self, goal: Network) -> None:
-        self._goal, self._state = goal, State()
+    def __init__(self, goal: Network, kept: Kept) -> None:
+        self._goal, self._kept = goal, kept
+        self._names: list[str] = []
 
     def write(self, state: State) -> None:
         """Keeps the parameters of a section."""
-        self._state |= state
+        for name, tensor in state.items():
+            self._names.append(name)
+            self._kept[name] = tensor
 
     def read(self, name: str) -> Tensor:
         """A parameter that was written."""
-        return self._state[name]
+        found: Tensor = self._kept[name]
+        return found
 
     def finish(self) -> None:
         """Nothing is left to do."""
@@ -68,7 +73,7 @@ class InMemory:
 
     def model(self) -> nn.Module:
         """A new model, which owns what was written."""
-        return with_parameters(self._goal.module, self._state).eval()
+        return with_parameters(self._goal.module, {name: self._kept[name] for name in self._names}).eval()
 
 
 class FusionResult:

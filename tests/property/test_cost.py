@@ -260,7 +260,7 @@ def test_streams_are_freed_with_the_fusion(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Kept, "__init__", watched)
     result = fusionpl.fuse([timm_vit(seed) for seed in range(2)], [images()], config_of())
     gc.collect()
-    streams, maps = made
+    streams, _, maps = made
     assert streams() is None, "the result does not hold the activations"
     assert maps() is not None
     assert result.maps["blocks.0.ffn"].plan.shape == (24, 24)

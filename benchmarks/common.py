@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import yaml
 from torch import nn
 
@@ -20,6 +21,7 @@ from fusionpl.models import load_model, load_tokenizer, with_classifier
 from fusionpl.presets import CONF
 from fusionpl.training import TASKS, ClassificationModule, OptimConfig, TaskName, fit
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Figures = Mapping[str, float]  # column -> figure
 Maker = Callable[[], nn.Module]
 PAPER, DEFAULT, TRANSPORT, JOINT = (

@@ -6,8 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from benchmarks import text
 from benchmarks.common import PAIRS, Parents
 from fusionpl.calibration import Network
@@ -18,7 +16,6 @@ from fusionpl.fusion import FuseConfig, RefitConfig
 from fusionpl.fusion.goal import goal_of
 from fusionpl.training import TASKS, Task, TaskName
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEEDS = (1, 2, 3, 4, 5)
 
 
@@ -129,6 +126,7 @@ SCALES = {
         depths={"wide": (), "shallow": ("--model.args.depth", "4")},
         finetuning=(1, 2, 5, 10, 20),
         short=10,
+        minutes=0.5,
         accelerated=True,
     ),
 }  # fmt: skip

@@ -9,10 +9,10 @@ from functools import cached_property, partial
 
 from torch import nn
 
-from benchmarks.common import JOINT, TRANSPORT, Figures, Maker, Parents, finetuned, plain_average
+from benchmarks.common import DEVICE, JOINT, TRANSPORT, Figures, Maker, Parents, finetuned, plain_average
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.choices import ALL, VARIANTS
-from benchmarks.paper.scales import DEVICE, Subject
+from benchmarks.paper.scales import Subject
 from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON, alternative
 from fusionpl.evaluation import evaluate, evaluate_ensemble
 from fusionpl.fusion import FuseConfig, fuse, load_config

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import fusionpl
+from benchmarks.common import DEVICE
 from benchmarks.speed.memory import watched
 from benchmarks.speed.pairs import Shape, write_folder
 from benchmarks.speed.plain import plain_fusion
@@ -74,19 +75,19 @@ def measured(request: Request) -> dict[str, float]:
 
     Returns:
         `seconds` of the fusion, `extra`, the bytes that it needed beyond what was resident before, and `most`, all that
-        were resident at most; of models in memory also `forward`, the seconds of both parents' forward passes, and
-        `ratio`. `predicted` are the seconds that `fuse.py --dry-run` would print.
+        were resident at most (on a GPU: allocated there); of models in memory also `forward`, the seconds of both
+        parents' forward passes, and `ratio`. `predicted` are the seconds that `fuse.py --dry-run` would print.
     """
     config = request.config
     if request.folders:
         return _of_folders(request, config)
-    parents = [request.shape.model(seed) for seed in (1, 2)]
-    _fuse([_WARM_UP.model(seed) for seed in (1, 2)], _WARM_UP.batches(2, 2), request, config)
+    parents = [request.shape.model(seed).to(DEVICE) for seed in (1, 2)]
+    _fuse([_WARM_UP.model(seed).to(DEVICE) for seed in (1, 2)], _WARM_UP.batches(2, 2), request, config)
     before = _forward(parents, request, config)
-    with watched() as memory:
-        start = time.perf_counter()
+    with watched(DEVICE) as memory:
+        start = _now()
         model = _fuse(parents, _batches(request, config), request, config)
-        seconds = time.perf_counter() - start
+        seconds = _now() - start
     del model
     forward = min(before, _forward(parents, request, config))
     return {
@@ -106,10 +107,17 @@ def _forward(parents: Sequence[nn.Module], request: Request, config: FuseConfig)
         for parent in parents:
             logits(parent, next(_batches(request, config)))  # the first batch is slower
             for batch in _batches(request, config):
-                start = time.perf_counter()
+                start = _now()
                 logits(parent, batch)
-                seconds += time.perf_counter() - start
+                seconds += _now() - start
     return seconds
+
+
+def _now() -> float:
+    """Seconds, once the GPU has done what it was asked for."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _fuse(parents: Sequence[nn.Module], batches: Iterator[Any], request: Request, config: FuseConfig) -> nn.Module:
@@ -123,16 +131,16 @@ def _predicted(parents: Sequence[Any], request: Request, config: FuseConfig) -> 
     names, anchor = ["first", "second"], resolve_anchor(config, len(parents))
     networks, _ = ready([network for network, _ in open_parents(parents, names)], anchor, config)
     goal, plan = plan_of(networks, anchor, config, names)
-    batch, device = next(_batches(request, config)), torch.device("cpu")
+    batch, device = next(_batches(request, config)), torch.device(DEVICE)
     return estimate(plan, networks, anchor, config, batch, request.samples, device, goal).seconds(device)
 
 
 def _of_folders(request: Request, config: FuseConfig) -> dict[str, float]:
     predicted = _predicted(request.folders, request, config)
-    with tempfile.TemporaryDirectory(dir=Path(request.folders[0]).parent) as output, watched() as memory:
-        start = time.perf_counter()
-        fusionpl.fuse(request.folders, _batches(request, config), config, output=output)
-        seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory(dir=Path(request.folders[0]).parent) as output, watched(DEVICE) as memory:
+        start = _now()
+        fusionpl.fuse(request.folders, _batches(request, config), config, output=output, device=DEVICE)
+        seconds = _now() - start
     return {"seconds": seconds, "extra": memory.extra, "most": memory.most, "predicted": predicted}
 
 

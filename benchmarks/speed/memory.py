@@ -1,10 +1,12 @@
-"""The resident memory of this process."""
+"""The resident memory of this process, or what it has of a GPU."""
 
 import contextlib
 import ctypes
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _PAUSE = 0.005  # seconds between samples
@@ -26,13 +28,12 @@ class Peak:
     """What `watched` found.
 
     Attributes:
-        before: bytes resident at its start.
-        most: bytes resident at most until its end.
+        before: bytes resident, or allocated on the GPU, at its start.
+        most: the most until its end.
     """
 
-    def __init__(self) -> None:
-        _settle()
-        self.before = self.most = resident()
+    def __init__(self, before: int) -> None:
+        self.before = self.most = before
 
     @property
     def extra(self) -> int:
@@ -41,12 +42,19 @@ class Peak:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Peak]:
-    """Measures the peak of the resident memory inside the `with` block.
+def watched(device: str = "cpu") -> Iterator[Peak]:
+    """Measures the peak of the resident memory inside the `with` block, on a GPU of what PyTorch has allocated there.
 
-    The kernel keeps it where its mark may be reset; else a thread looks every 5 ms.
+    The kernel keeps the first where its mark may be reset; else a thread looks every 5 ms.
     """
-    found = Peak()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        found = Peak(torch.cuda.memory_allocated())
+        yield found
+        found.most = torch.cuda.max_memory_allocated()
+        return
+    _settle()
+    found = Peak(resident())
     try:
         _RESET.write_text("5")
     except OSError:

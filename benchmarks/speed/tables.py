@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import JOINT, PAPER, TRANSPORT, Figures
+from benchmarks.common import DEVICE, JOINT, PAPER, TRANSPORT, Figures
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.choices import ALIGNMENTS
 from benchmarks.speed.cell import Request, in_fresh_process, measured, prepare
@@ -44,7 +44,7 @@ class Sizes:
         plain: model -> shape and samples.
         large: parents in memory, and in files; with samples.
         memory: GiB that kept activations may take in the tables of memory.
-        threads: numbers of threads of the first table.
+        threads: numbers of threads of the first table; of a GPU's host, one will do.
         fresh: each cell in a process of its own.
     """
 
@@ -55,7 +55,7 @@ class Sizes:
     plain: Mapping[str, tuple[Shape, int]]
     large: tuple[tuple[str, Shape, int], tuple[str, Shape, int]]
     memory: Mapping[str, float]
-    threads: Sequence[int] = (1, 2)
+    threads: Sequence[int] = (1, 2) if DEVICE == "cpu" else (1,)
     fresh: bool = True
 
 

@@ -260,7 +260,7 @@ def open_parents(
         FusionError: see `load_model` and `bind`.
     """
     homes = [device_of(parent) for parent in parents if isinstance(parent, nn.Module)]
-    home = torch.device(device) if device is not None else next(iter(homes), torch.device("cpu"))
+    home = next(iter(homes), torch.device("cpu")) if device is None else torch.empty(0, device=device).device
     found: list[tuple[Network, ModelFolder | None]] = []
     for parent, name in zip(parents, names, strict=True):
         if isinstance(parent, nn.Module):

@@ -83,6 +83,8 @@ def _run(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     moves = "copy" in name
     if wrappers and not moves and any(one.ndim for one in tensors if not isinstance(one, Wrapper)):
         raise RuntimeError(f"{name}: tensors on {DEVICE} and on the CPU")
+    if wrappers and name.startswith("native_layer_norm") and len({one.dtype for one in tensors}) > 1:
+        raise RuntimeError(f"{name}: tensors of several types")  # the CPU takes them
     asked = kwargs.get("device")
     if not wrappers and (asked is None or torch.device(asked).type != DEVICE.type):
         return operation(*args, **kwargs)

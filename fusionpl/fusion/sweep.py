@@ -289,7 +289,7 @@ class Sweep:
         return ActivationEvidence(moments, team.binding, scale, centred=centred)
 
     def _averaged(self, section: str, states: Sequence[State]) -> State:
-        own, anchor = [self.team.own(section, state) for state in states], self.team.anchor
+        own, anchor = [in_float32(self.team.own(section, state)) for state in states], self.team.anchor
         blank = self.goal is not self.team.parents[anchor]
         target = self.team.own(section, self.goal.parameters(section)) if blank else own[anchor]
         return averaged(self.aligned, anchor, own, self.plan.keep, target, self.goal.binding)

@@ -16,7 +16,7 @@ from fusionpl.cli.common import main
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import evaluate, evaluate_ensemble
 from fusionpl.presets import CONF
-from tests.models_for_tests import CLASSES, VOCABULARY, hf_vit, images, sentences, text_model, timm_vit
+from tests.models_for_tests import CLASSES, VOCABULARY, hf_vit, images, outputs, sentences, text_model, timm_vit
 from tests.pretend_device import DEVICE, PretendDevice
 
 EXACT = {"align.residual": "tie", "align.heads": "matched", "align.solver": "assignment"}
@@ -82,6 +82,21 @@ def test_a_fusion_stays_on_its_parents_device(setting: str) -> None:
         there = [{key: value.to(DEVICE) for key, value in batch.items()} for batch in batches]
         assert evaluate(fused, there)["loss"] == pytest.approx(evaluate(expected, batches)["loss"], rel=1e-3)
         assert evaluate_ensemble(parents, batches) == evaluate_ensemble(parents, there)
+
+
+@pytest.mark.parametrize("preset", ["joint", "transport", "paper"])
+def test_parents_in_half_precision_are_fused_in_float32(preset: str) -> None:
+    half = [timm_vit(seed, depth=2).bfloat16() for seed in range(2)]
+    changes = {"anchor": 0, "calibration.tokens": "class"} if preset == "paper" else {"anchor": 0}
+    config = fusionpl.load_config(CONF / "fuse" / f"{preset}.yaml", changes)
+    expected = fusionpl.fuse(half, [images()], config).model.float()
+    with PretendDevice():
+        fused = fusionpl.fuse([moved(parent) for parent in half], [images()], config).model
+        assert {tensor.dtype for tensor in fused.parameters()} == {torch.bfloat16}
+        found = {name: tensor.cpu().float() for name, tensor in fused.state_dict().items()}
+    wanted = outputs(expected)
+    expected.load_state_dict(found)
+    assert float((outputs(expected) - wanted).norm() / wanted.norm()) < 0.1
 
 
 # kind of parents, changes, size of shards

@@ -117,7 +117,7 @@ def test_where_the_images_are_and_how_the_model_runs_changes_nothing(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_images_on_the_gpu_train_like_images_on_the_cpu(tmp_path: Path) -> None:
     found = [
-        trained(tmp_path / str(on_device), data=dataclasses.replace(DATA, on_device=on_device), accelerator="gpu")
+        trained(tmp_path, data=dataclasses.replace(DATA, on_device=on_device), accelerator="gpu")
         for on_device in (False, True)
     ]
     assert found[0].figures == pytest.approx(found[1].figures, abs=1e-3)

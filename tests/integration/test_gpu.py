@@ -10,6 +10,9 @@ from torch import nn
 
 import fusionpl
 from fusionpl.calibration import logits
+from fusionpl.cli.alternatives import alternative
+from fusionpl.datamodules import DataConfig, ImageDataModule
+from fusionpl.models import ModelConfig, build_model
 from fusionpl.presets import CONF
 from tests.models_for_tests import hf_vit, images, sentences, text_model, timm_vit
 
@@ -93,3 +96,15 @@ def test_refinement_draws_the_fused_model_to_its_parents() -> None:
         return found
 
     assert far(refined) < far(fused)
+
+
+@pytest.mark.parametrize("name", ["distilled", "trained-on"])
+def test_what_else_could_be_done_comes_back_where_the_parents_are(name: str) -> None:
+    data = ImageDataModule(DataConfig(image_size=8, batch_size=20, train_limit=100, calibration=100))
+    options = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    parents = [
+        build_model(ModelConfig("timm", "vit_tiny_patch16_224", options), num_classes=10).cuda() for _ in range(2)
+    ]
+    found = alternative(name, copy.deepcopy(parents[0]), parents, data, samples=100, seconds=0.5, trainer_args={})
+    assert found.steps >= 1
+    assert {tensor.device.type for tensor in found.model.state_dict().values()} == {"cuda"}

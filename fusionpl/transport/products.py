@@ -18,13 +18,18 @@ _BLOCKS, _BLOCK_WIDTH = 4, 96
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Products of float32 matrices in float32, whatever shorter type the user lets PyTorch take for them."""
-    allowed = torch.get_float32_matmul_precision()
+    """Products and convolutions of float32 in float32, whatever shorter type the user lets PyTorch take for them.
+
+    For convolutions on a GPU PyTorch takes a shorter one unless it is told otherwise.
+    """
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(allowed)
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def cross_product(x: Tensor, y: Tensor) -> Tensor:

@@ -72,14 +72,17 @@ def test_full_precision_inside_and_the_users_choice_afterwards() -> None:
     def fails() -> None:
         with full_float32():
             assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cudnn.allow_tf32
             raise KeyError
 
     before = torch.get_float32_matmul_precision()
+    assert torch.backends.cudnn.allow_tf32  # PyTorch's choice
     try:
         torch.set_float32_matmul_precision("medium")
         with pytest.raises(KeyError):
             fails()
         assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.cudnn.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -115,8 +115,8 @@ SCALES = {
         teams=(2,),
         sentences=2000,
     ),
-    # The paper's model on all of CIFAR-10, for one GPU: the images live on it. Four parents at once, two of all data and
-    # two of halves, take 5 minutes of an H200, their fusions as long; one pair of each table.
+    # The paper's model on all of CIFAR-10, for one GPU: the images live on it. Four parents at once, two of all data
+    # and two of halves, take 5 minutes of an H200, their fusions as long; one pair of each table.
     "paper": Scale(
         preset="vit-cifar10.yaml",
         options=(

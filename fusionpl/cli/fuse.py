@@ -52,6 +52,7 @@ from fusionpl.fusion import (
     ready,
     resolve_anchor,
     settled,
+    trial_of,
 )
 from fusionpl.models import (
     Ancestor,
@@ -193,7 +194,9 @@ def run(argv: Sequence[str]) -> None:
     expected = job.estimate(job.config, plan, networks, goal, device)
     if args.dry_run:
         table = describe(plan, bindings, job.anchor, job.config, names, goal.binding)
-        print(table, *(one.told for one in matchings), expected.told(device), sep="\n")
+        trial = trial_of(job.config, "classes" in bindings[job.anchor].axes)
+        tried = job.estimate(trial, plan, networks, goal, device) if trial else None
+        print(table, *(one.told for one in matchings), expected.told(device, tried), sep="\n")
         return
     if args.check:
         _check(job)

@@ -18,6 +18,7 @@ from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.plan import Plan, describe, make_plan
 from fusionpl.fusion.refine import loss_to_mean
 from fusionpl.fusion.result import FusionResult
+from fusionpl.fusion.units import trial_of
 
 __all__ = [
     "AlignedParent",
@@ -42,5 +43,6 @@ __all__ = [
     "ready",
     "resolve_anchor",
     "settled",
+    "trial_of",
     "vanilla",
 ]

@@ -74,10 +74,16 @@ class Estimate:
         """The expected time of the fusion, after a second of measuring how fast the device is."""
         return self.given + sum(amount / _rate(kind, device) for kind, amount in self.work.items() if amount)
 
-    def told(self, device: torch.device) -> str:
-        """Time and memory in one line."""
+    def told(self, device: torch.device, trial: "Estimate | None" = None) -> str:
+        """Time and memory in one line.
+
+        Args:
+            device: where it will run.
+            trial: what one of two trials would take, if there may be any.
+        """
+        more = f" ({_duration(2 * trial.seconds(device))} more if units: auto has to try both ways)" if trial else ""
         return (
-            f"expected: {_duration(self.seconds(device))} on {device}, {_size(self.memory)} of memory, "
+            f"expected: {_duration(self.seconds(device))}{more} on {device}, {_size(self.memory)} of memory, "
             f"{_size(self.disk)} of temporary files, a model of {_size(self.output)}"
         )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusionpl.calibration import or_zeros, sum_over_ranks
 from fusionpl.families import TAIL
-from fusionpl.fusion.config import FuseConfig
+from fusionpl.fusion.config import FuseConfig, RefineConfig
 from fusionpl.fusion.refit import held_out
 from fusionpl.fusion.sweep import Sweep, Team
 
@@ -81,6 +81,14 @@ def candidates(config: FuseConfig, share: float | None) -> tuple[list[FuseConfig
                 f"predictions: the mean of the parents' probabilities, who know other classes ({why} {APART:.0%})"
             )
     return found, notes
+
+
+def trial_of(config: FuseConfig, classifies: bool) -> FuseConfig | None:
+    """What each of two trials would be asked for, of models that classify or do not; None where nothing is tried."""
+    if config.strategy != "joint" or config.units != "auto" or not classifies:
+        return None
+    few = min(TRIAL, config.calibration.samples)
+    return replace(config, calibration=replace(config.calibration, samples=few), refine=RefineConfig())
 
 
 def preferred(anchor: Sweep, even: Sweep) -> tuple[FuseConfig, list[str]]:

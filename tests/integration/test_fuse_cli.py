@@ -153,9 +153,9 @@ def test_check_and_dry_run_write_nothing(parents: list[str], capsys: pytest.Capt
     assert "the stream    permutation, one for all; rotation" in shown
     assert "x permutation or rotation of" in shown
     assert main(fuse.run, ["--parents", *parents[:2], "--dry-run"]) == 0
-    assert (
-        "one stream for all parents; whose units, the calibration set decides; refit: ridge" in capsys.readouterr().out
-    )
+    shown = capsys.readouterr().out
+    assert "one stream for all parents; whose units, the calibration set decides; refit: ridge" in shown
+    assert re.search(r"^expected: \d+ s \(\d+ s more if units: auto has to try both ways\) on cpu, ", shown, re.M)
     assert main(fuse.run, ["--parents", *parents[:2], "--dry-run", "--width", "1.5"]) == 0
     assert re.search(r"blocks\.0\.q +16 -> 24 +2 -> 3 +units of the parents", capsys.readouterr().out)
     assert main(fuse.run, ["--parents", *parents[:2], "--dry-run", "--strategy", "transport"]) == 0
@@ -163,6 +163,7 @@ def test_check_and_dry_run_write_nothing(parents: list[str], capsys: pytest.Capt
     assert "join (average) of stem.pos + stem.patch" in plan
     assert "sinkhorn 0.02" in plan
     assert "refit: ridge" in plan
+    assert "more if" not in plan
     rotation = ["--align.stream", "rotation", "--align.residual", "tie", "--align.heads", "matched"]
     assert main(fuse.run, ["--parents", *parents[:2], "--dry-run", *rotation]) == 0
     assert "rotation of the stream" in capsys.readouterr().out

@@ -12,7 +12,8 @@ from torch import nn
 from fusionpl.calibration import GIB, Network
 from fusionpl.errors import FusionError
 from fusionpl.families import bind
-from fusionpl.fusion import Estimate, estimate, load_config, make_plan
+from fusionpl.fusion import Estimate, estimate, load_config, make_plan, trial_of
+from fusionpl.fusion.units import TRIAL
 from tests.models_for_tests import CAUSAL, ELECTRA, VISION, causal, images, sentences, text_model, timm_vit
 
 CPU = torch.device("cpu")
@@ -114,3 +115,17 @@ def test_what_does_not_fit_is_refused_with_what_is_missing(tmp_path: Path, monke
 def test_it_is_told_in_one_line() -> None:
     told = Estimate(3 * GIB, 0, 5 * 2**20, {"forward": 1e6}).told(CPU)
     assert told == "expected: 0 s on cpu, 3.0 GiB of memory, 0.0 GiB of temporary files, a model of 5 MiB"
+
+
+def test_a_trial_is_told_of_where_there_may_be_one() -> None:
+    config = load_config("joint", {"refine.method": "gradient", "refine.minutes": 5})
+    trial = trial_of(config, classifies=True)
+    assert trial is not None
+    assert (trial.calibration.samples, trial.refine.method) == (TRIAL, "none")
+    assert trial_of(config, classifies=False) is None
+    assert trial_of(load_config("joint", {"units": "even"}), classifies=True) is None
+    assert trial_of(load_config("transport"), classifies=True) is None
+    told = Estimate(GIB, 0, GIB, {}, given=100.0).told(CPU, Estimate(0, 0, 0, {}, given=10.0))
+    assert told.startswith(
+        "expected: 100 s (20 s more if units: auto has to try both ways) on cpu, 1.0 GiB of memory, "
+    )

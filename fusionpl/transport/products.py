@@ -7,6 +7,7 @@ relative to the batch's own products, and does not grow with the number of batch
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,14 +23,16 @@ def full_float32() -> Iterator[None]:
 
     For convolutions on a GPU PyTorch takes a shorter one unless it is told otherwise.
     """
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    gpu, cpu = cast(Any, torch.backends.cudnn), cast(Any, torch.backends.mkldnn)
+    backends: list[Any] = [torch.backends.cuda.matmul, gpu.conv, cpu.matmul, cpu.conv]
+    before = [backend.fp32_precision for backend in backends]
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def cross_product(x: Tensor, y: Tensor) -> Tensor:

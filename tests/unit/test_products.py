@@ -1,7 +1,8 @@
 """Products in float32 against float64, and problems solved as a batch against one by one."""
 
 import itertools
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import pytest
 import torch
@@ -68,23 +69,38 @@ def test_short_types_are_multiplied_in_float32(first: torch.dtype, second: torch
     torch.testing.assert_close(found.double(), x.double().T @ y.double(), rtol=1e-5, atol=1e-5)
 
 
-def test_full_precision_inside_and_the_users_choice_afterwards() -> None:
+GPU, CPU = cast(Any, torch.backends.cudnn), cast(Any, torch.backends.mkldnn)
+BACKENDS: list[Any] = [torch.backends.cuda.matmul, GPU.conv, CPU.matmul]
+
+
+@pytest.fixture
+def _precision() -> Iterator[None]:
+    before = [backend.fp32_precision for backend in BACKENDS]
+    yield
+    for backend, precision in zip(BACKENDS, before, strict=True):
+        backend.fp32_precision = precision
+
+
+@pytest.mark.usefixtures("_precision")
+@pytest.mark.parametrize("way", ["of all products", "of each backend"])
+def test_full_precision_inside_and_the_users_choice_afterwards(way: str) -> None:
     def fails() -> None:
         with full_float32():
-            assert torch.get_float32_matmul_precision() == "highest"
-            assert not torch.backends.cudnn.allow_tf32
+            assert {backend.fp32_precision for backend in BACKENDS} == {"ieee"}
             raise KeyError
 
-    before = torch.get_float32_matmul_precision()
-    assert torch.backends.cudnn.allow_tf32  # PyTorch's choice
-    try:
+    if way == "of all products":
         torch.set_float32_matmul_precision("medium")
-        with pytest.raises(KeyError):
-            fails()
+    else:  # after which PyTorch refuses to tell what it is of all
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    before = [backend.fp32_precision for backend in BACKENDS]
+    assert before[:2] == ["tf32", "tf32"]
+    with pytest.raises(KeyError):
+        fails()
+    assert [backend.fp32_precision for backend in BACKENDS] == before
+    if way == "of all products":
         assert torch.get_float32_matmul_precision() == "medium"
-        assert torch.backends.cudnn.allow_tf32
-    finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision("highest")
 
 
 # least squares

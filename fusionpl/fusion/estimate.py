@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +328,7 @@ def _is_elsewhere(module: nn.Module) -> bool:
     return next(module.parameters()).is_meta
 
 
+@cache
 def _rate(kind: str, device: torch.device) -> float:
     """Operations (`transport`, `elementwise`: bytes) a second."""
     n = _PROBE

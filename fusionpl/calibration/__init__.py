@@ -3,7 +3,7 @@
 from fusionpl.calibration.batches import Progress, batches, no_progress
 from fusionpl.calibration.config import CalibrationConfig, Scale
 from fusionpl.calibration.flow import CalibrationSet, Flow, Passage, or_zeros, places_of, sum_over_ranks
-from fusionpl.calibration.forward import Batch, device_of, eval_mode, has_float64, inputs_of, logits
+from fusionpl.calibration.forward import Batch, device_named, device_of, eval_mode, has_float64, inputs_of, logits
 from fusionpl.calibration.inputs import sources
 from fusionpl.calibration.kept import GIB, Kept, budget, bytes_of, free_memory
 from fusionpl.calibration.moments import Key, Moments
@@ -36,6 +36,7 @@ __all__ = [
     "budget",
     "bytes_of",
     "captured",
+    "device_named",
     "device_of",
     "eval_mode",
     "free_memory",

@@ -67,6 +67,18 @@ def arguments(model: nn.Module, batch: Batch, like: Tensor) -> tuple[tuple[Tenso
     return (), inputs
 
 
+def device_named(name: torch.device | str) -> torch.device:
+    """A device by its name, and with its number.
+
+    Raises:
+        FusionError: there is none.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise FusionError(f"there is no device {name}; use cpu, cuda or mps") from error
+
+
 def logits(model: nn.Module, batch: Batch) -> Tensor:
     """Runs `model` on `batch` on the model's own device and in its own type.
 

@@ -8,7 +8,6 @@ import torch
 import yaml
 from torch import nn
 
-from fusionpl.calibration import device_of
 from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError, nearest
 from fusionpl.fusion import FuseConfig, load_config
@@ -68,15 +67,11 @@ def alternative(
     preset = yaml.safe_load((CONF / "finetune" / "default.yaml").read_text())
     optim = OptimConfig(**preset["optim"])
     arguments = {**trainer_args, "gradient_clip_val": preset["trainer"]["gradient_clip_val"]}
-    home = device_of(student)
     student = student.float()
     torch.manual_seed(SEED)
     if name == TRAINED_ON:
         module = ClassificationModule(student, optim, data.num_classes, (), seconds=seconds)
-        trained = train_for(module, data, seed=SEED, trainer_args=arguments)
-    else:
-        taught = Distillation(student, optim, data.num_classes, teachers=parents, labels=False, seconds=seconds)
-        unlabelled = UnlabelledData(data, samples, data.config.batch_size, SEED)
-        trained = train_for(taught, unlabelled, seed=SEED, trainer_args=arguments)
-    trained.model.to(home)  # a Trainer leaves it on the CPU
-    return trained
+        return train_for(module, data, seed=SEED, trainer_args=arguments)
+    taught = Distillation(student, optim, data.num_classes, teachers=parents, labels=False, seconds=seconds)
+    unlabelled = UnlabelledData(data, samples, data.config.batch_size, SEED)
+    return train_for(taught, unlabelled, seed=SEED, trainer_args=arguments)

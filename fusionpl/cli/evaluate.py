@@ -8,6 +8,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
+from fusionpl.calibration import device_named
 from fusionpl.cli.common import (
     add_logger_option,
     add_reading_options,
@@ -55,11 +56,7 @@ def run(argv: Sequence[str]) -> None:
     settings, chosen = settings_of(parser, options), parser.instantiate(options)
     models = named(options.models)
     data = TASKS[options.task].datamodule(chosen.data, 0, common_tokenizer(models, 0, renumbered=False))
-    try:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise FusionError(f"there is no device {options.device}; use cpu, cuda or mps") from error
+    device = device_named(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if options.output is not None:
         check_output(Path(options.output), options.overwrite)
 

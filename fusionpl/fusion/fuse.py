@@ -17,6 +17,7 @@ from fusionpl.calibration import (
     Network,
     Progress,
     budget,
+    device_named,
     device_of,
     has_float64,
     no_progress,
@@ -90,7 +91,7 @@ def fuse(
 
     Raises:
         FusionError: parents that do not fit together, a family that does not fit them, NaN weights, an empty
-            calibration set, options that don't fit.
+            calibration set, options that don't fit, a device that is not there.
     """
     config = config or FuseConfig()
     ready = Calibrated(
@@ -257,10 +258,10 @@ def open_parents(
         family: see `bind`.
 
     Raises:
-        FusionError: see `load_model` and `bind`.
+        FusionError: see `load_model` and `bind`; there is no such device.
     """
     homes = [device_of(parent) for parent in parents if isinstance(parent, nn.Module)]
-    home = next(iter(homes), torch.device("cpu")) if device is None else torch.empty(0, device=device).device
+    home = next(iter(homes), torch.device("cpu")) if device is None else device_named(device)
     found: list[tuple[Network, ModelFolder | None]] = []
     for parent, name in zip(parents, names, strict=True):
         if isinstance(parent, nn.Module):

@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Timer
 from torch import nn
 
+from fusionpl.calibration import device_of
 from fusionpl.errors import FusionError
 from fusionpl.training.callbacks import SeedEpochs
 from fusionpl.training.module import ClassificationModule
@@ -19,7 +20,7 @@ class Trained:
     """What training for a given time ended with.
 
     Attributes:
-        model: the trained model, on the CPU, in evaluation mode.
+        model: the trained model, where it was before, in evaluation mode.
         steps: optimiser steps that fitted into the time.
         seconds: wall time of the training.
     """
@@ -65,6 +66,7 @@ def train_for(
         enable_model_summary=False,
         enable_progress_bar=False,
     )
+    home = device_of(module.model)
     module.model.train()
     trainer.fit(module, datamodule=data)
-    return Trained(module.whole().eval(), trainer.global_step, timer.time_elapsed("train"))
+    return Trained(module.whole().eval().to(home), trainer.global_step, timer.time_elapsed("train"))

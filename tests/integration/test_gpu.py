@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fusionpl
+from benchmarks.common import EXACT
 from fusionpl.calibration import logits
 from fusionpl.cli.alternatives import alternative
 from fusionpl.datamodules import DataConfig, ImageDataModule
@@ -18,7 +19,6 @@ from tests.models_for_tests import hf_vit, images, sentences, text_model, timm_v
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-EXACT = {"align.residual": "tie", "align.heads": "matched", "align.solver": "assignment"}
 # model, preset, changes
 SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "one stream": ("vit", "joint", {"anchor": 0}),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fusionpl
+from benchmarks.common import EXACT
 from fusionpl.calibration import Network, has_float64
 from fusionpl.cli.common import main
 from fusionpl.errors import FusionError
@@ -19,7 +20,6 @@ from fusionpl.presets import CONF
 from tests.models_for_tests import CLASSES, VOCABULARY, hf_vit, images, outputs, sentences, text_model, timm_vit
 from tests.pretend_device import DEVICE, PretendDevice
 
-EXACT = {"align.residual": "tie", "align.heads": "matched", "align.solver": "assignment"}
 # model, preset, changes: between them every path that makes tensors
 SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "default": ("vit", "default", {}),
@@ -148,6 +148,14 @@ def test_named_parents_go_where_the_others_are(tmp_path: Path) -> None:
         assert {tensor.device for tensor in fused.state_dict().values()} == {DEVICE}
         for name, tensor in expected.named_parameters():
             torch.testing.assert_close(fused.get_parameter(name).cpu(), tensor, rtol=1e-3, atol=1e-3)
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
+    parents: list[Any] = [hf_vit(seed, depth=1) for seed in range(2)]
+    parents[1].save_pretrained(tmp_path)
+    for device in ("tpu9", "cpu:x"):
+        with pytest.raises(FusionError, match=f"there is no device {device}; use cpu, cuda or mps"):
+            fusionpl.fuse([parents[0], tmp_path], [images(8)], device=device)
 
 
 def test_parents_on_a_device_without_float64_are_refused() -> None:

@@ -103,7 +103,7 @@ def scores(output: Any) -> Tensor:
     """
     if isinstance(output, Tensor):
         return output
-    names = ("logits", "logits_per_image", "image_embeds", "text_embeds")
+    names = ("logits", "prediction_logits", "logits_per_image", "image_embeds", "text_embeds")
     found: Tensor | None = next((one for name in names if (one := getattr(output, name, None)) is not None), None)
     if found is None:
         raise FusionError(f"a model that returns {type(output).__name__} has none of {', '.join(names)} to compare; "

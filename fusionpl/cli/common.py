@@ -9,10 +9,10 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -20,13 +20,16 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from safetensors import SafetensorError
 
 from fusionpl.cli.outputs import is_main_process
-from fusionpl.errors import FusionError, nearest, reason
+from fusionpl.datamodules import BUILT_IN, FixedSplits
+from fusionpl.errors import FusionError, reason
+from fusionpl.models import model_config, model_folder
 from fusionpl.options import check_sections, explain, read_yaml
 from fusionpl.presets import preset, presets
 from fusionpl.training.loggers import LoggerName
-from fusionpl.training.tasks import TASKS, TaskName
+from fusionpl.training.tasks import TASKS, TaskName, task_named, task_of_model
 
 MISTAKE, INTERRUPT = 2, 130
+NOT_SAID = ""  # the path of data that nobody has named
 # What is wrong with where something is written, not with how.
 _OF_THE_PLACE = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
@@ -204,11 +207,7 @@ def task_of(argv: Sequence[str], default: TaskName = "image-classification") -> 
     name = known.task
     if name is None and known.config and Path(known.config).is_file():
         name = read_yaml(known.config).get("task")
-    if name is None:
-        return default
-    if name not in TASKS:
-        raise FusionError(f"task: there is no '{name}'{nearest(str(name), TASKS)}; use {', '.join(TASKS)}")
-    return cast(TaskName, name)
+    return default if name is None else task_named(str(name))
 
 
 def parser_for(argv: Sequence[str], option: str, build: Callable[[TaskName], ArgumentParser]) -> ArgumentParser:
@@ -223,12 +222,61 @@ def parser_for(argv: Sequence[str], option: str, build: Callable[[TaskName], Arg
     peek.add_argument(option, dest="models", nargs="+", default=[])
     known, _ = peek.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     origin = next((found for found in map(settings_in, known.models) if found), {})
-    trained: TaskName = origin.get("task", "image-classification")
-    task = task_of(argv, trained)
+    return parser_like(argv, origin, known.models[:1], build)
+
+
+def parser_like(
+    argv: Sequence[str], origin: Mapping[str, Any], models: Sequence[str], build: Callable[[TaskName], ArgumentParser]
+) -> ArgumentParser:
+    """The parser for the task and data of a run, or for the task that a published model's class says.
+
+    Args:
+        argv: the arguments; their `--task` comes first.
+        origin: the run's settings; empty where the models are no runs.
+        models: one of them, or none.
+        build: makes the parser for a task.
+
+    Raises:
+        FusionError: there is no such task; nothing is known of the model, and so of some of the options.
+    """
+    foreign, unreadable = not origin and bool(models), None
+    trained: TaskName | None = task_named(origin.get("task", "image-classification"))
+    if foreign:
+        try:
+            trained = task_of_model(model_config(model_folder(models[0], weights=False)))
+        except FusionError as error:  # is raised again where it is opened, behind mistakes in options
+            trained, unreadable = None, error
+    task = task_of(argv, trained or "image-classification")
     parser = build(task)
     if task == trained:
         parser.set_defaults({f"data.{key}": value for key, value in origin.get("data", {}).items()})
+    known = parser.get_defaults(skip_validation=True).keys()
+    if foreign and parser.get_default("data.path") in BUILT_IN:
+        parser.set_defaults({"data.path": NOT_SAID})
+    words = (word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--data."))
+    if unreadable and any(word not in known for word in words):
+        raise unreadable
     return parser
+
+
+def data_module(task: TaskName, config: Any, seed: int, tokenizer: Any, models: Sequence[str]) -> FixedSplits:
+    """The data of a task.
+
+    Args:
+        task: which.
+        config: the options under `data`.
+        seed, tokenizer: see `Task`.
+        models: that are for it.
+
+    Raises:
+        FusionError: nothing says which data they are; options out of range.
+    """
+    if config.path == NOT_SAID:
+        raise FusionError(
+            f"nothing says which data {models[0]} is for; give --data.path: a file, a folder or a hub id of samples "
+            "like those that it was trained on"
+        )
+    return TASKS[task].datamodule(config, seed, tokenizer)
 
 
 def settings_in(run: str | Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from fusionpl.calibration import device_named
 from fusionpl.cli.common import (
     add_logger_option,
     add_reading_options,
+    data_module,
     main,
     new_parser,
     parse_options,
@@ -24,7 +25,16 @@ from fusionpl.cli.measuring import measure_models
 from fusionpl.cli.outputs import check_output, staged
 from fusionpl.errors import FusionError
 from fusionpl.models import load_model
-from fusionpl.training import TASKS, TaskName, finish_loggers, group_of, log_models, log_report, make_loggers
+from fusionpl.training import (
+    TASKS,
+    TaskName,
+    finish_loggers,
+    group_of,
+    log_models,
+    log_report,
+    make_loggers,
+    task_named,
+)
 
 
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
@@ -32,7 +42,7 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     parser = new_parser("Evaluates models on one test set, with their ensemble and plain average.", presets=False)
     parser.add_argument("--models", nargs="+", type=str, default=[], help="run folders, model folders or hub ids, "
                         "org/name or org/name@revision")  # fmt: skip
-    parser.add_argument("--task", type=TaskName, default=task, help="what the models were trained for")
+    parser.add_argument("--task", type=task_named, default=task, help="what the models were trained for")
     parser.add_argument("--output", type=str | None, help="where the report goes; none is written without it")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     add_logger_option(parser, "none")
@@ -55,7 +65,7 @@ def run(argv: Sequence[str]) -> None:
         raise FusionError("nothing to evaluate; give --models RUN_A RUN_B")
     settings, chosen = settings_of(parser, options), parser.instantiate(options)
     models = named(options.models)
-    data = TASKS[options.task].datamodule(chosen.data, 0, common_tokenizer(models, 0, renumbered=False))
+    data = data_module(options.task, chosen.data, 0, common_tokenizer(models, 0, renumbered=False), options.models)
     device = device_named(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if options.output is not None:
         check_output(Path(options.output), options.overwrite)

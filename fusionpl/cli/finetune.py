@@ -21,8 +21,10 @@ from fusionpl.cli.common import (
     add_logger_option,
     add_reading_options,
     add_trainer_options,
+    data_module,
     new_parser,
     parse,
+    parser_like,
     quiet,
     settings_in,
     settings_of,
@@ -73,6 +75,7 @@ from fusionpl.training import (
     log_report,
     make_loggers,
     shrunk,
+    task_named,
 )
 
 PRESET = CONF / "finetune" / "default.yaml"
@@ -96,7 +99,7 @@ class Candidate:
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     """The options of finetune.py for a task."""
     parser = new_parser(f"Finetunes a model. Without --config the preset {PRESET.name} is used.")
-    parser.add_argument("--task", type=TaskName, default=task, help="what is learned; decides the options of data")
+    parser.add_argument("--task", type=task_named, default=task, help="what is learned; decides the options of data")
     parser.add_argument("--model", type=str | None, help="a fused model, or any run folder, model folder or "
                         "hub id (org/name or org/name@revision)")  # fmt: skip
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="decides data order and augmentation")
@@ -127,17 +130,14 @@ def run(argv: Sequence[str]) -> None:
     model = _model_in(argv)
     source = Path(model)
     origin = settings_in(source)
-    own: TaskName = origin.get("task", "image-classification")
-    task = task_of(argv, own)
-    parser = build_parser(task)
-    if task == own:
-        parser.set_defaults({f"data.{key}": value for key, value in origin.get("data", {}).items()})
+    parser = parser_like(argv, origin, [model], build_parser)
     options = parse(parser, argv, PRESET)
+    elsewhere = bool(origin) and options.task != task_named(origin.get("task", "image-classification"))
     home = source.parent if source.is_dir() else Path("runs")
     folder = Path(options.output or in_sweep(home / f"{short_name(model)}-finetuned"))
     check_push_options(options.push_to, options.push_private)
     made_of = _made_of(model, origin) if is_main_process() else ("", {})
-    candidates = _candidates(model, origin, options, every_parent=task != own)
+    candidates = _candidates(model, origin, options, every_parent=elsewhere)
     started = time.monotonic()
     try:
         if options.resume:
@@ -154,7 +154,7 @@ def run(argv: Sequence[str]) -> None:
         raise KeyboardInterrupt(f"continue with: python finetune.py {shlex.join([*words, '--resume'])}") from stop
     if is_main_process():
         settings = settings_of(parser, options)
-        _finish(source if task == own else folder, origin, options, rows, folder, settings)
+        _finish(folder if elsewhere else source, origin, options, rows, folder, settings)
         parents, data = made_of
         command = command_section("finetune", [word for word in given if word != "--resume"], PRESET)
         data |= metadata(settings, rows[0][0].as_dict(), folder.name)
@@ -254,7 +254,7 @@ def _finetune(
         print(f"finetuning {name} for {options.trainer.max_epochs} epochs")
     L.seed_everything(options.seed, workers=True, verbose=False)
     task = TASKS[options.task]
-    data = task.datamodule(chosen.data, options.seed, load_tokenizer(options.model))
+    data = data_module(options.task, chosen.data, options.seed, load_tokenizer(options.model), [options.model])
     resume = options.resume and (place / "checkpoints" / "last.ckpt").is_file()
     model = shrunk(candidate.model, options.shrink)
     if task.new_head:

@@ -23,6 +23,7 @@ from fusionpl.cli.common import (
     add_logger_option,
     add_reading_options,
     add_trainer_options,
+    data_module,
     new_parser,
     parse,
     parser_for,
@@ -80,6 +81,7 @@ from fusionpl.training import (
     log_report,
     make_loggers,
     open_run,
+    task_named,
 )
 
 PRESET = CONF / "fuse" / "default.yaml"
@@ -141,7 +143,7 @@ class Job:
         check_parents(networks)
         config = settled(config, networks, anchor)
         presets = {name: settled(one, networks, resolve_anchor(one, len(parents))) for name, one in presets.items()}
-        data = TASKS[args.task].datamodule(chosen.data, 0, tokenizer)
+        data = data_module(args.task, chosen.data, 0, tokenizer, args.parents)
         return cls(args, settings, config, parents, networks, anchor, data, tokenizer, family, presets, alternatives)
 
     def load(self, name: str) -> nn.Module:
@@ -332,7 +334,7 @@ def fusing_parser(task: TaskName) -> ArgumentParser:
     parser = new_parser(f"Aligns parents and averages them. Without --config the preset {PRESET.name} is used.")
     parser.add_argument("--parents", nargs="+", type=str, default=[], help="run folders, model folders or hub ids, "
                         "org/name or org/name@revision")  # fmt: skip
-    parser.add_argument("--task", type=TaskName, default=task, help="what the parents were trained for")
+    parser.add_argument("--task", type=task_named, default=task, help="what the parents were trained for")
     parser.add_argument("--output", type=str | None, help="where the fused model goes")
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="decides what learned refinement draws")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")

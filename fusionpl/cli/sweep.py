@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from fusionpl.cli.common import main, quiet, settings_of
+from fusionpl.cli.common import data_module, main, quiet, settings_of
 from fusionpl.cli.fuse import arguments, common_tokenizer, fuse_config, fusing_parser, named, progress_bar
 from fusionpl.cli.outputs import check_output, staged
 from fusionpl.errors import FusionError, flattened
@@ -24,7 +24,7 @@ from fusionpl.evaluation import Report, Row, evaluate
 from fusionpl.families import read_family
 from fusionpl.fusion import Calibrated, FuseConfig, load_config, mixing_weights, resolve_anchor
 from fusionpl.models import load_model
-from fusionpl.training import TASKS, TaskName, finish_loggers, log_models, log_report, make_loggers
+from fusionpl.training import TaskName, finish_loggers, log_models, log_report, make_loggers
 
 Cell = dict[str, Any]
 
@@ -53,7 +53,7 @@ def run(argv: Sequence[str]) -> None:
     parents = named(args.parents)
     models = [load_model(path, allow_pickle=args.allow_pickle) for path in parents.values()]
     # Cells may have other anchors, but the data are cut into tokens once.
-    data = TASKS[args.task].datamodule(chosen.data, 0, common_tokenizer(parents, 0, renumbered=False))
+    data = data_module(args.task, chosen.data, 0, common_tokenizer(parents, 0, renumbered=False), args.parents)
     data.check_model(models[0])
     test = list(data.test_dataloader())
     report = Report(config=settings)

@@ -40,6 +40,7 @@ from fusionpl.training import (
     in_sweep,
     log_models,
     make_loggers,
+    task_named,
 )
 
 PRESET = CONF / "train" / "vit-digits.yaml"
@@ -58,7 +59,7 @@ MAY_CHANGE = (
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     """The options of train.py for a task."""
     parser = new_parser(f"Trains a parent. Without --config the preset {PRESET.name} is used.")
-    parser.add_argument("--task", type=TaskName, default=task, help="what is learned; decides the options of data")
+    parser.add_argument("--task", type=task_named, default=task, help="what is learned; decides the options of data")
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="decides initialisation and data order")
     parser.add_argument("--name", type=str, default="run", help="the run is kept in runs/NAME/seed-SEED")
     parser.add_argument("--output", type=str | None, help="another folder for the run")

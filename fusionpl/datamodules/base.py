@@ -121,11 +121,15 @@ class FixedSplits(L.LightningDataModule):
                 found = run(batch) if run else logits(model, batch)
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:  # each library has its own
             raise FusionError(f"the {name} can't read the data of '{path}': {reason(error)}") from error
-        if found.ndim != batch["labels"].ndim + 1 or found.shape[-1] != self.num_classes:
+        if found.ndim != batch["labels"].ndim + 1 or not self.fits(found.shape[-1]):
             raise FusionError(
                 f"the {name} puts out {' x '.join(map(str, found.shape[1:]))} numbers a sample, which does not fit "
                 f"the {self.num_classes} classes of '{path}'; choose its own data with --task and --data"
             )
+
+    def fits(self, outputs: int) -> bool:
+        """Whether a model with so many outputs can be measured on these data."""
+        return outputs == self.num_classes
 
     def model_args(self) -> dict[str, Any]:
         """What the data decide about a model that is built for them: arguments of its config."""

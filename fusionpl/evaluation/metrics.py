@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 
 from fusionpl.calibration import device_of, eval_mode, logits
@@ -78,7 +79,10 @@ def _mean(models: Sequence[nn.Module], batch: Mapping[str, Any], *, of_numbers: 
 
 def _log_probabilities(models: Sequence[nn.Module], batch: Mapping[str, Any]) -> Tensor:
     """The log of the mean probability over models, [B, classes] or [B, T, vocabulary], float32."""
-    first, *others = (logits(model, batch).float().log_softmax(-1) for model in models)
+    each = [logits(model, batch).float().log_softmax(-1) for model in models]
+    widest = max(one.shape[-1] for one in each)
+    # Vocabularies that are padded to different sizes are one but for their padding, which nothing is likely to be.
+    first, *others = (functional.pad(one, (0, widest - one.shape[-1]), value=-math.inf) for one in each)
     for other in others:
         first = torch.logaddexp(first, other.to(first.device))
     return first - math.log(len(models))

@@ -1,7 +1,7 @@
 """Build, load and save the transformers of two libraries, timm and transformers."""
 
 from fusionpl.models.build import ModelConfig, build_model
-from fusionpl.models.folders import ModelFolder, open_model
+from fusionpl.models.folders import ModelFolder, model_config, model_folder, open_model
 from fusionpl.models.heads import with_classifier
 from fusionpl.models.hub import hub_id, short_name
 from fusionpl.models.lineage import Ancestor, ancestor, inherited, lineage, parents_section
@@ -37,6 +37,8 @@ __all__ = [
     "load_model",
     "load_parent",
     "load_tokenizer",
+    "model_config",
+    "model_folder",
     "open_model",
     "parents_section",
     "push",

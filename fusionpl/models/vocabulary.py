@@ -55,8 +55,11 @@ class Vocabulary:
         if tokenizer is None:
             return None
         ours, theirs = self.tokenizer.get_vocab(), tokenizer.get_vocab()
-        # Rows beyond the tokens, which fill up a model to a round number, are matched by number.
-        found = [row if row >= len(tokenizer) else size for row in range(self.size)]
+        # Rows of no token fill a model up to a round number: they are matched by number, and where the other model has
+        # fewer, its last one stands for the rest.
+        padding = set(range(size)) - set(theirs.values())
+        last = max(padding, default=size)
+        found = [row if row in padding else last for row in range(self.size)]
         for token, row in ours.items():
             if row < self.size:
                 found[row] = theirs.get(token, size)

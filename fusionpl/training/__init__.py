@@ -7,7 +7,7 @@ from fusionpl.training.fit import FitResult, build_trainer, fit
 from fusionpl.training.fusion_callback import OTFusion
 from fusionpl.training.loggers import LoggerName, finish_loggers, make_loggers
 from fusionpl.training.module import ClassificationModule, OptimConfig, shrunk
-from fusionpl.training.tasks import TASKS, Task, TaskName
+from fusionpl.training.tasks import TASKS, Task, TaskName, task_named, task_of_model
 from fusionpl.training.weights_and_biases import dashboard_name, group_of, in_sweep, open_run
 
 __all__ = [
@@ -33,5 +33,7 @@ __all__ = [
     "make_loggers",
     "open_run",
     "shrunk",
+    "task_named",
+    "task_of_model",
     "train_for",
 ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from fusionpl.datamodules import (
     CausalTextDataModule,
@@ -17,6 +17,7 @@ from fusionpl.datamodules import (
     TextClassificationDataModule,
     TextConfig,
 )
+from fusionpl.errors import FusionError, nearest
 
 TaskName = Literal[
     "image-classification", "masked-lm", "causal-language-modeling", "span-corruption", "text-classification"
@@ -30,7 +31,8 @@ class Task:
     Attributes:
         data: the options under `data`.
         datamodule: makes the data module of options, a seed and the tokenizer of an existing model (None for none).
-        pipeline: the hub's name of the task.
+        pipeline: transformers' and the hub's name of the task.
+        heads: what the classes of its models are called in transformers.
         monitor: the validation metric that the best checkpoint is chosen by.
         mode: whether more or less of it is better.
         new_head: whether finetuning puts a classifier on a model that has none for the data's classes.
@@ -39,28 +41,74 @@ class Task:
     data: type
     datamodule: Callable[[Any, int, Any], FixedSplits]
     pipeline: str
+    heads: tuple[str, ...]
     monitor: str
     mode: Literal["min", "max"]
     new_head: bool = False
 
 
-TASKS: Mapping[str, Task] = {
+TASKS: Mapping[TaskName, Task] = {
     "image-classification": Task(
         DataConfig,
         lambda config, seed, _: ImageDataModule(config, seed),
         "image-classification",
+        ("ForImageClassification",),
         "val/accuracy",
         "max",
     ),
-    "masked-lm": Task(MaskedTextConfig, MaskedTextDataModule, "fill-mask", "val/loss", "min"),
-    "causal-language-modeling": Task(TextConfig, CausalTextDataModule, "text-generation", "val/loss", "min"),
-    "span-corruption": Task(SpanTextConfig, SpanTextDataModule, "text2text-generation", "val/loss", "min"),
+    "masked-lm": Task(
+        MaskedTextConfig, MaskedTextDataModule, "fill-mask", ("ForMaskedLM", "ForPreTraining"), "val/loss", "min"
+    ),
+    "causal-language-modeling": Task(
+        TextConfig, CausalTextDataModule, "text-generation", ("ForCausalLM", "LMHeadModel"), "val/loss", "min"
+    ),
+    "span-corruption": Task(
+        SpanTextConfig, SpanTextDataModule, "text2text-generation", ("ForConditionalGeneration",), "val/loss", "min"
+    ),
     "text-classification": Task(
         TextClassificationConfig,
         TextClassificationDataModule,
         "text-classification",
+        ("ForSequenceClassification",),
         "val/loss",
         "min",
         new_head=True,
     ),
 }
+# What others call them, besides the names of transformers' pipelines.
+ALIASES: Mapping[str, TaskName] = {
+    **{task.pipeline: name for name, task in TASKS.items()},
+    "masked-language-modeling": "masked-lm",
+    "mlm": "masked-lm",
+    "causal-lm": "causal-language-modeling",
+    "clm": "causal-language-modeling",
+    "sequence-classification": "text-classification",
+}
+
+
+def task_named(name: str) -> TaskName:
+    """A task by its name here or by one of `ALIASES`.
+
+    Raises:
+        FusionError: there is no such task.
+    """
+    if name in TASKS:
+        return cast(TaskName, name)
+    if name in ALIASES:
+        return ALIASES[name]
+    raise FusionError(f"task: there is no '{name}'{nearest(name, (*TASKS, *ALIASES))}; use {', '.join(TASKS)}")
+
+
+def task_of_model(config: Mapping[str, Any]) -> TaskName | None:
+    """The task of a model, by the class that its config.json names; None where that has no task here.
+
+    Args:
+        config: see `fusionpl.models.model_config`; timm's models classify images.
+
+    >>> task_of_model({"architectures": ["GPTNeoXForCausalLM"]})
+    'causal-language-modeling'
+    """
+    if "architecture" in config:
+        return "image-classification"
+    (cls, *_) = config["architectures"]
+    return next((name for name, task in TASKS.items() if any(head in cls for head in task.heads)), None)

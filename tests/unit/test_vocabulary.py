@@ -138,13 +138,24 @@ def test_rows_beyond_the_tokens_are_matched_by_number(tokenizer: PreTrainedToken
     rows = len(tokenizer)
     a, b = bert(1, rows + 4), bert(2, rows + 2)
     paths = [kept(tmp_path / name, model, tokenizer) for name, model in (("a", a), ("b", b))]
+    assert fuse(paths, [batch(tokenizer)], load_config("default")).config.strategy == "joint"  # no token is lacking
     result = fuse(paths, [batch(tokenizer)], names=["a", "b"])
-    assert "2 that only a has stay as they are there" in result.warnings[0]
+    assert result.warnings[0] == f"b: {rows + 4} rows of the vocabulary are matched by token"
     name = "cls.predictions.bias"
     mean = (a.get_parameter(name) + b.get_parameter(name)[torch.arange(rows + 4).clamp_max(rows + 1)]) / 2
-    found = result.model.get_parameter(name)
-    assert torch.allclose(found[: rows + 2], mean[: rows + 2])
-    assert torch.equal(found[rows + 2 :], a.get_parameter(name)[rows + 2 :])
+    assert torch.allclose(result.model.get_parameter(name), mean)
+
+
+def test_padding_is_none_of_the_tokens_of_the_other(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """A row that pads one parent and is an added token of the other is matched with padding."""
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens(["[NEW]"])
+    rows = len(tokenizer)
+    found = Vocabulary(tokenizer, rows + 4).renumbering(more, rows + 3)
+    assert found is not None
+    assert not len(found.absent)
+    assert found.rows[rows:].tolist() == [rows + 2, rows + 1, rows + 2, rows + 2]
+    assert found.dropped == 1
 
 
 def test_a_whole_parent_is_read_in_the_anchors_order(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

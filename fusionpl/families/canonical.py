@@ -43,8 +43,10 @@ def inseparable(binding: Binding) -> str | None:
         )
     for section, prefix, part in binding.family.sections(binding.depths):
         for norm, readers in part.norms.items():
-            if not readers and f"{prefix}{norm}.weight" in binding.uses[section]:
-                return f"'{prefix}{norm}' normalises inside the stream, which can't be rotated"
+            used = binding.uses[section]
+            if f"{prefix}{norm}.weight" in used and not any(f"{prefix}{reader}.weight" in used for reader in readers):
+                what = "gives what an encoder without a head puts out" if readers else "normalises inside the stream"
+                return f"'{prefix}{norm}' {what}, which can't be rotated"
     return None
 
 

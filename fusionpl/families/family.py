@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -121,6 +121,33 @@ class Family:
             for name in stack.blocks(depth):
                 yield name, f"{name}.", stack.block
         yield TAIL, "", self.tail
+
+    def without_head(self, prefix: str) -> "Family":
+        """What stands at `prefix` of the models, as a model of its own: an encoder without a head (BERT's `bert`)."""
+
+        def local(path: str) -> str:
+            return path.replace(f"{prefix}.", "", 1) if path.startswith((f"{prefix}.", f"input({prefix}.")) else path
+
+        def inside(paths: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(local(path) for path in paths)
+
+        def part(section: Section) -> Section:
+            return replace(
+                section,
+                path=local(section.path),
+                parameters={local(pattern): dims for pattern, dims in section.parameters.items()},
+                taps={axis: inside(places) for axis, places in section.taps.items()},
+                norms={local(norm): inside(readers) for norm, readers in section.norms.items()},
+                scales={local(scale): inside(modules) for scale, modules in section.scales.items()},
+            )
+
+        return replace(
+            self,
+            when={local(path): value for path, value in self.when.items()},
+            sizes={group: local(path) for group, path in self.sizes.items()},
+            stacks=tuple(replace(one, stem=part(one.stem), block=part(one.block)) for one in self.stacks),
+            tail=part(self.tail),
+        )
 
 
 def _all(place: str, one_or_more: Any) -> tuple[str, ...]:
@@ -293,6 +320,13 @@ def attribute(model: object, path: str) -> Any:
     return functools.reduce(step, path.split("."), model)
 
 
+def is_bare(model: object) -> bool:
+    """Whether a model is an encoder without a head: of transformers one that is its own base, such as `BertModel`, of
+    timm one with `num_classes=0`."""
+    own_base = attribute(model, "base_model_prefix") not in (None, "") and attribute(model, "base_model") is model
+    return own_base or attribute(model, "num_classes") == 0
+
+
 def family_of(model: object) -> Family:
     """The family of a model, by its class.
 
@@ -303,6 +337,13 @@ def family_of(model: object) -> Family:
     for family in library().values():
         if classes & set(family.models) and all(attribute(model, path) == it for path, it in family.when.items()):
             return family
+    if is_bare(model) and hasattr(model, "base_model"):
+        module = type(model).__module__
+        for family in library().values():
+            bare = family.without_head(str(attribute(model, "base_model_prefix")))
+            with_head = any(name.rpartition(".")[0] == module for name in family.models)
+            if with_head and all(attribute(model, path) == it for path, it in bare.when.items()):
+                return bare
     models = [name.rpartition(".") for family in library().values() for name in family.models]
     beside = [name for module, _, name in models if module == type(model).__module__]
     if beside:

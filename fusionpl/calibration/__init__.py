@@ -2,6 +2,7 @@
 
 from fusionpl.calibration.batches import Progress, batches, no_progress
 from fusionpl.calibration.config import CalibrationConfig, Scale
+from fusionpl.calibration.embeddings import Pooling, embed
 from fusionpl.calibration.flow import CalibrationSet, Flow, Passage, or_zeros, places_of, sum_over_ranks
 from fusionpl.calibration.forward import Batch, device_named, device_of, eval_mode, has_float64, inputs_of, logits
 from fusionpl.calibration.inputs import sources
@@ -25,6 +26,8 @@ __all__ = [
     "Network",
     "Passage",
     "Place",
+    "Pooling",
+    "embed",
     "Progress",
     "Restacked",
     "Run",

@@ -95,15 +95,15 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def scores(output: Any) -> Tensor:
-    """The logits in what a model of either library returns; of a model of images and texts their similarities, and of
-    one of its towers the embeddings.
+    """The logits in what a model of either library returns; of a model of images and texts their similarities, of one
+    of its towers the embeddings, and of an encoder without a head the hidden states [B, T, d].
 
     Raises:
         FusionError: it has none of these.
     """
     if isinstance(output, Tensor):
         return output
-    names = ("logits", "prediction_logits", "logits_per_image", "image_embeds", "text_embeds")
+    names = ("logits", "prediction_logits", "logits_per_image", "image_embeds", "text_embeds", "last_hidden_state")
     found: Tensor | None = next((one for name in names if (one := getattr(output, name, None)) is not None), None)
     if found is None:
         raise FusionError(f"a model that returns {type(output).__name__} has none of {', '.join(names)} to compare; "

@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 from fusionpl.cli.outputs import is_main_process
 from fusionpl.datamodules import BUILT_IN, FixedSplits
 from fusionpl.errors import FusionError, reason
-from fusionpl.models import model_config, model_folder
+from fusionpl.models import check_pooling, model_config, model_folder, sentence_pooling
 from fusionpl.options import check_sections, explain, read_yaml
 from fusionpl.presets import preset, presets
 from fusionpl.training.loggers import LoggerName
@@ -269,14 +270,27 @@ def data_module(task: TaskName, config: Any, seed: int, tokenizer: Any, models: 
         models: that are for it.
 
     Raises:
-        FusionError: nothing says which data they are; options out of range.
+        FusionError: nothing says which data they are; options out of range; sentence encoders that pool differently.
     """
     if config.path == NOT_SAID:
         raise FusionError(
             f"nothing says which data {models[0]} is for; give --data.path: a file, a folder or a hub id of samples "
             "like those that it was trained on"
         )
+    if task == "feature-extraction" and config.pooling == "auto":
+        poolings = {model: sentence_pooling(model_folder(model, weights=False)) for model in models}
+        check_pooling(poolings)
+        config = replace(config, pooling=poolings[models[0]] or "auto")
     return TASKS[task].datamodule(config, seed, tokenizer)
+
+
+def check_trains(task: TaskName) -> None:
+    """Raises FusionError for a task in which nothing is learned."""
+    if not TASKS[task].trains:
+        raise FusionError(
+            "an encoder without a head has no outputs to be taught: fuse or evaluate it as it is, or put a classifier "
+            "on it: finetune.py --task text-classification --data.path LABELLED_SENTENCES"
+        )
 
 
 def settings_in(run: str | Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from fusionpl.cli.common import (
     add_logger_option,
     add_reading_options,
     add_trainer_options,
+    check_trains,
     data_module,
     new_parser,
     parse,
@@ -132,6 +133,7 @@ def run(argv: Sequence[str]) -> None:
     origin = settings_in(source)
     parser = parser_like(argv, origin, [model], build_parser)
     options = parse(parser, argv, PRESET)
+    check_trains(options.task)
     elsewhere = bool(origin) and options.task != task_named(origin.get("task", "image-classification"))
     home = source.parent if source.is_dir() else Path("runs")
     folder = Path(options.output or in_sweep(home / f"{short_name(model)}-finetuned"))

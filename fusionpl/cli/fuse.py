@@ -13,16 +13,17 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from fusionpl.calibration import CalibrationSet, Kept, Network, budget, logits
+from fusionpl.calibration import CalibrationSet, Kept, Network, budget, embed, logits
 from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON, alternative, compared
 from fusionpl.cli.cards import command_section, fused_card, metadata
 from fusionpl.cli.common import (
     add_logger_option,
     add_reading_options,
     add_trainer_options,
+    check_trains,
     data_module,
     new_parser,
     parse,
@@ -131,6 +132,8 @@ class Job:
         presets, alternatives = compared(args.compare)
         if args.compare and args.report == "none":
             raise FusionError("--compare adds rows to the report, and --report none makes none; leave one of them out")
+        if alternatives:
+            check_trains(args.task)
         anchor = resolve_anchor(config, len(parents))
         for one in (config, *presets.values()):
             mixing_weights(one.weights, len(parents))
@@ -259,7 +262,8 @@ def run(argv: Sequence[str]) -> None:
     print(f"{output}: model/, report/report.html, maps.safetensors; {time.monotonic() - started:.0f} s")
     if args.push_to is not None:
         push_run(output, args.push_to, private=args.push_private)
-    print(f"next: python finetune.py --model {output}")
+    if TASKS[args.task].trains:
+        print(f"next: python finetune.py --model {output}")
 
 
 def _write_card(folder: Path, job: Job, ancestors: Sequence[Ancestor], report: Report, command: str, name: str) -> None:
@@ -411,14 +415,22 @@ def progress_bar(steps: Iterable[Any], label: str) -> Iterable[Any]:
 
 
 def _check(job: Job) -> None:
-    batch = next(iter(job.data.calibration_dataloader(16)))
+    batch, pooling = next(iter(job.data.calibration_dataloader(16))), job.data.pooling
+
+    def shown(model: nn.Module) -> Tensor:
+        """Its outputs, or the inner products of its embeddings, whose units may be renumbered."""
+        if pooling is None:
+            return logits(model, batch)
+        embedded = embed(model, batch, pooling)
+        return embedded @ embedded.T
+
     print(f"what may be done to the units of {job.networks[job.anchor].name}, and keeps its function:\n")
     print(allowed(job.networks[job.anchor].binding), end="\n\n")
     for name in job.parents:
         model = job.load(name)
         with torch.inference_mode():
-            size = float(logits(model, batch).abs().max())
-        error = permutation_error(model, lambda one: logits(one, batch), family=job.family)
+            size = float(shown(model).abs().max())
+        error = permutation_error(model, shown, family=job.family)
         if not error <= PROOF_TOLERANCE * size:
             raise FusionError(
                 f"{name}: moving its units at random changes outputs by {error:.1e} (outputs are up to {size:.1f}); "

@@ -1,13 +1,13 @@
 """What commands measure: a fused model beside its parents, or models alone, whole and on the test data."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fusionpl.datamodules import FixedSplits
 from fusionpl.evaluation import (
@@ -18,19 +18,25 @@ from fusionpl.evaluation import (
     Needs,
     Report,
     Row,
+    agreement,
     best_parent,
     continuation,
+    embeddings,
     evaluate,
     evaluate_samples,
     flops,
     interpolation,
     judged,
     parameters,
+    probe,
+    similarities,
 )
 from fusionpl.fusion import FusionResult, mixing_weights, vanilla
 
 Depth = Literal["full", "rows", "none"]
 CURVE_BATCHES = 4
+COMPARED = 2000  # samples whose neighbours are compared
+PROBED = 2000  # samples that a linear probe is fitted to
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ def measure(
     if depth == "none":
         return report
     told = {*(f"{PARENT}{name}" for name in names), "vanilla", *others, *alternatives, "fused"}
-    bench = _Bench(report, data, device, told)
+    bench = _bench(report, data, device, told)
     models, plain = bench.add_models(PARENT, {name: load(name) for name in names}, result.config.weights)
     chosen = best_parent(report.rows)
     assert chosen is not None
@@ -139,7 +145,7 @@ def measure_models(
         settings: shown in the report.
     """
     report = Report(config=settings)
-    bench = _Bench(report, data, device, {*(f"{MODEL}{name}" for name in names), "vanilla"})
+    bench = _bench(report, data, device, {*(f"{MODEL}{name}" for name in names), "vanilla"})
     _, plain = bench.add_models(MODEL, {name: load(name) for name in names}, None)
     if plain is not None:
         bench.add("vanilla", [plain])
@@ -160,7 +166,9 @@ class _Bench:
 
     def __init__(self, report: Report, data: FixedSplits, device: torch.device, told: set[str]) -> None:
         self._report, self._data, self._device, self._told = report, data, device, told
-        self._batches = list(data.test_dataloader())
+        tested = data.test_dataloader()
+        some = None if data.pooling is None else max(1, COMPARED // data.evaluation_batch)
+        self._batches = list(islice(tested, some))
         report.prompt = "" if data.prompt is None else data.tokenizer.decode(data.prompt)
 
     def add(self, name: str, models: Sequence[nn.Module], **more: Any) -> None:
@@ -208,6 +216,58 @@ class _Bench:
         if not len(self._data.dataset("validation")):  # type: ignore[arg-type]  # all have a length
             return None
         return judged(evaluate(model.to(self._device), self._data.val_dataloader()))
+
+
+class _EmbeddingBench(_Bench):
+    """The same for encoders without a head: the ensemble is the mean of their similarities, and what all others are
+    compared with."""
+
+    _wanted: Tensor | None = None
+
+    def add(self, name: str, models: Sequence[nn.Module], **more: Any) -> None:
+        """Adds a row for an encoder, or for the mean of the similarities of several."""
+        each = [self._embedded(model.to(self._device), self._batches) for model in models]
+        found = torch.stack([similarities(embedded) for embedded, _ in each]).mean(0)
+        self._wanted = found if self._wanted is None else self._wanted
+        outcomes = agreement(found, self._wanted)
+        probed = probe(self._fitted(models[0]), each[0]) if len(models) == 1 and self._labelled else None
+        row = Row(
+            name=name,
+            agreement=outcomes.figures["accuracy"],
+            probe=probed,
+            parameters=sum(parameters(model) for model in models),
+            flops=sum(flops(model, self._batches[0]) for model in models),
+            **more,
+        )
+        self._report.add(row, outcomes)
+
+    def add_models(
+        self, kind: str, models: Mapping[str, nn.Module], weights: Sequence[float] | None
+    ) -> tuple[list[nn.Module], nn.Module | None]:
+        """Adds rows for encoders and for all of them together."""
+        together = [similarities(self._embedded(model.to(self._device), self._batches)[0]) for model in models.values()]
+        self._wanted = torch.stack(together).mean(0)
+        return super().add_models(kind, models, weights)
+
+    @property
+    def _labelled(self) -> bool:
+        return (self._data.class_names or ()) not in ((), ("",))
+
+    def _embedded(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+        assert self._data.pooling is not None
+        return embeddings(model, batches, self._data.pooling)
+
+    def _fitted(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        return self._embedded(model, islice(self._data.train_dataloader(), PROBED // self._data.config.batch_size))
+
+    def _validated(self, model: nn.Module) -> float | None:
+        """Nothing: there is no figure of one encoder alone."""
+        return None
+
+
+def _bench(report: Report, data: FixedSplits, device: torch.device, told: set[str]) -> _Bench:
+    kind = _Bench if data.pooling is None else _EmbeddingBench
+    return kind(report, data, device, told)
 
 
 def _drawn(result: FusionResult) -> list[str]:

@@ -15,6 +15,7 @@ from fusionpl.cli.cards import metadata
 from fusionpl.cli.common import (
     add_logger_option,
     add_trainer_options,
+    check_trains,
     new_parser,
     parse,
     quiet,
@@ -85,6 +86,7 @@ def run(argv: Sequence[str]) -> None:
     argv = with_presets(argv, "train")
     parser = build_parser(task_of(argv))
     options = parse(parser, argv, PRESET)
+    check_trains(options.task)
     folder = Path(options.output or in_sweep(Path(f"runs/{options.name}/seed-{options.seed}")))
     try:
         if options.resume:

@@ -1,6 +1,12 @@
 """Data with fixed splits, among them a calibration set."""
 
 from fusionpl.datamodules.base import IGNORED, FixedSplits
+from fusionpl.datamodules.embeddings import (
+    ImageEmbeddingConfig,
+    ImageEmbeddingDataModule,
+    TextEmbeddingConfig,
+    TextEmbeddingDataModule,
+)
 from fusionpl.datamodules.images import DataConfig, ImageDataModule
 from fusionpl.datamodules.objectives import MaskedTextConfig, SpanTextConfig, TextConfig
 from fusionpl.datamodules.sources import BUILT_IN
@@ -14,6 +20,8 @@ __all__ = [
     "DataConfig",
     "FixedSplits",
     "ImageDataModule",
+    "ImageEmbeddingConfig",
+    "ImageEmbeddingDataModule",
     "MaskedTextConfig",
     "MaskedTextDataModule",
     "SpanTextConfig",
@@ -22,4 +30,6 @@ __all__ = [
     "TextClassificationDataModule",
     "TextConfig",
     "TextDataModule",
+    "TextEmbeddingConfig",
+    "TextEmbeddingDataModule",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from fusionpl.calibration import eval_mode, logits
+from fusionpl.calibration import Pooling, eval_mode, logits
 from fusionpl.errors import FusionError, reason
 
 EVALUATION_BATCH = 256
@@ -72,6 +72,11 @@ class FixedSplits(L.LightningDataModule):
     @property
     def prompt(self) -> Tensor | None:
         """Tokens that a model can go on with, int64 [T]; None where the task is another."""
+        return None
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """How the tokens of an encoder without a head become one embedding; None where models have outputs to judge."""
         return None
 
     def describe(self) -> str:

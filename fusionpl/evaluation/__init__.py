@@ -5,6 +5,7 @@ from fusionpl.evaluation.continuation import continuation
 from fusionpl.evaluation.cost import flops, parameters
 from fusionpl.evaluation.matched import MatchedAxis
 from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble, evaluate_samples
+from fusionpl.evaluation.neighbours import agreement, embeddings, probe, similarities
 from fusionpl.evaluation.outcomes import Outcomes, load_outcomes, save_outcomes, scored
 from fusionpl.evaluation.plots import CAPTIONS
 from fusionpl.evaluation.report import Report
@@ -23,8 +24,10 @@ __all__ = [
     "Report",
     "Row",
     "Verdict",
+    "agreement",
     "best_parent",
     "continuation",
+    "embeddings",
     "evaluate",
     "evaluate_ensemble",
     "evaluate_samples",
@@ -33,7 +36,9 @@ __all__ = [
     "judged",
     "load_outcomes",
     "parameters",
+    "probe",
     "readable",
     "save_outcomes",
     "scored",
+    "similarities",
 ]

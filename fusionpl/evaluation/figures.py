@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusionpl.evaluation.barrier import Curve
 from fusionpl.evaluation.matched import MatchedAxis
+from fusionpl.evaluation.outcomes import SHARES as RIGHT
 from fusionpl.evaluation.plots import FAINT, INK, RED, colour_of
 from fusionpl.evaluation.rows import Row, Stage, far_apart, known, ordered, readable, shown_metric
 
@@ -49,7 +50,7 @@ def cost_figure(rows: Sequence[Row]) -> go.Figure:
         )
     logarithmic = far_apart(metric, [getattr(row, metric) for row in shown])
     figure.update_xaxes(rangemode="tozero", tickformat="~s")
-    figure.update_yaxes(tickformat="~%" if metric == "accuracy" else "", type="log" if logarithmic else "linear")
+    figure.update_yaxes(tickformat="~%" if metric in RIGHT else "", type="log" if logarithmic else "linear")
     return figure
 
 

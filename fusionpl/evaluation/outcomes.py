@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from fusionpl.datamodules import IGNORED
 from fusionpl.errors import FusionError, reason
 
-Metric = Literal["accuracy", "loss"]
+SHARES = ("accuracy", "agreement")  # of what is right; more is better
+Metric = Literal["accuracy", "agreement", "loss"]
 
 
 def scored(output: Tensor, labels: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class Outcomes:
 
         Args:
             other: of the same samples, in the same order.
-            metric: what is compared; more accuracy and less loss are better.
+            metric: what is compared; a larger share of SHARES and less loss are better.
 
         Raises:
             FusionError: they are not of the same samples.
@@ -80,13 +81,13 @@ class Outcomes:
         if ours.shape != theirs.shape or not torch.equal(ours[:, 1], theirs[:, 1]):
             raise FusionError("two models can only be compared on the same test samples; measure both on one test set")
         count, samples = ours[:, 1], len(ours)
-        gains = ours[:, 2] - theirs[:, 2] if metric == "accuracy" else theirs[:, 0] - ours[:, 0]
+        gains = ours[:, 2] - theirs[:, 2] if metric in SHARES else theirs[:, 0] - ours[:, 0]
         value = float(gains.sum() / count.sum())
         if samples < 2:
             return Difference(value, math.nan, math.nan, samples)
         spread = (gains - value * count).square().sum() * samples / (samples - 1)
         error = float(spread.sqrt() / count.sum())
-        if metric == "accuracy" and bool((count == 1).all()):
+        if metric in SHARES and bool((count == 1).all()):
             chance = _mid_p(int((gains > 0).sum()), int((gains < 0).sum()))
         elif error:
             chance = float(2 * student.sf(abs(value / error), samples - 1))

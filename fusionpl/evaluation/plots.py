@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fusionpl.evaluation.barrier import Curve
 from fusionpl.evaluation.matched import MatchedAxis
+from fusionpl.evaluation.outcomes import SHARES
 from fusionpl.evaluation.rows import MODEL, Row, best_parent, far_apart, known, ordered, readable, shown_metric
 
 GREY, BLACK, RED, BLUE = "#a9adb3", "#2b2f36", "#c94c41", "#2f6fb3"
@@ -37,7 +38,7 @@ def metric_bars(rows: Sequence[Row]) -> Figure:
     validation chose.
     """
     metric = shown_metric(rows)
-    scale = 100.0 if metric == "accuracy" else 1.0
+    scale = 100.0 if metric in SHARES else 1.0
     shown = [row for row in ordered(rows) if known(getattr(row, metric))]
     values = [scale * getattr(row, metric) for row in shown]
     figure = Figure(figsize=(6.4, 1.2 + 0.28 * len(shown)), layout="constrained")

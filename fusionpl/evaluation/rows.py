@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from fusionpl.evaluation.outcomes import Metric
+from fusionpl.evaluation.outcomes import SHARES, Metric
 
 Stage = Literal["one-shot", "finetuned"]
 Needs = Literal["unlabelled data", "labels"]
-FIGURES = ("accuracy", "f1", "matthews", "pearson", "spearman", "loss", "perplexity", "bits_per_byte")
+FIGURES = (
+    "agreement", "probe", "accuracy", "f1", "matthews", "pearson", "spearman", "loss", "perplexity", "bits_per_byte",
+)  # fmt: skip
 ELSEWHERE = ("steps", "needs", "validation")  # in the verdict and the table of equal cost
 
 
@@ -20,6 +22,9 @@ class Row:
     Attributes:
         name: "parent seed-1", "ensemble", "vanilla", "fused", or another fused variant's name.
         stage: "finetuned", or "one-shot" for everything before that (parents and ensemble too).
+        agreement: of encoders without a head, the share of the nearest neighbours that are those of all parents
+            together, see `agreement`.
+        probe: accuracy of a linear probe on such an encoder's embeddings.
         accuracy: in [0, 1].
         f1, matthews, pearson, spearman: what GLUE measures on some of its tasks.
         loss: mean cross-entropy in nats; of regression, mean squared error.
@@ -36,6 +41,8 @@ class Row:
 
     name: str
     stage: Stage = "one-shot"
+    agreement: float | None = None
+    probe: float | None = None
     accuracy: float | None = None
     f1: float | None = None
     matthews: float | None = None
@@ -71,21 +78,22 @@ def ordered(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: row.stage == "finetuned")
 
 
-def shown_metric(rows: Sequence[Row]) -> Literal["accuracy", "perplexity", "loss"]:
-    """The metric where there is room for one: perplexity if any row holds it, else accuracy, else loss."""
-    if any(row.perplexity is not None for row in rows):
-        return "perplexity"
-    return "accuracy" if any(row.accuracy is not None for row in rows) else "loss"
+def shown_metric(rows: Sequence[Row]) -> Literal["perplexity", "agreement", "accuracy", "loss"]:
+    """The metric where there is room for one: the first of these that any row holds."""
+    metrics: tuple[Literal["perplexity", "agreement", "accuracy"], ...] = ("perplexity", "agreement", "accuracy")
+    return next((name for name in metrics if any(getattr(row, name) is not None for row in rows)), "loss")
 
 
 def far_apart(metric: str, values: Sequence[float]) -> bool:
     """Whether values of a metric are shown on a logarithmic axis."""
-    return bool(values) and metric != "accuracy" and min(values) > 0 and max(values) > 50 * min(values)
+    return bool(values) and metric not in SHARES and min(values) > 0 and max(values) > 50 * min(values)
 
 
 def judged_metric(rows: Sequence[Row]) -> Metric:
-    """What models are judged by, because it adds up over samples: accuracy, or the loss of language and regression."""
-    return "accuracy" if shown_metric(rows) == "accuracy" else "loss"
+    """What models are judged by, because it adds up over samples: a share of SHARES, or the loss of language and
+    regression."""
+    shown = shown_metric(rows)
+    return "loss" if shown == "perplexity" else shown
 
 
 def judged(figures: Mapping[str, float]) -> float:
@@ -111,7 +119,7 @@ def best_parent(rows: Sequence[Row], kind: str = PARENT) -> tuple[Row, Literal["
 
     def worth(row: Row) -> list[float]:
         figures = [row.validation if validated else None, getattr(row, metric)]
-        return [(one if metric == "accuracy" else -one) if known(one) else -math.inf for one in figures]
+        return [(one if metric in SHARES else -one) if known(one) else -math.inf for one in figures]
 
     return max(parents, key=worth), "validation" if validated else "test"
 
@@ -165,7 +173,7 @@ def readable(column: str, value: Any) -> str:
     if not known(value):
         return "-"
     match column:
-        case "accuracy":
+        case "accuracy" | "agreement" | "probe":
             return f"{100 * value:.2f} %"
         case "f1" | "matthews" | "pearson" | "spearman" | "loss" | "unigram_loss" | "cost" | "bits_per_byte":
             return f"{value:.4f}"

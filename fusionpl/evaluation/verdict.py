@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fusionpl.evaluation.outcomes import Difference, Metric, Outcomes
+from fusionpl.evaluation.outcomes import SHARES, Difference, Metric, Outcomes
 from fusionpl.evaluation.rows import MODEL, Row, Stage, best_parent, judged_metric, known, readable
 
 SIGNIFICANT = 0.05
@@ -55,7 +55,7 @@ class Verdict:
         if not found.chance < SIGNIFICANT:
             return f"{name}: not to be told apart from {best} ({self.told(found)}): keep that one"
         size = self.told(Difference(abs(found.value), found.error, found.chance, found.samples)).removeprefix("+")
-        if self.metric == "accuracy":
+        if self.metric in SHARES:
             return f"{name}: {size} {'above' if found.value > 0 else 'below'} {best}" + self._advice
         return f"{name}: {size} {'better' if found.value > 0 else 'worse'} than {best}" + self._advice
 
@@ -85,18 +85,18 @@ class Verdict:
     def _gain(self, value: float | None) -> float | None:
         if value is None or self.best is None:
             return None
-        return value - self.best if self.metric == "accuracy" else self.best - value
+        return value - self.best if self.metric in SHARES else self.best - value
 
 
 def _told(difference: Difference, metric: Metric, unit: str) -> str:
-    scale, digits = (100, 1) if metric == "accuracy" else (1, 4)
+    scale, digits = (100, 1) if metric in SHARES else (1, 4)
     value = f"{abs(scale * difference.value):.{digits}f}"
     sign = "" if not float(value) else "+" if difference.value > 0 else MINUS
     return f"{sign}{value} ± {scale * difference.error:.{digits}f} {unit}"
 
 
 def _unit(metric: Metric, row: Row) -> str:
-    return "points" if metric == "accuracy" else "of squared error" if row.pearson is not None else "nats"
+    return "points" if metric in SHARES else "of squared error" if row.pearson is not None else "nats"
 
 
 def compared_cells(rows: Sequence[Row], outcomes: Mapping[tuple[str, Stage], Outcomes]) -> list[list[str]]:

@@ -15,7 +15,17 @@ from fusionpl.families.binding import bind
 from fusionpl.families.canonical import canonical, inseparable, unrotatable, without_scales
 from fusionpl.families.compatible import check_compatible, check_finite
 from fusionpl.families.draft import draft
-from fusionpl.families.family import STEM, TAIL, VOCABULARY, Family, family_of, library, parse_family, read_family
+from fusionpl.families.family import (
+    STEM,
+    TAIL,
+    VOCABULARY,
+    Family,
+    family_of,
+    is_bare,
+    library,
+    parse_family,
+    read_family,
+)
 from fusionpl.families.grammar import GrammarError, parse
 from fusionpl.families.proof import PROOF_TOLERANCE, allowed, permutation_error, permuted, random_permutations
 
@@ -43,6 +53,7 @@ __all__ = [
     "copy_rows",
     "draft",
     "family_of",
+    "is_bare",
     "in_float32",
     "library",
     "load_parameters",

@@ -23,7 +23,16 @@ from fusionpl.calibration import (
     no_progress,
 )
 from fusionpl.errors import FusionError
-from fusionpl.families import VOCABULARY, Family, bind, canonical, check_compatible, read_family, without_scales
+from fusionpl.families import (
+    VOCABULARY,
+    Family,
+    bind,
+    canonical,
+    check_compatible,
+    is_bare,
+    read_family,
+    without_scales,
+)
 from fusionpl.fusion.average import mixing_weights
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.depth import Matching, levelled
@@ -40,11 +49,13 @@ from fusionpl.models import (
     Vocabulary,
     check_tokenizers,
     class_names,
+    copy_modules,
     load_model,
     load_tokenizer,
     open_model,
     renumber,
     save_model,
+    width_of,
 )
 
 Parent = nn.Module | str | Path
@@ -145,6 +156,9 @@ class Calibrated:
         self._matched = match_vocabularies(parents, opened, anchor)
         networks = [network for network, _ in opened]
         check_parents(networks)
+        taught = any(config.refine.method != "none" for config in configs)
+        if taught and is_bare(networks[anchor].module):
+            raise FusionError("encoders without a head have no outputs to be taught; leave refine.method at none")
         self._folder = opened[anchor][1]
         configs = [settled(config, networks, anchor) for config in configs]
         first = configs[0]
@@ -210,6 +224,8 @@ class Calibrated:
             if folder is None:
                 tokenizer = load_tokenizer(self._folder.path) if self._folder else None
                 save_model(result.model, Path(output) / "model", tokenizer=tokenizer)
+                if self._folder:
+                    copy_modules(self._folder.path, Path(output) / "model", width_of(result.model))
             elif config.refine.method != "none":
                 with closing(ModelWriter(folder, Path(output) / "model")) as refined:
                     refined.write(dict(result.model.named_parameters()))

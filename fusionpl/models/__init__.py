@@ -9,6 +9,7 @@ from fusionpl.models.load import load_model
 from fusionpl.models.push import check_push, push
 from fusionpl.models.resized import resized, untied
 from fusionpl.models.save import add_to_card, beside, class_names, forget_places, library_of, save_model, write_card
+from fusionpl.models.sentence import check_pooling, copy_modules, sentence_pooling, width_of
 from fusionpl.models.tensors import TensorFile
 from fusionpl.models.tokenizers import check_tokenizers, load_tokenizer, train_bpe, train_wordpiece
 from fusionpl.models.vocabulary import Renumbering, Vocabulary, load_parent, renumber
@@ -26,9 +27,11 @@ __all__ = [
     "ancestor",
     "beside",
     "build_model",
+    "check_pooling",
     "check_push",
     "check_tokenizers",
     "class_names",
+    "copy_modules",
     "forget_places",
     "hub_id",
     "inherited",
@@ -45,10 +48,12 @@ __all__ = [
     "renumber",
     "resized",
     "save_model",
+    "sentence_pooling",
     "short_name",
     "train_bpe",
     "train_wordpiece",
     "untied",
+    "width_of",
     "with_classifier",
     "write_card",
 ]

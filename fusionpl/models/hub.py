@@ -14,6 +14,8 @@ from fusionpl.models.tensors import PICKLES, SAFETENSORS, Layout, pickle_hint
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^\s@]+))?")
 # What makes a model besides its weights: configuration, tokenizer, templates.
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+# No folders but the numbered ones, in which sentence encoders keep their modules.
+ELSEWHERE = ("[!0-9]*/*", "*/*/*")
 SHOWN, ASKED = 8, 24  # revisions that a message lists, and that are looked into for it
 
 
@@ -81,7 +83,7 @@ def card_folder(source: HubId) -> Path:
 def _snapshot(source: HubId, patterns: Iterable[str]) -> Path:
     try:
         found = huggingface_hub.snapshot_download(
-            source.repo, revision=source.revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+            source.repo, revision=source.revision, allow_patterns=list(patterns), ignore_patterns=list(ELSEWHERE)
         )
     except RevisionNotFoundError as error:
         raise FusionError(_without_revision(source)) from error

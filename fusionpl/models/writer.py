@@ -11,6 +11,7 @@ from fusionpl.models.folders import ModelFolder
 from fusionpl.models.hub import SMALL_FILES
 from fusionpl.models.load import load_model
 from fusionpl.models.save import forget_places, library_of, put_in_place, write_card
+from fusionpl.models.sentence import copy_modules, width_of
 from fusionpl.models.tensors import TensorFile
 
 
@@ -52,6 +53,7 @@ class ModelWriter:
     def finish(self) -> None:
         """Moves the folder into its place."""
         assert not self._file.missing, self._file.missing
+        copy_modules(self.like.path, self._new, width_of(self.like.module))
         forget_places(self._new)
         write_card(self._new, library_of(self.like.module), f"# {self.folder.parent.name}")
         self.folder.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,8 @@ from fusionpl.datamodules import (
     DataConfig,
     FixedSplits,
     ImageDataModule,
+    ImageEmbeddingConfig,
+    ImageEmbeddingDataModule,
     MaskedTextConfig,
     MaskedTextDataModule,
     SpanTextConfig,
@@ -16,11 +18,19 @@ from fusionpl.datamodules import (
     TextClassificationConfig,
     TextClassificationDataModule,
     TextConfig,
+    TextEmbeddingConfig,
+    TextEmbeddingDataModule,
 )
 from fusionpl.errors import FusionError, nearest
 
 TaskName = Literal[
-    "image-classification", "masked-lm", "causal-language-modeling", "span-corruption", "text-classification"
+    "image-classification",
+    "masked-lm",
+    "causal-language-modeling",
+    "span-corruption",
+    "text-classification",
+    "feature-extraction",
+    "image-feature-extraction",
 ]
 
 
@@ -36,6 +46,7 @@ class Task:
         monitor: the validation metric that the best checkpoint is chosen by.
         mode: whether more or less of it is better.
         new_head: whether finetuning puts a classifier on a model that has none for the data's classes.
+        trains: whether there is anything to learn; encoders without a head are only compared.
     """
 
     data: type
@@ -45,6 +56,7 @@ class Task:
     monitor: str
     mode: Literal["min", "max"]
     new_head: bool = False
+    trains: bool = True
 
 
 TASKS: Mapping[TaskName, Task] = {
@@ -73,6 +85,18 @@ TASKS: Mapping[TaskName, Task] = {
         "val/loss",
         "min",
         new_head=True,
+    ),
+    "feature-extraction": Task(
+        TextEmbeddingConfig, TextEmbeddingDataModule, "feature-extraction", (), "val/loss", "min", trains=False
+    ),
+    "image-feature-extraction": Task(
+        ImageEmbeddingConfig,
+        lambda config, seed, _: ImageEmbeddingDataModule(config, seed),
+        "image-feature-extraction",
+        (),
+        "val/loss",
+        "min",
+        trains=False,
     ),
 }
 # What others call them, besides the names of transformers' pipelines.
@@ -109,6 +133,9 @@ def task_of_model(config: Mapping[str, Any]) -> TaskName | None:
     'causal-language-modeling'
     """
     if "architecture" in config:
-        return "image-classification"
-    (cls, *_) = config["architectures"]
-    return next((name for name, task in TASKS.items() if any(head in cls for head in task.heads)), None)
+        return "image-feature-extraction" if config.get("num_classes") == 0 else "image-classification"
+    cls = config["architectures"][0]
+    found = next((name for name, task in TASKS.items() if any(head in cls for head in task.heads)), None)
+    if found is None and cls.endswith("Model"):
+        return "feature-extraction" if "vocab_size" in config else "image-feature-extraction"
+    return found

@@ -246,6 +246,18 @@ class Binding:
         module = self.taps[boundary(section)].target
         return None if self.reads(module) else module
 
+    @property
+    def last_norms(self) -> dict[str, str]:
+        """The norms that give what a pre-norm encoder without a head puts out -> the axis of their units."""
+        uses = self.uses[TAIL]
+        return {
+            slot.parameter.rpartition(".")[0]: str(slot.axes[0])
+            for slot in self.slots
+            if slot.section == TAIL and slot.gain == "norm"
+            for norm, readers in self.family.tail.norms.items()
+            if slot.parameter == f"{norm}.weight" and readers and not any(f"{one}.weight" in uses for one in readers)
+        }
+
     def on_boundary(self, axis: str) -> bool:
         """Whether `axis` is the stream that one section hands to the next."""
         return axis == boundary(section_of(axis))

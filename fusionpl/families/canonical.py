@@ -18,12 +18,17 @@ from fusionpl.families.family import Section
 def unrotatable(binding: Binding) -> str | None:
     """Why the residual stream of a model may not be rotated; None where it may.
 
-    Its family is post-LN, or see `inseparable`.
+    Its family is post-LN, it has no head behind its last norm, or see `inseparable`.
     """
     if binding.family.norm == "post":
         return (
             f"{binding.family.name} is post-LN, its norms scale the stream unit by unit, so only permutations keep its "
             "function"
+        )
+    if binding.last_norms:
+        return (
+            f"'{next(iter(binding.last_norms))}' gives what an encoder without a head puts out, unit by unit, so only "
+            "permutations keep its function"
         )
     return inseparable(binding)
 
@@ -43,10 +48,8 @@ def inseparable(binding: Binding) -> str | None:
         )
     for section, prefix, part in binding.family.sections(binding.depths):
         for norm, readers in part.norms.items():
-            used = binding.uses[section]
-            if f"{prefix}{norm}.weight" in used and not any(f"{prefix}{reader}.weight" in used for reader in readers):
-                what = "gives what an encoder without a head puts out" if readers else "normalises inside the stream"
-                return f"'{prefix}{norm}' {what}, which can't be rotated"
+            if not readers and f"{prefix}{norm}.weight" in binding.uses[section]:
+                return f"'{prefix}{norm}' normalises inside the stream, which can't be rotated"
     return None
 
 
@@ -123,6 +126,8 @@ def _fold_norm(state: State, binding: Binding, norm: str, readers: list[str], na
     if gamma is None:
         return
     linear = [reader for reader in readers if f"{reader}.weight" in state]
+    if not linear:  # it gives what an encoder without a head puts out
+        return
     stays = any(f"{reader}.bias" not in state for reader in linear)
     if beta is not None and stays and bool(beta.any()):
         # It stays in the norm, in the units of its readers, and turns with the stream.

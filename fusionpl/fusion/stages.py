@@ -18,6 +18,7 @@ class Stage:
         modules: module -> the axes that it writes, in the order of its output.
         norm: whether the module is a norm.
         narrow: whether the modules read fewer units than they write: what they put out is then known by what they read.
+        last: whether the module is a norm whose output is that of an encoder without a head.
         skips: axis that is added to the stream -> (axis of the sum, axis of the stream that it is added to).
     """
 
@@ -25,6 +26,7 @@ class Stage:
     norm: bool
     narrow: bool
     skips: Mapping[str, tuple[str, str]]
+    last: bool = False
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -50,7 +52,8 @@ class Stage:
         if self.narrow:
             return (Target(Place(self.first, "input")),)
         if self.norm:
-            return tuple(Target(Place(module, "output"), total=axes[0]) for module, axes in self.modules.items())
+            total = None if self.last else self.axes[0]
+            return tuple(Target(Place(module, "output"), total=total) for module in self.modules)
         added = (
             next((self.skips[axis] for axis in axes if axis in self.skips), None) for axes in self.modules.values()
         )
@@ -86,6 +89,7 @@ def stages(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Stage,
         if tap.kind == "output"
         and (axis in binding.joins or (section_of(axis) == TAIL and not binding.reads(tap.target)))
     }
+    norms |= binding.last_norms if section == TAIL else {}
     linear: dict[str, list[Slot]] = defaultdict(list)
     for slot in binding.slots:
         if slot.section == section and any(slot.reads) and slot.parameter not in keep:
@@ -113,7 +117,7 @@ def stages(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Stage,
         if section in binding.blocks and not norm and not skips:
             read = {axis for module in modules for axis in _axes(linear[module][0], reads=True)}
             narrow = sum(binding.axes[axis].size for axis in read) < sum(binding.axes[axis].size for axis in written)
-        found.append(Stage(modules, norm, narrow, skips))
+        found.append(Stage(modules, norm, narrow, skips, last=next(iter(modules)) in binding.last_norms))
     return tuple(found)
 
 

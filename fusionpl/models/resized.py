@@ -97,6 +97,8 @@ def _transformers(model: Any, times: Fraction, heads: int | None, depth: int | N
     config = copy.deepcopy(model.config)
     # Where nothing says how wide a head is, it is the share of the stream.
     if heads is not None:
+        if getattr(config, "embedding_size", None) == config.hidden_size:  # ELECTRA's, where nothing projects it
+            config.embedding_size = int(config.hidden_size * times)
         config.hidden_size = int(config.hidden_size * times)
         for name in (*_HEADS, *_HIDDEN):
             if getattr(config, name, None) is not None:
@@ -106,6 +108,7 @@ def _transformers(model: Any, times: Fraction, heads: int | None, depth: int | N
         config.num_hidden_layers = depth
         if kinds:
             config.layer_types = [kinds[at % len(kinds)] for at in range(depth)]
-    found: nn.Module = type(model)(config)
+    without_pooler = {"add_pooling_layer": False} if getattr(model, "pooler", True) is None else {}
+    found: nn.Module = type(model)(config, **without_pooler)
     without_cache(found)
     return found

@@ -142,6 +142,7 @@ class Job:
         config = settled(config, networks, anchor)
         presets = {name: settled(one, networks, resolve_anchor(one, len(parents))) for name, one in presets.items()}
         data = TASKS[args.task].datamodule(chosen.data, 0, tokenizer)
+        data.follow(networks[anchor].module)
         return cls(args, settings, config, parents, networks, anchor, data, tokenizer, family, presets, alternatives)
 
     def load(self, name: str) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fusionpl.datamodules import FixedSplits
+from fusionpl.errors import FusionError
 from fusionpl.evaluation import (
     MODEL,
     PARENT,
@@ -31,6 +32,7 @@ from fusionpl.fusion import FusionResult, mixing_weights, vanilla
 
 Depth = Literal["full", "rows", "none"]
 CURVE_BATCHES = 4
+UNMEASURED = "nothing was measured: the data are so few that all of them were used for calibration"
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,15 @@ def measure(
         settings: shown in the report.
         depth: `full` adds the curves, and what is made of aligned parents: their average and the maps (with strategy
             joint no parent is a model of its own there); `none` measures nothing.
+
+    Returns:
+        The report; without rows, and with a note and a printed line, where the data leave nothing to test on.
     """
     report = Report(config=settings, notes=[*result.warnings, *result.notes])
+    if depth != "none" and not len(data.dataset("test")):  # type: ignore[arg-type]  # all have a length
+        print(UNMEASURED)
+        report.notes.append(UNMEASURED)
+        return report
     if depth == "none":
         return report
     told = {*(f"{PARENT}{name}" for name in names), "vanilla", *others, *alternatives, "fused"}
@@ -137,7 +146,12 @@ def measure_models(
         data: see `measure`.
         device: where models are run.
         settings: shown in the report.
+
+    Raises:
+        FusionError: there is nothing to test on.
     """
+    if not len(data.dataset("test")):  # type: ignore[arg-type]  # all have a length
+        raise FusionError(f"'{data.config.path}' has too few data to measure on; give more with --data.path")
     report = Report(config=settings)
     bench = _Bench(report, data, device, {*(f"{MODEL}{name}" for name in names), "vanilla"})
     _, plain = bench.add_models(MODEL, {name: load(name) for name in names}, None)

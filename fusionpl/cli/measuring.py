@@ -150,11 +150,12 @@ def measure_models(
     Raises:
         FusionError: there is nothing to test on.
     """
+    models = {name: load(name) for name in names}  # first: images are brought to their size
     if not len(data.dataset("test")):  # type: ignore[arg-type]  # all have a length
         raise FusionError(f"'{data.config.path}' has too few data to measure on; give more with --data.path")
     report = Report(config=settings)
     bench = _Bench(report, data, device, {*(f"{MODEL}{name}" for name in names), "vanilla"})
-    _, plain = bench.add_models(MODEL, {name: load(name) for name in names}, None)
+    _, plain = bench.add_models(MODEL, models, None)
     if plain is not None:
         bench.add("vanilla", [plain])
         if report.rows[0].accuracy is not None:

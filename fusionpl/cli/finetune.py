@@ -210,7 +210,7 @@ def _candidates(source: str, origin: dict[str, Any], options: Namespace, *, ever
     found = best_parent(report)
     if found is None:
         raise FusionError(
-            f"{source} was fused with --report none, so nobody knows its best parent; add --baselines false"
+            f"nothing was measured when {source} was fused, so nobody knows its best parent; add --baselines false"
         )
     candidates |= {
         row.name: Candidate(parent, [path])

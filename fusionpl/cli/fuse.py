@@ -147,6 +147,7 @@ class Job:
         config = settled(config, networks, anchor)
         presets = {name: settled(one, networks, resolve_anchor(one, len(parents))) for name, one in presets.items()}
         data = data_module(args.task, chosen.data, 0, tokenizer, args.parents)
+        data.follow(networks[anchor].module)
         return cls(args, settings, config, parents, networks, anchor, data, tokenizer, family, presets, alternatives)
 
     def load(self, name: str) -> nn.Module:

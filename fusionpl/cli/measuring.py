@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionpl.datamodules import FixedSplits
+from fusionpl.errors import FusionError
 from fusionpl.evaluation import (
     MODEL,
     PARENT,
@@ -37,6 +38,7 @@ Depth = Literal["full", "rows", "none"]
 CURVE_BATCHES = 4
 COMPARED = 2000  # samples whose neighbours are compared
 PROBED = 2000  # samples that a linear probe is fitted to
+UNMEASURED = "nothing was measured: the data are so few that all of them were used for calibration"
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,15 @@ def measure(
         settings: shown in the report.
         depth: `full` adds the curves, and what is made of aligned parents: their average and the maps (with strategy
             joint no parent is a model of its own there); `none` measures nothing.
+
+    Returns:
+        The report; without rows, and with a note and a printed line, where the data leave nothing to test on.
     """
     report = Report(config=settings, notes=[*result.warnings, *result.notes])
+    if depth != "none" and not len(data.dataset("test")):  # type: ignore[arg-type]  # all have a length
+        print(UNMEASURED)
+        report.notes.append(UNMEASURED)
+        return report
     if depth == "none":
         return report
     told = {*(f"{PARENT}{name}" for name in names), "vanilla", *others, *alternatives, "fused"}
@@ -143,10 +152,16 @@ def measure_models(
         data: see `measure`.
         device: where models are run.
         settings: shown in the report.
+
+    Raises:
+        FusionError: there is nothing to test on.
     """
+    models = {name: load(name) for name in names}  # first: images are brought to their size
+    if not len(data.dataset("test")):  # type: ignore[arg-type]  # all have a length
+        raise FusionError(f"'{data.config.path}' has too few data to measure on; give more with --data.path")
     report = Report(config=settings)
     bench = _bench(report, data, device, {*(f"{MODEL}{name}" for name in names), "vanilla"})
-    _, plain = bench.add_models(MODEL, {name: load(name) for name in names}, None)
+    _, plain = bench.add_models(MODEL, models, None)
     if plain is not None:
         bench.add("vanilla", [plain])
         if report.rows[0].accuracy is not None:

@@ -99,6 +99,9 @@ class FixedSplits(L.LightningDataModule):
         """Augments training batches, as one batch and on their device."""
         return self.augmented(batch) if self.trainer is not None and self.trainer.training else batch
 
+    def follow(self, model: nn.Module) -> None:
+        """Takes from `model`, which reads the data, what the options leave open; here nothing."""
+
     def check_reads(self, model: nn.Module) -> None:
         """Raises FusionError unless `model` reads what the data give."""
         reads = getattr(model, "main_input_name", "pixel_values")
@@ -120,7 +123,7 @@ class FixedSplits(L.LightningDataModule):
         """
         self.check_reads(model)
         name, path = type(model).__name__, self.config.path
-        batch = next(iter(self._loader("test", 1, None, 0)))
+        batch = self.sample()
         try:
             with torch.no_grad(), eval_mode(model):
                 found = run(batch) if run else logits(model, batch)
@@ -135,6 +138,11 @@ class FixedSplits(L.LightningDataModule):
     def fits(self, outputs: int) -> bool:
         """Whether a model with so many outputs can be measured on these data."""
         return outputs == self.num_classes
+
+    def sample(self) -> Any:
+        """A batch of one: of the test part, or of the calibration part where nothing is there to test on."""
+        part = "test" if len(self.dataset("test")) else "calibration"  # type: ignore[arg-type]  # all have a length
+        return next(iter(self.calibration_dataloader(1) if part == "calibration" else self._loader(part, 1, None, 0)))
 
     def model_args(self) -> dict[str, Any]:
         """What the data decide about a model that is built for them: arguments of its config."""

@@ -1,4 +1,4 @@
-"""Where text comes from, and how it becomes blocks of tokens: pydoc, a hub id, a local folder."""
+"""Where text comes from, and how it becomes blocks of tokens: pydoc, a hub id, a file, a folder of files."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 
 from fusionpl.datamodules.sources import load
+from fusionpl.datamodules.splits import tell
 from fusionpl.errors import FusionError
 
 SPLIT_SEED = 0
 # Parts that a corpus has not are taken from its training text: shares of its characters.
 SHARES = {"test": 0.1, "validation": 0.05, "calibration": 0.05}
+# A twentieth of a small text has too few tokens for statistics, and nobody trains much on it.
+SMALL, SMALL_CALIBRATION = 200_000, 0.2  # characters, share
 # The same of a streamed corpus, whose size is not known: documents from its start.
 STREAMED_DOCUMENTS = 1000
 
@@ -23,7 +26,8 @@ def corpus(path: str, name: str | None, column: str | None, *, streaming: bool) 
     """The documents of train, validation, calibration and test; none is in two of them.
 
     Args:
-        path: `pydoc` (the language reference that comes with Python), a hub id, or a folder of parquet or text files.
+        path: `pydoc` (the language reference that comes with Python), a hub id, a data file, or a folder of them.
+            A line of a text file is a document.
         name: a configuration of the hub's data set.
         column: the text column; None for the one called text, or the only one of strings.
         streaming: read the training text as it goes.
@@ -35,10 +39,10 @@ def corpus(path: str, name: str | None, column: str | None, *, streaming: bool) 
 
     datasets.disable_progress_bars()
     if path == "pydoc":
-        return _carved({"train": _pydoc()})
+        return _carved(path, {"train": _pydoc()})
     splits = load(path, name, streaming=streaming)
     texts = {split: _texts(path, rows, column) for split, rows in splits.items()}
-    return _streamed(texts) if streaming else _carved(texts)
+    return _streamed(texts) if streaming else _carved(path, texts)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ def blocks_of(documents: Documents, tokenizer: Any, frame: Frame, *, count_bytes
     step = frame.inner - frame.shared
 
     def cut(batch: Mapping[str, list[str]]) -> dict[str, list[Any]]:
-        texts = [f"{text}\n" if frame.lines and text and not text.endswith("\n") else text for text in batch["text"]]
+        texts = [text or "" for text in batch["text"]]  # an empty cell of a table holds none
+        texts = [f"{text}\n" if frame.lines and text and not text.endswith("\n") else text for text in texts]
         found = tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False,
             return_offsets_mapping=count_bytes,
@@ -126,23 +131,53 @@ def _texts(path: str, rows: Documents, column: str | None) -> Documents:
     return rows.select_columns([column]).rename_columns({column: "text"} if column != "text" else {})
 
 
-def _carved(splits: Mapping[str, Documents]) -> dict[str, Documents]:
+def _carved(path: str, splits: Mapping[str, Documents]) -> dict[str, Documents]:
     parts = {split: rows for split, rows in splits.items() if split in ("validation", "test")}
-    # Some corpora come without training text: then it is what they have to validate with.
-    rest = splits["train"] if "train" in splits else parts.pop("validation", None)
-    if rest is None:
+    # Some corpora come without training text: then it is what they have to validate or test with.
+    source = next((split for split in ("train", "validation", "test") if split in splits), None)
+    if source is None:
         raise FusionError(f"the corpus has neither a train nor a validation split; it has {', '.join(splits)}")
-    for part, share in SHARES.items():
-        if part not in parts:
-            lengths = np.cumsum([len(text) for text in rest["text"]][::-1])
-            total = int(lengths[-1]) if len(lengths) else 0
-            count = int(np.searchsorted(lengths, share * total)) + 1
-            if not total or count >= len(rest):
-                raise FusionError(f"the corpus is too small: {len(rest)} documents can't be divided into "
-                                  f"train, {', '.join(SHARES)}")  # fmt: skip
-            parts[part] = rest.select(range(len(rest) - count, len(rest)))
-            rest = rest.select(range(len(rest) - count))
+    parts.pop(source, None)
+    if source == "test":
+        tell(f"{path}: no train split; test is used as one")
+    rest = splits[source]
+    total = sum(len(text or "") for text in rest["text"])
+    if not any((text or "").strip() for text in rest["text"]):
+        raise FusionError(f"'{path}' holds no text; name another with --data.path, or its column with "
+                          "--data.text_column")  # fmt: skip
+    shares = {part: share for part, share in SHARES.items() if part not in parts}
+    if total < SMALL:
+        shares["calibration"] = SMALL_CALIBRATION
+        tell(f"{path}: {total:,} characters are little text; a fifth of them is for calibration")
+    return {**parts, **(_by_document(rest, shares) or _by_word(rest, shares))}
+
+
+def _by_document(rest: Documents, shares: Mapping[str, float]) -> dict[str, Documents] | None:
+    """Shares of the text from its end, in whole documents, and what is left to train on; None where documents don't
+    suffice."""
+    parts = {}
+    for part, share in shares.items():
+        lengths = np.cumsum([len(text or "") for text in rest["text"]][::-1])
+        total = int(lengths[-1])
+        count = int(np.searchsorted(lengths, share * total)) + 1
+        if not total or count >= len(rest):
+            return None
+        parts[part] = rest.select(range(len(rest) - count, len(rest)))
+        rest = rest.select(range(len(rest) - count))
     return {"train": rest, **parts}
+
+
+def _by_word(rest: Documents, shares: Mapping[str, float]) -> dict[str, Documents]:
+    """The same for few documents: shares of their joined text, cut between words where it has any."""
+    import datasets
+
+    text = "\n".join(text or "" for text in rest["text"])
+    found = {}
+    for part, share in shares.items():
+        at = int(len(text) * (1 - share))
+        at = max(text.rfind(" ", 0, at), text.rfind("\n", 0, at)) + 1 or at
+        text, found[part] = text[:at], text[at:]
+    return {part: datasets.Dataset.from_dict({"text": [one]}) for part, one in {"train": text, **found}.items()}
 
 
 def _streamed(splits: Mapping[str, Documents]) -> dict[str, Documents]:
@@ -161,4 +196,4 @@ def _streamed(splits: Mapping[str, Documents]) -> dict[str, Documents]:
 
 
 def _first(rows: Iterable[Mapping[str, str]], count: int) -> list[str]:
-    return [row["text"] for row in islice(rows, count)]
+    return [row["text"] or "" for row in islice(rows, count)]

@@ -48,7 +48,7 @@ class _Embedded(FixedSplits):
     def check_model(self, model: nn.Module, run: Run | None = None) -> None:
         """Raises FusionError unless `model` reads the data and is an encoder without a head."""
         self.check_reads(model)
-        batch = next(iter(self._loader("test", 1, None, 0)))
+        batch = self.sample()
         assert self.pooling is not None
         try:
             with eval_mode(model):

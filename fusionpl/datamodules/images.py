@@ -5,16 +5,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from fusionpl.datamodules.base import FixedSplits
+from fusionpl.datamodules.base import FixedSplits, Run
 from fusionpl.datamodules.sources import Source, digits, hub_or_folder
 from fusionpl.datamodules.splits import Indices, labelled_parts
 from fusionpl.errors import FusionError
 
 BLACK = -1.0
+DEFAULT_SIZE = 32  # where neither options nor a model say one
 LARGEST = 2**13  # pixels of a side: no model takes more, and a slip of the pen would ask for all memory
 
 
@@ -23,13 +24,16 @@ class DataConfig:
     """Which images, and how they are served.
 
     Args:
-        path: `digits` (ships with scikit-learn), a hub id, or a local folder of parquet files.
-        image_size: height and width in pixels; others are resized.
-        channels: 1 (grey) or 3 (RGB).
+        path: `digits` (ships with scikit-learn), a hub id, a data file (.parquet), a folder of them, or a folder of
+            images by class: images/train/cat/1.png, or images/cat/1.png.
+        image_size: height and width in pixels; others are resized. Null for the model's.
+        channels: 1 (grey) or 3 (RGB); null for the model's. A model that is built then has as many as the images:
+            1 where all are grey.
         batch_size: training images a step and process.
         train_limit: train on at most this many images; null for all. The other splits stay as they are.
-        validation: images taken from the training split for validation, if the data set has no such split.
-        calibration: images taken from the training split for calibration.
+        validation: images taken from the training split for validation, if the data set has no such split; of few
+            images a share.
+        calibration: images taken from the training split for calibration; of few images a share.
         shift: training images are shifted by up to this many pixels both ways.
         flip: training images are mirrored with probability 1/2.
         num_workers: processes that fetch training batches; 0 fetches in the main one.
@@ -38,8 +42,8 @@ class DataConfig:
     """
 
     path: str = "digits"
-    image_size: int = 32
-    channels: int = 1
+    image_size: int | None = None
+    channels: int | None = None
     batch_size: int = 16
     train_limit: int | None = None
     validation: int = 200
@@ -99,12 +103,14 @@ class ImageDataModule(FixedSplits):
         super().__init__(seed)
         self.config = config
         for name, least in {"image_size": 1, "batch_size": 1, "shift": 0, "num_workers": 0}.items():
-            if getattr(config, name) < least:
-                raise FusionError(f"data.{name} must be at least {least}, not {getattr(config, name)}")
-        if config.image_size > LARGEST:
+            value = getattr(config, name)
+            if value is not None and value < least:
+                raise FusionError(f"data.{name} must be at least {least}, not {value}")
+        if config.image_size is not None and config.image_size > LARGEST:
             raise FusionError(f"data.image_size must be at most {LARGEST}, not {config.image_size:.3g}")
-        if config.channels not in (1, 3):
+        if config.channels not in (None, 1, 3):
             raise FusionError(f"data.channels must be 1 or 3, not {config.channels}")
+        self._size, self._channels = config.image_size, config.channels
         self._sets: dict[str, ImageSet] = {}
 
     @property
@@ -121,6 +127,36 @@ class ImageDataModule(FixedSplits):
         """Number of training images."""
         return f"{len(self.dataset('train')):,} images"
 
+    @property
+    def channels(self) -> int:
+        """Channels that images are given: what the options say, else the model that was followed, else the images."""
+        return self._channels or self._own_channels
+
+    @cached_property
+    def _own_channels(self) -> int:
+        return self._source.channels()
+
+    def model_args(self) -> dict[str, Any]:
+        """The channels of the images."""
+        return {"channels": self.channels}
+
+    def follow(self, model: nn.Module) -> None:
+        """Takes size and channels from `model` where the options leave them open."""
+        if not self._sets:
+            self._size = self._size or size_of(model)
+            self._channels = self._channels or channels_of(model)
+
+    def check_model(self, model: nn.Module, run: Run | None = None) -> None:
+        """Raises FusionError where `model` reads images of other channels; else see `FixedSplits`."""
+        self.follow(model)
+        reads = channels_of(model)
+        if reads not in (None, self.channels):
+            raise FusionError(
+                f"the {type(model).__name__} reads images of {reads} channels, but data.channels is {self.channels}; "
+                "leave data.channels out, or name a model of such images"
+            )
+        super().check_model(model, run)
+
     def dataset(self, part: str) -> ImageSet:
         """The images of a part, decoded on first use.
 
@@ -129,7 +165,7 @@ class ImageDataModule(FixedSplits):
         """
         if part not in self._sets:
             split, indices = self._parts[part]
-            pixels, read = self._source.decode(split, indices)
+            pixels, read = self._source.decode(split, indices, self._size or DEFAULT_SIZE, self.channels)
             self._sets[part] = ImageSet(pixels, torch.from_numpy(self._source.labels[split][read]))
         return self._sets[part]
 
@@ -152,15 +188,26 @@ class ImageDataModule(FixedSplits):
 
     @cached_property
     def _source(self) -> Source:
-        config = self.config
-        if config.path == "digits":
-            return digits(config.image_size, config.channels)
-        return hub_or_folder(config)
+        return digits() if self.config.path == "digits" else hub_or_folder(self.config)
 
     @cached_property
     def _parts(self) -> dict[str, tuple[str, Indices]]:
         """For every part, the split it is from and its indices there."""
         return labelled_parts(self._source.labels, self.config)
+
+
+def channels_of(model: nn.Module) -> int | None:
+    """Channels of the images that a model reads: those of its first convolution; None where it has none."""
+    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+
+
+def size_of(model: nn.Module) -> int | None:
+    """Height and width of the images that a model of timm or transformers reads; None where it doesn't say one."""
+    config: Any = getattr(model, "config", None)
+    size: Any = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    size = size or getattr(config, "image_size", None) or getattr(model, "pretrained_cfg", {}).get("input_size")
+    sides = set(size[-2:]) if isinstance(size, tuple | list) else {size}
+    return int(sides.pop()) if len(sides) == 1 and None not in sides else None
 
 
 def augment(pixels: Tensor, shift: int, flip: bool) -> Tensor:

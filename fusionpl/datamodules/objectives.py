@@ -22,8 +22,8 @@ class TextConfig:
     """Which text, and how it is served.
 
     Args:
-        path: `pydoc` (the Python Language Reference, which every Python carries), a hub id, or a local folder of
-            parquet or text files.
+        path: `pydoc` (the Python Language Reference, which every Python carries), a hub id, a data file (.txt, .csv,
+            .tsv, .json, .jsonl, .parquet), or a folder of such files.
         name: a configuration of the hub's data set, such as `wikitext-2-raw-v1`.
         text_column: the column of text; null for the one called text, or the only one of strings.
         streaming: read training text as it goes, for corpora larger than memory; needs `trainer.limit_train_batches`.

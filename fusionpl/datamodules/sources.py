@@ -1,19 +1,26 @@
-"""Where labelled images come from: scikit-learn's digits, a hub id, a local folder of parquet files."""
+"""Where labelled images come from: scikit-learn's digits, a hub id, a data file, a folder of them or of images."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from fusionpl.datamodules.splits import Indices, SplitConfig, check_classes, class_numbers, flawed
+from fusionpl.datamodules.files import check_any, file_arguments, folder_arguments, kind_of, unread
+from fusionpl.datamodules.splits import Indices, SplitConfig, check_classes, class_numbers, flawed, tell
 from fusionpl.errors import FusionError, reason
 
 BUILT_IN = ("digits", "pydoc")
+EMPTY = ("SchemaInferenceError", "EmptyDataError")  # what datasets and pandas raise for files without a row
+DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # 16 bits a pixel, as PIL calls them
+GREY = ("1", "L", "LA", "La", "F", *DEEP_GREY)
 
 
 @dataclass(frozen=True)
@@ -23,56 +30,51 @@ class Source:
     Args:
         class_names: names of the classes, in the order of the labels.
         labels: for every split, the labels [N].
-        decode: takes the name of a split and indices [n], gives pixels, uint8 [m, C, H, W], and the indices [m] of
-            those that can be read.
+        decode: takes the name of a split, indices [n], the size of a side and the number of channels; gives pixels,
+            uint8 [m, C, H, W], and the indices [m] of those that can be read.
+        channels: finds how many channels the images have: 1 where all are grey, else 3.
     """
 
     class_names: tuple[str, ...]
     labels: dict[str, Indices]
-    decode: Callable[[str, Indices], tuple[Tensor, Indices]]
+    decode: Callable[[str, Indices, int, int], tuple[Tensor, Indices]]
+    channels: Callable[[], int]
 
 
-def digits(size: int, channels: int) -> Source:
+def digits() -> Source:
     """1,797 scanned digits that ship with scikit-learn: 8x8 grey, enlarged bilinearly; 400 of them are the test split.
 
-    Args:
-        size: height and width of the images.
-        channels: 1, or 3 equal ones.
+    As colour images they have three equal channels.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     data = load_digits()
     small = torch.from_numpy(data.images).float()[:, None] * (255 / 16)
-    large = functional.interpolate(small, (size, size), mode="bilinear", align_corners=False)
-    pixels = large.round().to(torch.uint8).expand(-1, channels, -1, -1)
-    train, test = train_test_split(np.arange(len(pixels)), test_size=400, random_state=0, stratify=data.target)
+    train, test = train_test_split(np.arange(len(small)), test_size=400, random_state=0, stratify=data.target)
     rows = {"train": train, "test": test}
+
+    def decode(split: str, indices: Indices, size: int, channels: int) -> tuple[Tensor, Indices]:
+        found = small[rows[split][indices]]
+        large = functional.interpolate(found, (size, size), mode="bilinear", align_corners=False)
+        return large.round().to(torch.uint8).expand(-1, channels, -1, -1).contiguous(), indices
+
     return Source(
         class_names=tuple(str(name) for name in data.target_names),
         labels={split: data.target[rows[split]].astype(np.int64) for split in rows},
-        decode=lambda split, indices: (pixels[rows[split][indices]].contiguous(), indices),
+        decode=decode,
+        channels=lambda: 1,
     )
 
 
-class ImageConfig(SplitConfig, Protocol):
-    """The options that decide how images are read."""
-
-    @property
-    def image_size(self) -> int: ...  # noqa: D102
-    @property
-    def channels(self) -> int: ...  # noqa: D102
-
-
-def hub_or_folder(config: ImageConfig) -> Source:
-    """A data set of the hub, or a local folder of parquet files: `datasets.load_dataset` reads both.
+def hub_or_folder(config: SplitConfig) -> Source:
+    """A data set of the hub, a data file, a folder of them, or of images by class: `datasets.load_dataset` reads all.
 
     The image and the label column are found from the data set's features (Image, ClassLabel). A label column of
-    plain integers has classes named "0", "1", ...
+    plain integers has classes named "0", "1", ... Images of another size are resized (bilinear).
 
     Args:
-        config: hub id or folder, the size that images are brought to (bilinear), grey or colour, whether rows that
-            can't be read are left out.
+        config: hub id, file or folder, and whether rows that can't be read are left out.
 
     Raises:
         FusionError: nothing there, no image column, no label column (lists what there is), a row without a label or
@@ -93,8 +95,7 @@ def hub_or_folder(config: ImageConfig) -> Source:
         split: rows.select_columns([image]).cast_column(image, datasets.Image()) for split, rows in splits.items()
     }
 
-    def decode(split: str, indices: Indices) -> tuple[Tensor, Indices]:
-        size, channels = config.image_size, config.channels
+    def decode(split: str, indices: Indices, size: int, channels: int) -> tuple[Tensor, Indices]:
         pixels = torch.empty(len(indices), channels, size, size, dtype=torch.uint8)
         wrong: dict[int, str] = {}
         for row, index in enumerate(indices.tolist()):
@@ -103,7 +104,7 @@ def hub_or_folder(config: ImageConfig) -> Source:
                 if picture is None:
                     wrong[row] = "holds no image"
                     continue
-                picture = picture.convert("L" if channels == 1 else "RGB")
+                picture = _converted(picture, channels)
             except Exception as error:  # a broken file raises whatever its decoder does
                 wrong[row] = f"holds an image that can't be read ({reason(error, 80)})"
                 continue
@@ -117,7 +118,32 @@ def hub_or_folder(config: ImageConfig) -> Source:
             return pixels[kept], indices[kept]
         return pixels, indices
 
-    return Source(tuple(names), labels, decode)
+    def channels() -> int:
+        for rows in images.values():
+            for row in rows.cast_column(image, datasets.Image(decode=False)):
+                if not _is_grey(row[image]):
+                    return 3
+        return 1
+
+    return Source(tuple(names), labels, decode, channels)
+
+
+def _is_grey(encoded: dict[str, Any] | None) -> bool:
+    """Whether an encoded image is grey, by its header; one that can't be read says nothing against it."""
+    if encoded is None:
+        return True
+    try:
+        with Image.open(encoded["path"] if encoded["bytes"] is None else BytesIO(encoded["bytes"])) as picture:
+            return picture.mode in GREY
+    except Exception:  # a broken file raises whatever its decoder does; decoding it names it
+        return True
+
+
+def _converted(picture: Image.Image, channels: int) -> Image.Image:
+    if picture.mode in DEEP_GREY:  # PIL would cut off what is lighter than 255 of 65535
+        deep = np.asarray(picture).astype(np.float32)
+        picture = Image.fromarray((deep / 257).round().clip(0, 255).astype(np.uint8))
+    return picture.convert("L" if channels == 1 else "RGB")
 
 
 def _image_column(path: str, features: "datasets.Features") -> str:  # type: ignore[name-defined]  # noqa: F821
@@ -135,31 +161,61 @@ def _label_column(path: str, features: "datasets.Features") -> str:  # type: ign
     for name, feature in features.items():
         if str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
             return str(name)
-    raise FusionError(f"the data set '{path}' has no label column; its columns are {', '.join(features)}")
+    hint = "; put images into a folder for each class" if list(features) == ["image"] else ""
+    raise FusionError(f"the data set '{path}' has no label column; its columns are {', '.join(features)}{hint}")
 
 
 def load(path: str, name: str | None = None, *, streaming: bool = False) -> dict[str, Any]:
-    """The splits of a hub id or of a local folder of data files, read by `datasets.load_dataset`.
+    """The splits of a hub id, a data file or a folder of data files, read by `datasets.load_dataset`.
 
     Args:
-        path: hub id or folder.
-        name: a configuration of the hub's data set, such as `wikitext-2-raw-v1`; a folder has none.
+        path: hub id, file or folder; see `files`.
+        name: a configuration of the hub's data set, such as `wikitext-2-raw-v1`; a file or folder has none.
         streaming: read as it goes instead of downloading and converting first.
 
+    Returns:
+        Split -> rows; one file is a train split.
+
     Raises:
-        FusionError: nothing there, or it can't be read.
+        FusionError: nothing there, it is of no kind that is read, or it can't be read.
     """
     import datasets
 
-    folder = Path(path).expanduser()
-    if not folder.is_dir() and (path[0] in "./~" or (len(folder.parts) > 1 and folder.parent.is_dir())):
+    place = Path(path).expanduser()
+    named = path.startswith((".", "/", "~")) or kind_of(place) is not None
+    if not path or (not place.exists() and (named or (len(place.parts) > 1 and place.parent.is_dir()))):
         raise FusionError(
-            f"no data set at {folder}; --data.path takes a built-in name ({', '.join(BUILT_IN)}), a folder of data "
-            "files or a hub id"
+            f"no data set at {place if path else repr(path)}; --data.path takes a built-in name "
+            f"({', '.join(BUILT_IN)}), a data file, a folder of data files or a hub id"
         )
+    arguments: dict[str, Any] = {"path": path, "name": name}
+    if place.exists():
+        arguments = folder_arguments(place) if place.is_dir() else file_arguments(place)
     datasets.disable_progress_bars()
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it says of a file stands in our line
     try:
-        where = (str(folder), None) if folder.is_dir() else (path, name)
-        return dict(datasets.load_dataset(*where, streaming=streaming))
+        splits = dict(datasets.load_dataset(**arguments, streaming=streaming))
+        used = datasets.load_dataset_builder(**arguments).config.data_files if place.is_dir() else None
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
-        raise FusionError(f"cannot read the data set '{path}': {reason(error)}") from error
+        if place.is_dir():
+            check_any(place)
+        raise FusionError(f"cannot read the data set '{path}': {_cause(error)}") from error
+    if used and (others := unread(place, used)):
+        tell(
+            f"{path}: {len(others):,} files are not read, {others[0].relative_to(place)} first: names of others have "
+            "train, validation or test in them, and these have not"
+        )
+    return splits
+
+
+def _cause(error: BaseException) -> str:
+    """Why a data set can't be read: what was raised first, not what `datasets` made of it."""
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(before)
+    if any(isinstance(one, UnicodeError) or "UTF8" in str(one) for one in chain):
+        return "its text isn't UTF-8; convert it, for example by iconv -f latin1 -t utf-8"
+    if any(isinstance(one, StopIteration) or type(one).__name__ in EMPTY for one in chain):
+        return "it is empty"
+    generated = type(error).__name__.startswith("DatasetGeneration") and error.__cause__
+    return reason(error.__cause__ if generated and error.__cause__ else error)

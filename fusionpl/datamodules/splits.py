@@ -12,6 +12,7 @@ from fusionpl.errors import FusionError
 Indices = NDArray[np.int64]
 SPLIT_SEED = 0
 TEST_SHARE = 0.2  # of the training samples, where nothing else is there to test on
+SMALL_SHARE = 0.2  # of the training samples, for calibration and validation each, where there are few
 LACKING = -1  # the label of a sample that is left out
 tell = rank_zero_only(print)
 
@@ -105,44 +106,75 @@ def labelled_parts(labels: Mapping[str, NDArray[Any]], config: SplitConfig) -> d
     """For train, validation, calibration and test, the split that each is from and its indices there.
 
     What the data set lacks is taken from its training split, with the classes in proportion; without a test split,
-    validation is the test. Samples whose label is `LACKING`, or whose target is not finite, are in none.
+    validation is the test. A data set without a training split is divided as if its validation split, or else its
+    only split, were that. Samples whose label is `LACKING`, or whose target is not finite, are in none.
 
     Args:
         labels: split -> labels [N] or targets [N].
-        config: sizes of the parts that are taken.
+        config: sizes of the parts that are taken; smaller ones of few samples, see `_sizes`.
 
     Raises:
-        FusionError: no train split, or too few samples.
+        FusionError: no split to train on, or a size below 0.
     """
-    if "train" not in labels:
-        raise FusionError(f"the data set '{config.path}' has no train split; it has {', '.join(labels)}")
     whole = {
         split: (split, np.flatnonzero(np.isfinite(found) if found.dtype.kind == "f" else found != LACKING))
         for split, found in labels.items()
     }
+    source = _divided(list(labels), config)
     parts: dict[str, tuple[str, Indices]] = {}
-    parts.update((split, whole[split]) for split in ("validation", "test") if split in whole)
+    parts.update((split, whole[split]) for split in ("validation", "test") if split in whole and split != source)
     if "test" not in parts and "validation" in parts:
         parts["test"] = parts.pop("validation")
-    rest = whole["train"][1]
+    rest = whole[source][1]
     if "test" not in parts:
-        rest, taken = _carve(rest, round(TEST_SHARE * len(rest)), labels["train"], "the test split")
-        parts["test"] = ("train", taken)
+        rest, taken = _carve(rest, round(TEST_SHARE * len(rest)), labels[source], "the test split")
+        parts["test"] = (source, taken)
         tell(f"{config.path}: no test split; {len(taken):,} of {len(taken) + len(rest):,} training samples are it")
-    for part, size in (("calibration", config.calibration), ("validation", config.validation)):
-        if part not in parts:
-            rest, taken = _carve(rest, size, labels["train"], f"data.{part}")
-            parts[part] = ("train", taken)
+    asked = {part: getattr(config, part) for part in ("calibration", "validation") if part not in parts}
+    for part, size in _sizes(asked, len(rest), config).items():
+        rest, taken = _carve(rest, size, labels[source], f"data.{part}")
+        parts[part] = (source, taken)
     if config.train_limit is not None and config.train_limit < len(rest):
-        _, rest = _carve(rest, config.train_limit, labels["train"], "data.train_limit")
-    return {**parts, "train": ("train", rest)}
+        _, rest = _carve(rest, config.train_limit, labels[source], "data.train_limit")
+    return {**parts, "train": (source, rest)}
+
+
+def _divided(splits: Sequence[str], config: SplitConfig) -> str:
+    """The split that is trained on, and that other parts are taken from."""
+    if "train" in splits:
+        return "train"
+    found = "validation" if "validation" in splits else splits[0]
+    if found != "validation" and len(splits) > 1:
+        raise FusionError(f"the data set '{config.path}' has no train split; it has {', '.join(splits)}")
+    tell(f"{config.path}: no train split; {found} is used as one")
+    return found
+
+
+def _sizes(asked: Mapping[str, int], count: int, config: SplitConfig) -> Mapping[str, int]:
+    """How many samples each part takes of `count`: as many as asked for, or, where the defaults are more than half or
+    what was asked for is all, a fifth at most."""
+    for part, size in asked.items():
+        if size < 0:
+            raise FusionError(f"data.{part} is {size}; it must be 0 or more")
+    chosen = any(size != getattr(type(config), part) for part, size in asked.items())
+    total = sum(asked.values())
+    if total <= (count - 1 if chosen else count // 2):
+        return asked
+    found, left, most = {}, max(count - 1, 0), max(round(SMALL_SHARE * count), 1)
+    for part, size in asked.items():
+        found[part] = min(size, most, left)
+        left -= found[part]
+    told = ", ".join(f"{found[part]:,} for {part}" for part, size in asked.items() if size)
+    names = " and ".join(f"data.{part} {size:,}" for part, size in asked.items() if size)
+    tell(f"{config.path}: {count:,} training samples, too few for {names}: {told}; these options take other numbers")
+    return found
 
 
 def _carve(indices: Indices, size: int, labels: Indices, key: str) -> tuple[Indices, Indices]:
     """Splits `indices` into (rest, taken), with the classes in proportion where there are enough samples."""
     from sklearn.model_selection import train_test_split
 
-    if size < 0 or size >= len(indices):
+    if size and size >= len(indices):
         raise FusionError(f"{key} is {size}, but only {len(indices)} training samples are left to take it from")
     if size == 0:
         return indices, indices[:0]

@@ -16,6 +16,7 @@ from fusionpl.calibration import eval_mode, logits
 from fusionpl.datamodules.base import IGNORED, Collate, FixedSplits, Run, as_it_is
 from fusionpl.datamodules.corpora import blocks_of, corpus
 from fusionpl.datamodules.objectives import MaskedTokens, NextTokens, Objective, Spans, TextConfig
+from fusionpl.datamodules.splits import tell
 from fusionpl.errors import FusionError
 from fusionpl.models import load_tokenizer
 
@@ -116,24 +117,50 @@ class TextDataModule(FixedSplits):
     def dataset(self, part: str) -> Blocks:
         """The blocks of a part, tokenised and cut on first use.
 
+        Of very little text validation and test may be empty, and calibration is then on all text that nothing is
+        tested on.
+
         Raises:
-            FusionError: too little text for one block.
+            FusionError: too little text for one block to train or calibrate on.
         """
         if part not in self._sets:
-            objective = self.objective
-            count_bytes = objective.whole and part == "test" and self.tokenizer.is_fast
-            found = blocks_of(self._documents[part], self.tokenizer, objective.frame, count_bytes=count_bytes)
-            if not len(found):
-                raise FusionError(
-                    f"the {part} part of '{self.config.path}' is too small for one block of {self.config.block_size} "
-                    "tokens; lower --data.block_size or give more text"
-                )
-            columns = found.with_format("numpy")
-            ids = torch.from_numpy(np.asarray(columns["input_ids"], dtype=np.int64))
-            if count_bytes:
-                self._bytes[part] = int(np.sum(columns["bytes"]))
+            ids = self._cut(part)
+            if not len(ids) and part == "calibration" and not self.config.streaming:
+                ids = self._all_but_tested()
+            if not len(ids) and part in ("train", "calibration"):
+                raise FusionError(self._too_small(part))
             self._sets[part] = Blocks(input_ids=ids[: self.config.train_limit]) if part == "train" else self._once(ids)
         return self._sets[part]
+
+    def _too_small(self, part: str) -> str:
+        return (
+            f"the {part} part of '{self.config.path}' is too small for one block of {self.config.block_size} "
+            "tokens; lower --data.block_size or give more text"
+        )
+
+    def _cut(self, *parts: str) -> Tensor:
+        """Blocks of the joined text of parts, int64 [N, T]."""
+        from datasets import concatenate_datasets
+
+        objective = self.objective
+        count_bytes = objective.whole and parts == ("test",) and self.tokenizer.is_fast
+        documents = concatenate_datasets([self._documents[part] for part in parts])
+        found = blocks_of(documents, self.tokenizer, objective.frame, count_bytes=count_bytes)
+        if not len(found):
+            return torch.empty(0, self.config.block_size, dtype=torch.long)
+        columns = found.with_format("numpy")
+        if count_bytes:
+            self._bytes["test"] = int(np.sum(columns["bytes"]))
+        return torch.from_numpy(np.asarray(columns["input_ids"], dtype=np.int64))
+
+    def _all_but_tested(self) -> Tensor:
+        """Blocks to calibrate on where the part for that has none: the training text, and parts that have none."""
+        spare = [part for part in ("validation", "test") if not len(self.dataset(part))]
+        ids = self._cut("train", "calibration", *spare)
+        if len(ids):
+            path = self.config.path
+            tell(f"{path}: little text; all that nothing is tested on, {len(ids):,} blocks, is for calibration")
+        return ids
 
     def describe(self) -> str:
         """Number and length of training blocks."""
@@ -145,7 +172,14 @@ class TextDataModule(FixedSplits):
         return self._examples if part == "train" else as_it_is
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Batches in an order that (seed, epoch) decides; streamed text is shuffled in a buffer."""
+        """Batches in an order that (seed, epoch) decides; streamed text is shuffled in a buffer.
+
+        Raises:
+            FusionError: too little text for one block to validate or test on.
+        """
+        for part in ("validation", "test"):
+            if not len(self.dataset(part)):
+                raise FusionError(self._too_small(part))
         if not self.config.streaming:
             return super().train_dataloader()
         from datasets.distributed import split_dataset_by_node
@@ -195,6 +229,8 @@ class TextDataModule(FixedSplits):
         return self._examples({"input_ids": torch.tensor([row["input_ids"] for row in rows])})
 
     def _once(self, ids: Tensor) -> Blocks:
+        if not len(ids):
+            return Blocks(input_ids=ids, labels=ids)
         with _fixed_draw():
             return Blocks(**self.objective.examples(ids))
 
@@ -219,7 +255,7 @@ class CausalTextDataModule(TextDataModule):
         """Raises FusionError where the model sees the tokens that it should predict; else see `TextDataModule`."""
         super().check_model(model, run)
         run = run or (lambda batch: logits(model, batch))
-        batch = next(iter(self._loader("test", 1, None, 0)))
+        batch = self.sample()
         changed = batch["input_ids"].clone()
         changed[:, -1] = (changed[:, -1] + 1) % self.num_classes
         with torch.no_grad(), eval_mode(model):

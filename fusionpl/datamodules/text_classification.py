@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -13,7 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from fusionpl.datamodules.base import Collate, FixedSplits, Run
 from fusionpl.datamodules.sources import load
-from fusionpl.datamodules.splits import Indices, check_classes, class_numbers, labelled_parts, targets
+from fusionpl.datamodules.splits import (
+    LACKING,
+    Indices,
+    check_classes,
+    class_numbers,
+    flawed,
+    labelled_parts,
+    targets,
+)
 from fusionpl.datamodules.text import check_length
 from fusionpl.errors import FusionError
 
@@ -25,7 +34,8 @@ class TextClassificationConfig:
     """Which sentences, and how they are served.
 
     Args:
-        path: a hub id or a local folder of parquet or text files; `glue` with a task's name.
+        path: a hub id, a data file (.csv, .tsv, .json, .jsonl, .parquet) or a folder of them; `glue` with a task's
+            name.
         name: a configuration of the hub's data set, such as `sst2` of `glue`.
         text_columns: one or two columns of text; null for the first one or two of strings.
         label_column: the column of labels: classes by name or number (`ClassLabel`, integers, strings, booleans), or
@@ -35,10 +45,11 @@ class TextClassificationConfig:
         max_length: longer sentences are cut, in tokens; a batch is padded to its longest.
         batch_size: training sentences a step and process.
         train_limit: train on at most this many; null for all.
-        validation: taken from the training split for validation, if the data set has no such split.
-        calibration: taken from the training split for calibration.
+        validation: taken from the training split for validation, if the data set has no such split; of few sentences
+            a share.
+        calibration: taken from the training split for calibration; of few sentences a share.
         num_workers: processes that fetch training batches; 0 fetches in the main one.
-        skip_corrupt: leave out rows whose label is none, and count them.
+        skip_corrupt: leave out rows without text or whose label is none, and count them.
     """
 
     path: str = "glue"
@@ -140,7 +151,8 @@ class TextClassificationDataModule(FixedSplits):
             split, indices = self._parts[part]
             rows = self._splits[split].select(indices)
             texts = [list(rows[column]) for column in self._text_columns]
-            encoded = self.tokenizer(*texts, truncation=True, max_length=self.config.max_length)
+            cut = {"truncation": True, "max_length": self.config.max_length}
+            encoded = self.tokenizer(*texts, **cut) if len(indices) else {}
             labels = torch.from_numpy(self._labels.values[split][indices])
             self._sets[part] = Sentences(dict(encoded), labels if self._labels.names else labels.float())
         return self._sets[part]
@@ -200,6 +212,9 @@ class TextClassificationDataModule(FixedSplits):
         column, feature = self._label_column, self._features[self._label_column]
         kind = str(getattr(feature, "dtype", type(feature).__name__))
         found = {split: list(rows[column]) for split, rows in self._splits.items()}
+        if kind.startswith("float") and _are_classes(found):
+            kind = "int64"
+            found = {split: [None if value is None else int(value) for value in one] for split, one in found.items()}
         known = {split: values for split, values in found.items()
                  if not (kind.startswith("int") and values and all(value == HIDDEN for value in values))}  # fmt: skip
         if kind.startswith("float"):
@@ -220,4 +235,21 @@ class TextClassificationDataModule(FixedSplits):
 
     @cached_property
     def _parts(self) -> dict[str, tuple[str, Indices]]:
-        return labelled_parts(self._labels.values, self.config)
+        return labelled_parts({split: self._with_text(split) for split in self._labels.values}, self.config)
+
+    def _with_text(self, split: str) -> NDArray[Any]:
+        """Labels of a split, that of a row without text as of one that is left out."""
+        labels = self._labels.values[split]
+        for column in self._text_columns:
+            empty = [row for row, text in enumerate(self._splits[split][column]) if text is None]
+            if empty:
+                flawed(self.config, split, empty, f"column '{column}' holds no text", len(labels))
+                labels = labels.copy()
+                labels[empty] = LACKING if labels.dtype.kind == "i" else np.nan
+        return labels
+
+
+def _are_classes(labels: Mapping[str, list[float | None]]) -> bool:
+    """Whether numbers are classes of which some lack: tables hold integers as floating-point numbers then."""
+    values = [value for one in labels.values() for value in one]
+    return None in values and all(value is None or value == int(value) for value in values if value == value)

@@ -15,6 +15,7 @@ from fusionpl.errors import FusionError, nearest, reason
 from fusionpl.models.quiet import without_cache
 
 KEPT_CFG = ("architecture", "input_size", "fixed_input_size", "interpolation", "pool_size", "first_conv", "classifier")
+CHANNELS = {"timm": "in_chans", "transformers": "num_channels"}
 EMBEDDINGS = ("pos_embed", "cls_token", "position_embeddings", "cls_embedding")
 
 
@@ -50,7 +51,8 @@ def build_model(
         config: architecture and sizes.
         num_classes: outputs of the classifier.
         class_names: their names, remembered by the model and saved with it.
-        args: what the data decide, over `config.args`: the size of a vocabulary.
+        args: what the data decide, over `config.args`: the size of a vocabulary. `channels`, those of images, are the
+            model's where `config.args` doesn't say how many it has.
 
     Returns:
         The model, in training mode.
@@ -61,7 +63,10 @@ def build_model(
     """
     if class_names is not None and len(class_names) != num_classes:
         raise FusionError(f"{len(class_names)} class names for {num_classes} classes")
-    whole = replace(config, args={**config.args, **(args or {})})
+    decided = dict(args or {})
+    channels = decided.pop("channels", None)
+    own = {} if channels is None else {CHANNELS[config.library]: channels}
+    whole = replace(config, args={**own, **config.args, **decided})
     if config.library == "transformers":
         _check_args(config)
     build = _build_timm if config.library == "timm" else _build_transformers

@@ -7,15 +7,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 import yaml
+from PIL import Image
 from safetensors import safe_open
 
 from fusionpl import load_model
-from fusionpl.cli import finetune, fuse, sweep
+from fusionpl.cli import evaluate, finetune, fuse, sweep, train
 from fusionpl.cli.common import main
 from fusionpl.evaluation import Report, evaluate_samples
 from fusionpl.families import bind
@@ -479,3 +481,36 @@ def test_ctrl_c_while_finetuning_can_be_resumed(fused: Path, tmp_path: Path) -> 
     assert process.returncode == 130
     assert "--resume" in error
     assert (tmp_path / "fused-finetuned/checkpoints/last.ckpt").is_file()
+
+
+def images(folder: Path, count: int, mode: str = "RGB") -> Path:
+    """Pictures of ten classes, a folder each."""
+    for label in range(10):
+        place = folder / str(label)
+        place.mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (20, 20), (25 * label, 5 * index, 90)).convert(mode).save(place / f"{index}.png")
+    return folder
+
+
+def test_models_of_other_channels_read_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = [make_run(tmp_path / f"m{seed}", seed, in_chans=3, img_size=24) / "model" for seed in (1, 2)]
+    words = ["--parents", *map(str, models), "--data.path", str(images(tmp_path / "images", 6, "RGBA")), *QUICK]
+    assert main(fuse.run, [*words, "--output", str(tmp_path / "fused")]) == 0
+    said = capsys.readouterr().out
+    assert "images: 48 training samples, too few for data.calibration 197 and data.validation 200: 10 for" in said
+    assert {"fused", "ensemble"} <= {row.name for row in Report.load(tmp_path / "fused/report").rows}
+    assert main(evaluate.run, ["--models", *map(str, models), *words[3:5]]) == 0
+    line = refused(capsys, fuse.run, [*words, "--data.channels", "1", "--output", str(tmp_path / "other")])
+    assert "the VisionTransformer reads images of 3 channels, but data.channels is 1; leave data.channels out" in line
+
+
+def test_colour_images_under_the_grey_preset(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tiny = {"embed_dim": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2, "img_size": 32, "patch_size": 8}
+    words = [word for key, value in tiny.items() for word in (f"--model.args.{key}", str(value))]
+    words += ["--data.path", str(images(tmp_path / "images", 6)), "--trainer.max_epochs", "1"]
+    assert main(train.run, [*words, "--output", str(run), *QUICK]) == 0
+    model: Any = load_model(run)
+    assert model.patch_embed.proj.in_channels == 3
+    assert main(evaluate.run, ["--models", str(run)]) == 0

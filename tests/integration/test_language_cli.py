@@ -1,12 +1,13 @@
 """Causal and encoder-decoder language models from train.py through finetune.py, on a corpus of a few sentences."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fusionpl.cli import finetune, fuse, train
+from fusionpl.cli import evaluate, finetune, fuse, train
 from fusionpl.cli.common import main
 from fusionpl.evaluation import Report
 from fusionpl.models import load_tokenizer
@@ -83,3 +84,23 @@ def test_data_of_another_task_are_refused_in_one_line(home: Path, capsys: Any) -
     assert main(finetune.run, [*words, "--task", "causal-language-modeling", "--data.path", path]) == 2
     assert "can't read the data" in capsys.readouterr().err
     assert not (home / "never").exists()
+
+
+@pytest.mark.parametrize(("sentences", "measured"), [(40, True), (2, False)])
+def test_one_text_file_is_enough_to_fuse(
+    sentences: int, measured: bool, home: Path, tmp_path: Path, capsys: Any
+) -> None:
+    parents = [str(shutil.copytree(home / "gpt2" / "model", tmp_path / name)) for name in ("a", "b")]
+    file = tmp_path / "corpus.txt"
+    file.write_text("the red cat sleeps under the green bridge " * sentences)
+    words = ["--parents", *parents, "--task", "causal-language-modeling", "--data.path", str(file)]
+    words += ["--data.block_size", "10", "--logger", "none", "--trainer.accelerator", "cpu"]
+    assert main(fuse.run, [*words, "--output", str(tmp_path / "fused")]) == 0
+    said = capsys.readouterr().out
+    assert ("nothing was measured: the data are so few" in said) != measured
+    report = Report.load(tmp_path / "fused" / "report")
+    assert ("fused" in {row.name for row in report.rows}) == measured
+    assert ("- nothing was measured" in (tmp_path / "fused" / "report" / "report.md").read_text()) != measured
+    assert main(evaluate.run, ["--models", *words[1:9]]) == (0 if measured else 2)
+    if not measured:
+        assert "corpus.txt' has too few data to measure on" in capsys.readouterr().err

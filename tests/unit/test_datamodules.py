@@ -12,8 +12,9 @@ from sklearn.datasets import load_digits
 
 from fusionpl.datamodules import DataConfig, ImageDataModule
 from fusionpl.datamodules.base import ShareSampler
-from fusionpl.datamodules.images import augment
+from fusionpl.datamodules.images import augment, channels_of, size_of
 from fusionpl.errors import FusionError
+from fusionpl.models import ModelConfig, build_model
 from tests.models_for_tests import hf_vit, text_model, timm_vit
 
 PARTS = ("train", "validation", "calibration", "test")
@@ -169,9 +170,21 @@ def test_a_validation_split_of_its_own_is_used(tmp_path: Path) -> None:
     assert [len(data.dataset(part)) for part in PARTS] == [16, 8, 4, 6]
 
 
-def test_a_missing_training_split(tmp_path: Path) -> None:
-    with pytest.raises(FusionError, match="has no train split; it has test"):
-        ImageDataModule(parquet(tmp_path / "d", datasets.Value("int64"), test=colours(4))).dataset("train")
+def test_a_missing_training_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ImageDataModule(parquet(tmp_path / "d", datasets.Value("int64"), test=colours(20)))
+    assert [len(data.dataset(part)) for part in PARTS] == [8, 4, 4, 4]
+    assert "d: no train split; test is used as one" in capsys.readouterr().out
+    both = ImageDataModule(parquet(tmp_path / "e", datasets.Value("int64"), validation=colours(20), test=colours(6)))
+    assert [len(both.dataset(part)) for part in PARTS] == [12, 4, 4, 6]
+    for split in ("one", "two"):
+        (tmp_path / "f").mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(colours(4)).to_parquet(tmp_path / f"f/{split}.parquet")
+    (tmp_path / "f" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: one, path: one.parquet}\n"
+        "  - {split: two, path: two.parquet}\n---\n"
+    )
+    with pytest.raises(FusionError, match="has no train split; it has one, two"):
+        ImageDataModule(DataConfig(path=str(tmp_path / "f"))).dataset("train")
 
 
 def test_a_missing_test_split_is_cut_from_the_training_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,8 +256,7 @@ def test_a_missing_column(tmp_path: Path, columns: dict[str, Any], words: str) -
     [
         (DataConfig(path="./nowhere"), "no data set at nowhere; --data.path takes"),
         (DataConfig(channels=2), "data.channels must be 1 or 3, not 2"),
-        (DataConfig(calibration=1397), "data.calibration is 1397, but only 1397 training samples are left"),
-        (DataConfig(validation=-1), "data.validation is -1"),
+        (DataConfig(validation=-1), "data.validation is -1; it must be 0 or more"),
         (DataConfig(on_device=True, num_workers=2), "data.on_device needs data.num_workers 0, not 2"),
     ],
 )
@@ -274,3 +286,122 @@ def test_a_model_of_other_classes_is_named() -> None:
         FusionError, match=r"puts out 5 numbers a sample, which does not fit the 10 classes of 'digits'"
     ):
         ImageDataModule(DataConfig(image_size=16, channels=3)).check_model(timm_vit())
+
+
+def by_class(folder: Path, count: int = 10, classes: tuple[str, ...] = ("cat", "dog"), picture: Any = None) -> Path:
+    """A folder of PNGs with a folder for each class."""
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            (picture or Image.new("RGB", (8, 8), (200, 100, 50))).save(folder / name / f"{index}.png")
+    return folder
+
+
+def folder_of(path: Path, **options: Any) -> ImageDataModule:
+    return ImageDataModule(DataConfig(path=str(path), **{"image_size": 8, **options}))
+
+
+def test_few_images_are_shared_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = by_class(tmp_path / "images", 30)
+    for other in (".DS_Store", "README.md", "notes.txt"):
+        (path / other).write_text("?")
+    data = folder_of(path)
+    assert data.class_names == ("cat", "dog")
+    assert [len(data.dataset(part)) for part in PARTS] == [28, 10, 10, 12]
+    assert (
+        "images: 48 training samples, too few for data.calibration 197 and data.validation 200: 10 for calibration, "
+        "10 for validation; these options take other numbers"
+    ) in capsys.readouterr().out
+    # numbers that are no defaults are taken as long as something is left
+    assert [len(folder_of(path, calibration=40, validation=5).dataset(part)) for part in PARTS] == [3, 5, 40, 12]
+    assert [len(folder_of(path, calibration=48, validation=5).dataset(part)) for part in PARTS] == [33, 5, 10, 12]
+    assert [len(folder_of(path, calibration=0, validation=60).dataset(part)) for part in PARTS] == [38, 10, 0, 12]
+
+
+def test_one_image_for_each_class(tmp_path: Path) -> None:
+    data = folder_of(by_class(tmp_path / "three", 1, ("a", "b", "c")))
+    assert [len(data.dataset(part)) for part in PARTS] == [1, 0, 1, 1]
+    data = folder_of(by_class(tmp_path / "two", 1))
+    assert [len(data.dataset(part)) for part in PARTS] == [1, 0, 1, 0]
+
+
+def test_folders_by_split_and_class(tmp_path: Path) -> None:
+    by_class(tmp_path / "images" / "train", 20)
+    by_class(tmp_path / "images" / "test", 3)
+    data = folder_of(tmp_path / "images", validation=6, calibration=8)
+    assert [len(data.dataset(part)) for part in PARTS] == [26, 6, 8, 6]
+    (tmp_path / "flat").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "flat" / "1.png")
+    with pytest.raises(FusionError, match="its columns are image; put images into a folder for each class"):
+        folder_of(tmp_path / "flat").dataset("train")
+
+
+PICTURES: dict[str, tuple[Image.Image, int, list[float]]] = {
+    "grey": (Image.new("L", (8, 8), 77), 1, [77]),
+    "black and white": (Image.new("1", (8, 8), 1), 1, [255]),
+    "grey of 16 bits": (Image.fromarray(np.full((8, 8), 20000, np.uint16)), 1, [78]),
+    "grey with alpha": (Image.new("LA", (8, 8), (70, 100)), 1, [70]),
+    "RGB": (Image.new("RGB", (8, 8), (200, 100, 50)), 3, [200, 100, 50]),
+    "RGBA": (Image.new("RGBA", (8, 8), (200, 100, 50, 128)), 3, [200, 100, 50]),
+    "palette": (
+        Image.new("RGB", (8, 8), (200, 100, 50)).convert("P", palette=Image.Palette.ADAPTIVE), 3, [200, 100, 50],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_images_have_the_channels_of_their_files(name: str, tmp_path: Path) -> None:
+    picture, channels, means = PICTURES[name]
+    path = by_class(tmp_path / "images", picture=picture)
+    data = folder_of(path)
+    assert data.channels == channels
+    assert data.model_args() == {"channels": channels}
+    assert data.dataset("train").pixels.float().mean((0, 2, 3)).tolist() == means
+    assert folder_of(path, channels=4 - channels).dataset("train").pixels.shape[1] == 4 - channels
+
+
+def test_one_colour_image_makes_all_colour(tmp_path: Path) -> None:
+    path = by_class(tmp_path / "images", picture=Image.new("L", (8, 8), 9))
+    (path / "cat" / "0.png").write_bytes(b"no image")
+    assert folder_of(path).channels == 1
+    Image.new("RGB", (8, 8)).save(path / "dog" / "9.png")
+    assert folder_of(path).channels == 3
+
+
+def test_a_turned_photo_stands_upright(tmp_path: Path) -> None:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[0] = 255
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        picture = Image.fromarray(pixels)
+        exif = picture.getexif()
+        exif[274] = 6  # taken with the camera turned: the first row is the right side
+        for index in range(4):
+            picture.save(tmp_path / "images" / name / f"{index}.png", exif=exif)
+    found = folder_of(tmp_path / "images").dataset("train").pixels
+    assert (found[..., -1] == 255).all()
+    assert (found[..., :-1] == 0).all()
+
+
+@pytest.mark.parametrize("model", [hf_vit(), timm_vit()], ids=["transformers", "timm"])
+def test_size_and_channels_are_the_models_where_options_leave_them_open(model: Any, tmp_path: Path) -> None:
+    data = ImageDataModule(DataConfig(path=str(by_class(tmp_path / "grey", picture=Image.new("L", (9, 9), 5)))))
+    data.follow(model)
+    assert data.dataset("test").pixels.shape[1:] == (3, 16, 16)
+    given = ImageDataModule(DataConfig(channels=1, image_size=16))
+    with pytest.raises(FusionError, match=r"reads images of 3 channels, but data.channels is 1; leave data.channels"):
+        given.check_model(model)
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_a_model_is_built_for_the_channels_of_the_images(library: Any) -> None:
+    timm = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    hf = {"image_size": 16, "patch_size": 4, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    name, args, key = {
+        "timm": ("vit_tiny_patch16_224", timm, "in_chans"),
+        "transformers": ("ViTForImageClassification", hf, "num_channels"),
+    }[library]
+    for own, wanted in (({}, 1), ({key: 3}, 3)):
+        model = build_model(ModelConfig(library, name, {**args, **own}), num_classes=10, args={"channels": 1})
+        assert channels_of(model) == wanted
+        assert size_of(model) == 16

@@ -262,7 +262,7 @@ def test_a_t5_reads_spans_and_its_loss_is_its_own(folder: Path) -> None:
 )
 def test_a_mistake_is_one_line(make: Any, message: str, folder: Path) -> None:
     with pytest.raises(FusionError, match=message):
-        make(folder).dataset("test")
+        make(folder).dataset("train")
 
 
 def test_tokenizers_of_another_task_are_told_what_they_lack(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """Masked text: fixed splits and masks, tokenizers that are the same everywhere, and what a mistake is told."""
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -187,11 +189,156 @@ def test_empty_text_and_missing_folders(tmp_path: Path) -> None:
     with pytest.raises(FusionError, match="the training text is empty"):
         train_wordpiece(["", "  "], 100)
     datasets.Dataset.from_dict({"text": ["one"]}).to_parquet(tmp_path / "small" / "train.parquet")
-    with pytest.raises(FusionError, match="the corpus is too small: 1 documents"):
+    with pytest.raises(FusionError, match="the training text is empty"):
         module(tmp_path / "small").dataset("train")
+    (tmp_path / "blank.txt").write_text("\n \n\n")
+    with pytest.raises(FusionError, match=r"blank.txt' holds no text; name another with --data.path"):
+        module(tmp_path / "blank.txt").dataset("train")
 
 
 def test_blocks_longer_than_the_models_positions(folder: Path) -> None:
     model = tiny_bert(300, 12)
     with pytest.raises(FusionError, match=r"data.block_size is 16, but the model has 12 positions"):
         module(folder).check_model(model)
+
+
+SENTENCE = "the red cat runs under the green bridge quickly and sleeps"
+
+
+def known(path: Path | str, **options: Any) -> MaskedTextDataModule:
+    """Text for a model that has its tokenizer."""
+    return MaskedTextDataModule(
+        MaskedTextConfig(path=str(path), **{"block_size": 16, **options}), 0, train_wordpiece([SENTENCE] * 3, 100)
+    )
+
+
+def sizes(data: MaskedTextDataModule) -> list[int]:
+    return [len(data.dataset(part)) for part in PARTS]
+
+
+def write(file: Path, text: str, **options: Any) -> Path:
+    file.parent.mkdir(exist_ok=True)
+    if file.suffix == ".gz":
+        file.write_bytes(gzip.compress(text.encode()))
+    else:
+        file.write_text(text, newline="", **options)
+    return file
+
+
+LINES = f"{SENTENCE}\n" * 60
+TABLE = "text,title\n" + f'"{SENTENCE}, he said",one\n' * 60
+ROWS = f"{json.dumps({'text': SENTENCE, 'about': {'pages': [1, 2]}})}\n" * 60
+FILES = {
+    "text.txt": LINES,
+    "text.txt.gz": LINES,
+    "Text [1].TXT": LINES,
+    "table.csv": TABLE,
+    "table.tsv": TABLE.replace(",one", "\tone").replace("text,", "text\t"),
+    "rows.jsonl": ROWS,
+    "rows.json": f"[{','.join(ROWS.splitlines())}]",
+    "rows.jsonl.gz": ROWS,
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_file_is_a_corpus(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = known(write(tmp_path / name, FILES[name]))
+    assert min(sizes(data)) > 0
+    assert data._documents["train"][0]["text"].startswith(SENTENCE)
+    assert f"{name}: " in (said := capsys.readouterr().out)
+    assert "characters are little text; a fifth of them is for calibration" in said
+
+
+def test_parquet_files_and_folders_of_text(folder: Path, tmp_path: Path) -> None:
+    assert min(sizes(known(folder / "train.parquet"))) > 0
+    for name in ("a.txt", "b.txt", "README.md", "LICENSE", ".DS_Store"):
+        write(tmp_path / "plain" / name, LINES)
+    plain = known(tmp_path / "plain")
+    assert sum(len(plain._documents[part]) for part in PARTS) == 120
+
+
+def test_marks_of_windows_are_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "windows.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n").encode())
+    assert set(known(file)._documents["train"]["text"]) == {SENTENCE}
+
+
+def test_rows_without_text_are_empty(tmp_path: Path) -> None:
+    file = write(tmp_path / "gaps.csv", "text,n\n" + f'"{SENTENCE}\n{SENTENCE}",1\n\n,2\n' * 40)
+    assert min(sizes(known(file))) > 0
+    assert known(file)._documents["train"][0]["text"] == f"{SENTENCE}\n{SENTENCE}"
+
+
+@pytest.mark.parametrize(
+    "text", [f"{SENTENCE} " * 200, f"{SENTENCE} " * 70 + "\n" + f"{SENTENCE} " * 80, "catdog" * 900]
+)
+def test_few_documents_are_cut_between_words(text: str, tmp_path: Path) -> None:
+    data = known(write(tmp_path / "long.txt", text))
+    parts = {part: data._documents[part]["text"] for part in PARTS}
+    assert "".join(parts[part][0] for part in ("train", "calibration", "validation", "test")) == text
+    for part, share in {"test": 0.1, "validation": 0.045, "calibration": 0.171}.items():
+        assert len(parts[part][0]) / len(text) == pytest.approx(share, abs=0.02)
+
+
+def test_text_of_a_block_or_two_is_for_calibration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = known(write(tmp_path / "tiny.txt", f"{SENTENCE} " * 4))
+    assert [len(data.dataset(part)) for part in PARTS[1:]] == [0, 3, 0]
+    assert (
+        "tiny.txt: little text; all that nothing is tested on, 3 blocks, is for calibration" in capsys.readouterr().out
+    )
+    with pytest.raises(
+        FusionError, match=r"the validation part of '.+tiny.txt' is too small for one block of 16 tokens"
+    ):
+        data.train_dataloader()
+
+
+def test_only_some_names_say_a_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one.txt", "two.txt", "my_test.txt"):
+        write(tmp_path / "some" / name, LINES)
+    known(tmp_path / "some").dataset("test")
+    said = capsys.readouterr().out
+    assert "some: 2 files are not read, one.txt first: names of others have train, validation or test in them" in said
+    assert "some: no train split; test is used as one" in said
+
+
+def mixed(home: Path) -> Path:
+    write(home / "mixed" / "a.txt", LINES)
+    return write(home / "mixed" / "b.csv", TABLE).parent
+
+
+def latin(home: Path) -> Path:
+    return write(home / "latin.txt", "caf\u00e9\n" * 40, encoding="latin-1")
+
+
+UNREADABLE: dict[str, tuple[Any, str]] = {
+    "another kind": (
+        lambda home: write(home / "a.docx", "x"),
+        r"a.docx is no data file; --data.path reads .txt, .csv,",
+    ),
+    "a folder of others": (
+        lambda home: write(home / "docs" / "a.docx", "x").parent,
+        "docs has no data files; --data.p",
+    ),
+    "several kinds": (mixed, "has data files of several kinds, 1 of text and 1 of csv; keep one kind there, or name a"),
+    "latin-1": (latin, r"latin.txt': its text isn't UTF-8; convert it, for example by iconv -f latin1 -t utf-8"),
+    "nothing": (lambda home: write(home / "a.txt", ""), "cannot read the data set '.+a.txt': it is empty"),
+    "a row too long": (lambda home: write(home / "a.csv", "a,b\n1,2\n1,2,3\n"), "Expected 2 fields in line 3, saw 3"),
+    "broken JSON": (
+        lambda home: write(home / "a.jsonl", '{"text": "a"}\n{text}\n'),
+        "JSON parse error: Missing a name",
+    ),
+    "no file": (
+        lambda home: home / "a.txt",
+        r"no data set at .+a.txt; --data.path takes a built-in name \(digits, pydoc",
+    ),
+    "no file of that name": (lambda home: "corpus.txt", r"no data set at corpus.txt; --data.path takes"),
+    "no name": (lambda home: "", r"no data set at ''; --data.path takes"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_is_one_line(name: str, tmp_path: Path) -> None:
+    make, words = UNREADABLE[name]
+    with pytest.raises(FusionError, match=words) as caught:
+        known(make(tmp_path)).dataset("calibration")
+    assert "\n" not in str(caught.value)

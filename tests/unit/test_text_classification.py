@@ -107,7 +107,7 @@ def test_coarse_labels_are_the_default(tmp_path: Path, tokenizer: PreTrainedToke
     [
         ({"text_columns": ["body"]}, r"no text column 'body'; its columns of text are sentence$"),
         ({"label_column": "score"}, r"no label column 'score'; its columns are sentence, label: name one with"),
-        ({"validation": 500}, r"data.validation is 500, but only \d+ training samples are left"),
+        ({"validation": -5}, r"data.validation is -5; it must be 0 or more"),
     ],
     ids=str,
 )
@@ -172,6 +172,45 @@ def test_metrics_of_glue(metric: str, outputs: list[list[float]], labels: list[A
     found.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign, assignment]
     found.test_step({"pixel_values": torch.tensor(outputs), "labels": torch.tensor(labels)}, 0)
     assert float(logged[f"test/{metric}"].compute()) == pytest.approx(wanted)
+
+
+LABELLED = {
+    "numbers.csv": ("text,label\n" + "cat,1\ndog,0\n" * 20, ("0", "1")),
+    "words.tsv": ("sentence\tlabel\n" + "cat\tgood\ndog\tbad\n" * 20, ("bad", "good")),
+    "rows.jsonl": ('{"sentence": "cat", "label": 1}\n{"sentence": "dog", "label": 0}\n' * 20, ("0", "1")),
+}
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_one_file_of_labelled_lines(
+    name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, names = LABELLED[name]
+    (tmp_path / name).write_text(text)
+    data = module(tmp_path / name, tokenizer, validation=400, calibration=400)
+    assert data.class_names == names
+    assert [len(data.dataset(part)) for part in PARTS] == [20, 6, 6, 8]
+    for part in PARTS:
+        cats = ["cat" in sentence.split() for sentence in sentences_of(data, part)]
+        assert data.dataset(part).labels.tolist() == [int(cat) for cat in cats]
+    said = capsys.readouterr().out
+    assert "no test split; 8 of 40 training samples are it" in said
+    assert "32 training samples, too few for data.calibration 400 and data.validation 400: 6 for calibration" in said
+
+
+def test_rows_that_lack_text_or_label(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "gaps.csv"
+    file.write_text('text,label\n"cat\nhouse",1\n\n,0\ncat,\n' + "cat,1\ndog,0\n" * 20)
+    with pytest.raises(FusionError, match=r"split train, row 2: column 'label' holds no label; mend it"):
+        module(file, tokenizer).dataset("train")
+    data = module(file, tokenizer, skip_corrupt=True)
+    assert data.class_names == ("0", "1")  # though pandas reads integers beside a gap as floating-point numbers
+    assert sum(len(data.dataset(part)) for part in PARTS) == 41
+    assert "1 of 43 rows of train are left out, the first is 1: column 'text' holds no text" in capsys.readouterr().out
+    file.write_text("text,label\ncat,1\ndog,0\n")
+    assert [len(module(file, tokenizer).dataset(part)) for part in PARTS] == [1, 0, 1, 0]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")

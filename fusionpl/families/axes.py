@@ -253,7 +253,7 @@ class Binding:
         return {
             slot.parameter.rpartition(".")[0]: str(slot.axes[0])
             for slot in self.slots
-            if slot.section == TAIL and slot.gain == "norm"
+            if slot.section == TAIL and slot.gain == "norm" and not self.closed  # a decoder may be the embedding
             for norm, readers in self.family.tail.norms.items()
             if slot.parameter == f"{norm}.weight" and readers and not any(f"{one}.weight" in uses for one in readers)
         }

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     BertConfig,
+    CamembertConfig,
     CLIPConfig,
     CLIPForImageClassification,
     CLIPModel,
@@ -41,6 +42,7 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    XLMRobertaConfig,
 )
 
 from fusionpl.calibration import logits
@@ -251,6 +253,17 @@ ELECTRA: dict[str, Callable[[int], nn.Module]] = {
     for name, auto in {"discriminator": AutoModelForPreTraining, "masked-lm": AutoModelForMaskedLM,
                        "classifier": AutoModelForSequenceClassification}.items()
     for note, width in {"": 16, ", small": 8}.items()
+}  # fmt: skip
+# The same parameters as RoBERTa's, in classes of their own.
+ROBERTA: dict[str, Callable[[int], nn.Module]] = {
+    f"{name.replace('_', '-')} {head}": lambda seed, auto=auto, config=config: redrawn(
+        auto.from_config(config(
+            vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
+            max_position_embeddings=POSITIONS + 2, type_vocab_size=1, num_labels=CLASSES, pad_token_id=0,
+        )), seed
+    )
+    for name, config in {"xlm_roberta": XLMRobertaConfig, "camembert": CamembertConfig}.items()
+    for head, auto in {"masked-lm": AutoModelForMaskedLM, "classifier": AutoModelForSequenceClassification}.items()
 }  # fmt: skip
 MODERN: dict[str, Callable[[int], nn.Module]] = {
     f"modernbert {name}": lambda seed, auto=auto, options=options: redrawn(

@@ -1,6 +1,7 @@
 """Masked text: fixed splits and masks, tokenizers that are the same everywhere, and what a mistake is told."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -10,6 +11,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from fusionpl.datamodules import IGNORED, MaskedTextConfig, MaskedTextDataModule
 from fusionpl.datamodules.corpora import corpus
+from fusionpl.datamodules.text import check_length
 from fusionpl.errors import FusionError
 from fusionpl.models import check_tokenizers, load_tokenizer, save_model, train_wordpiece
 from tests.integration.runs import WORDS, make_corpus
@@ -189,6 +191,15 @@ def test_empty_text_and_missing_folders(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": ["one"]}).to_parquet(tmp_path / "small" / "train.parquet")
     with pytest.raises(FusionError, match="the corpus is too small: 1 documents"):
         module(tmp_path / "small").dataset("train")
+
+
+@pytest.mark.parametrize(("kind", "allowed"), [("roberta", 18), ("xlm-roberta", 18), ("camembert", 18), ("opt", 20)])
+def test_positions_behind_the_paddings_are_fewer(kind: str, allowed: int) -> None:
+    """OPT's table has two rows more than it says, RoBERTa's says how many rows it has."""
+    model = SimpleNamespace(config=SimpleNamespace(model_type=kind, max_position_embeddings=20))
+    check_length(model, allowed, "data.block_size")
+    with pytest.raises(FusionError, match=f"data.block_size is {allowed + 1}, but the model has {allowed} positions"):
+        check_length(model, allowed + 1, "data.block_size")
 
 
 def test_blocks_longer_than_the_models_positions(folder: Path) -> None:

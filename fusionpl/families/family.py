@@ -1,5 +1,6 @@
 """A family file: the axis grammar, taps, joins and circuits of one architecture, read from library/*.yaml."""
 
+import difflib
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -297,20 +298,29 @@ def family_of(model: object) -> Family:
     """The family of a model, by its class.
 
     Raises:
-        FusionError: no family knows the class; the message lists the ones there are.
+        FusionError: no family knows the class, or a model of its configuration; the message names the nearest.
     """
     classes = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__}
-    for family in library().values():
-        if classes & set(family.models) and all(attribute(model, path) == it for path, it in family.when.items()):
+    told = [family for family in library().values() if classes & set(family.models)]
+    for family in told:
+        if all(attribute(model, path) == it for path, it in family.when.items()):
             return family
-    models = [name.rpartition(".") for family in library().values() for name in family.models]
-    beside = [name for module, _, name in models if module == type(model).__module__]
-    if beside:
-        raise FusionError(
-            f"no family for {type(model).__qualname__}, but for {', '.join(beside)} "
-            "(finetune.py gives a head to an encoder that has none)"
+    raise FusionError(f"no family for {_unknown(type(model), told)}")
+
+
+_DRAFTS = "`python -m fusionpl.cli.family MODEL --output my.yaml` drafts one for --family my.yaml, see docs/families.md"
+
+
+def _unknown(cls: type, told: Sequence[Family]) -> str:
+    """What is said of a class that no family describes, or only with other settings (`told`)."""
+    if told:
+        ways = " or ".join(
+            f"{family.name} ({', '.join(f'{path} is {it}' for path, it in family.when.items())})" for family in told
         )
-    raise FusionError(
-        f"no family for {type(model).__module__}.{type(model).__qualname__}; known: {', '.join(library())} "
-        "(`python -m fusionpl.cli.family MODEL` drafts one for --family, see docs/families.md)"
-    )
+        return f"this {cls.__qualname__}, but for {ways}; {_DRAFTS}"
+    names = [name.rpartition(".") for family in library().values() for name in family.models]
+    beside = [name for module, _, name in names if module == cls.__module__]
+    if beside:
+        return f"{cls.__qualname__}, but for {', '.join(beside)} (finetune.py gives a head to an encoder that has none)"
+    near = difflib.get_close_matches(cls.__qualname__, [name for *_, name in names], n=1, cutoff=0.5)
+    return f"{cls.__module__}.{cls.__qualname__}{''.join(f', nearest is {name}' for name in near)}; {_DRAFTS}"

@@ -39,6 +39,7 @@ class Section:
         norms: a pre-LN norm module -> the linear modules that read it; none if it normalises inside the stream.
         scales: a module that multiplies unit by unit (LayerScale) -> the linear module before it, by each of its names.
         tied: axis -> the axis that it is, where a parameter of it is one with a parameter of another section.
+        rooted: embeddings whose output is multiplied by the square root of its width.
     """
 
     path: str
@@ -51,6 +52,7 @@ class Section:
     norms: Mapping[str, tuple[str, ...]]
     scales: Mapping[str, tuple[str, ...]]
     tied: Mapping[str, str]
+    rooted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Family:
         fixed: axes that no map moves.
         stacks: of blocks, in forward order.
         tail: the section behind them.
+        offset: what norms add to their weights before they multiply by them.
     """
 
     name: str
@@ -110,6 +113,7 @@ class Family:
     fixed: frozenset[str]
     stacks: tuple[Stack, ...]
     tail: Section
+    offset: int = 0
 
     def sections(self, depths: Sequence[int]) -> Iterator[tuple[str, str, Section]]:
         """The sections of a model, in forward order: name, prefix of its modules, section.
@@ -135,7 +139,7 @@ _MAPPINGS = ("parameters", "taps", "joins", "circuits", "maps", "gates", "norms"
 
 
 def _section(name: str, raw: Any) -> Section:
-    _keys(raw, name, ("parameters",), ("path", *_MAPPINGS))
+    _keys(raw, name, ("parameters",), ("path", "rooted", *_MAPPINGS))
     for key in _MAPPINGS:
         if not isinstance(raw.get(key, {}), Mapping):
             raise FusionError(f"{name}.{key} is no mapping")
@@ -162,6 +166,7 @@ def _section(name: str, raw: Any) -> Section:
         norms={name: tuple(readers) for name, readers in raw.get("norms", {}).items()},
         scales={scale: _all(f"{name}.scales.{scale}", modules) for scale, modules in raw.get("scales", {}).items()},
         tied=dict(raw.get("tied", {})),
+        rooted=_all(f"{name}.rooted", raw.get("rooted", [])),
     )
 
 
@@ -223,9 +228,11 @@ def parse_family(text: str) -> Family:
     """
     raw = yaml.safe_load(text)
     needed = _NEEDED if isinstance(raw, Mapping) and "stacks" in raw else (*_NEEDED, *_STACK)
-    _keys(raw, "the family", needed, (*needed, "when", *(("stacks",) if needed is _NEEDED else _OF_STACK)))
+    _keys(raw, "the family", needed, (*needed, "when", "offset", *(("stacks",) if needed is _NEEDED else _OF_STACK)))
     if raw["norm"] not in get_args(Norm):
         raise FusionError(f"norm: '{raw['norm']}' is not {' or '.join(get_args(Norm))}")
+    if raw.get("offset", 0) not in (0, 1):
+        raise FusionError(f"offset: '{raw['offset']}' is not 0 or 1, which norms add to their weights")
     for key in ("sizes", "when"):
         if not isinstance(raw.get(key, {}), Mapping):
             raise FusionError(f"{key} is no mapping")
@@ -241,6 +248,7 @@ def parse_family(text: str) -> Family:
         fixed=frozenset(raw["fixed"]),
         stacks=_stacks(raw),
         tail=_section(TAIL, raw[TAIL]),
+        offset=raw.get("offset", 0),
     )
     for part in (*(part for stack in family.stacks for part in (stack.stem, stack.block)), family.tail):
         groups = {

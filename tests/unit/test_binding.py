@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -270,14 +271,14 @@ def test_an_unknown_class_is_told_the_nearest_and_how_to_draft_a_family() -> Non
     drafts = r"`python -m fusionpl\.cli\.family MODEL --output my\.yaml` drafts one for --family my\.yaml"
     with pytest.raises(FusionError, match=rf"^no family for torch\.nn\.modules\.linear\.Linear; {drafts}"):
         bind(nn.Linear(2, 2))
-    config = Qwen3MoeConfig(hidden_size=8, num_hidden_layers=1, num_experts=2, vocab_size=9, intermediate_size=8)
+    config = Qwen3MoeConfig(hidden_size=64, num_hidden_layers=1, num_experts=2, vocab_size=9, intermediate_size=8)
     with pytest.raises(FusionError, match=rf"Qwen3MoeForCausalLM, nearest is Qwen3ForCausalLM; {drafts}"):
         bind(Qwen3MoeForCausalLM(config))
 
 
 def test_a_class_with_other_settings_is_told_which_there_are() -> None:
     model = GPTNeoXForCausalLM(GPTNeoXConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9))
-    model.config.use_parallel_residual = "partly"
+    model.config = SimpleNamespace(use_parallel_residual=None)
     words = r"this GPTNeoXForCausalLM, but for gpt_neox \(config\.use_parallel_residual is True\) or gpt_neox_seq"
     with pytest.raises(FusionError, match=words):
         bind(model)

@@ -204,6 +204,15 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 8}),
     "qwen3 classifier": ("qwen3", {"head_dim": 8, "classifier": True}),
+    "gemma": ("gemma", {"head_dim": 8, "kv": 1}),
+    "gemma, decoder of its own": ("gemma", {"head_dim": 8, "tie_word_embeddings": False}),
+    "gemma classifier": ("gemma", {"head_dim": 8, "classifier": True}),
+    "gemma2": ("gemma2", {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 12,
+                          "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}),
+    "gemma2 classifier": ("gemma2", {"head_dim": 8, "sliding_window": 4, "classifier": True}),
+    "gemma3": ("gemma3_text", {"head_dim": 8, "kv": 1, "sliding_window": 4,
+                               "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3 classifier": ("gemma3_text", {"head_dim": 8, "sliding_window": 4, "classifier": True}),
 }  # fmt: skip
 
 

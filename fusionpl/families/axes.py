@@ -63,6 +63,7 @@ class Slot:
         section: that the parameter belongs to.
         gain: `norm` for the gain of a norm, `scale` for a LayerScale: it multiplies unit by unit; before a stream is
             rotated, it is folded; where several become one stream, that of a norm inside it is fitted.
+        rooted: what it writes is multiplied by the square root of its width.
     """
 
     parameter: str
@@ -71,6 +72,7 @@ class Slot:
     reads: tuple[bool, ...]
     section: str
     gain: Gain | None = None
+    rooted: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
         """The slot's part of its parameter: a view, or a copy where its units are not side by side."""

@@ -245,6 +245,7 @@ class _Binder:
         parts = list(self.family.sections(self.depths))
         norms = {f"{prefix}{norm}.weight" for _, prefix, part in parts for norm in (*part.norms, *self._inside(part))}
         scales = {f"{prefix}{scale}" for _, prefix, part in parts for scale in part.scales}
+        rooted = {f"{prefix}{module}.weight" for _, prefix, part in parts for module in part.rooted}
         for name, line in lines.items():
             if self.first[name] != name:
                 continue
@@ -261,7 +262,7 @@ class _Binder:
                 ]
             gain: Gain | None = "norm" if name in norms else "scale" if name.rpartition(".")[0] in scales else None
             for index, names in cuts:
-                yield Slot(name, index, names, reads, line.section, gain)
+                yield Slot(name, index, names, reads, line.section, gain, name in rooted)
 
     def _inside(self, part: Section) -> Iterator[str]:
         """The norms that the stream goes through, of a post-LN family."""

@@ -38,7 +38,7 @@ BUILD = {**NEWER, **{name: partial(text_model, name) for name in TEXT_MODELS}}
 # and a decoder that is the embedding.
 NAMES = (
     "timm, DINOv2", "dinov2, gate", "gpt2", "gpt2, decoder of its own", "gpt_neox", "llama", "qwen3", "bert masked-lm",
-    "bert classifier", "roberta masked-lm", "distilbert masked-lm", "electra masked-lm",
+    "bert classifier", "roberta masked-lm", "distilbert masked-lm", "electra masked-lm", "gemma",
 )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def test_a_head_as_wide_as_the_hidden_units_is_not_taken_for_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["dinov2, gate", "gpt2", "gpt_neox", "llama", "qwen3", "vit", "bert masked-lm", "roberta classifier"]
+    "name", ["dinov2, gate", "gpt2", "gpt_neox", "llama", "qwen3", "vit", "bert masked-lm", "roberta classifier", "gemma"]
 )
 def test_the_width_is_free(name: str) -> None:
     """A parent fused with itself needs no more room; two parents find what they need in twice the width."""
@@ -334,7 +334,7 @@ def test_streams_on_disk_give_the_same_bits() -> None:
     assert largest_difference(whole, cut) == 0
 
 
-@pytest.mark.parametrize("name", ["electra masked-lm, small", "t5", "clip"])
+@pytest.mark.parametrize("name", ["electra masked-lm, small", "t5", "clip", "gemma2", "gemma3 classifier"])
 def test_streams_that_cannot_be_rotated_are_refused_in_one_line(name: str) -> None:
     make = BUILD[name]
     with pytest.raises(FusionError, match="use strategy transport") as caught:

@@ -75,7 +75,8 @@ def test_a_head_as_wide_as_the_hidden_units_is_not_taken_for_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["dinov2, gate", "gpt2", "gpt_neox", "llama", "qwen3", "vit", "bert masked-lm", "roberta classifier", "gemma"]
+    "name",
+    ["dinov2, gate", "gpt2", "gpt_neox", "llama", "qwen3", "vit", "bert masked-lm", "roberta classifier", "gemma"],
 )
 def test_the_width_is_free(name: str) -> None:
     """A parent fused with itself needs no more room; two parents find what they need in twice the width."""

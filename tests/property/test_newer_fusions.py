@@ -19,7 +19,8 @@ from tests.property.test_newer_families import BUILD
 EXACT: dict[str, Any] = {"residual": "tie", "heads": "matched", "solver": "assignment"}
 # One of each kind: what the others add is only names.
 SOME = ("gpt2", "gpt_neox", "llama", "llama, tied", "qwen3 classifier", "electra masked-lm, small",
-        "modernbert masked-lm", "timm, packed gate", "dinov2, gate", "t5", "t5, gated", "clip", "gemma", "gemma2", "gemma3")  # fmt: skip
+        "modernbert masked-lm", "timm, packed gate", "dinov2, gate", "t5", "t5, gated", "clip",
+        "gemma", "gemma2", "gemma3")  # fmt: skip
 ROTARY = ("gpt_neox", "llama", "llama, one key-value head", "qwen2", "qwen3", "gemma2", "gemma3 classifier")
 
 

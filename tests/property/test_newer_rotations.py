@@ -20,7 +20,8 @@ ROTATION: dict[str, Any] = {"stream": "rotation", "residual": "auto", "heads": "
 NAMES = ("gpt2, decoder of its own", "gpt2 classifier", "gpt_neox", "gpt_neox, sequential", "llama",
          "llama, one key-value head", "llama, biases", "mistral",
          "qwen2", "qwen3",
-         "qwen3 classifier", "deit", "dinov2", "dinov2, gate", "dinov2, registers", "timm, distilled", "gemma, decoder of its own", "gemma classifier")  # fmt: skip
+         "qwen3 classifier", "deit", "dinov2", "dinov2, gate", "dinov2, registers", "timm, distilled",
+         "gemma, decoder of its own", "gemma classifier")  # fmt: skip
 
 
 def rotated(name: str, parents: list[nn.Module], **options: Any) -> FusionResult:

@@ -67,7 +67,7 @@ def aligned_state(
         found = move(slot.of(source[slot.parameter]), slot, maps, skip=paired)
         if slot.rooted:  # the anchor multiplies by the root of its own width
             ours, theirs = (one.axes[str(slot.axes[-1])].size for one in (binding, goal))
-            return found * (ours / theirs) ** 0.5
+            found = found * float(ours / theirs) ** 0.5
         return found
 
     for slot, place in zip(binding.slots, goal.slots, strict=True):

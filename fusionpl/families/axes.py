@@ -125,7 +125,8 @@ class Binding:
         gates: axis -> the gate that multiplies it, unit by unit, and with which it moves.
         attention: for each attention of each block, the axes whose units come in heads.
         depths: the number of blocks of each stack.
-        uses: section -> the parameters that its modules hold; a tied one under the first of its names.
+        uses: section -> the parameters that its modules hold, in the order of the family's lines; a tied one under the
+            first of its names.
         closed: parameters that stand at both ends of a stream: embeddings tied to the decoder.
     """
 
@@ -244,9 +245,10 @@ class Binding:
         return torch.cat(whole) if whole else None
 
     def end_norm(self, section: str) -> str | None:
-        """The norm whose output a section of a post-LN network leaves; None where it leaves that of a linear map."""
-        module = self.taps[boundary(section)].target
-        return None if self.reads(module) else module
+        """The norm whose output a section of a post-LN network leaves; None where it leaves that of a linear map, or a
+        sum."""
+        tap = self.taps.get(boundary(section))
+        return None if tap is None or self.reads(tap.target) else tap.target
 
     def on_boundary(self, axis: str) -> bool:
         """Whether `axis` is the stream that one section hands to the next."""

@@ -16,6 +16,7 @@ from fusionpl.families.grammar import Dim, GrammarError, parse
 
 STEM, TAIL = "stem", "tail"
 VOCABULARY = "vocabulary"  # the axis of tokens
+ROTATED = "rotated"  # among sizes: units of a rotary head
 
 Kind = Literal["permutation", "pairs", "signs", "scale"]
 Norm = Literal["pre", "rms", "post"]
@@ -98,7 +99,7 @@ class Family:
         when: attribute path on the model -> the value it must have, where classes alone don't tell families apart.
         norm: where norms stand: `pre` (before a branch), `rms` (the same without a mean), `post` (in the stream).
         sizes: attribute paths on the model for what is in no tensor's shape: the numbers of heads, and `rotated`, the
-            units of a rotary head that are rotated, if not all are.
+            units of a rotary head that are rotated, or up to 1 their share, if not all are.
         fixed: axes that no map moves.
         stacks: of blocks, in forward order.
         tail: the section behind them.
@@ -297,6 +298,8 @@ def attribute(model: object, path: str) -> Any:
     def step(owner: Any, part: str) -> Any:
         if part.isdigit() and hasattr(owner, "__getitem__"):
             return owner[int(part)] if int(part) < len(owner) else None
+        if isinstance(owner, Mapping):
+            return owner.get(part)
         return getattr(owner, part, None)
 
     return functools.reduce(step, path.split("."), model)

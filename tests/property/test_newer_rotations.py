@@ -21,7 +21,8 @@ NAMES = ("gpt2, decoder of its own", "gpt2 classifier", "gpt_neox", "gpt_neox, s
          "llama, one key-value head", "llama, biases", "mistral",
          "qwen2", "qwen3",
          "qwen3 classifier", "deit", "dinov2", "dinov2, gate", "dinov2, registers", "timm, distilled",
-         "gemma, decoder of its own", "gemma classifier")  # fmt: skip
+         "gemma, decoder of its own", "gemma classifier",
+         "siglip", "opt, decoder of its own", "phi3, groups, partly rotary")  # fmt: skip
 
 
 def rotated(name: str, parents: list[nn.Module], **options: Any) -> FusionResult:

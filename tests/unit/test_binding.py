@@ -23,7 +23,7 @@ from fusionpl.families import (
     own_state,
     parse_family,
 )
-from tests.models_for_tests import FAMILIES, hf_vit, timm_vit
+from tests.models_for_tests import FAMILIES, hf_vit, siglip, timm_vit
 
 TOY = """
 name: toy
@@ -274,6 +274,11 @@ def test_an_unknown_class_is_told_the_nearest_and_how_to_draft_a_family() -> Non
     config = Qwen3MoeConfig(hidden_size=64, num_hidden_layers=1, num_experts=2, vocab_size=9, intermediate_size=8)
     with pytest.raises(FusionError, match=rf"Qwen3MoeForCausalLM, nearest is Qwen3ForCausalLM; {drafts}"):
         bind(Qwen3MoeForCausalLM(config))
+
+
+def test_siglips_pooling_by_attention_is_refused() -> None:
+    with pytest.raises(FusionError, match=r"but for siglip_vision \(vision_model\.use_head is False\); "):
+        bind(siglip())
 
 
 def test_a_class_with_other_settings_is_told_which_there_are() -> None:

@@ -55,7 +55,19 @@ def refused(capsys: pytest.CaptureFixture[str], command, argv: list[str]) -> str
     return lines[0]
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Drafts of these have to be mended.
+MENDED = (
+    "opt",
+    "opt, decoder of its own",
+    "opt classifier",
+    "opt, post-LN",
+    "opt classifier, post-LN",
+    "phi3, groups, partly rotary",
+    "phi3 classifier",
+)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in MENDED])
 def test_drafts_hold_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fusionpl.families.family.library", dict)
     build, run = MODELS[name]

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     BertConfig,
+    CamembertConfig,
     CLIPConfig,
     CLIPForImageClassification,
     CLIPModel,
@@ -37,10 +38,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     RobertaConfig,
+    SiglipConfig,
+    SiglipForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    XLMRobertaConfig,
 )
 
 from fusionpl.calibration import logits
@@ -172,6 +176,8 @@ def causal_model(name: str, seed: int = 0, *, width: int = 16, heads: int = 4, k
     }  # fmt: skip
     if name == "gpt2":
         common["n_inner"] = common.pop("intermediate_size")
+    elif name == "opt":
+        common |= {"ffn_dim": common.pop("intermediate_size"), "word_embed_proj_dim": width}
     elif name != "gpt_neox":
         common["num_key_value_heads"] = kv
     config = AutoConfig.for_model(name, **{**common, **options})
@@ -202,6 +208,23 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 8}),
     "qwen3 classifier": ("qwen3", {"head_dim": 8, "classifier": True}),
+    "opt": ("opt", {}),
+    "opt, decoder of its own": ("opt", {"tie_word_embeddings": False}),
+    "opt classifier": ("opt", {"classifier": True}),
+    "opt, post-LN": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 8}),
+    "opt classifier, post-LN": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 8, "classifier": True}),
+    "phi3": ("phi3", {"kv": 4, "sliding_window": 4}),
+    "phi3, groups, partly rotary": ("phi3", {"width": 32, "rope_parameters": rope(0.75)}),
+    "phi3 classifier": ("phi3", {"classifier": True}),
+    "gemma": ("gemma", {"head_dim": 8, "kv": 1}),
+    "gemma, decoder of its own": ("gemma", {"head_dim": 8, "tie_word_embeddings": False}),
+    "gemma classifier": ("gemma", {"head_dim": 8, "classifier": True}),
+    "gemma2": ("gemma2", {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 12,
+                          "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}),
+    "gemma2 classifier": ("gemma2", {"head_dim": 8, "sliding_window": 4, "classifier": True}),
+    "gemma3": ("gemma3_text", {"head_dim": 8, "kv": 1, "sliding_window": 4,
+                               "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3 classifier": ("gemma3_text", {"head_dim": 8, "sliding_window": 4, "classifier": True}),
 }  # fmt: skip
 
 
@@ -225,12 +248,21 @@ def distilled(seed: int = 0, *, width: int = 16) -> nn.Module:
     return redrawn(model, seed)
 
 
+def siglip(seed: int = 0, **options: Any) -> nn.Module:
+    """A classifier on SigLIP's vision tower."""
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "image_size": SIZE, "patch_size": 4, **options}  # fmt: skip
+    config = SiglipConfig(vision_config=vision, text_config={"num_hidden_layers": 0}, num_labels=CLASSES)
+    return redrawn(SiglipForImageClassification(config), seed)
+
+
 VISION: dict[str, Callable[[int], nn.Module]] = {
     "timm, distilled": distilled,
     "timm, DINOv2": lambda seed: timm_vit(seed, reg_tokens=3, no_embed_class=True, init_values=0.5),
     "timm, packed gate": lambda seed: timm_vit(seed, mlp_layer=SwiGLUPacked, init_values=0.5),
     "timm, packed gate, normed": lambda seed: timm_vit(seed, mlp_layer=partial(SwiGLUPacked, norm_layer=nn.LayerNorm)),
     "timm, gate": lambda seed: timm_vit(seed, mlp_layer=SwiGLU),
+    "siglip": lambda seed: siglip(seed, vision_use_head=False),
     "deit": lambda seed: _vision(DeiTForImageClassification, DeiTConfig, seed, intermediate_size=24),
     "deit, distilled": lambda seed: _vision(
         DeiTForImageClassificationWithTeacher, DeiTConfig, seed, intermediate_size=24
@@ -251,6 +283,17 @@ ELECTRA: dict[str, Callable[[int], nn.Module]] = {
     for name, auto in {"discriminator": AutoModelForPreTraining, "masked-lm": AutoModelForMaskedLM,
                        "classifier": AutoModelForSequenceClassification}.items()
     for note, width in {"": 16, ", small": 8}.items()
+}  # fmt: skip
+# The same parameters as RoBERTa's, in classes of their own.
+ROBERTA: dict[str, Callable[[int], nn.Module]] = {
+    f"{name.replace('_', '-')} {head}": lambda seed, auto=auto, config=config: redrawn(
+        auto.from_config(config(
+            vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
+            max_position_embeddings=POSITIONS + 2, type_vocab_size=1, num_labels=CLASSES, pad_token_id=0,
+        )), seed
+    )
+    for name, config in {"xlm_roberta": XLMRobertaConfig, "camembert": CamembertConfig}.items()
+    for head, auto in {"masked-lm": AutoModelForMaskedLM, "classifier": AutoModelForSequenceClassification}.items()
 }  # fmt: skip
 MODERN: dict[str, Callable[[int], nn.Module]] = {
     f"modernbert {name}": lambda seed, auto=auto, options=options: redrawn(

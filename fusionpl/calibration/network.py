@@ -189,7 +189,7 @@ class Network:
             if isinstance(found, tuple):
                 found, *others = found
                 carried = dict(zip(returns, others, strict=False))
-        return Passed(found, carried, seen, hidden)
+        return Passed(found, carried, {place: _by_sample(one, hidden) for place, one in seen.items()}, hidden)
 
     def leave(
         self, state: State, batch: Batch, ends: Sequence[Tensor], places: Iterable[Place] = (), *, stop: bool = False
@@ -268,7 +268,17 @@ def _replaced(steps: Mapping[nn.Module, Step]) -> Iterator[None]:
 
 
 def _giving(output: Any) -> Step:
-    return lambda args, keywords: output
+    def give(args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        flat = args and isinstance(output, Tensor) and isinstance(args[0], Tensor) and args[0].ndim < output.ndim
+        return output.flatten(0, 1) if flat else output
+
+    return give
+
+
+def _by_sample(seen: Tensor, hidden: Tensor) -> Tensor:
+    """What a module shows, sample by sample, where its block lays all tokens in a row (OPT's MLP)."""
+    flat = seen.ndim == 2 < hidden.ndim and len(seen) == hidden.shape[:2].numel()
+    return seen.unflatten(0, hidden.shape[:2]) if flat else seen
 
 
 def _give_back(module: nn.Module, forward: Any) -> None:

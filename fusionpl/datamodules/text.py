@@ -281,11 +281,14 @@ def _fixed_draw() -> Iterator[None]:
         yield
 
 
+# Their first position comes after the padding's, and both are counted as positions.
+_BEHIND_PADDING = {"roberta", "xlm-roberta", "camembert"}
+
+
 def check_length(model: Any, length: int, key: str) -> None:
     """Raises FusionError where sequences of `length` tokens have no positions in `model`."""
     config = getattr(model, "config", None)
     positions = getattr(config, "max_position_embeddings", None)
-    # RoBERTa's first position comes after the padding's
-    offset = 2 if getattr(config, "model_type", None) == "roberta" else 0
+    offset = 2 if getattr(config, "model_type", None) in _BEHIND_PADDING else 0
     if positions is not None and length > positions - offset:
         raise FusionError(f"{key} is {length}, but the model has {positions - offset} positions; lower {key}")

@@ -64,7 +64,11 @@ def aligned_state(
     paired = frozenset(axis for pair in pairs for axis in pair)
 
     def moved(slot: Slot) -> Tensor:
-        return move(slot.of(source[slot.parameter]), slot, maps, skip=paired)
+        found = move(slot.of(source[slot.parameter]), slot, maps, skip=paired)
+        if slot.rooted:  # the anchor multiplies by the root of its own width
+            ours, theirs = (one.axes[str(slot.axes[-1])].size for one in (binding, goal))
+            found = found * float(ours / theirs) ** 0.5
+        return found
 
     for slot, place in zip(binding.slots, goal.slots, strict=True):
         if slot.parameter not in source or any(second in slot.axes for _, second in pairs):
@@ -72,7 +76,8 @@ def aligned_state(
         turned = [maps[axis] for axis in slot.axes if axis and axis in maps and maps[axis].scaling == "orthogonal"]
         if slot.gain and turned:  # it is 1 in both, or will be fitted
             gain = turned[0].norm_gain if slot.gain == "norm" else 1.0
-            place.put(state[place.parameter], torch.full_like(place.of(state[place.parameter]), gain))
+            offset = goal.family.offset if slot.gain == "norm" else 0
+            place.put(state[place.parameter], torch.full_like(place.of(state[place.parameter]), gain - offset))
             continue
         found = moved(slot)
         for first, second in pairs:

@@ -63,6 +63,7 @@ class Slot:
         section: that the parameter belongs to.
         gain: `norm` for the gain of a norm, `scale` for a LayerScale: it multiplies unit by unit; before a stream is
             rotated, it is folded; where several become one stream, that of a norm inside it is fitted.
+        rooted: what it writes is multiplied by the square root of its width.
     """
 
     parameter: str
@@ -71,6 +72,7 @@ class Slot:
     reads: tuple[bool, ...]
     section: str
     gain: Gain | None = None
+    rooted: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
         """The slot's part of its parameter: a view, or a copy where its units are not side by side."""
@@ -123,7 +125,8 @@ class Binding:
         gates: axis -> the gate that multiplies it, unit by unit, and with which it moves.
         attention: for each attention of each block, the axes whose units come in heads.
         depths: the number of blocks of each stack.
-        uses: section -> the parameters that its modules hold; a tied one under the first of its names.
+        uses: section -> the parameters that its modules hold, in the order of the family's lines; a tied one under the
+            first of its names.
         closed: parameters that stand at both ends of a stream: embeddings tied to the decoder.
     """
 
@@ -242,9 +245,10 @@ class Binding:
         return torch.cat(whole) if whole else None
 
     def end_norm(self, section: str) -> str | None:
-        """The norm whose output a section of a post-LN network leaves; None where it leaves that of a linear map."""
-        module = self.taps[boundary(section)].target
-        return None if self.reads(module) else module
+        """The norm whose output a section of a post-LN network leaves; None where it leaves that of a linear map, or a
+        sum."""
+        tap = self.taps.get(boundary(section))
+        return None if tap is None or self.reads(tap.target) else tap.target
 
     @property
     def last_norms(self) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Binds a family to one model: every parameter's dimensions become named axes with sizes."""
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from fusionpl.errors import FusionError
 from fusionpl.families.axes import Axis, Binding, Gain, Index, Join, Slot, Tap, section_of
-from fusionpl.families.family import STEM, TAIL, Family, Kind, Section, Stack, attribute, family_of
+from fusionpl.families.family import ROTATED, STEM, TAIL, Family, Kind, Section, Stack, attribute, family_of
 from fusionpl.families.grammar import Dim, Segment
 from fusionpl.families.sizes import Layout, sizes_of
 
@@ -24,8 +25,8 @@ def bind(model: nn.Module, family: Family | None = None) -> Binding:
     """
     family = family or family_of(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    counts = {group: _count(model, family, path) for group, path in family.sizes.items()}
-    return _Binder(family, parameters, counts).bind()
+    counts = {group: _count(model, family, path) for group, path in family.sizes.items() if group != ROTATED}
+    return _Binder(family, parameters, counts, _rotated(model, family)).bind()
 
 
 def _count(model: nn.Module, family: Family, path: str) -> int:
@@ -34,6 +35,15 @@ def _count(model: nn.Module, family: Family, path: str) -> int:
         raise FusionError(f"{family.name}: the model has no {path}, which says how its units are grouped")
     if not isinstance(found, int) or found < 1:
         raise FusionError(f"{family.name}: the model's {path} is {type(found).__name__} {found}, not a number of heads")
+    return found
+
+
+def _rotated(model: nn.Module, family: Family) -> float:
+    """How many units of a rotary head are rotated, or, up to 1, which share of them."""
+    path = family.sizes.get(ROTATED)
+    found = 1.0 if path is None else attribute(model, path)
+    if not isinstance(found, int | float) or found <= 0:
+        raise FusionError(f"{family.name}: the model's {path} is {found}, not a number or a share of rotated units")
     return found
 
 
@@ -46,11 +56,14 @@ class _Line:
 
     section: str
     dims: tuple[Dim, ...]
+    place: int  # among the lines of its section, which stand in forward order
 
 
 class _Binder:
-    def __init__(self, family: Family, parameters: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
-        self.family, self.parameters, self.counts = family, parameters, counts
+    def __init__(
+        self, family: Family, parameters: Mapping[str, Tensor], counts: Mapping[str, int], rotated: float
+    ) -> None:
+        self.family, self.parameters, self.counts, self.rotated = family, parameters, counts, rotated
         names: dict[int, str] = {}
         self.first = {name: names.setdefault(id(tensor), name) for name, tensor in parameters.items()}  # if tied
         self.depths = tuple(self._depth(stack) for stack in family.stacks)
@@ -67,7 +80,8 @@ class _Binder:
         grouped, repeats = self._grouped(lines)
         layouts = {name: self._layout(line, grouped) for name, line in lines.items()}
         ranks = {section: rank for rank, (section, _) in enumerate(self.sections)}
-        sizes = sizes_of({name: tensor.shape for name, tensor in self.parameters.items()}, layouts, ranks)
+        heads = {axis: math.prod(self.counts[group] for group in groups) for axis, groups in grouped.items()}
+        sizes = sizes_of({name: tensor.shape for name, tensor in self.parameters.items()}, layouts, ranks, heads)
         slots = tuple(self._slots(lines, layouts, sizes, grouped))
         taps = {tap.axis: tap for tap in self._taps(slots)}
         joins = dict(self._joins(sizes))
@@ -129,9 +143,9 @@ class _Binder:
             *((stack.stem_name, name, stack.stem) for stack in self.family.stacks), (TAIL, name, self.family.tail)
         ]  # fmt: skip
         matches = [
-            _Line(section, dims)
+            _Line(section, dims, place)
             for section, local, part in candidates
-            for pattern, dims in part.parameters.items()
+            for place, (pattern, dims) in enumerate(part.parameters.items())
             if re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]+"), local)
         ]
         if len(matches) != 1:
@@ -156,7 +170,8 @@ class _Binder:
 
     def _uses(self, lines: Mapping[str, _Line]) -> dict[str, tuple[str, ...]]:
         names: dict[str, dict[str, None]] = {section: {} for section, _ in self.sections}
-        for name, line in lines.items():
+        # A class may define its modules in another order than it runs them (Phi-3).
+        for name, line in sorted(lines.items(), key=lambda one: one[1].place):
             names[line.section][self.first[name]] = None
         return {section: tuple(found) for section, found in names.items()}
 
@@ -210,7 +225,8 @@ class _Binder:
         heads = outer * members
         if size % heads:
             raise FusionError(f"axis '{name}': {size} units do not divide into {heads} heads")
-        rotated = self.counts.get("rotated", size // heads) if kind in ("pairs", "signs") else 0
+        rotated = int(self.rotated if self.rotated > 1 else self.rotated * (size // heads))
+        rotated = rotated if kind in ("pairs", "signs") else 0
         order = self._name(section_of(name), groups[0]) if groups else None
         order = order if order in sizes else None
         return Axis(name, size, heads, name in self.family.fixed, members, kind, rotated // 2, repeats, order)
@@ -245,6 +261,7 @@ class _Binder:
         parts = list(self.family.sections(self.depths))
         norms = {f"{prefix}{norm}.weight" for _, prefix, part in parts for norm in (*part.norms, *self._inside(part))}
         scales = {f"{prefix}{scale}" for _, prefix, part in parts for scale in part.scales}
+        rooted = {f"{prefix}{module}.weight" for _, prefix, part in parts for module in part.rooted}
         for name, line in lines.items():
             if self.first[name] != name:
                 continue
@@ -261,7 +278,7 @@ class _Binder:
                 ]
             gain: Gain | None = "norm" if name in norms else "scale" if name.rpartition(".")[0] in scales else None
             for index, names in cuts:
-                yield Slot(name, index, names, reads, line.section, gain)
+                yield Slot(name, index, names, reads, line.section, gain, name in rooted)
 
     def _inside(self, part: Section) -> Iterator[str]:
         """The norms that the stream goes through, of a post-LN family."""

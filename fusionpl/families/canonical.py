@@ -57,7 +57,7 @@ def canonical(state: Mapping[str, Tensor], binding: Binding, section: str, name:
     """The parameters of a section with the same function, whose stream commutes with rotations: with all of them where
     norms are RMSNorms, with those that fix the ones vector where they are LayerNorms.
 
-    Norms have gamma 1 and beta 0 (both folded into the linear maps that read them; beta stays where one of these has no
+    Norms multiply by 1 and add 0 (both folded into the linear maps that read them; beta stays where one of these has no
     bias), LayerScale is 1 (folded into the
     map before it), what is written to the stream has mean zero over the units, so that LayerNorm equals RMSNorm, and in
     each attention head the circuits QK and VO are split evenly: what is left to choose inside a head is one orthogonal
@@ -128,6 +128,7 @@ def _fold_norm(state: State, binding: Binding, norm: str, readers: list[str], na
     linear = [reader for reader in readers if f"{reader}.weight" in state]
     if not linear:  # it gives what an encoder without a head puts out
         return
+    gamma += binding.family.offset  # what it multiplies by, until it is folded
     stays = any(f"{reader}.bias" not in state for reader in linear)
     if beta is not None and stays and bool(beta.any()):
         # It stays in the norm, in the units of its readers, and turns with the stream.
@@ -145,7 +146,7 @@ def _fold_norm(state: State, binding: Binding, norm: str, readers: list[str], na
         rows.mul_(gamma.repeat(times))
     if beta is not None and not stays:
         beta.zero_()
-    gamma.fill_(1)
+    gamma.fill_(1 - binding.family.offset)
 
 
 def _balance(binding: Binding, group: tuple[str, ...], state: State) -> None:

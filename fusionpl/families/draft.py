@@ -10,7 +10,7 @@ from torch import nn
 
 from fusionpl.errors import FusionError
 from fusionpl.families.family import STEM, TAIL, VOCABULARY, attribute
-from fusionpl.families.tree import Seen, multiplies, stack_of, traced
+from fusionpl.families.tree import Seen, offset_of, rooted, stack_of, traced
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
 _WIDTHS = ("hidden_size", "embed_dim", "n_embd", "d_model", "dim")
@@ -80,6 +80,7 @@ class _Draft:
         self.width: int = next((size for size in named if size in common), common.most_common(1)[0][0])
         self.vocabulary = getattr(self.config, "vocab_size", None)
         self.post = self.rms = False
+        self.offset: int | None = None  # as the first norm does
         self.sizes: dict[str, str] = {}
 
     def text(self) -> str:
@@ -94,6 +95,7 @@ class _Draft:
             f"name: {getattr(self.config, 'model_type', cls.__name__.lower())}",
             f"models: [{cls.__module__}.{cls.__qualname__}]",
             f"norm: {'post' if self.post else 'rms' if self.rms else 'pre'}  # guess: by what reads the block's norms",
+            *["offset: 1"] * (self.offset or 0),
             "sizes: {" + ", ".join(f"{group}: {path}" for group, path in self.sizes.items()) + "}",
             f"fixed: [{', '.join(axis for axis in _FIXED if axis in used)}]",
         ]
@@ -178,6 +180,7 @@ class _Draft:
         self.rms = self.rms or "rms" in kind or kind == "t5layernorm"
         if any(end and own.reads(seen[end]) for end in ends):
             part.norms[name] = []
+            part.taps[branch] = name
             return self._add(part, name, branch, "a norm at the end of a branch")
         if self.post:
             axis = "out" if behind_down else "mid"
@@ -198,12 +201,16 @@ class _Draft:
             part.taps[axis] = name
         if down:
             self._linear(part, down, "mlp", "up" if gate else "ffn")
-            part.taps["mlp"] = down
+            part.taps.setdefault("mlp", down)
         part.more += ["gates: {up: ffn}"] * (gate is not None)
 
     def _plain(self, part: _Part, name: str, prefix: str) -> str:
         """Lets a norm alone whose gain can't be folded into what reads it."""
-        if name not in part.norms or multiplies(self.model.get_submodule(prefix + name), self.width):
+        if name not in part.norms:
+            return ""
+        offset = offset_of(self.model.get_submodule(prefix + name), self.width)
+        if offset is not None and self.offset in (None, offset):
+            self.offset = offset
             return ""
         part.norms[name] = []
         return "its gain is no plain factor, so it stays where it is, and the stream is not rotated"
@@ -250,6 +257,8 @@ class _Draft:
                     part.taps[axis] = place
                     added.append(axis)
                 part.taps |= {"out": place} if len(tables) == 1 else {}
+                if rooted(self.model.get_submodule(module), tensor.shape[-1]):
+                    part.more.append(f"rooted: [{module}]")
         if added:
             order = {"pos": 0, "tok": 1, "patch": 1}
             part.joins = {"out": sorted(added, key=lambda axis: order.get(axis, 2))}

@@ -1,5 +1,6 @@
 """A family file: the axis grammar, taps, joins and circuits of one architecture, read from library/*.yaml."""
 
+import difflib
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from fusionpl.families.grammar import Dim, GrammarError, parse
 
 STEM, TAIL = "stem", "tail"
 VOCABULARY = "vocabulary"  # the axis of tokens
+ROTATED = "rotated"  # among sizes: units of a rotary head
 
 Kind = Literal["permutation", "pairs", "signs", "scale"]
 Norm = Literal["pre", "rms", "post"]
@@ -38,6 +40,7 @@ class Section:
         norms: a pre-LN norm module -> the linear modules that read it; none if it normalises inside the stream.
         scales: a module that multiplies unit by unit (LayerScale) -> the linear module before it, by each of its names.
         tied: axis -> the axis that it is, where a parameter of it is one with a parameter of another section.
+        rooted: embeddings whose output is multiplied by the square root of its width.
     """
 
     path: str
@@ -50,6 +53,7 @@ class Section:
     norms: Mapping[str, tuple[str, ...]]
     scales: Mapping[str, tuple[str, ...]]
     tied: Mapping[str, str]
+    rooted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,10 +99,11 @@ class Family:
         when: attribute path on the model -> the value it must have, where classes alone don't tell families apart.
         norm: where norms stand: `pre` (before a branch), `rms` (the same without a mean), `post` (in the stream).
         sizes: attribute paths on the model for what is in no tensor's shape: the numbers of heads, and `rotated`, the
-            units of a rotary head that are rotated, if not all are.
+            units of a rotary head that are rotated, or up to 1 their share, if not all are.
         fixed: axes that no map moves.
         stacks: of blocks, in forward order.
         tail: the section behind them.
+        offset: what norms add to their weights before they multiply by them.
     """
 
     name: str
@@ -109,6 +114,7 @@ class Family:
     fixed: frozenset[str]
     stacks: tuple[Stack, ...]
     tail: Section
+    offset: int = 0
 
     def sections(self, depths: Sequence[int]) -> Iterator[tuple[str, str, Section]]:
         """The sections of a model, in forward order: name, prefix of its modules, section.
@@ -139,6 +145,7 @@ class Family:
                 taps={axis: inside(places) for axis, places in section.taps.items()},
                 norms={local(norm): inside(readers) for norm, readers in section.norms.items()},
                 scales={local(scale): inside(modules) for scale, modules in section.scales.items()},
+                rooted=inside(section.rooted),
             )
 
         return replace(
@@ -161,7 +168,7 @@ _MAPPINGS = ("parameters", "taps", "joins", "circuits", "maps", "gates", "norms"
 
 
 def _section(name: str, raw: Any) -> Section:
-    _keys(raw, name, ("parameters",), ("path", *_MAPPINGS))
+    _keys(raw, name, ("parameters",), ("path", "rooted", *_MAPPINGS))
     for key in _MAPPINGS:
         if not isinstance(raw.get(key, {}), Mapping):
             raise FusionError(f"{name}.{key} is no mapping")
@@ -188,6 +195,7 @@ def _section(name: str, raw: Any) -> Section:
         norms={name: tuple(readers) for name, readers in raw.get("norms", {}).items()},
         scales={scale: _all(f"{name}.scales.{scale}", modules) for scale, modules in raw.get("scales", {}).items()},
         tied=dict(raw.get("tied", {})),
+        rooted=_all(f"{name}.rooted", raw.get("rooted", [])),
     )
 
 
@@ -249,9 +257,11 @@ def parse_family(text: str) -> Family:
     """
     raw = yaml.safe_load(text)
     needed = _NEEDED if isinstance(raw, Mapping) and "stacks" in raw else (*_NEEDED, *_STACK)
-    _keys(raw, "the family", needed, (*needed, "when", *(("stacks",) if needed is _NEEDED else _OF_STACK)))
+    _keys(raw, "the family", needed, (*needed, "when", "offset", *(("stacks",) if needed is _NEEDED else _OF_STACK)))
     if raw["norm"] not in get_args(Norm):
         raise FusionError(f"norm: '{raw['norm']}' is not {' or '.join(get_args(Norm))}")
+    if raw.get("offset", 0) not in (0, 1):
+        raise FusionError(f"offset: '{raw['offset']}' is not 0 or 1, which norms add to their weights")
     for key in ("sizes", "when"):
         if not isinstance(raw.get(key, {}), Mapping):
             raise FusionError(f"{key} is no mapping")
@@ -267,6 +277,7 @@ def parse_family(text: str) -> Family:
         fixed=frozenset(raw["fixed"]),
         stacks=_stacks(raw),
         tail=_section(TAIL, raw[TAIL]),
+        offset=raw.get("offset", 0),
     )
     for part in (*(part for stack in family.stacks for part in (stack.stem, stack.block)), family.tail):
         groups = {
@@ -315,6 +326,8 @@ def attribute(model: object, path: str) -> Any:
     def step(owner: Any, part: str) -> Any:
         if part.isdigit() and hasattr(owner, "__getitem__"):
             return owner[int(part)] if int(part) < len(owner) else None
+        if isinstance(owner, Mapping):
+            return owner.get(part)
         return getattr(owner, part, None)
 
     return functools.reduce(step, path.split("."), model)
@@ -331,11 +344,12 @@ def family_of(model: object) -> Family:
     """The family of a model, by its class.
 
     Raises:
-        FusionError: no family knows the class; the message lists the ones there are.
+        FusionError: no family knows the class, or a model of its configuration; the message names the nearest.
     """
     classes = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__}
-    for family in library().values():
-        if classes & set(family.models) and all(attribute(model, path) == it for path, it in family.when.items()):
+    told = [family for family in library().values() if classes & set(family.models)]
+    for family in told:
+        if all(attribute(model, path) == it for path, it in family.when.items()):
             return family
     if is_bare(model) and hasattr(model, "base_model"):
         module = type(model).__module__
@@ -344,14 +358,22 @@ def family_of(model: object) -> Family:
             with_head = any(name.rpartition(".")[0] == module for name in family.models)
             if with_head and all(attribute(model, path) == it for path, it in bare.when.items()):
                 return bare
-    models = [name.rpartition(".") for family in library().values() for name in family.models]
-    beside = [name for module, _, name in models if module == type(model).__module__]
-    if beside:
-        raise FusionError(
-            f"no family for {type(model).__qualname__}, but for {', '.join(beside)} "
-            "(finetune.py gives a head to an encoder that has none)"
+    raise FusionError(f"no family for {_unknown(type(model), told)}")
+
+
+_DRAFTS = "`python -m fusionpl.cli.family MODEL --output my.yaml` drafts one for --family my.yaml, see docs/families.md"
+
+
+def _unknown(cls: type, told: Sequence[Family]) -> str:
+    """What is said of a class that no family describes, or only with other settings (`told`)."""
+    if told:
+        ways = " or ".join(
+            f"{family.name} ({', '.join(f'{path} is {it}' for path, it in family.when.items())})" for family in told
         )
-    raise FusionError(
-        f"no family for {type(model).__module__}.{type(model).__qualname__}; known: {', '.join(library())} "
-        "(`python -m fusionpl.cli.family MODEL` drafts one for --family, see docs/families.md)"
-    )
+        return f"this {cls.__qualname__}, but for {ways}; {_DRAFTS}"
+    names = [name.rpartition(".") for family in library().values() for name in family.models]
+    beside = [name for module, _, name in names if module == cls.__module__]
+    if beside:
+        return f"{cls.__qualname__}, but for {', '.join(beside)} (finetune.py gives a head to an encoder that has none)"
+    near = difflib.get_close_matches(cls.__qualname__, [name for *_, name in names], n=1, cutoff=0.5)
+    return f"{cls.__module__}.{cls.__qualname__}{''.join(f', nearest is {name}' for name in near)}; {_DRAFTS}"

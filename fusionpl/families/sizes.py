@@ -1,5 +1,6 @@
 """The sizes of axes, from the shapes of all parameters together."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from fusionpl.errors import FusionError
@@ -10,7 +11,10 @@ Layout = tuple[
 
 
 def sizes_of(
-    shapes: Mapping[str, Sequence[int]], layouts: Mapping[str, Layout], ranks: Mapping[str, int]
+    shapes: Mapping[str, Sequence[int]],
+    layouts: Mapping[str, Layout],
+    ranks: Mapping[str, int],
+    heads: Mapping[str, int],
 ) -> dict[str, int]:
     """The size of every axis.
 
@@ -18,6 +22,7 @@ def sizes_of(
         shapes: parameter -> its shape.
         layouts: parameter -> the axes of its dimensions.
         ranks: section -> its place in forward order.
+        heads: axis -> the number of its heads, of those that have any: in one map they are of one width.
 
     Returns:
         Axis -> size, section by section, and as the parameters name them inside a section; fixed axes first.
@@ -56,11 +61,13 @@ def sizes_of(
         if len(left) == len(pending):
             name, position, axes, _, size = left[0]
             unknown = [axis for axis in axes if axis not in sizes]
-            share, rest = divmod(size - sum(sizes.get(axis, 0) for axis in axes), len(unknown))
+            counts = [heads.get(axis, 1) for axis in unknown]
+            shares = [count // math.gcd(*counts) for count in counts]
+            share, rest = divmod(size - sum(sizes.get(axis, 0) for axis in axes), sum(shares))
             if rest:
                 raise FusionError(f"'{name}': {size} units do not divide among {', '.join(axes)}")
-            for axis in unknown:
-                settle(axis, share, name)
+            for axis, times in zip(unknown, shares, strict=True):
+                settle(axis, share * times, name)
         pending = left
     appearance = dict.fromkeys(axis for layout in layouts.values() for axes, _ in layout for axis in axes)
     return {axis: sizes[axis] for axis in sorted(appearance, key=lambda name: ranks.get(name.rpartition(".")[0], -1))}

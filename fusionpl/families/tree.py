@@ -114,11 +114,25 @@ def stack_of(model: nn.Module) -> tuple[str, list[str]]:
     return best, [name for name in found if not f"{name}.".startswith(f"{best}.") and not best.startswith(f"{name}.")]
 
 
-def multiplies(norm: nn.Module, width: int) -> bool:
-    """Whether a norm multiplies by its weight as it is, not by 1 + weight, say."""
+def offset_of(norm: nn.Module, width: int) -> int | None:
+    """What a norm adds to its weights before it multiplies by them: 0, or 1; None where it does something else."""
     probe = copy.deepcopy(norm)
+    like = next(probe.parameters())
+    row = torch.arange(1.0, width + 1).to(like)
     with torch.no_grad():
-        for parameter in probe.parameters(recurse=False):
-            parameter.zero_()
-        like = next(probe.parameters())
-        return not bool(probe(torch.arange(1.0, width + 1).to(like)).any())
+        for offset in (0, 1):
+            for name, parameter in probe.named_parameters(recurse=False):
+                parameter.fill_(-float(offset) if name == "weight" else 0.0)
+            if not bool(probe(row).any()):
+                return offset
+    return None
+
+
+def rooted(embedding: nn.Module, width: int) -> bool:
+    """Whether what an embedding puts out is its weight times the square root of its width."""
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(embedding, nn.Embedding) or weight is None:
+        return False
+    with torch.no_grad():
+        shown = embedding(torch.tensor([len(weight) - 1], device=weight.device))[0]
+    return bool(torch.allclose(shown.float(), weight[-1].float() * width**0.5, rtol=1e-2) and weight[-1].any())

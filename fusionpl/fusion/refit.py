@@ -146,7 +146,8 @@ class Refit:
     def _fit_norm(self, section: str, stage: Stage, state: State) -> None:
         """One gain and one shift a unit, applied to what the norm puts out now."""
         (module,) = stage.modules
-        gain, shift = state[f"{module}.weight"], state.get(f"{module}.bias")
+        offset = self.binding.family.offset
+        gain, shift = state[f"{module}.weight"] + offset, state.get(f"{module}.bias")
         count = torch.zeros((), dtype=torch.float64, device=gain.device)
         x, xx, y, xy = sums = [torch.zeros_like(gain, dtype=torch.float64) for _ in range(4)]
         for batch in self.data:
@@ -162,11 +163,11 @@ class Refit:
                 total += values.sum(0)
         sum_over_ranks([count, *sums])
         if shift is None:  # RMSNorm's
-            state[f"{module}.weight"] = (gain * torch.where(xx > 0, xy / xx, 1.0)).to(gain)
+            state[f"{module}.weight"] = (gain * torch.where(xx > 0, xy / xx, 1.0) - offset).to(gain)
             return
         variance = xx - x.square() / count
         factor = torch.where(variance > 0, (xy - x * y / count) / variance, 1.0)
-        state[f"{module}.weight"] = (gain * factor).to(gain)
+        state[f"{module}.weight"] = (gain * factor - offset).to(gain)
         state[f"{module}.bias"] = (shift * factor + (y - factor * x) / count).to(shift)
 
     def _taking_part(self, section: str, stage: Stage) -> dict[int, AlignedParent]:

@@ -106,7 +106,12 @@ def stages(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Stage,
             places.append((key, module, tuple(axis for slot in first for axis in _axes(slot, reads=False))))
         elif leaf == "weight" and module in norms:
             places.append((module, module, (norms[module],)))
-    branches = {join.branch: (axis, join.skip) for axis, join in binding.joins.items()}
+    # A norm at the end of a branch stands between what a module puts out and the stream: fitted for itself.
+    branches = {
+        join.branch: (axis, join.skip)
+        for axis, join in binding.joins.items()
+        if not (join.branch in binding.taps and _is_norm(binding, join.branch))
+    }
     found = []
     for _, group in itertools.groupby(places, key=lambda place: place[0]):
         modules = {module: axes for _, module, axes in group}
@@ -119,6 +124,12 @@ def stages(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Stage,
             narrow = sum(binding.axes[axis].size for axis in read) < sum(binding.axes[axis].size for axis in written)
         found.append(Stage(modules, norm, narrow, skips, last=next(iter(modules)) in binding.last_norms))
     return tuple(found)
+
+
+def _is_norm(binding: Binding, axis: str) -> bool:
+    """Whether the units of an axis are seen behind a norm, which reads no axis."""
+    tap = binding.taps[axis]
+    return tap.kind == "output" and f"{tap.target}.weight" in binding.owners and not binding.reads(tap.target)
 
 
 def _start(slot: Slot) -> list[Index]:

@@ -13,7 +13,9 @@ from fusionpl.models.folders import parameters_on_meta
 from fusionpl.models.quiet import without_cache
 
 # What configs of transformers call the number of hidden units of an MLP, where it is no multiple of the width.
-_HIDDEN = ("intermediate_size", "n_inner", "hidden_dim", "d_ff")
+_HIDDEN = ("intermediate_size", "n_inner", "hidden_dim", "ffn_dim", "d_ff")
+# What they call the width of embeddings, which is that of the stream unless they are projected to it.
+_EMBEDDED = ("embedding_size", "word_embed_proj_dim")
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
@@ -67,15 +69,18 @@ def untied(model: nn.Module) -> tuple[nn.Module, dict[str, str]] | None:
 
 
 def _like(found: nn.Module, model: nn.Module) -> nn.Module:
-    """Gives a model the type of another, and buffers what they hold there."""
+    """Gives the parameters of a model the type of another's, and buffers that are saved what they hold there; others,
+    such as the factor of an embedding, follow from the width."""
     buffers = dict(model.named_buffers())
-    device = next(iter(buffers.values())).device if buffers else None
+    device, dtype = next(iter(buffers.values())).device if buffers else None, next(model.parameters()).dtype
     for prefix, owner in found.named_modules():
         for key, buffer in owner.named_buffers(recurse=False):
             other = buffers.get(f"{prefix}.{key}" if prefix else key)
-            same = other is not None and other.shape == buffer.shape
+            same = other is not None and other.shape == buffer.shape and key not in owner._non_persistent_buffers_set
             owner._buffers[key] = other.clone() if same and other is not None else buffer.to(device)
-    return found.to(next(model.parameters()).dtype).eval()
+    for parameter in found.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return found.eval()
 
 
 def _timm(model: Any, times: Fraction, heads: int | None, depth: int | None) -> nn.Module:
@@ -97,10 +102,9 @@ def _transformers(model: Any, times: Fraction, heads: int | None, depth: int | N
     config = copy.deepcopy(model.config)
     # Where nothing says how wide a head is, it is the share of the stream.
     if heads is not None:
-        if getattr(config, "embedding_size", None) == config.hidden_size:  # ELECTRA's, where nothing projects it
-            config.embedding_size = int(config.hidden_size * times)
+        embedded = [name for name in _EMBEDDED if getattr(config, name, None) == config.hidden_size]
         config.hidden_size = int(config.hidden_size * times)
-        for name in (*_HEADS, *_HIDDEN):
+        for name in (*_HEADS, *_HIDDEN, *embedded):
             if getattr(config, name, None) is not None:
                 setattr(config, name, int(getattr(config, name) * times))
     if depth is not None:

@@ -1,10 +1,11 @@
 """The command that drafts a family, and a family of one's own in the other commands."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
 
 from fusionpl.calibration import logits
@@ -20,7 +21,6 @@ from tests.models_for_tests import (
     TEXT_MODELS,
     VISION,
     causal,
-    causal_model,
     hf_vit,
     outputs,
     text_model,
@@ -55,7 +55,19 @@ def refused(capsys: pytest.CaptureFixture[str], command, argv: list[str]) -> str
     return lines[0]
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Drafts of these have to be mended.
+MENDED = (
+    "opt",
+    "opt, decoder of its own",
+    "opt classifier",
+    "opt, post-LN",
+    "opt classifier, post-LN",
+    "phi3, groups, partly rotary",
+    "phi3 classifier",
+)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in MENDED])
 def test_drafts_hold_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fusionpl.families.family.library", dict)
     build, run = MODELS[name]
@@ -66,7 +78,7 @@ def test_drafts_hold_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     "name", ["timm", "timm, distilled", "vit", "bert masked-lm", "distilbert masked-lm", "gpt2", "gpt_neox", "llama",
-             "llama, biases", "qwen3", "electra masked-lm, small"]
+             "llama, biases", "qwen3", "gemma", "gemma2", "gemma3", "electra masked-lm, small"]
 )  # fmt: skip
 def test_a_draft_says_what_the_library_says(name: str) -> None:
     build, run = MODELS[name]
@@ -76,7 +88,8 @@ def test_a_draft_says_what_the_library_says(name: str) -> None:
         known.axes, known.joins, known.circuits, known.gates
     )  # fmt: skip
     assert places(found) == places(known)
-    assert found.family.norm == known.family.norm
+    assert (found.family.norm, found.family.offset) == (known.family.norm, known.family.offset)
+    assert [slot.rooted for slot in found.slots] == [slot.rooted for slot in known.slots]
     assert readers(found, model) == readers(known, model)
 
 
@@ -159,12 +172,30 @@ def test_a_language_model_from_a_folder(tmp_path: Path, capsys: pytest.CaptureFi
     assert "my.yaml holds: " in capsys.readouterr().out
 
 
-def test_a_gain_that_is_no_plain_factor_is_not_folded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_model(causal_model("gemma", head_dim=4), tmp_path / "model")
-    own = tmp_path / "my.yaml"
-    assert main(family.run, [str(tmp_path / "model"), "--output", str(own)]) == 0
-    assert "norms: {input_layernorm: [], post_attention_layernorm: []}" in own.read_text()
-    assert "model.norm: []" in own.read_text()
+class Doubled(nn.RMSNorm):
+    """It multiplies by twice its weight and a little more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2 + x * 0.1
+
+
+def test_a_gain_that_is_no_plain_factor_is_not_folded() -> None:
+    model: Any = causal("llama")
+    for layer in model.model.layers:
+        layer.input_layernorm = Doubled(16)
+    text = draft(model, text_outputs)
+    assert "norms: {input_layernorm: [], post_attention_layernorm: [mlp.gate_proj, mlp.up_proj]}" in text
+    assert "its gain is no plain factor, so it stays where it is" in text
+
+
+def test_a_draft_sees_what_norms_add_and_embeddings_multiply() -> None:
+    text = draft(causal("gemma"), text_outputs)
+    assert "offset: 1\n" in text
+    assert "rooted: [model.embed_tokens]" in text
+    assert "norms: {input_layernorm: [self_attn.q_proj, self_attn.k_proj, self_attn.v_proj]" in text
+    plain = draft(causal("llama"), text_outputs)
+    assert "offset" not in plain
+    assert "rooted" not in plain
 
 
 def test_several_stacks_have_no_draft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,8 @@ BUILD = {**NEWER, **{name: partial(text_model, name) for name in TEXT_MODELS}}
 # and a decoder that is the embedding.
 NAMES = (
     "timm, DINOv2", "dinov2, gate", "gpt2", "gpt2, decoder of its own", "gpt_neox", "llama", "qwen3", "bert masked-lm",
-    "bert classifier", "roberta masked-lm", "distilbert masked-lm", "electra masked-lm",
+    "bert classifier", "roberta masked-lm", "distilbert masked-lm", "electra masked-lm", "gemma", "opt",
+    "phi3, groups, partly rotary",
 )  # fmt: skip
 
 
@@ -51,7 +52,8 @@ def test_a_model_fused_with_itself_keeps_its_function(name: str) -> None:
     """Streams side by side that are equal have as many directions as one."""
     model = BUILD[name](1)
     found = joined(name, [model] * 3).model
-    torch.testing.assert_close(run(name, found), run(name, model), atol=5e-3, rtol=5e-3)
+    atol = 2e-2 if name == "opt" else 5e-3  # a ReLU near 0 makes the most of what is left over
+    torch.testing.assert_close(run(name, found), run(name, model), atol=atol, rtol=5e-3)
 
 
 # An untrained head's output is nearer to zero, where averages are, than to another's.
@@ -75,7 +77,20 @@ def test_a_head_as_wide_as_the_hidden_units_is_not_taken_for_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["dinov2, gate", "gpt2", "gpt_neox", "llama", "qwen3", "vit", "bert masked-lm", "roberta classifier"]
+    "name",
+    [
+        "dinov2, gate",
+        "gpt2",
+        "gpt_neox",
+        "llama",
+        "qwen3",
+        "vit",
+        "bert masked-lm",
+        "roberta classifier",
+        "gemma",
+        "opt",
+        "phi3",
+    ],
 )
 def test_the_width_is_free(name: str) -> None:
     """A parent fused with itself needs no more room; two parents find what they need in twice the width."""
@@ -334,7 +349,9 @@ def test_streams_on_disk_give_the_same_bits() -> None:
     assert largest_difference(whole, cut) == 0
 
 
-@pytest.mark.parametrize("name", ["electra masked-lm, small", "t5", "clip"])
+@pytest.mark.parametrize(
+    "name", ["electra masked-lm, small", "t5", "clip", "gemma2", "gemma3 classifier", "opt, post-LN"]
+)
 def test_streams_that_cannot_be_rotated_are_refused_in_one_line(name: str) -> None:
     make = BUILD[name]
     with pytest.raises(FusionError, match="use strategy transport") as caught:

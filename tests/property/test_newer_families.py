@@ -19,12 +19,13 @@ from fusionpl.families import (
     permuted,
     random_permutations,
 )
-from tests.models_for_tests import CAUSAL, ELECTRA, MODERN, STACKS, VISION, causal, run, text_outputs
+from tests.models_for_tests import CAUSAL, ELECTRA, MODERN, ROBERTA, STACKS, VISION, causal, run, text_outputs
 
 BUILD: dict[str, Callable[[int], nn.Module]] = {
     **{name: partial(causal, name) for name in CAUSAL},
     **ELECTRA,
     **MODERN,
+    **ROBERTA,
     **VISION,
     **STACKS,
 }

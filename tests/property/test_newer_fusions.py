@@ -19,8 +19,18 @@ from tests.property.test_newer_families import BUILD
 EXACT: dict[str, Any] = {"residual": "tie", "heads": "matched", "solver": "assignment"}
 # One of each kind: what the others add is only names.
 SOME = ("gpt2", "gpt_neox", "llama", "llama, tied", "qwen3 classifier", "electra masked-lm, small",
-        "modernbert masked-lm", "timm, packed gate", "dinov2, gate", "t5", "t5, gated", "clip")  # fmt: skip
-ROTARY = ("gpt_neox", "llama", "llama, one key-value head", "qwen2", "qwen3")
+        "modernbert masked-lm", "timm, packed gate", "dinov2, gate", "t5", "t5, gated", "clip",
+        "gemma", "gemma2", "gemma3", "opt", "opt, post-LN", "phi3, groups, partly rotary")  # fmt: skip
+ROTARY = (
+    "gpt_neox",
+    "llama",
+    "llama, one key-value head",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3 classifier",
+    "phi3, groups, partly rotary",
+)
 
 
 def fused(
@@ -93,6 +103,33 @@ def test_the_refit_keeps_one_function_and_draws_two_to_their_mean(name: str) -> 
 
     assert distance(result.model) < distance(result.average())
     assert distance(result.model) < distance(vanilla(parents, [0.5, 0.5]))
+
+
+def packed(model: nn.Module) -> nn.Module:
+    """A Llama as a Phi-3, whose class names o_proj before the map that runs first."""
+    found, own = causal("phi3", kv=2, sliding_window=None, rms_norm_eps=1e-6), model.state_dict()
+
+    def tensor(name: str) -> Tensor:
+        for whole, parts in {
+            "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+            "gate_up_proj": ("gate_proj", "up_proj"),
+        }.items():
+            if whole in name:
+                return torch.cat([own[name.replace(whole, part)] for part in parts])
+        return own[name]
+
+    found.load_state_dict({name: tensor(name) for name in found.state_dict()})
+    return found
+
+
+@pytest.mark.parametrize("refit", ["none", "ridge"])
+def test_packed_maps_are_fused_as_those_apart(refit: str) -> None:
+    apart = [causal("llama", seed) for seed in (1, 2)]
+    one, other = (
+        fused("llama", parents, refit=refit, residual="auto", reg=0.02).model
+        for parents in (apart, [packed(parent) for parent in apart])
+    )
+    torch.testing.assert_close(run("llama", other), run("llama", one), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -20,7 +20,9 @@ ROTATION: dict[str, Any] = {"stream": "rotation", "residual": "auto", "heads": "
 NAMES = ("gpt2, decoder of its own", "gpt2 classifier", "gpt_neox", "gpt_neox, sequential", "llama",
          "llama, one key-value head", "llama, biases", "mistral",
          "qwen2", "qwen3",
-         "qwen3 classifier", "deit", "dinov2", "dinov2, gate", "dinov2, registers", "timm, distilled")  # fmt: skip
+         "qwen3 classifier", "deit", "dinov2", "dinov2, gate", "dinov2, registers", "timm, distilled",
+         "gemma, decoder of its own", "gemma classifier",
+         "siglip", "opt, decoder of its own", "phi3, groups, partly rotary")  # fmt: skip
 
 
 def rotated(name: str, parents: list[nn.Module], **options: Any) -> FusionResult:
@@ -59,7 +61,7 @@ def test_the_canonical_form_and_its_rotations_keep_the_function(name: str) -> No
     torch.testing.assert_close(run(name, found), wanted, atol=1e-4, rtol=1e-4)
     for key, tensor in found.named_parameters():
         if "norm" in key and not key.endswith(("bias", "q_norm.weight", "k_norm.weight")):
-            assert torch.equal(tensor, torch.ones_like(tensor)), key
+            assert torch.equal(tensor, torch.full_like(tensor, 1 - bind(model).family.offset)), key
     torch.testing.assert_close(run(name, turned(found, 1)), wanted, atol=1e-4, rtol=1e-4)
 
 

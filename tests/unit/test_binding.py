@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from fusionpl.errors import FusionError
 from fusionpl.families import (
@@ -21,7 +23,7 @@ from fusionpl.families import (
     own_state,
     parse_family,
 )
-from tests.models_for_tests import FAMILIES, hf_vit, timm_vit
+from tests.models_for_tests import FAMILIES, hf_vit, siglip, timm_vit
 
 TOY = """
 name: toy
@@ -265,9 +267,26 @@ def test_no_blocks() -> None:
     assert refused(Toy(depth=0)) == "toy: the model has no block blocks.{l}"
 
 
-def test_unknown_class_lists_the_families() -> None:
-    with pytest.raises(FusionError, match=r"no family for torch.nn.modules.linear.Linear; known: .*vit_hf.*vit_timm"):
+def test_an_unknown_class_is_told_the_nearest_and_how_to_draft_a_family() -> None:
+    drafts = r"`python -m fusionpl\.cli\.family MODEL --output my\.yaml` drafts one for --family my\.yaml"
+    with pytest.raises(FusionError, match=rf"^no family for torch\.nn\.modules\.linear\.Linear; {drafts}"):
         bind(nn.Linear(2, 2))
+    config = Qwen3MoeConfig(hidden_size=64, num_hidden_layers=1, num_experts=2, vocab_size=9, intermediate_size=8)
+    with pytest.raises(FusionError, match=rf"Qwen3MoeForCausalLM, nearest is Qwen3ForCausalLM; {drafts}"):
+        bind(Qwen3MoeForCausalLM(config))
+
+
+def test_siglips_pooling_by_attention_is_refused() -> None:
+    with pytest.raises(FusionError, match=r"but for siglip_vision \(vision_model\.use_head is False\); "):
+        bind(siglip())
+
+
+def test_a_class_with_other_settings_is_told_which_there_are() -> None:
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9))
+    model.config = SimpleNamespace(use_parallel_residual=None)
+    words = r"this GPTNeoXForCausalLM, but for gpt_neox \(config\.use_parallel_residual is True\) or gpt_neox_seq"
+    with pytest.raises(FusionError, match=words):
+        bind(model)
 
 
 @pytest.mark.parametrize(

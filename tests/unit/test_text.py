@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -12,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from fusionpl.datamodules import IGNORED, MaskedTextConfig, MaskedTextDataModule
 from fusionpl.datamodules.corpora import corpus
+from fusionpl.datamodules.text import check_length
 from fusionpl.errors import FusionError
 from fusionpl.models import check_tokenizers, load_tokenizer, save_model, train_wordpiece
 from tests.integration.runs import WORDS, make_corpus
@@ -194,6 +196,15 @@ def test_empty_text_and_missing_folders(tmp_path: Path) -> None:
     (tmp_path / "blank.txt").write_text("\n \n\n")
     with pytest.raises(FusionError, match=r"blank.txt' holds no text; name another with --data.path"):
         module(tmp_path / "blank.txt").dataset("train")
+
+
+@pytest.mark.parametrize(("kind", "allowed"), [("roberta", 18), ("xlm-roberta", 18), ("camembert", 18), ("opt", 20)])
+def test_positions_behind_the_paddings_are_fewer(kind: str, allowed: int) -> None:
+    """OPT's table has two rows more than it says, RoBERTa's says how many rows it has."""
+    model = SimpleNamespace(config=SimpleNamespace(model_type=kind, max_position_embeddings=20))
+    check_length(model, allowed, "data.block_size")
+    with pytest.raises(FusionError, match=f"data.block_size is {allowed + 1}, but the model has {allowed} positions"):
+        check_length(model, allowed + 1, "data.block_size")
 
 
 def test_blocks_longer_than_the_models_positions(folder: Path) -> None:

@@ -38,6 +38,7 @@ from fusionpl.models import (
     ModelFolder,
     ModelWriter,
     Vocabulary,
+    adapter_beside,
     check_tokenizers,
     class_names,
     load_model,
@@ -142,10 +143,12 @@ class Calibrated:
         for config in configs:
             mixing_weights(config.weights, len(parents))
         opened = open_parents(parents, self.names, device, allow_pickle=allow_pickle, family=read_family(family))
-        self._matched = match_vocabularies(parents, opened, anchor)
+        paths = [folder.path for _, folder in opened if folder is not None]
+        self._read = [line for path in paths if (line := adapter_beside(path)) is not None]
+        self._read += match_vocabularies(parents, opened, anchor)
         networks = [network for network, _ in opened]
         check_parents(networks)
-        self._folder = opened[anchor][1]
+        self._source, self._folder = parents[anchor], opened[anchor][1]
         configs = [settled(config, networks, anchor) for config in configs]
         first = configs[0]
         closed = networks[anchor].binding.closed
@@ -198,7 +201,7 @@ class Calibrated:
             sink.finish()
         result = FusionResult(sink, sweep.aligned, team.anchor, goal, config, plan.keep)
         foreign = [one.warning for one in self.matchings if one.warning]
-        result.warnings = [*self._matched, *self._parted, *foreign, *_unconverged(result, self.names)]
+        result.warnings = [*self._read, *self._parted, *foreign, *_unconverged(result, self.names)]
         result.matchings, result.notes = self.matchings, notes
         if config.refine.method != "none":
             result.refitted = copy.deepcopy(result.model)
@@ -208,7 +211,7 @@ class Calibrated:
             )  # fmt: skip
         if output is not None:
             if folder is None:
-                tokenizer = load_tokenizer(self._folder.path) if self._folder else None
+                tokenizer = None if isinstance(self._source, nn.Module) else load_tokenizer(self._source)
                 save_model(result.model, Path(output) / "model", tokenizer=tokenizer)
             elif config.refine.method != "none":
                 with closing(ModelWriter(folder, Path(output) / "model")) as refined:

@@ -1,5 +1,6 @@
 """Build, load and save the transformers of two libraries, timm and transformers."""
 
+from fusionpl.models.adapters import adapter_beside
 from fusionpl.models.build import ModelConfig, build_model
 from fusionpl.models.folders import ModelFolder, open_model
 from fusionpl.models.heads import with_classifier
@@ -22,6 +23,7 @@ __all__ = [
     "Renumbering",
     "TensorFile",
     "Vocabulary",
+    "adapter_beside",
     "add_to_card",
     "ancestor",
     "beside",

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from fusionpl.errors import FusionError, reason
+from fusionpl.models.adapters import adapter_beside, base_of, class_with_head, is_adapter
 from fusionpl.models.build import transformers_class
 from fusionpl.models.hub import download, hub_id
 from fusionpl.models.quiet import without_cache
@@ -52,13 +54,17 @@ def open_model(source: str | Path, *, allow_pickle: bool = False) -> ModelFolder
         source, allow_pickle: see `load_model`.
 
     Returns:
-        The model, or None where its library does more on loading than rename tensors (merges or quantises them, say).
+        The model, or None where its library does more on loading than rename tensors (merges or quantises them, say),
+        and for an adapter.
 
     Raises:
         FusionError: see `load_model`.
     """
     path = model_folder(str(source), allow_pickle=allow_pickle)
     config = model_config(path)
+    if is_adapter(path):
+        return None
+    tell_of_adapter(path)
     tensors = Tensors(path, allow_pickle=allow_pickle)
     if "quantization_config" in config:
         return None
@@ -101,8 +107,35 @@ def model_folder(source: str, *, allow_pickle: bool = False, weights: bool = Tru
     return download(found, allow_pickle=allow_pickle, weights=weights)
 
 
+def base_folder(folder: Path, *, allow_pickle: bool = False, weights: bool = True) -> Path:
+    """The folder of the model that an adapter was trained on.
+
+    Args:
+        folder: the adapter's.
+        allow_pickle, weights: see `model_folder`.
+
+    Raises:
+        FusionError: there is no such model, or it is an adapter itself.
+    """
+    try:
+        found = model_folder(base_of(folder), allow_pickle=allow_pickle, weights=weights)
+    except FusionError as error:
+        raise FusionError(f"the base of the adapter in {folder}: {error}") from error
+    if is_adapter(found):
+        raise FusionError(f"the base of the adapter in {folder} is an adapter itself, {found}; merge that first")
+    return found
+
+
 def model_config(folder: Path) -> dict[str, Any]:
-    """What config.json says. Raises FusionError where it is missing, damaged, or names no architecture."""
+    """What config.json says; for an adapter its base's, with the class for the head that the adapter brings.
+
+    Raises:
+        FusionError: it is missing, damaged, or names no architecture.
+    """
+    if is_adapter(folder):
+        config = model_config(base_folder(folder, weights=False))
+        name = class_with_head(folder, config)
+        return config | {"architectures": [name]} if name else config
     file = folder / "config.json"
     if not file.is_file():
         unfinished = (folder / "checkpoints").is_dir()
@@ -114,7 +147,13 @@ def model_config(folder: Path) -> dict[str, Any]:
         raise FusionError(f"{file} is damaged: {reason(error)}") from error
     if not isinstance(config, dict) or not ("architecture" in config or config.get("architectures")):
         raise FusionError(f"{file} names no architecture, so it is neither a timm nor a transformers config")
-    return cast(dict[str, Any], config)
+    return config
+
+
+def tell_of_adapter(folder: Path) -> None:
+    """Warns of an adapter beside a whole model, once."""
+    if (line := adapter_beside(folder)) is not None:
+        warnings.warn(line, stacklevel=1)
 
 
 def misfit(file: Path, name: str, held: Any, wanted: Any) -> FusionError:

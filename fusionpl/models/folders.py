@@ -68,6 +68,7 @@ def open_model(source: str | Path, *, allow_pickle: bool = False) -> ModelFolder
     tensors = Tensors(path, allow_pickle=allow_pickle)
     if "quantization_config" in config:
         return None
+    check_numbers(tensors)
     module = _timm_skeleton(path, config) if "architecture" in config else _transformers_skeleton(path, config, tensors)
     if "architecture" in config:
         names: dict[str, str] | None = {name: name for name in tensors}
@@ -156,6 +157,17 @@ def tell_of_adapter(folder: Path) -> None:
         warnings.warn(line, stacklevel=1)
 
 
+def check_numbers(tensors: Tensors) -> None:
+    """Refuses weights that are numbers only together with scales that lie elsewhere: float8 and integers.
+
+    Raises:
+        FusionError: naming the first.
+    """
+    for name, (file, _, dtype) in tensors.entries.items():
+        if dtype.itemsize == 1 if dtype.is_floating_point else name.endswith("weight"):
+            raise FusionError(f"{file}: {name} is quantised ({str(dtype).removeprefix('torch.')}); dequantise it first")
+
+
 def misfit(file: Path, name: str, held: Any, wanted: Any) -> FusionError:
     """The error of a tensor whose shape is not the one that config.json asks for."""
     return FusionError(f"{file}: {name} is {tuple(held)}, but by config.json it is {tuple(wanted)}")
@@ -232,22 +244,28 @@ def _renamed(module: Any, tensors: Tensors) -> dict[str, str] | None:
 def _complete(module: nn.Module, tensors: Tensors, names: Mapping[str, str]) -> dict[str, str]:
     """Name of every parameter -> its name in the files, under whichever of its own names it stands there.
 
+    Of names that the class ties, transformers takes those apart for which the files hold different tensors, whatever
+    config.json says: so does this.
+
     Raises:
         FusionError: a parameter is not there or has another shape.
     """
     groups: dict[int, list[str]] = {}
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    for name, parameter in sorted(parameters.items()):
+    order = list(getattr(module, "all_tied_weights_keys", {}))  # without the names that the others are tied to
+    for name, parameter in sorted(parameters.items(), key=lambda one: order.index(one[0]) if one[0] in order else -1):
         groups.setdefault(id(parameter), []).append(name)
     found: dict[str, str] = {}
     for group in groups.values():
-        source = next((names[name] for name in group if name in names), None)
-        if source is None:
-            raise FusionError(f"{tensors.source} lacks {group[0]}")
-        held, wanted = tensors.entries[source].shape, parameters[group[0]].shape
-        if held != wanted:
-            raise misfit(tensors.source, source, held, wanted)
-        found |= dict.fromkeys(group, source)
+        first = next((names[name] for name in group if name in names), None)
+        if first is None:
+            raise FusionError(f"{tensors.source} lacks {min(group)}")
+        for name in group:
+            source = names.get(name, first)
+            held, wanted = tensors.entries[source].shape, parameters[name].shape
+            if held != wanted:
+                raise misfit(tensors.source, source, held, wanted)
+            found[name] = first if source == first or torch.equal(tensors[source], tensors[first]) else source
     return found
 
 

@@ -12,6 +12,7 @@ from fusionpl.models.adapters import CONFIG, check_mergeable, given_by, is_adapt
 from fusionpl.models.build import transformers_class
 from fusionpl.models.folders import (
     base_folder,
+    check_numbers,
     left_out,
     misfit,
     model_config,
@@ -78,6 +79,8 @@ def _load_transformers(
     """
     cls: Any = transformers_class(name or model_config(folder)["architectures"][0])
     tensors = Tensors(folder, allow_pickle=allow_pickle)  # finds damage before the library does
+    if "quantization_config" not in model_config(folder):
+        check_numbers(tensors)
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **left_out(cls, tensors)}
     try:
         config = cls.config_class.from_pretrained(folder, local_files_only=True)
@@ -98,5 +101,8 @@ def _load_transformers(
             raise misfit(tensors.source, key, held, wanted)
     for key in sorted(info["missing_keys"] - given):
         raise FusionError(f"{tensors.source} lacks {key}")
+    for key, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.dtype.itemsize == 1:
+            raise FusionError(f"{folder}: {key} stays quantised as transformers loads it; dequantise the model first")
     without_cache(model)
     return cast(nn.Module, model).float().eval()

@@ -67,7 +67,8 @@ def untied(model: nn.Module) -> tuple[nn.Module, dict[str, str]] | None:
 
 
 def _like(found: nn.Module, model: nn.Module) -> nn.Module:
-    """Gives a model the type of another, and buffers what they hold there."""
+    """Gives a model the type of another, and buffers what they hold there; what is not tied there comes apart."""
+    _part(found, model)
     buffers = dict(model.named_buffers())
     device = next(iter(buffers.values())).device if buffers else None
     for prefix, owner in found.named_modules():
@@ -76,6 +77,19 @@ def _like(found: nn.Module, model: nn.Module) -> nn.Module:
             same = other is not None and other.shape == buffer.shape
             owner._buffers[key] = other.clone() if same and other is not None else buffer.to(device)
     return found.to(next(model.parameters()).dtype).eval()
+
+
+def _part(found: nn.Module, model: nn.Module) -> None:
+    """Takes parameters apart that the class ties, and whose names are parameters of their own in another model: of
+    files that hold two different tensors."""
+    others = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    made: dict[tuple[int, int | None], nn.Parameter] = {}
+    for name, parameter in list(found.named_parameters(remove_duplicate=False)):
+        own = made.setdefault(
+            (id(parameter), others.get(name)), nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        )
+        owner, _, leaf = name.rpartition(".")
+        found.get_submodule(owner)._parameters[leaf] = own
 
 
 def _timm(model: Any, times: Fraction, heads: int | None, depth: int | None) -> nn.Module:

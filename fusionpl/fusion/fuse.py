@@ -39,6 +39,7 @@ from fusionpl.models import (
     ModelWriter,
     Vocabulary,
     adapter_beside,
+    at_image_size,
     check_tokenizers,
     class_names,
     load_model,
@@ -46,6 +47,7 @@ from fusionpl.models import (
     open_model,
     renumber,
     save_model,
+    told,
 )
 
 Parent = nn.Module | str | Path
@@ -143,9 +145,7 @@ class Calibrated:
         for config in configs:
             mixing_weights(config.weights, len(parents))
         opened = open_parents(parents, self.names, device, allow_pickle=allow_pickle, family=read_family(family))
-        paths = [folder.path for _, folder in opened if folder is not None]
-        self._read = [line for path in paths if (line := adapter_beside(path)) is not None]
-        self._read += match_vocabularies(parents, opened, anchor)
+        self._read = match_parents(parents, opened, anchor)
         networks = [network for network, _ in opened]
         check_parents(networks)
         self._source, self._folder = parents[anchor], opened[anchor][1]
@@ -279,6 +279,45 @@ def open_parents(
             model = load_model(parent, allow_pickle=allow_pickle).to(home)
             found.append((Network(model, bind(model, family), name), None))
     return found
+
+
+def match_parents(
+    parents: Sequence[Parent], opened: list[tuple[Network, ModelFolder | None]], anchor: int
+) -> list[str]:
+    """Gives parents the anchor's size of images and its numbers of tokens; `opened` holds them afterwards.
+
+    Args:
+        parents, opened, anchor: see `match_vocabularies`.
+
+    Returns:
+        What a reader should know of how the parents are read, a line each.
+
+    Raises:
+        FusionError: parents that cut images into patches of different size; see `check_tokenizers`.
+    """
+    lines = [line for _, folder in opened if folder is not None and (line := adapter_beside(folder.path)) is not None]
+    return [*lines, *_match_images(opened, anchor), *match_vocabularies(parents, opened, anchor)]
+
+
+def _match_images(opened: list[tuple[Network, ModelFolder | None]], anchor: int) -> list[str]:
+    reference = opened[anchor][0]
+    family, lines = reference.binding.family, []
+    for index, (network, folder) in enumerate(opened):
+        names = network.name, reference.name
+        if network.binding.family.name != family.name:  # which is refused later
+            continue
+        if (found := at_image_size(network.module, reference.module, family, names)) is not None:
+            module, moved = found
+            read = network.read
+            opened[index] = (
+                Network(
+                    module, bind(module, family), network.name, device=network.device,
+                    read=lambda name, read=read, moved=moved: moved(name, read(name)),  # type: ignore[misc]
+                ),
+                folder,
+            )  # fmt: skip
+            lines.append(told(network.name, network.module, reference.name, reference.module))
+    return lines
 
 
 def match_vocabularies(

@@ -5,6 +5,7 @@ from fusionpl.models.build import ModelConfig, build_model
 from fusionpl.models.folders import ModelFolder, open_model
 from fusionpl.models.heads import with_classifier
 from fusionpl.models.hub import hub_id, short_name
+from fusionpl.models.images import at_image_size, told, with_image_size
 from fusionpl.models.lineage import Ancestor, ancestor, inherited, lineage, parents_section
 from fusionpl.models.load import load_model
 from fusionpl.models.push import check_push, push
@@ -26,6 +27,7 @@ __all__ = [
     "adapter_beside",
     "add_to_card",
     "ancestor",
+    "at_image_size",
     "beside",
     "build_model",
     "check_push",
@@ -46,9 +48,11 @@ __all__ = [
     "resized",
     "save_model",
     "short_name",
+    "told",
     "train_bpe",
     "train_wordpiece",
     "untied",
     "with_classifier",
+    "with_image_size",
     "write_card",
 ]

@@ -66,6 +66,14 @@ def untied(model: nn.Module) -> tuple[nn.Module, dict[str, str]] | None:
     return (_like(found, model), {name: names[id(model.get_parameter(name))] for name in new}) if new else None
 
 
+def reshaped(model: nn.Module, config: Any) -> nn.Module:
+    """A model of the same class with another config, its parameters on the meta device; see `resized`."""
+    with parameters_on_meta():
+        found: nn.Module = cast(Any, type(model))(config)
+    without_cache(found)
+    return _like(found, model)
+
+
 def _like(found: nn.Module, model: nn.Module) -> nn.Module:
     """Gives a model the type of another, and buffers what they hold there; what is not tied there comes apart."""
     _part(found, model)

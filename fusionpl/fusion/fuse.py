@@ -28,6 +28,7 @@ from fusionpl.fusion.average import mixing_weights
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.depth import Matching, levelled
 from fusionpl.fusion.goal import goal_of, parted, settled
+from fusionpl.fusion.kin import kinship
 from fusionpl.fusion.plan import Plan, make_plan
 from fusionpl.fusion.refine import Augment, refine
 from fusionpl.fusion.result import FusionResult, InMemory, Sink
@@ -148,6 +149,7 @@ class Calibrated:
         self._read = match_parents(parents, opened, anchor)
         networks = [network for network, _ in opened]
         check_parents(networks)
+        self._read += kinship(networks, parents, anchor)
         self._source, self._folder = parents[anchor], opened[anchor][1]
         configs = [settled(config, networks, anchor) for config in configs]
         first = configs[0]

@@ -6,7 +6,7 @@ from fusionpl.models.folders import ModelFolder, open_model
 from fusionpl.models.heads import with_classifier
 from fusionpl.models.hub import hub_id, short_name
 from fusionpl.models.images import at_image_size, told, with_image_size
-from fusionpl.models.lineage import Ancestor, ancestor, inherited, lineage, parents_section
+from fusionpl.models.lineage import Ancestor, ancestor, base_models, inherited, lineage, parents_section
 from fusionpl.models.load import load_model
 from fusionpl.models.push import check_push, push
 from fusionpl.models.resized import resized, untied
@@ -28,6 +28,7 @@ __all__ = [
     "add_to_card",
     "ancestor",
     "at_image_size",
+    "base_models",
     "beside",
     "build_model",
     "check_push",

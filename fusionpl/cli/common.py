@@ -339,6 +339,7 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning|torch|timm|transformers|datasets")
+    warnings.formatwarning = lambda message, *where, **more: f"warning: {message}\n"
     if not sys.stderr.isatty():
         disable_progress_bars()
 

@@ -203,7 +203,7 @@ def _candidates(source: str, origin: dict[str, Any], options: Namespace, *, ever
     family = read_family(origin.get("family"))
     vocabulary = Vocabulary.of(source, fused, family)
     paths = origin["parents"]
-    parents = [load_parent(path, vocabulary, allow_pickle=allowed, family=family) for path in paths]
+    parents = [load_parent(path, vocabulary, fused, allow_pickle=allowed, family=family) for path in paths]
     plain = vanilla(parents, mixing_weights(origin.get("weights"), len(parents)))
     report = Report.load(Path(source) / "report").rows
     rows = [row for row in report if row.name.startswith("parent ") and row.stage == "one-shot"]

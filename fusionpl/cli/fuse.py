@@ -47,7 +47,7 @@ from fusionpl.fusion import (
     check_parents,
     describe,
     estimate,
-    match_vocabularies,
+    match_parents,
     mixing_weights,
     open_parents,
     plan_of,
@@ -141,7 +141,7 @@ class Job:
         reading = {"allow_pickle": args.allow_pickle, "family": family}
         opened = open_parents(list(parents.values()), list(parents), **reading)
         tokenizer = common_tokenizer(parents, anchor)
-        match_vocabularies(list(parents.values()), opened, anchor)
+        match_parents(list(parents.values()), opened, anchor)
         networks = [network for network, _ in opened]
         check_parents(networks)
         config = settled(config, networks, anchor)
@@ -151,10 +151,13 @@ class Job:
         return cls(args, settings, config, parents, networks, anchor, data, tokenizer, family, presets, alternatives)
 
     def load(self, name: str) -> nn.Module:
-        """A whole parent, with the anchor's vocabulary."""
+        """A whole parent, with the anchor's vocabulary and size of images."""
         axis = self.networks[self.anchor].binding.axes.get(VOCABULARY)
         vocabulary = Vocabulary(self.tokenizer, axis.size) if axis and self.tokenizer is not None else None
-        return load_parent(self.parents[name], vocabulary, allow_pickle=self.args.allow_pickle, family=self.family)
+        like = self.networks[self.anchor].module
+        return load_parent(
+            self.parents[name], vocabulary, like, allow_pickle=self.args.allow_pickle, family=self.family
+        )
 
     def calibration(self) -> CalibrationSet:
         """The calibration set, in this process."""

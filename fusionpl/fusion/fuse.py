@@ -37,6 +37,7 @@ from fusionpl.fusion.average import mixing_weights
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.depth import Matching, levelled
 from fusionpl.fusion.goal import goal_of, parted, settled
+from fusionpl.fusion.kin import kinship
 from fusionpl.fusion.plan import Plan, make_plan
 from fusionpl.fusion.refine import Augment, refine
 from fusionpl.fusion.result import FusionResult, InMemory, Sink
@@ -47,6 +48,8 @@ from fusionpl.models import (
     ModelFolder,
     ModelWriter,
     Vocabulary,
+    adapter_beside,
+    at_image_size,
     check_tokenizers,
     class_names,
     copy_modules,
@@ -55,6 +58,7 @@ from fusionpl.models import (
     open_model,
     renumber,
     save_model,
+    told,
     width_of,
 )
 
@@ -153,13 +157,14 @@ class Calibrated:
         for config in configs:
             mixing_weights(config.weights, len(parents))
         opened = open_parents(parents, self.names, device, allow_pickle=allow_pickle, family=read_family(family))
-        self._matched = match_vocabularies(parents, opened, anchor)
+        self._read = match_parents(parents, opened, anchor)
         networks = [network for network, _ in opened]
         check_parents(networks)
         taught = any(config.refine.method != "none" for config in configs)
         if taught and is_bare(networks[anchor].module):
             raise FusionError("encoders without a head have no outputs to be taught; leave refine.method at none")
-        self._folder = opened[anchor][1]
+        self._read += kinship(networks, parents, anchor)
+        self._source, self._folder = parents[anchor], opened[anchor][1]
         configs = [settled(config, networks, anchor) for config in configs]
         first = configs[0]
         closed = networks[anchor].binding.closed
@@ -212,7 +217,7 @@ class Calibrated:
             sink.finish()
         result = FusionResult(sink, sweep.aligned, team.anchor, goal, config, plan.keep)
         foreign = [one.warning for one in self.matchings if one.warning]
-        result.warnings = [*self._matched, *self._parted, *foreign, *_unconverged(result, self.names)]
+        result.warnings = [*self._read, *self._parted, *foreign, *_unconverged(result, self.names)]
         result.matchings, result.notes = self.matchings, notes
         if config.refine.method != "none":
             result.refitted = copy.deepcopy(result.model)
@@ -222,7 +227,7 @@ class Calibrated:
             )  # fmt: skip
         if output is not None:
             if folder is None:
-                tokenizer = load_tokenizer(self._folder.path) if self._folder else None
+                tokenizer = None if isinstance(self._source, nn.Module) else load_tokenizer(self._source)
                 save_model(result.model, Path(output) / "model", tokenizer=tokenizer)
                 if self._folder:
                     copy_modules(self._folder.path, Path(output) / "model", width_of(result.model))
@@ -292,6 +297,45 @@ def open_parents(
             model = load_model(parent, allow_pickle=allow_pickle).to(home)
             found.append((Network(model, bind(model, family), name), None))
     return found
+
+
+def match_parents(
+    parents: Sequence[Parent], opened: list[tuple[Network, ModelFolder | None]], anchor: int
+) -> list[str]:
+    """Gives parents the anchor's size of images and its numbers of tokens; `opened` holds them afterwards.
+
+    Args:
+        parents, opened, anchor: see `match_vocabularies`.
+
+    Returns:
+        What a reader should know of how the parents are read, a line each.
+
+    Raises:
+        FusionError: parents that cut images into patches of different size; see `check_tokenizers`.
+    """
+    lines = [line for _, folder in opened if folder is not None and (line := adapter_beside(folder.path)) is not None]
+    return [*lines, *_match_images(opened, anchor), *match_vocabularies(parents, opened, anchor)]
+
+
+def _match_images(opened: list[tuple[Network, ModelFolder | None]], anchor: int) -> list[str]:
+    reference = opened[anchor][0]
+    family, lines = reference.binding.family, []
+    for index, (network, folder) in enumerate(opened):
+        names = network.name, reference.name
+        if network.binding.family.name != family.name:  # which is refused later
+            continue
+        if (found := at_image_size(network.module, reference.module, family, names)) is not None:
+            module, moved = found
+            read = network.read
+            opened[index] = (
+                Network(
+                    module, bind(module, family), network.name, device=network.device,
+                    read=lambda name, read=read, moved=moved: moved(name, read(name)),  # type: ignore[misc]
+                ),
+                folder,
+            )  # fmt: skip
+            lines.append(told(network.name, network.module, reference.name, reference.module))
+    return lines
 
 
 def match_vocabularies(

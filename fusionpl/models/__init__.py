@@ -1,10 +1,12 @@
 """Build, load and save the transformers of two libraries, timm and transformers."""
 
+from fusionpl.models.adapters import adapter_beside
 from fusionpl.models.build import ModelConfig, build_model
 from fusionpl.models.folders import ModelFolder, model_config, model_folder, open_model
 from fusionpl.models.heads import with_classifier
 from fusionpl.models.hub import hub_id, short_name
-from fusionpl.models.lineage import Ancestor, ancestor, inherited, lineage, parents_section
+from fusionpl.models.images import at_image_size, told, with_image_size
+from fusionpl.models.lineage import Ancestor, ancestor, base_models, inherited, lineage, parents_section
 from fusionpl.models.load import load_model
 from fusionpl.models.push import check_push, push
 from fusionpl.models.resized import resized, untied
@@ -23,8 +25,11 @@ __all__ = [
     "Renumbering",
     "TensorFile",
     "Vocabulary",
+    "adapter_beside",
     "add_to_card",
     "ancestor",
+    "at_image_size",
+    "base_models",
     "beside",
     "build_model",
     "check_pooling",
@@ -50,10 +55,12 @@ __all__ = [
     "save_model",
     "sentence_pooling",
     "short_name",
+    "told",
     "train_bpe",
     "train_wordpiece",
     "untied",
     "width_of",
     "with_classifier",
+    "with_image_size",
     "write_card",
 ]

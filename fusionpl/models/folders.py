@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from fusionpl.errors import FusionError, reason
+from fusionpl.models.adapters import adapter_beside, base_of, class_with_head, is_adapter
 from fusionpl.models.build import transformers_class
 from fusionpl.models.hub import download, hub_id
 from fusionpl.models.quiet import without_cache
@@ -52,16 +54,21 @@ def open_model(source: str | Path, *, allow_pickle: bool = False) -> ModelFolder
         source, allow_pickle: see `load_model`.
 
     Returns:
-        The model, or None where its library does more on loading than rename tensors (merges or quantises them, say).
+        The model, or None where its library does more on loading than rename tensors (merges or quantises them, say),
+        and for an adapter.
 
     Raises:
         FusionError: see `load_model`.
     """
     path = model_folder(str(source), allow_pickle=allow_pickle)
     config = model_config(path)
+    if is_adapter(path):
+        return None
+    tell_of_adapter(path)
     tensors = Tensors(path, allow_pickle=allow_pickle)
     if "quantization_config" in config:
         return None
+    check_numbers(tensors)
     module = _timm_skeleton(path, config) if "architecture" in config else _transformers_skeleton(path, config, tensors)
     if "architecture" in config:
         names: dict[str, str] | None = {name: name for name in tensors}
@@ -101,8 +108,35 @@ def model_folder(source: str, *, allow_pickle: bool = False, weights: bool = Tru
     return download(found, allow_pickle=allow_pickle, weights=weights)
 
 
+def base_folder(folder: Path, *, allow_pickle: bool = False, weights: bool = True) -> Path:
+    """The folder of the model that an adapter was trained on.
+
+    Args:
+        folder: the adapter's.
+        allow_pickle, weights: see `model_folder`.
+
+    Raises:
+        FusionError: there is no such model, or it is an adapter itself.
+    """
+    try:
+        found = model_folder(base_of(folder), allow_pickle=allow_pickle, weights=weights)
+    except FusionError as error:
+        raise FusionError(f"the base of the adapter in {folder}: {error}") from error
+    if is_adapter(found):
+        raise FusionError(f"the base of the adapter in {folder} is an adapter itself, {found}; merge that first")
+    return found
+
+
 def model_config(folder: Path) -> dict[str, Any]:
-    """What config.json says. Raises FusionError where it is missing, damaged, or names no architecture."""
+    """What config.json says; for an adapter its base's, with the class for the head that the adapter brings.
+
+    Raises:
+        FusionError: it is missing, damaged, or names no architecture.
+    """
+    if is_adapter(folder):
+        config = model_config(base_folder(folder, weights=False))
+        name = class_with_head(folder, config)
+        return config | {"architectures": [name]} if name else config
     file = folder / "config.json"
     if not file.is_file():
         unfinished = (folder / "checkpoints").is_dir()
@@ -114,7 +148,24 @@ def model_config(folder: Path) -> dict[str, Any]:
         raise FusionError(f"{file} is damaged: {reason(error)}") from error
     if not isinstance(config, dict) or not ("architecture" in config or config.get("architectures")):
         raise FusionError(f"{file} names no architecture, so it is neither a timm nor a transformers config")
-    return cast(dict[str, Any], config)
+    return config
+
+
+def tell_of_adapter(folder: Path) -> None:
+    """Warns of an adapter beside a whole model, once."""
+    if (line := adapter_beside(folder)) is not None:
+        warnings.warn(line, stacklevel=1)
+
+
+def check_numbers(tensors: Tensors) -> None:
+    """Refuses weights that are numbers only together with scales that lie elsewhere: float8 and integers.
+
+    Raises:
+        FusionError: naming the first.
+    """
+    for name, (file, _, dtype) in tensors.entries.items():
+        if dtype.itemsize == 1 if dtype.is_floating_point else name.endswith("weight"):
+            raise FusionError(f"{file}: {name} is quantised ({str(dtype).removeprefix('torch.')}); dequantise it first")
 
 
 def misfit(file: Path, name: str, held: Any, wanted: Any) -> FusionError:
@@ -193,22 +244,28 @@ def _renamed(module: Any, tensors: Tensors) -> dict[str, str] | None:
 def _complete(module: nn.Module, tensors: Tensors, names: Mapping[str, str]) -> dict[str, str]:
     """Name of every parameter -> its name in the files, under whichever of its own names it stands there.
 
+    Of names that the class ties, transformers takes those apart for which the files hold different tensors, whatever
+    config.json says: so does this.
+
     Raises:
         FusionError: a parameter is not there or has another shape.
     """
     groups: dict[int, list[str]] = {}
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    for name, parameter in sorted(parameters.items()):
+    order = list(getattr(module, "all_tied_weights_keys", {}))  # without the names that the others are tied to
+    for name, parameter in sorted(parameters.items(), key=lambda one: order.index(one[0]) if one[0] in order else -1):
         groups.setdefault(id(parameter), []).append(name)
     found: dict[str, str] = {}
     for group in groups.values():
-        source = next((names[name] for name in group if name in names), None)
-        if source is None:
-            raise FusionError(f"{tensors.source} lacks {group[0]}")
-        held, wanted = tensors.entries[source].shape, parameters[group[0]].shape
-        if held != wanted:
-            raise misfit(tensors.source, source, held, wanted)
-        found |= dict.fromkeys(group, source)
+        first = next((names[name] for name in group if name in names), None)
+        if first is None:
+            raise FusionError(f"{tensors.source} lacks {min(group)}")
+        for name in group:
+            source = names.get(name, first)
+            held, wanted = tensors.entries[source].shape, parameters[name].shape
+            if held != wanted:
+                raise misfit(tensors.source, source, held, wanted)
+            found[name] = first if source == first or torch.equal(tensors[source], tensors[first]) else source
     return found
 
 

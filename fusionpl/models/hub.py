@@ -9,7 +9,8 @@ import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from fusionpl.errors import FusionError, nearest, reason
-from fusionpl.models.tensors import PICKLES, SAFETENSORS, Layout, pickle_hint
+from fusionpl.models.adapters import CONFIG
+from fusionpl.models.tensors import ADAPTERS, PICKLES, SAFETENSORS, Layout, pickle_hint
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^\s@]+))?")
 # What makes a model besides its weights: configuration, tokenizer, templates.
@@ -64,11 +65,23 @@ def download(source: HubId, *, allow_pickle: bool = False, weights: bool = True)
     folder = _snapshot(source, SMALL_FILES + (SAFETENSORS.patterns if weights else ()))
     if not weights or SAFETENSORS.held(_names(folder)):
         return folder
+    if CONFIG in _names(folder):
+        return _adapter(source, allow_pickle)
     if allow_pickle:
         folder = _snapshot(source, SMALL_FILES + PICKLES.patterns)
         if PICKLES.held(_names(folder)):
             return folder
     raise FusionError(_without_weights(source, _names(folder), allow_pickle))
+
+
+def _adapter(source: HubId, allow_pickle: bool) -> Path:
+    """Downloads an adapter."""
+    for layout in ADAPTERS if allow_pickle else ADAPTERS[:1]:
+        folder = _snapshot(source, SMALL_FILES + layout.patterns)
+        if layout.held(_names(folder)):
+            return folder
+    advice = "" if allow_pickle else f"; if it has one, {pickle_hint(ADAPTERS[1].whole)}"
+    raise FusionError(f"'{source}' is an adapter without {ADAPTERS[0].whole}{advice}")
 
 
 def card_folder(source: HubId) -> Path:

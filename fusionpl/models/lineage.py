@@ -49,6 +49,22 @@ def ancestor(name: str, source: str) -> Ancestor:
     return Ancestor(name, HubId(found.repo, folder.name), _licence(folder))
 
 
+def base_models(source: str) -> frozenset[str]:
+    """The models that the card of a model names as its base; none where it has no card.
+
+    Args:
+        source: see `load_model`.
+    """
+    found = hub_id(source)
+    try:
+        card = _card(model_folder(source) if found is None else card_folder(found))
+    except FusionError:  # see `ancestor`
+        return frozenset()
+    named = None if card is None else card.data.get("base_model")
+    names = named if isinstance(named, list) else [named]
+    return frozenset(name for name in names if isinstance(name, str))
+
+
 def lineage(ancestors: Sequence[Ancestor], relation: Relation) -> dict[str, Any]:
     """The metadata of a card: `base_model`, which are hub ids alone, and `license` where all are known."""
     found: dict[str, Any] = {}

@@ -61,16 +61,31 @@ def untied(model: nn.Module) -> tuple[nn.Module, dict[str, str]] | None:
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = False
     with parameters_on_meta():
-        found: nn.Module = cast(Any, type(model))(config)
-    without_cache(found)
+        found = _new(model, config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     new = [name for name, _ in found.named_parameters() if name not in names.values()]
     return (_like(found, model), {name: names[id(model.get_parameter(name))] for name in new}) if new else None
 
 
+def reshaped(model: nn.Module, config: Any) -> nn.Module:
+    """A model of the same class with another config, its parameters on the meta device; see `resized`."""
+    with parameters_on_meta():
+        found = _new(model, config)
+    return _like(found, model)
+
+
+def _new(model: Any, config: Any) -> nn.Module:
+    """A model of the same class, with a pooler if the other has one."""
+    without_pooler = {"add_pooling_layer": False} if getattr(model, "pooler", True) is None else {}
+    found: nn.Module = type(model)(config, **without_pooler)
+    without_cache(found)
+    return found
+
+
 def _like(found: nn.Module, model: nn.Module) -> nn.Module:
     """Gives the parameters of a model the type of another's, and buffers that are saved what they hold there; others,
-    such as the factor of an embedding, follow from the width."""
+    such as the factor of an embedding, follow from the width. What is not tied there comes apart."""
+    _part(found, model)
     buffers = dict(model.named_buffers())
     device, dtype = next(iter(buffers.values())).device if buffers else None, next(model.parameters()).dtype
     for prefix, owner in found.named_modules():
@@ -81,6 +96,19 @@ def _like(found: nn.Module, model: nn.Module) -> nn.Module:
     for parameter in found.parameters():
         parameter.data = parameter.data.to(dtype)
     return found.eval()
+
+
+def _part(found: nn.Module, model: nn.Module) -> None:
+    """Takes parameters apart that the class ties, and whose names are parameters of their own in another model: of
+    files that hold two different tensors."""
+    others = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    made: dict[tuple[int, int | None], nn.Parameter] = {}
+    for name, parameter in list(found.named_parameters(remove_duplicate=False)):
+        own = made.setdefault(
+            (id(parameter), others.get(name)), nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        )
+        owner, _, leaf = name.rpartition(".")
+        found.get_submodule(owner)._parameters[leaf] = own
 
 
 def _timm(model: Any, times: Fraction, heads: int | None, depth: int | None) -> nn.Module:
@@ -112,7 +140,4 @@ def _transformers(model: Any, times: Fraction, heads: int | None, depth: int | N
         config.num_hidden_layers = depth
         if kinds:
             config.layer_types = [kinds[at % len(kinds)] for at in range(depth)]
-    without_pooler = {"add_pooling_layer": False} if getattr(model, "pooler", True) is None else {}
-    found: nn.Module = type(model)(config, **without_pooler)
-    without_cache(found)
-    return found
+    return _new(model, config)

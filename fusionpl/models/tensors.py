@@ -51,6 +51,7 @@ class Layout:
 
 
 SAFETENSORS, PICKLES = Layout("model", "safetensors"), Layout("pytorch_model", "bin")
+MODELS, ADAPTERS = (SAFETENSORS, PICKLES), (Layout("adapter_model", "safetensors"), Layout("adapter_model", "bin"))
 
 
 class Entry(NamedTuple):
@@ -70,6 +71,7 @@ class Tensors(Mapping[str, Tensor]):
         folder: with model.safetensors, or an index and shards.
         allow_pickle: whether pytorch_model.bin is read where there are no safetensors, as tensors and nothing else; one
             that was written before PyTorch 1.6 is in memory as a whole.
+        layouts: how the files are named, safetensors and pickles: a model's, or an adapter's.
 
     Attributes:
         entries: name -> what its file says of it.
@@ -80,11 +82,11 @@ class Tensors(Mapping[str, Tensor]):
         FusionError: there is no such file, or one is damaged.
     """
 
-    def __init__(self, folder: Path, *, allow_pickle: bool = False) -> None:
-        layouts = (SAFETENSORS, PICKLES) if allow_pickle else (SAFETENSORS,)
-        files = next((found for layout in layouts if (found := _files(folder, layout))), None)
+    def __init__(self, folder: Path, *, allow_pickle: bool = False, layouts: tuple[Layout, Layout] = MODELS) -> None:
+        allowed = layouts if allow_pickle else layouts[:1]
+        files = next((found for layout in allowed if (found := _files(folder, layout))), None)
         if files is None:
-            raise FusionError(f"{folder} has no model.safetensors{_instead(folder)}")
+            raise FusionError(f"{folder} has no {layouts[0].whole}{_instead(folder, *layouts)}")
         self.source, shards = files
         self.entries: dict[str, Entry] = {}
         self.pickled: dict[str, Tensor] = {}
@@ -165,13 +167,13 @@ def _files(folder: Path, layout: Layout) -> tuple[Path, dict[Path, set[str] | No
     return index, shards
 
 
-def _instead(folder: Path) -> str:
-    """What a folder has instead of model.safetensors."""
+def _instead(folder: Path, safetensors: Layout, pickles: Layout) -> str:
+    """What a folder has instead of safetensors."""
     names = sorted(file.name for file in folder.glob("*"))
-    if SAFETENSORS.held(names):
-        return f", and its shards have no {SAFETENSORS.index}; copy or download it too"
-    if PICKLES.held(names):
-        return f"; {pickle_hint(PICKLES.held(names)[0])}"
+    if safetensors.held(names):
+        return f", and its shards have no {safetensors.index}; copy or download it too"
+    if pickles.held(names):
+        return f"; {pickle_hint(pickles.held(names)[0])}"
     others = [name for name in names if name.endswith((".bin", ".pth", ".pt", ".ckpt"))]
     return f"; {others[0]} is a pickle, which is never read" if others else ""
 

@@ -12,7 +12,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fusionpl.errors import FusionError, reason
-from fusionpl.models.folders import model_folder
+from fusionpl.models.adapters import is_adapter
+from fusionpl.models.folders import base_folder, model_folder
 
 ALPHABET = 1000  # letters, the most frequent ones, as in BERT
 SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
@@ -99,7 +100,7 @@ def _untrained(model: models.WordPiece) -> tokenizers.Tokenizer:
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a model; None where there is none.
+    """The tokenizer beside a model, for an adapter without one its base's; None where there is none.
 
     Args:
         source: a run folder, a model folder, or a hub id (`org/name@revision`), of which no weights are downloaded.
@@ -108,7 +109,9 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
         FusionError: its files are damaged.
     """
     folder = model_folder(str(source), weights=False)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
+    if not _has_tokenizer(folder) and is_adapter(folder):
+        folder = base_folder(folder, weights=False)
+    if not _has_tokenizer(folder):
         return None
     try:
         found: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -117,6 +120,10 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
             f"{folder}: the tokenizer can't be read ({reason(error)}); copy or train the model again"
         ) from error
     return found
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json"))
 
 
 def check_tokenizers(found: Mapping[str, PreTrainedTokenizerBase | None], *, renumbered: bool = True) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fusionpl.families import VOCABULARY, Family, bind
+from fusionpl.models.images import with_image_size
 from fusionpl.models.load import load_model
 from fusionpl.models.tokenizers import load_tokenizer
 
@@ -73,16 +74,22 @@ class Vocabulary:
 
 
 def load_parent(
-    source: str | Path, vocabulary: Vocabulary | None, *, allow_pickle: bool = False, family: Family | None = None
+    source: str | Path,
+    vocabulary: Vocabulary | None,
+    like: nn.Module | None = None,
+    *,
+    allow_pickle: bool = False,
+    family: Family | None = None,
 ) -> nn.Module:
-    """Loads a whole model (see `load_model`) that reads and writes the tokens of `vocabulary`, if one is given."""
+    """Loads a whole model (see `load_model`) that reads and writes the tokens of `vocabulary`, if one is given, and
+    takes images of the size that `like` takes."""
     model = load_model(source, allow_pickle=allow_pickle)
     if vocabulary is not None:
         axis = bind(model, family).axes[VOCABULARY]
         found = vocabulary.renumbering(load_tokenizer(source), axis.size)
         if found is not None:
             renumber(model, found, family)
-    return model
+    return model if like is None else with_image_size(model, like, family)
 
 
 def renumber(model: Any, found: Renumbering, family: Family | None = None) -> Callable[[str, Tensor], Tensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from fusionpl.models.adapters import CONFIG
 from fusionpl.models.folders import ModelFolder
 from fusionpl.models.hub import SMALL_FILES
 from fusionpl.models.load import load_model
@@ -33,7 +34,7 @@ class ModelWriter:
         self._new = Path(self._temporary.name) / "new"
         self._new.mkdir()
         for file in (file for pattern in SMALL_FILES for file in like.path.glob(pattern)):
-            if not file.name.endswith(".index.json"):
+            if not file.name.endswith(".index.json") and file.name != CONFIG:  # without its adapter it is no good
                 shutil.copy(file, self._new)
         kept = [*dict.fromkeys(like.names.values()), *like.buffers]
         layout = {name: (like.tensors.entries[name].shape, like.tensors.entries[name].dtype) for name in kept}

@@ -57,6 +57,14 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama (Mistral)": ("mistral", "CausalLM", SHARED_KEYS),
     "qwen2": ("qwen2", "CausalLM", SHARED_KEYS),
     "qwen3": ("qwen3", "CausalLM", {**SHARED_KEYS, "head_dim": WIDTH // HEADS}),
+    "gemma": ("gemma", "CausalLM", {**SHARED_KEYS, "head_dim": WIDTH // HEADS}),
+    "gemma2": ("gemma2", "CausalLM", {**SHARED_KEYS, "head_dim": WIDTH // HEADS, "sliding_window": 32}),
+    "gemma3": ("gemma3_text", "CausalLM", {**SHARED_KEYS, "head_dim": WIDTH // HEADS, "sliding_window": 32}),
+    "phi3": ("phi3", "CausalLM", {}),
+    "opt": ("opt", "CausalLM", {"ffn_dim": HIDDEN, "word_embed_proj_dim": WIDTH}),
+    "opt_post": (
+        "opt", "CausalLM", {"ffn_dim": HIDDEN, "word_embed_proj_dim": WIDTH // 2, "do_layer_norm_before": False}
+    ),
     "t5": (
         "t5", "Seq2SeqLM",
         {"d_model": WIDTH, "d_kv": WIDTH // HEADS, "d_ff": HIDDEN, "num_layers": DEPTH, "num_heads": HEADS,
@@ -86,6 +94,9 @@ def clip(name: str, config: Any, **own: Any) -> nn.Module:
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "vit_timm": timm_vit,
     **{name: partial(of_transformers, *one) for name, one in MODELS.items()},
+    "siglip_vision": lambda: transformers.SiglipForImageClassification(
+        transformers.SiglipConfig(vision_config={**TOWER, **IMAGES, "vision_use_head": False})
+    ),
     "clip_vision": lambda: clip("CLIPVisionModelWithProjection", transformers.CLIPVisionConfig, **TOWER, **IMAGES),
     "clip_text": lambda: clip("CLIPTextModelWithProjection", transformers.CLIPTextConfig, **COMMON),
     "clip": lambda: clip("CLIPModel", transformers.CLIPConfig, text_config=COMMON, vision_config={**TOWER, **IMAGES}),

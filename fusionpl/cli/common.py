@@ -272,7 +272,7 @@ def data_module(task: TaskName, config: Any, seed: int, tokenizer: Any, models: 
     Raises:
         FusionError: nothing says which data they are; options out of range; sentence encoders that pool differently.
     """
-    if config.path == NOT_SAID:
+    if config.path == NOT_SAID or (config.path == "glue" and config.name is None):
         raise FusionError(
             f"nothing says which data {models[0]} is for; give --data.path: a file, a folder or a hub id of samples "
             "like those that it was trained on"

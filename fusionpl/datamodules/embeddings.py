@@ -39,6 +39,7 @@ class TextEmbeddingConfig(TextClassificationConfig):
             model's folder says to sentence-transformers, else mean.
     """
 
+    path: str = ""
     pooling: Literal["auto", "mean", "cls", "max", "lasttoken"] = "auto"
 
 

@@ -112,6 +112,12 @@ class TextDataModule(FixedSplits):
     def check_model(self, model: Any, run: Run | None = None) -> None:
         """Raises FusionError where blocks are longer than the model's positions; else see `FixedSplits`."""
         check_length(model, self.config.block_size, "data.block_size")
+        rows = getattr(getattr(model, "config", None), "vocab_size", None)
+        if rows is not None and not self.fits(rows):
+            raise FusionError(
+                f"the {type(model).__name__} has rows for {rows} tokens, fewer than the {self.num_classes} of its "
+                "tokenizer; give --data.tokenizer the one that it was trained with"
+            )
         super().check_model(model, run)
 
     def dataset(self, part: str) -> Blocks:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from fusionpl.calibration import Network
 from fusionpl.models import base_models
@@ -53,11 +54,14 @@ def weights_alike(a: Network, b: Network) -> float | None:
     if not names or any(name not in found[1] or found[0][name].shape != found[1][name].shape for name in names):
         return None
     step = -(-len(names) // MATRICES)
-    cosines = []
-    for name in names[::step]:
-        one, other = (network.read(name).to(network.device, torch.float32).flatten() for network in (a, b))
-        cosines.append(float(torch.nn.functional.cosine_similarity(one, other, dim=0)))
-    return sorted(cosines)[len(cosines) // 2]
+    cosines = sorted(_cosine(a, b, name) for name in names[::step])
+    return cosines[len(cosines) // 2]
+
+
+def _cosine(a: Network, b: Network, name: str) -> float:
+    """Of one parameter; here, so that no more than one is in memory."""
+    one, other = (network.read(name).to(network.device, torch.float32).flatten() for network in (a, b))
+    return float(functional.cosine_similarity(one, other, dim=0))
 
 
 def _bases(source: Any) -> frozenset[str]:

@@ -253,7 +253,8 @@ def _complete(module: nn.Module, tensors: Tensors, names: Mapping[str, str]) -> 
     groups: dict[int, list[str]] = {}
     parameters = dict(module.named_parameters(remove_duplicate=False))
     order = list(getattr(module, "all_tied_weights_keys", {}))  # without the names that the others are tied to
-    for name, parameter in sorted(parameters.items(), key=lambda one: order.index(one[0]) if one[0] in order else -1):
+    ranks = {name: order.index(name) if name in order else -1 for name in parameters}
+    for name, parameter in sorted(parameters.items(), key=lambda one: (ranks[one[0]], one[0])):
         groups.setdefault(id(parameter), []).append(name)
     found: dict[str, str] = {}
     for group in groups.values():

@@ -19,6 +19,8 @@ from tests import published
 from tests.published import IMAGES, TEXTS, lines, make_pair
 
 QUIET = ["--logger", "none", "--trainer.accelerator", "cpu"]
+# What differs from others only in its family, which the tests of families fuse too.
+SLOW = ("gpt2", "mistral", "phi3", "opt", "t5", "xlm_roberta", "deit")
 NO_TRAINING = ("sentence", "dinov2")
 
 
@@ -48,7 +50,13 @@ def loaded(folder: Path) -> Any:
     return getattr(transformers, cls).from_pretrained(folder)
 
 
-@pytest.mark.parametrize("series", [*TEXTS, *IMAGES], ids=lambda series: series.__name__)
+@pytest.mark.parametrize(
+    "series",
+    [
+        pytest.param(one, marks=[pytest.mark.slow] * (one.__name__ in SLOW), id=one.__name__)
+        for one in (*TEXTS, *IMAGES)
+    ],
+)
 def test_a_pair_goes_through_every_command(
     series: Callable[[Path], None], text: str, images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

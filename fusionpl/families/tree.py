@@ -1,6 +1,7 @@
 """What can be seen of a model that no family describes: its stack of blocks, and the order in which its modules run."""
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -132,6 +133,8 @@ def rooted(embedding: nn.Module, width: int) -> bool:
     """Whether what an embedding puts out is its weight times the square root of its width."""
     weight = getattr(embedding, "weight", None)
     if not isinstance(embedding, nn.Embedding) or weight is None:
+        return False
+    if len(inspect.signature(embedding.forward).parameters) != 1:  # it takes no indices (OPT's takes the mask)
         return False
     with torch.no_grad():
         shown = embedding(torch.tensor([len(weight) - 1], device=weight.device))[0]

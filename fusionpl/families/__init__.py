@@ -13,7 +13,7 @@ from fusionpl.families.apply import (
 from fusionpl.families.axes import Axis, Binding, Index, Join, Slot, Tap, boundary, section_of
 from fusionpl.families.binding import bind
 from fusionpl.families.canonical import canonical, inseparable, unrotatable, without_scales
-from fusionpl.families.compatible import check_compatible, check_finite
+from fusionpl.families.compatible import check_compatible, check_finite, check_tied
 from fusionpl.families.draft import draft
 from fusionpl.families.family import (
     STEM,
@@ -50,6 +50,7 @@ __all__ = [
     "canonical",
     "check_compatible",
     "check_finite",
+    "check_tied",
     "copy_rows",
     "draft",
     "family_of",

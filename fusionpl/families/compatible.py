@@ -35,6 +35,26 @@ def check_compatible(bindings: Mapping[str, Binding]) -> None:
                 )
 
 
+def check_tied(bindings: Mapping[str, Binding]) -> None:
+    """Checks that no matrix is embedding and decoder where widths differ and the embedding is scaled by their root.
+
+    Raises:
+        FusionError: naming the parents, their widths and the parameter.
+    """
+    (first, reference), *others = bindings.items()
+    for name, binding in others:
+        for slot in reference.slots:
+            if not slot.rooted or slot.parameter not in reference.closed | binding.closed:
+                continue
+            width, other = (one.axes[str(slot.axes[-1])].size for one in (reference, binding))
+            if width != other:
+                raise FusionError(
+                    f"parents of different widths: {first} has {width}, {name} has {other}, and '{slot.parameter}' "
+                    "is both the embedding, multiplied by the root of the width, and the decoder; take parents of one "
+                    "width"
+                )
+
+
 def _parts(binding: Binding, without: Set[str]) -> dict[str, tuple[str | None, ...]]:
     """Parameter -> its axes, but for some blocks; what a stack leaves is called alike whatever its depth."""
     last = {boundary(blocks[-1]): f"stack {stack}" for stack, blocks in enumerate(binding.stacks)}

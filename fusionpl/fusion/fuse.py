@@ -29,6 +29,7 @@ from fusionpl.families import (
     bind,
     canonical,
     check_compatible,
+    check_tied,
     is_bare,
     read_family,
     without_scales,
@@ -169,6 +170,7 @@ class Calibrated:
         first = configs[0]
         closed = networks[anchor].binding.closed
         level, self.matchings = ready(networks, anchor, first)
+        check_tied({network.name: network.binding for network in level})
         self._parted = [
             f"'{name}' is no longer embedding and decoder in one: the fused model's decoder has parameters of its own, "
             "because what writes the stream and what reads it are moved apart"

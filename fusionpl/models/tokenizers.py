@@ -16,6 +16,11 @@ from fusionpl.models.adapters import is_adapter
 from fusionpl.models.folders import base_folder, model_folder
 
 ALPHABET = 1000  # letters, the most frequent ones, as in BERT
+# Text that tokenizers with the same tokens may cut differently: by case, accents, digits, spaces, marks, other scripts.
+PROBES = (
+    "The Quick brown FOX", "Café naïve Ångström", "in 1999, 3.14 % of $1,000", "  two  spaces\tand a tab\n",
+    "don't we'll", "well-known e-mail@host.org", "中文 字", "Ａ ﬁ ½", "a", " a", "",
+)  # fmt: skip
 SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 
 
@@ -159,6 +164,11 @@ def _difference(a: PreTrainedTokenizerBase | None, b: PreTrainedTokenizerBase | 
             return f"token {index} is '{ours}' in {{0}} and '{theirs}' in {{1}}"
     if a.special_tokens_map != b.special_tokens_map:
         return "{0} and {1} name their special tokens differently"
+    for text in PROBES:
+        ours, theirs = (" ".join(one.convert_ids_to_tokens(one(text)["input_ids"])) for one in (a, b))
+        if ours != theirs:
+            text, ours, theirs = (one.replace("{", "{{").replace("}", "}}") for one in (text, ours, theirs))
+            return f"{{0}} cuts '{text}' into '{ours}', {{1}} into '{theirs}'"
     return None
 
 

@@ -218,3 +218,15 @@ def test_padding_changes_nothing_and_nothing_is_cached() -> None:
     first, second = (fuse(parents, [one], config).model for one in (batch, other))
     assert largest_difference(first, second) < 1e-4
     assert parents[0].config.use_cache
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3"])
+def test_tied_embeddings_that_are_scaled_by_the_width_want_one_width(name: str) -> None:
+    parents = [causal(name, seed, width=width) for seed, width in enumerate((16, 32))]
+    with pytest.raises(
+        FusionError, match=r"'model\.embed_tokens\.weight' is both .*; take parents of one width$"
+    ) as told:
+        fused(name, parents)
+    assert "\n" not in str(told.value)
+    parents = [causal(name, seed, width=width, tie_word_embeddings=False) for seed, width in enumerate((16, 32))]
+    assert fused(name, parents).model is not None

@@ -19,8 +19,8 @@ from tests import published
 from tests.published import IMAGES, TEXTS, lines, make_pair
 
 QUIET = ["--logger", "none", "--trainer.accelerator", "cpu"]
-# What differs from others only in its family, which the tests of families fuse too.
-SLOW = ("gpt2", "mistral", "phi3", "opt", "t5", "xlm_roberta", "deit")
+# Series whose parts other tests of commands or of families cover.
+SLOW = ("gpt2", "mistral", "phi3", "opt", "t5", "flan_t5", "modernbert", "xlm_roberta", "vit", "deit")
 NO_TRAINING = ("sentence", "dinov2")
 
 

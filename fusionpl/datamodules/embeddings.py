@@ -11,7 +11,7 @@ from fusionpl.calibration import Pooling, embed, eval_mode
 from fusionpl.datamodules.base import FixedSplits, Run
 from fusionpl.datamodules.images import DataConfig, ImageDataModule
 from fusionpl.datamodules.text import check_length
-from fusionpl.datamodules.text_classification import TextClassificationConfig, TextClassificationDataModule, _Labels
+from fusionpl.datamodules.text_classification import Labels, TextClassificationConfig, TextClassificationDataModule
 from fusionpl.errors import FusionError, reason
 
 NO_LABELS = ""
@@ -107,8 +107,8 @@ class TextEmbeddingDataModule(_Embedded, TextClassificationDataModule):
         return super()._label_column if self.config.label_column or named or classes else NO_LABELS
 
     @cached_property
-    def _labels(self) -> _Labels:
+    def _labels(self) -> Labels:
         """The labels, or one class for all where there are none."""
         if self._label_column != NO_LABELS:
             return super()._labels
-        return _Labels({name: np.zeros(len(rows), dtype=np.int64) for name, rows in self._splits.items()}, ("",))
+        return Labels({name: np.zeros(len(rows), dtype=np.int64) for name, rows in self._splits.items()}, ("",))

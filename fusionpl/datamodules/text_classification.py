@@ -67,7 +67,7 @@ class TextClassificationConfig:
 
 
 @dataclass(frozen=True)
-class _Labels:
+class Labels:
     """Labels as numbers, split by split; `names` are those of the classes, None for a regression."""
 
     values: Mapping[str, NDArray[Any]]
@@ -208,7 +208,7 @@ class TextClassificationDataModule(FixedSplits):
         return str(wanted)
 
     @cached_property
-    def _labels(self) -> _Labels:
+    def _labels(self) -> Labels:
         column, feature = self._label_column, self._features[self._label_column]
         kind = str(getattr(feature, "dtype", type(feature).__name__))
         found = {split: list(rows[column]) for split, rows in self._splits.items()}
@@ -218,7 +218,7 @@ class TextClassificationDataModule(FixedSplits):
         known = {split: values for split, values in found.items()
                  if not (kind.startswith("int") and values and all(value == HIDDEN for value in values))}  # fmt: skip
         if kind.startswith("float"):
-            return _Labels(targets(known, column, self.config), None)
+            return Labels(targets(known, column, self.config), None)
         if not kind.startswith(("int", "uint", "bool")) and not kind.endswith("string"):
             raise FusionError(
                 f"the label column '{column}' of '{self.config.path}' holds {kind}; labels are classes (integers, "
@@ -231,7 +231,7 @@ class TextClassificationDataModule(FixedSplits):
             numbers = {value: number for number, value in enumerate(values)}
             known = {split: [numbers.get(value) for value in one] for split, one in known.items()}
         check_classes(names, column, self.config)
-        return _Labels(class_numbers(known, len(names), column, self.config), tuple(names))
+        return Labels(class_numbers(known, len(names), column, self.config), tuple(names))
 
     @cached_property
     def _parts(self) -> dict[str, tuple[str, Indices]]:

@@ -243,7 +243,7 @@ class _EmbeddingBench(_Bench):
         """Adds a row for an encoder, or for the mean of the similarities of several."""
         each = [self._embedded(model.to(self._device), self._batches) for model in models]
         found = torch.stack([similarities(embedded) for embedded, _ in each]).mean(0)
-        self._wanted = found if self._wanted is None else self._wanted
+        assert self._wanted is not None  # the models come first
         outcomes = agreement(found, self._wanted)
         probed = probe(self._fitted(models[0]), each[0]) if len(models) == 1 and self._labelled else None
         row = Row(

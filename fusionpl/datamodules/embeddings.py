@@ -13,6 +13,7 @@ from fusionpl.datamodules.images import DataConfig, ImageDataModule
 from fusionpl.datamodules.text import check_length
 from fusionpl.datamodules.text_classification import Labels, TextClassificationConfig, TextClassificationDataModule
 from fusionpl.errors import FusionError, reason
+from fusionpl.families import is_bare
 
 NO_LABELS = ""
 
@@ -49,6 +50,8 @@ class _Embedded(FixedSplits):
     def check_model(self, model: nn.Module, run: Run | None = None) -> None:
         """Raises FusionError unless `model` reads the data and is an encoder without a head."""
         self.check_reads(model)
+        if not is_bare(model) and not type(model).__name__.endswith("WithProjection"):
+            raise FusionError(f"a {type(model).__name__} has a head, whose outputs are no embeddings; leave --task out")
         batch = self.sample()
         assert self.pooling is not None
         try:

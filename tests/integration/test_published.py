@@ -147,6 +147,14 @@ def test_an_adapter_is_a_parent_of_the_commands(text: str, tmp_path: Path, capsy
     assert all(torch.allclose(found[name], tensor.float(), atol=1e-5) for name, tensor in own.items())
 
 
+def test_outputs_of_a_head_are_no_embeddings(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parents = make_pair(published.modernbert, tmp_path)
+    argv = ("--parents", *parents, "--data.path", text, "--task", "feature-extraction")
+    assert run(*argv, "--output", str(tmp_path / "fused")) == 2
+    assert "a ModernBertForMaskedLM has a head" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "fused").exists()
+
+
 def test_tasks_by_the_names_of_others(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parents = make_pair(published.gpt2, tmp_path)
     argv = ("--parents", *parents, "--data.path", text, "--dry-run", "--task")

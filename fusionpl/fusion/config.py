@@ -10,7 +10,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from fusionpl.alignment import AlignConfig
 from fusionpl.calibration import CalibrationConfig
-from fusionpl.errors import FusionError, flattened
+from fusionpl.errors import FusionError, check_choices, flattened
 from fusionpl.options import check_sections, explain, read_yaml
 from fusionpl.presets import preset
 
@@ -38,6 +38,10 @@ class RefitConfig:
 
     method: Literal["none", "ridge"] = "none"
 
+    def __post_init__(self) -> None:
+        """Raises FusionError for a method that is none."""
+        check_choices(self, "refit")
+
 
 @dataclass(frozen=True)
 class RefineConfig:
@@ -62,6 +66,7 @@ class RefineConfig:
 
     def __post_init__(self) -> None:
         """Raises FusionError for values out of range."""
+        check_choices(self, "refine")
         for name in ("steps", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise FusionError(f"refine.{name} must be at least 1, not {value}")
@@ -123,6 +128,7 @@ class FuseConfig:
 
     def __post_init__(self) -> None:
         """Raises FusionError for options that contradict each other."""
+        check_choices(self)
         if self.width is not None and not (math.isfinite(self.width) and self.width > 0):
             raise FusionError(f"width must be above 0, not {self.width}")
         if self.depth is not None and self.depth < 1:

@@ -110,8 +110,6 @@ class FuseConfig:
             useful; `even`, as many of each parent's, for parents that saw different data; `auto`: `even` where the
             predictions of classifiers on the calibration set say that they did, and no trial on a part of it speaks
             for `anchor`.
-        predictions: with `joint`, what a classifier is fitted to: the mean of the parents' `logits`, or the log of
-            the mean of their `probabilities`, for parents that know other classes; `auto`: as their predictions say.
     """
 
     anchor: int = 0
@@ -124,7 +122,6 @@ class FuseConfig:
     width: int | float | None = None
     depth: int | None = None
     units: Literal["anchor", "even", "auto"] = "auto"
-    predictions: Literal["logits", "probabilities", "auto"] = "auto"
 
     def __post_init__(self) -> None:
         """Raises FusionError for options that contradict each other."""
@@ -137,8 +134,6 @@ class FuseConfig:
             raise FusionError("strategy transport fuses into the anchor's width; width needs strategy joint")
         if self.strategy == "transport" and self.units != "auto":
             raise FusionError("strategy transport averages the units of all parents; units needs strategy joint")
-        if self.strategy == "transport" and self.predictions != "auto":
-            raise FusionError("strategy transport averages classifiers; predictions needs strategy joint")
         if self.strategy != "joint":
             return
         if self.refit.method == "none":

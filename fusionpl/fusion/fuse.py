@@ -194,7 +194,7 @@ class Calibrated:
         look(
             self._team, list(dict.fromkeys(keys)), list(dict.fromkeys(magnitudes)), first.calibration.tokens, together
         )  # fmt: skip
-        asked = any(config.strategy == "joint" and "auto" in (config.units, config.predictions) for config in configs)
+        asked = any(config.strategy == "joint" and config.units == "auto" for config in configs)
         classifies = "classes" in networks[anchor].binding.axes
         self._specialised = specialisation(self._team) if asked and classifies else None
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionpl.calibration import CalibrationConfig, Kept, Network, batches, budget, eval_mode, logits
-from fusionpl.families import TAIL, VOCABULARY, Binding, attribute, bind
+from fusionpl.families import TAIL, VOCABULARY, attribute, bind
 from fusionpl.fusion.goal import parted
 from fusionpl.fusion.refit import held_out, predicting
 from fusionpl.transport import Fitted, fit_softmax, log_mean
@@ -34,13 +34,12 @@ def fit_head(
     Returns:
         The model, where it was, and what the fit found; None where no linear map puts predictions out last.
     """
-    networks = [Network(one, bind(one), "a model") for one in (model, *teachers)]
-    networks[0] = parted(networks[0])
-    names = [head_of(network.binding) for network in networks]
+    names = [head_of(one) for one in teachers]
     if any(name is None for name in names) or attribute(model, "config.final_logit_softcapping"):
         return None
-    student = networks[0].whole()
-    readers = [one.get_submodule(str(name)) for one, name in zip((student, *teachers), names, strict=True)]
+    apart = parted(Network(model, bind(model), "the model"))
+    student, mask = apart.whole(), apart.binding.family.stacks[-1].mask
+    readers = [one.get_submodule(str(name)) for one, name in zip((student, *teachers), (names[0], *names), strict=True)]
     head = cast(nn.Linear, readers[0])
     if len(head.weight) == 1:  # a number
         return None
@@ -48,9 +47,8 @@ def fit_head(
     with torch.no_grad(), eval_mode(*teachers):
         for index, (first, batch) in enumerate(batches(calibration, config)):
             firsts.append(first)
-            x, *others = (_read(one, reader, batch) for one, reader in zip((student, *teachers), readers, strict=True))
-            counts = predicting(student, x, batch.get(networks[0].binding.family.stacks[-1].mask))
-            kept[index] = x, others, counts
+            x, *others = (read(one, reader, batch) for one, reader in zip((student, *teachers), readers, strict=True))
+            kept[index] = x, others, predicting(student, x, batch.get(mask))
 
         def rows(part: int) -> Iterator[tuple[Tensor, Tensor]]:
             for index, first in enumerate(firsts):
@@ -68,21 +66,18 @@ def fit_head(
     return student, fit
 
 
-def head_of(binding: Binding) -> str | None:
-    """The linear module that puts out classes or tokens; None where there is none, or several."""
+def head_of(model: nn.Module) -> str | None:
+    """The linear module that puts out classes or tokens, also where it is the embedding; None where there is none, or
+    several."""
     names = {
         slot.parameter.rpartition(".")[0]
-        for slot in binding.slots
-        if slot.section == TAIL
-        and any(slot.reads)
-        and any(
-            axis in ("classes", VOCABULARY) and not reads for axis, reads in zip(slot.axes, slot.reads, strict=True)
-        )
+        for slot in parted(Network(model, bind(model), "the model")).binding.slots
+        if slot.section == TAIL and any(slot.reads) and {*slot.axes} & {"classes", VOCABULARY}
     }
     return names.pop() if len(names) == 1 else None
 
 
-def _read(model: nn.Module, reader: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def read(model: nn.Module, reader: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """What a module of a model reads of a batch."""
     found: list[Tensor] = []
     handle = reader.register_forward_pre_hook(lambda _, args: found.append(args[0]))

@@ -60,9 +60,10 @@ def fit_head(
 
         bias = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
         fit = fit_softmax(lambda: rows(0), lambda: rows(1), torch.cat([head.weight.T, bias[None]]).double())
-        head.weight.copy_(fit.matrix[:-1].T)
+        # New ones: those of the model are shared.
+        head.weight = nn.Parameter(fit.matrix[:-1].T.to(head.weight).contiguous())
         if head.bias is not None:
-            head.bias.copy_(fit.matrix[-1])
+            head.bias = nn.Parameter(fit.matrix[-1].to(head.bias))
     return student, fit
 
 

@@ -103,7 +103,8 @@ class Team:
 
     def head_fitted(self) -> nn.Module:
         """The best parent with its head alone fitted to what all predict."""
-        found = fit_head(self.best(), self.models, self._even, self.subject.calibration, load_config(JOINT).calibration)
+        samples = batches(self.subject.calibration, load_config(JOINT).calibration)
+        found = fit_head(self.best(), self.models, self._even, samples)
         assert found is not None, "this family has no head to fit"
         return found[0]
 

@@ -6,19 +6,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fusionpl.calibration import CalibrationConfig, Kept, Network, batches, budget, eval_mode, logits
+from fusionpl.calibration import Kept, Network, budget, eval_mode, logits
+from fusionpl.errors import FusionError
 from fusionpl.families import TAIL, VOCABULARY, attribute, bind
 from fusionpl.fusion.goal import parted
 from fusionpl.fusion.refit import held_out, predicting
-from fusionpl.transport import Fitted, fit_softmax, log_mean
+from fusionpl.transport import Fitted, Reduce, fit_softmax, log_mean
 
 
 def fit_head(
     model: nn.Module,
     teachers: Sequence[nn.Module],
     weights: Sequence[float],
-    calibration: Iterable[Any],
-    config: CalibrationConfig,
+    samples: Iterable[tuple[int, Mapping[str, Tensor]]],
+    *,
+    memory: float | None = None,
+    reduce: Reduce = lambda sums: None,
 ) -> tuple[nn.Module, Fitted] | None:
     """A copy of a model whose last linear map is fitted to the mean of the teachers' probabilities, without labels.
 
@@ -28,8 +31,9 @@ def fit_head(
         model: of a family with classes or tokens to predict.
         teachers: models of the same outputs, `model` among them.
         weights: one a teacher, summing to 1.
-        calibration: any iterable of batches.
-        config: its `samples` and `batch_size` count.
+        samples: the number of each batch's first sample, and the batch: see `batches`.
+        memory: GiB that what heads read may take; what exceeds it goes to a temporary file.
+        reduce: adds up tensors over the processes, in place.
 
     Returns:
         The model, where it was, and what the fit found; None where no linear map puts predictions out last.
@@ -43,9 +47,9 @@ def fit_head(
     head = cast(nn.Linear, readers[0])
     if len(head.weight) == 1:  # a number
         return None
-    kept, firsts = Kept(budget(config.memory)), []
+    kept, firsts = Kept(budget(memory)), []
     with torch.no_grad(), eval_mode(*teachers):
-        for index, (first, batch) in enumerate(batches(calibration, config)):
+        for index, (first, batch) in enumerate(samples):
             firsts.append(first)
             x, *others = (read(one, reader, batch) for one, reader in zip((student, *teachers), readers, strict=True))
             kept[index] = x, others, predicting(student, x, batch.get(mask))
@@ -59,12 +63,51 @@ def fit_head(
                 yield x.flatten(0, -2)[at], log_mean(given, weights).exp()
 
         bias = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
-        fit = fit_softmax(lambda: rows(0), lambda: rows(1), torch.cat([head.weight.T, bias[None]]).double())
+        prior = torch.cat([head.weight.T, bias[None]]).double()
+        fit = fit_softmax(lambda: rows(0), lambda: rows(1), prior, reduce=reduce)
         # New ones: those of the model are shared.
         head.weight = nn.Parameter(fit.matrix[:-1].T.to(head.weight).contiguous())
         if head.bias is not None:
             head.bias = nn.Parameter(fit.matrix[-1].to(head.bias))
     return student, fit
+
+
+def best_head(
+    models: Sequence[nn.Module],
+    names: Sequence[str],
+    weights: Sequence[float],
+    samples: Sequence[tuple[int, Mapping[str, Tensor]]],
+    **options: Any,
+) -> tuple[int, nn.Module, str]:
+    """Of models whose heads are fitted, the one that predicts held-out samples most as all do together.
+
+    Args:
+        models: the parents.
+        names: what messages call them.
+        weights, samples, options: see `fit_head`.
+
+    Returns:
+        Its index, the model, and a line that says so.
+
+    Raises:
+        FusionError: these models have no head to fit.
+    """
+    found = [fit_head(model, models, weights, samples, **options) for model in models]
+    fits = [one[1] for one in found if one is not None]
+    if len(fits) < len(found):
+        raise FusionError(
+            "strategy head fits the last linear map of classifiers and language models, and these have none of the kind"
+        )
+    index = min(range(len(fits)), key=lambda at: fits[at].after)
+    model, fit = cast(tuple[nn.Module, Fitted], found[index])
+    return (
+        index,
+        model,
+        (
+            f"head: {names[index]}, whose predictions of held-out samples are nearest to the mean of all with its head "
+            f"fitted ({fit.after:.4f} nats away, {fit.before:.4f} before)"
+        ),
+    )
 
 
 def head_of(model: nn.Module) -> str | None:

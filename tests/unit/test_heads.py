@@ -1,6 +1,7 @@
 """A parent whose head alone is fitted to what all parents predict."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,13 +9,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fusionpl.calibration import CalibrationConfig, logits
+from fusionpl.calibration import CalibrationConfig, batches, logits
+from fusionpl.errors import FusionError
 from fusionpl.families import permuted
+from fusionpl.fusion import FuseConfig, fuse
 from fusionpl.fusion.heads import fit_head, head_of
 from fusionpl.fusion.refit import predicting
-from tests.models_for_tests import FAMILIES, images, redrawn, timm_vit
+from fusionpl.models import load_model, save_model
+from tests.models_for_tests import FAMILIES, images, largest_difference, redrawn, timm_vit
 
-CONFIG = CalibrationConfig(samples=256)
 EVEN = [0.5, 0.5]
 SIZES: dict[str, Any] = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -31,6 +34,14 @@ def texts(count: int = 256, seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
+def cut(batch: Any) -> list[tuple[int, dict[str, Tensor]]]:
+    """Batches with the numbers of their first samples."""
+    return list(batches([batch], CalibrationConfig(samples=256)))
+
+
+SAMPLES = cut(texts())
+
+
 def divergence(models: list[nn.Module], model: nn.Module, batch: Any) -> float:
     with torch.no_grad():
         wanted = torch.stack([logits(one, batch).softmax(-1) for one in models]).mean(0)
@@ -42,7 +53,7 @@ def divergence(models: list[nn.Module], model: nn.Module, batch: Any) -> float:
 def test_a_fitted_head_predicts_more_as_all_parents_do(name: str) -> None:
     parents = [FAMILIES[name](seed) for seed in range(2)]
     before = copy.deepcopy(parents[0].state_dict())
-    found = fit_head(parents[0], parents, EVEN, [images(256)], CONFIG)
+    found = fit_head(parents[0], parents, EVEN, cut(images(256)))
     assert found is not None
     model, fit = found
     batch = images(64, seed=7)
@@ -55,14 +66,14 @@ def test_a_fitted_head_predicts_more_as_all_parents_do(name: str) -> None:
 
 def test_a_parent_alone_keeps_its_head() -> None:
     parent = timm_vit()
-    found = fit_head(parent, [parent, permuted(parent, torch.Generator().manual_seed(0))], EVEN, [images(256)], CONFIG)
+    found = fit_head(parent, [parent, permuted(parent, torch.Generator().manual_seed(0))], EVEN, cut(images(256)))
     assert found is not None
     torch.testing.assert_close(logits(found[0], images(8)), logits(parent, images(8)), atol=1e-3, rtol=1e-3)
 
 
 def test_a_decoder_that_is_the_embedding_comes_apart() -> None:
     parents = [gpt2(transformers.GPT2LMHeadModel, seed) for seed in range(2)]
-    found = fit_head(parents[0], parents, EVEN, [texts()], CONFIG)
+    found = fit_head(parents[0], parents, EVEN, SAMPLES)
     assert found is not None
     model: Any = found[0]
     assert model.lm_head.weight is not model.transformer.wte.weight
@@ -72,7 +83,7 @@ def test_a_decoder_that_is_the_embedding_comes_apart() -> None:
 
 def test_a_classifier_of_sequences_is_fitted_at_the_token_that_it_reads() -> None:
     parents = [gpt2(transformers.GPT2ForSequenceClassification, seed, num_labels=3) for seed in range(2)]
-    found = fit_head(parents[0], parents, EVEN, [texts()], CONFIG)
+    found = fit_head(parents[0], parents, EVEN, SAMPLES)
     assert found is not None
     assert divergence(parents, found[0], texts(64, seed=3)) < divergence(parents, parents[0], texts(64, seed=3))
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 1, 1]])
@@ -82,8 +93,42 @@ def test_a_classifier_of_sequences_is_fitted_at_the_token_that_it_reads() -> Non
 
 def test_what_has_no_head_of_that_kind_has_none_fitted() -> None:
     regression = [gpt2(transformers.GPT2ForSequenceClassification, seed, num_labels=1) for seed in range(2)]
-    assert fit_head(regression[0], regression, EVEN, [texts()], CONFIG) is None
+    assert fit_head(regression[0], regression, EVEN, cut(texts())) is None
     bare = timm_vit(num_classes=0)
     assert head_of(bare) is None
-    assert fit_head(bare, [bare, bare], EVEN, [images(16)], CONFIG) is None
+    assert fit_head(bare, [bare, bare], EVEN, cut(images(16))) is None
     assert head_of(gpt2(transformers.GPT2LMHeadModel)) == "lm_head"
+
+
+def test_strategy_head_keeps_one_parent_and_fits_its_head() -> None:
+    parents = [timm_vit(seed) for seed in range(3)]
+    result = fuse(parents, [images(256)], FuseConfig(strategy="head"))
+    kept = result.anchor
+    assert largest_difference(result.model, parents[kept]) > 0
+    trunk = {key for key in result.model.state_dict() if not key.startswith("head.")}
+    assert all(torch.equal(result.model.state_dict()[key], parents[kept].state_dict()[key]) for key in trunk)
+    far = [divergence(parents, one, images(256)) for one in (result.model, *parents)]
+    assert far[0] < min(far[1:])
+    (note,) = result.notes
+    assert note.startswith(f"head: parent {kept}, whose predictions of held-out samples are nearest")
+
+
+def test_strategy_head_by_path_writes_a_model_that_loads(tmp_path: Path) -> None:
+    for seed in range(2):
+        save_model(gpt2(transformers.GPT2LMHeadModel, seed), tmp_path / f"{seed}")
+    result = fuse([tmp_path / "0", tmp_path / "1"], [texts()], FuseConfig(strategy="head"), output=tmp_path / "fused")
+    loaded: Any = load_model(tmp_path / "fused")
+    assert largest_difference(loaded, result.model) == 0
+    assert not loaded.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"width": 2.0}, "strategy head keeps one parent's body; width needs strategy joint"),
+    ({"depth": 3}, "depth needs strategy joint"),
+])  # fmt: skip
+def test_what_strategy_head_does_not_take(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(FusionError, match=message):
+        FuseConfig(strategy="head", **changes)
+    bare = [timm_vit(seed, num_classes=0) for seed in range(2)]
+    with pytest.raises(FusionError, match="strategy head fits the last linear map of classifiers and language models"):
+        fuse(bare, [images(16)], FuseConfig(strategy="head"))

@@ -140,7 +140,8 @@ class Job:
             resolve_anchor(one, len(parents))
         reading = {"allow_pickle": args.allow_pickle, "family": family}
         opened = open_parents(list(parents.values()), list(parents), **reading)
-        tokenizer = common_tokenizer(parents, anchor)
+        tokenizers = {name: load_tokenizer(path) for name, path in parents.items()}
+        tokenizer = common_tokenizer(tokenizers, anchor)
         match_parents(list(parents.values()), opened, anchor)
         networks = [network for network, _ in opened]
         check_parents(networks)
@@ -148,6 +149,7 @@ class Job:
         presets = {name: settled(one, networks, resolve_anchor(one, len(parents))) for name, one in presets.items()}
         data = data_module(args.task, chosen.data, 0, tokenizer, args.parents)
         data.follow(networks[anchor].module)
+        check_tokenizers(tokenizers, texts=data.texts())
         return cls(args, settings, config, parents, networks, anchor, data, tokenizer, family, presets, alternatives)
 
     def load(self, name: str) -> nn.Module:
@@ -391,20 +393,19 @@ def named(paths: Sequence[str]) -> dict[str, str]:
     return dict(zip(names, paths, strict=True))
 
 
-def common_tokenizer(parents: Mapping[str, str], anchor: int, *, renumbered: bool = True) -> Any:
-    """The anchor's tokenizer, or None.
+def common_tokenizer(tokenizers: Mapping[str, Any], anchor: int, *, renumbered: bool = True) -> Any:
+    """The anchor's tokenizer, or None; before there are data that could show more.
 
     Args:
-        parents: name -> path.
+        tokenizers: of the parents, by their names.
         anchor: index of the anchor.
         renumbered: see `check_tokenizers`.
 
     Raises:
         FusionError: other parents read text otherwise.
     """
-    found = {name: load_tokenizer(path) for name, path in parents.items()}
-    check_tokenizers(found, renumbered=renumbered)
-    return list(found.values())[anchor]
+    check_tokenizers(tokenizers, renumbered=renumbered)
+    return list(tokenizers.values())[anchor]
 
 
 def _default_output(parents: Sequence[str]) -> Path:

@@ -1,7 +1,7 @@
 """What all data modules share: splits that no seed changes, and an order that (seed, epoch) decides."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -86,6 +86,10 @@ class FixedSplits(L.LightningDataModule):
     def baseline(self) -> dict[str, float]:
         """Figures of a trivial predictor on the test part, for comparison."""
         return {}
+
+    def texts(self) -> Iterable[str]:
+        """Text to calibrate on as it stands in the data, before a tokenizer sees it; here none."""
+        return ()
 
     def derived(self, figures: Mapping[str, float]) -> dict[str, float]:
         """Further figures that follow from those of a model on the test part, `loss` among them."""

@@ -1,6 +1,6 @@
 """Sentences, or pairs of them, with a class or a number: SST-2, TREC, GLUE's tasks, any data set of that kind."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -135,6 +135,12 @@ class TextClassificationDataModule(FixedSplits):
     def metrics(self) -> list[str]:  # type: ignore[override]
         """What is measured besides the loss."""
         return self.config.metrics or (["accuracy"] if self._labels.names else ["pearson", "spearman"])
+
+    def texts(self) -> Iterator[str]:
+        """The sentences to calibrate on."""
+        split, indices = self._parts["calibration"]
+        rows = self._splits[split].select(indices)
+        return (row[column] for row in rows for column in self._text_columns)
 
     def describe(self) -> str:
         """Number of training sentences."""

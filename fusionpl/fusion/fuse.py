@@ -361,10 +361,18 @@ def match_vocabularies(
     vocabulary = None if isinstance(source, nn.Module) else Vocabulary.of(source, reference.module, family)
     lines = []
     for parent, (network, folder) in zip(parents, opened, strict=True):
-        tokenizer = None if vocabulary is None or isinstance(parent, nn.Module) else load_tokenizer(parent)
-        if vocabulary is None or tokenizer is None or VOCABULARY not in network.binding.axes:
+        if VOCABULARY not in network.binding.axes or isinstance(parent, nn.Module) or isinstance(source, nn.Module):
             continue
-        check_tokenizers({reference.name: vocabulary.tokenizer, network.name: tokenizer})
+        tokenizer = load_tokenizer(parent)
+        if vocabulary is None or tokenizer is None:
+            if vocabulary is not None or tokenizer is not None:
+                has, lacks = (network, reference) if vocabulary is None else (reference, network)
+                lines.append(
+                    f"{lacks.name} has no tokenizer: its tokens are taken to be those of {has.name}, numbered and cut "
+                    "as there; copy its own beside it to have that checked"
+                )
+            continue
+        lines += check_tokenizers({reference.name: vocabulary.tokenizer, network.name: tokenizer})
         found = vocabulary.renumbering(tokenizer, network.binding.axes[VOCABULARY].size)
         if found is not None:
             moved = renumber(network.module, found, family)

@@ -8,12 +8,13 @@ from fusionpl.models.hub import hub_id, short_name
 from fusionpl.models.images import at_image_size, told, with_image_size
 from fusionpl.models.lineage import Ancestor, ancestor, base_models, inherited, lineage, parents_section
 from fusionpl.models.load import load_model
+from fusionpl.models.pipelines import check_tokenizers
 from fusionpl.models.push import check_push, push
 from fusionpl.models.resized import resized, untied
 from fusionpl.models.save import add_to_card, beside, class_names, forget_places, library_of, save_model, write_card
 from fusionpl.models.sentence import check_pooling, copy_modules, sentence_pooling, width_of
 from fusionpl.models.tensors import TensorFile
-from fusionpl.models.tokenizers import check_tokenizers, load_tokenizer, train_bpe, train_wordpiece
+from fusionpl.models.tokenizers import load_tokenizer, train_bpe, train_wordpiece
 from fusionpl.models.vocabulary import Renumbering, Vocabulary, load_parent, renumber
 from fusionpl.models.writer import ModelWriter
 

@@ -157,9 +157,11 @@ class Job:
         axis = self.networks[self.anchor].binding.axes.get(VOCABULARY)
         vocabulary = Vocabulary(self.tokenizer, axis.size) if axis and self.tokenizer is not None else None
         like = self.networks[self.anchor].module
-        return load_parent(
+        model = load_parent(
             self.parents[name], vocabulary, like, allow_pickle=self.args.allow_pickle, family=self.family
         )
+        self.data.follow(model)
+        return model
 
     def calibration(self) -> CalibrationSet:
         """The calibration set, in this process."""

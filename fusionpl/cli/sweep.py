@@ -58,6 +58,8 @@ def run(argv: Sequence[str]) -> None:
     data = data_module(args.task, chosen.data, 0, common_tokenizer(tokenizers, 0, renumbered=False), args.parents)
     for line in check_tokenizers(tokenizers, renumbered=False, texts=data.texts()):
         print(f"warning: {line}")
+    for model in models:
+        data.follow(model)
     data.check_model(models[0])
     test = list(data.test_dataloader())
     report = Report(config=settings)

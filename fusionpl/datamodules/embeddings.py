@@ -87,6 +87,7 @@ class TextEmbeddingDataModule(_Embedded, TextClassificationDataModule):
     def check_model(self, model: Any, run: Run | None = None) -> None:
         """Raises FusionError where sentences may be longer than the model's positions; else see `_Embedded`."""
         check_length(model, self.config.max_length, "data.max_length")
+        self.follow(model)
         _Embedded.check_model(self, model, run)
 
     @cached_property

@@ -22,9 +22,11 @@ from fusionpl.datamodules.splits import (
     flawed,
     labelled_parts,
     targets,
+    tell,
 )
 from fusionpl.datamodules.text import check_length
 from fusionpl.errors import FusionError
+from fusionpl.models import pad_with, padding_of, pads_text
 
 HIDDEN = -1  # GLUE's label of a test sentence whose answer is kept back
 
@@ -149,7 +151,35 @@ class TextClassificationDataModule(FixedSplits):
     def check_model(self, model: Any, run: Run | None = None) -> None:
         """Raises FusionError where sentences may be longer than the model's positions; else see `FixedSplits`."""
         check_length(model, self.config.max_length, "data.max_length")
+        self.follow(model)
         super().check_model(model, run)
+
+    def follow(self, model: Any) -> None:
+        """Pads as `model` does, with its end of text where nothing else is there; and lets a classifier that has no
+        token for padding read it.
+
+        Raises:
+            FusionError: there is nothing to pad with.
+        """
+        tokenizer: Any = self.tokenizer
+        reads = pads_text(model)
+        if tokenizer.pad_token is None:
+            number = padding_of(model) if reads else None
+            token = tokenizer.eos_token if number is None else tokenizer.convert_ids_to_tokens(number)
+            if token is None:
+                raise FusionError(
+                    f"the tokenizer of the {type(model).__name__} has no token for padding and no end of text; set its "
+                    "pad_token in tokenizer_config.json"
+                )
+            tokenizer.pad_token = token
+            tell(f"the tokenizer has no token for padding: texts are padded with '{token}'")
+        if reads and padding_of(model) is None:
+            pad_with(model, tokenizer.pad_token_id)
+        elif reads and padding_of(model) != tokenizer.pad_token_id:
+            tell(
+                f"warning: texts are padded with token {tokenizer.pad_token_id}, but the pad_token_id of the "
+                f"{type(model).__name__} is {padding_of(model)}: it reads its answer at the padding of shorter texts"
+            )
 
     def dataset(self, part: str) -> Sentences:
         """The sentences of a part, tokenised on first use."""

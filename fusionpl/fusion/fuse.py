@@ -51,12 +51,17 @@ from fusionpl.models import (
     Vocabulary,
     adapter_beside,
     at_image_size,
+    check_token_settings,
     check_tokenizers,
     class_names,
     copy_modules,
+    end_of,
     load_model,
     load_tokenizer,
     open_model,
+    pad_with,
+    padding_of,
+    pads_text,
     renumber,
     save_model,
     told,
@@ -313,10 +318,15 @@ def match_parents(
         What a reader should know of how the parents are read, a line each.
 
     Raises:
-        FusionError: parents that cut images into patches of different size; see `check_tokenizers`.
+        FusionError: parents that cut images into patches of different size; see `check_tokenizers`,
+            `match_padding` and `check_token_settings`.
     """
     lines = [line for _, folder in opened if folder is not None and (line := adapter_beside(folder.path)) is not None]
-    return [*lines, *_match_images(opened, anchor), *match_vocabularies(parents, opened, anchor)]
+    lines += [*_match_images(opened, anchor), *match_vocabularies(parents, opened, anchor)]
+    lines += match_padding(parents, [network for network, _ in opened], anchor)
+    # The anchor first, whose settings the fused model has.
+    modules = {network.name: network.module for network, _ in (opened[anchor], *opened)}
+    return [*lines, *check_token_settings(modules)]
 
 
 def _match_images(opened: list[tuple[Network, ModelFolder | None]], anchor: int) -> list[str]:
@@ -375,12 +385,44 @@ def match_vocabularies(
         lines += check_tokenizers({reference.name: vocabulary.tokenizer, network.name: tokenizer})
         found = vocabulary.renumbering(tokenizer, network.binding.axes[VOCABULARY].size)
         if found is not None:
-            moved = renumber(network.module, found, family)
+            moved = renumber(network.module, found, family, name=network.name)
             if folder is not None:
                 network.read = lambda name, read=network.read, moved=moved: moved(name, read(name))  # type: ignore[misc]
             network.binding, network.absent = bind(network.module, family), found.absent if len(found.absent) else None
             lines.append(found.told(network.name, reference.name))
     return lines
+
+
+def match_padding(parents: Sequence[Parent], networks: Sequence[Network], anchor: int) -> list[str]:
+    """Gives classifiers that are named, read their answer at the last token and have none for padding, that of the
+    anchor, or of another parent, or the anchor's end of text; their tokens have the anchor's numbers.
+
+    Returns:
+        A line for each that got one.
+
+    Raises:
+        FusionError: one is a model in memory, which is left as it is, or has no end of text.
+    """
+    lacking = [
+        (parent, network)
+        for parent, network in zip(parents, networks, strict=True)
+        if pads_text(network.module) and padding_of(network.module) is None
+    ]
+    if not lacking:
+        return []
+    known = [padding_of(network.module) for network in (networks[anchor], *networks) if pads_text(network.module)]
+    source = parents[anchor]
+    tokenizer = None if isinstance(source, nn.Module) else load_tokenizer(source)
+    ends = [getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)]
+    number = next((one for one in (*known, *ends, end_of(networks[anchor].module)) if one is not None), None)
+    for parent, network in lacking:
+        if isinstance(parent, nn.Module) or number is None:
+            raise FusionError(
+                f"{network.name} has no pad_token_id, so a {type(network.module).__name__} classifies one text at a "
+                "time; set pad_token_id in its config to the token that texts are padded with, such as its eos_token_id"
+            )
+        pad_with(network.module, number)
+    return [f"{network.name} has no pad_token_id: texts are padded with token {number}" for _, network in lacking]
 
 
 def _prepared(network: Network, configs: Sequence[FuseConfig]) -> Network:

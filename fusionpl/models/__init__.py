@@ -14,6 +14,7 @@ from fusionpl.models.resized import resized, untied
 from fusionpl.models.save import add_to_card, beside, class_names, forget_places, library_of, save_model, write_card
 from fusionpl.models.sentence import check_pooling, copy_modules, sentence_pooling, width_of
 from fusionpl.models.tensors import TensorFile
+from fusionpl.models.token_settings import check_token_settings, end_of, pad_with, padding_of, pads_text
 from fusionpl.models.tokenizers import load_tokenizer, train_bpe, train_wordpiece
 from fusionpl.models.vocabulary import Renumbering, Vocabulary, load_parent, renumber
 from fusionpl.models.writer import ModelWriter
@@ -35,9 +36,11 @@ __all__ = [
     "build_model",
     "check_pooling",
     "check_push",
+    "check_token_settings",
     "check_tokenizers",
     "class_names",
     "copy_modules",
+    "end_of",
     "forget_places",
     "hub_id",
     "inherited",
@@ -49,6 +52,9 @@ __all__ = [
     "model_config",
     "model_folder",
     "open_model",
+    "pad_with",
+    "padding_of",
+    "pads_text",
     "parents_section",
     "push",
     "renumber",

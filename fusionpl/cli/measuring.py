@@ -33,6 +33,7 @@ from fusionpl.evaluation import (
     similarities,
 )
 from fusionpl.fusion import FusionResult, mixing_weights, vanilla
+from fusionpl.models import CLASSES
 
 Depth = Literal["full", "rows", "none"]
 CURVE_BATCHES = 4
@@ -266,7 +267,7 @@ class _EmbeddingBench(_Bench):
 
     @property
     def _labelled(self) -> bool:
-        return (self._data.class_names or ()) not in ((), ("",))
+        return self._data.kind == CLASSES and (self._data.class_names or ()) not in ((), ("",))
 
     def _embedded(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
         assert self._data.pooling is not None

@@ -11,9 +11,16 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from fusionpl.calibration import Pooling, eval_mode, logits
 from fusionpl.errors import FusionError, reason
+from fusionpl.models import CLASSES, IN_WORDS, NUMBERS, TAGS, Kind, kind_of
 
 EVALUATION_BATCH = 256
 IGNORED = -100  # the label of a token that is not scored, as in transformers and cross_entropy
+# What data must hold for a model's outputs.
+LABELS_OF = {
+    CLASSES: "give data with one class a sample, by name or number",
+    TAGS: "give data with a list of labels a sample, or several columns of 0 and 1 (--data.label_column a,b,c)",
+    NUMBERS: "give data with a floating-point number a sample",
+}
 Collate = Callable[[Any], Any]
 Run = Callable[[dict[str, Any]], Tensor]
 
@@ -68,6 +75,11 @@ class FixedSplits(L.LightningDataModule):
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the classes, in the order of the labels; None where labels are no classes."""
         return None
+
+    @property
+    def kind(self) -> Kind:
+        """What the labels are: one class, or token, each; tags; or numbers."""
+        return CLASSES
 
     @property
     def prompt(self) -> Tensor | None:
@@ -127,13 +139,20 @@ class FixedSplits(L.LightningDataModule):
         """
         self.check_reads(model)
         name, path = type(model).__name__, self.config.path
+        gives = kind_of(model)
+        if gives != self.kind:
+            raise FusionError(
+                f"the {name} gives {IN_WORDS[gives]} (problem_type {gives}), but the labels of '{path}' are "
+                f"{IN_WORDS[self.kind]}; {LABELS_OF[gives]}"
+            )
         batch = self.sample()
         try:
             with torch.no_grad(), eval_mode(model):
                 found = run(batch) if run else logits(model, batch)
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:  # each library has its own
             raise FusionError(f"the {name} can't read the data of '{path}': {reason(error)}") from error
-        if found.ndim != batch["labels"].ndim + 1 or not self.fits(found.shape[-1]):
+        wanted = batch["labels"].ndim + (self.kind != TAGS)
+        if found.ndim != wanted or not self.fits(found.shape[-1]):
             raise FusionError(
                 f"the {name} puts out {' x '.join(map(str, found.shape[1:]))} numbers a sample, which does not fit "
                 f"the {self.num_classes} classes of '{path}'; choose its own data with --task and --data"

@@ -10,8 +10,9 @@ from torch import nn
 from fusionpl.calibration import Pooling, embed, eval_mode
 from fusionpl.datamodules.base import FixedSplits, Run
 from fusionpl.datamodules.images import DataConfig, ImageDataModule
+from fusionpl.datamodules.labels import Labels
 from fusionpl.datamodules.text import check_length
-from fusionpl.datamodules.text_classification import Labels, TextClassificationConfig, TextClassificationDataModule
+from fusionpl.datamodules.text_classification import TextClassificationConfig, TextClassificationDataModule
 from fusionpl.errors import FusionError, reason
 from fusionpl.families import is_bare
 

@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from itertools import zip_longest
 from pathlib import Path
@@ -44,8 +44,12 @@ from fusionpl.fusion.refine import Augment, refine
 from fusionpl.fusion.result import FusionResult, InMemory, Sink
 from fusionpl.fusion.survey import Survey
 from fusionpl.fusion.sweep import Sweep, Team, look
-from fusionpl.fusion.units import TRIAL, candidates, preferred, specialisation
+from fusionpl.fusion.units import TRIAL, candidates, knowledge, preferred, specialisation
 from fusionpl.models import (
+    IN_WORDS,
+    NUMBERS,
+    TAGS,
+    Kind,
     ModelFolder,
     ModelWriter,
     Vocabulary,
@@ -56,6 +60,7 @@ from fusionpl.models import (
     class_names,
     copy_modules,
     end_of,
+    kind_of,
     load_model,
     load_tokenizer,
     open_model,
@@ -167,6 +172,11 @@ class Calibrated:
         networks = [network for network, _ in opened]
         check_parents(networks)
         taught = any(config.refine.method != "none" for config in configs)
+        numbers = kind_of(networks[anchor].module) == NUMBERS
+        if numbers and any(config.predictions == "probabilities" for config in configs):
+            raise FusionError(
+                "predictions probabilities: the parents give numbers, which have none; use logits or auto"
+            )
         if taught and is_bare(networks[anchor].module):
             raise FusionError("encoders without a head have no outputs to be taught; leave refine.method at none")
         self._read += kinship(networks, parents, anchor)
@@ -200,8 +210,10 @@ class Calibrated:
             self._team, list(dict.fromkeys(keys)), list(dict.fromkeys(magnitudes)), first.calibration.tokens, together
         )  # fmt: skip
         asked = any(config.strategy == "joint" and "auto" in (config.units, config.predictions) for config in configs)
-        classifies = "classes" in networks[anchor].binding.axes
+        classifies = "classes" in networks[anchor].binding.axes and not numbers
         self._specialised = specialisation(self._team) if asked and classifies else None
+        if self._team.kind == TAGS and (taught or any(config.refit.method != "none" for config in configs)):
+            self._team.known = knowledge(self._team)
 
     def fuse(self, config: FuseConfig, *, output: str | Path | None = None) -> FusionResult:
         """Fuses under one of the configurations; see `fuse`."""
@@ -209,7 +221,7 @@ class Calibrated:
         config = settled(config, team.parents, team.anchor)
         notes = [one.told for one in self.matchings]
         if config.strategy == "joint":
-            configs, told = candidates(config, self._specialised)
+            configs, told = candidates(config, self._specialised, tags=team.kind == TAGS)
             config, found = preferred(*map(self._trial, configs)) if len(configs) > 1 else (configs[0], [])
             notes += told + found
         goal, plan = plan_of(team.parents, team.anchor, config, self.names)
@@ -230,7 +242,8 @@ class Calibrated:
             result.refitted = copy.deepcopy(result.model)
             refine(
                 result.model, goal.binding, sweep.aligned, team.data, config.refine,
-                augment=self._augment if config.refine.augment else None, seed=self._seed, progress=team.progress,
+                augment=self._augment if config.refine.augment else None, seed=self._seed,
+                tags=team.tag_weights(weights), progress=team.progress,
             )  # fmt: skip
         if output is not None:
             if folder is None:
@@ -456,6 +469,7 @@ def check_parents(networks: Sequence[Network]) -> None:
         raise FusionError(
             f"the parents are on {first.device}, which has no float64; fuse them on the CPU: parent.to('cpu')"
         )
+    check_kinds({network.name: kind_of(network.module) for network in networks})
     check_compatible({network.name: network.binding for network in networks})
     classes = {network.name: labels for network in networks if (labels := class_names(network.module))}
     named, reference = next(iter(classes.items()), ("", ()))
@@ -465,6 +479,18 @@ def check_parents(networks: Sequence[Network]) -> None:
             raise FusionError(
                 f"parents of different class names: where {named} has '{ours}', {name} has '{theirs}'; "
                 "train both on the same classes"
+            )
+
+
+def check_kinds(kinds: Mapping[str, Kind]) -> None:
+    """Raises FusionError where the outputs of parents (name -> kind) mean different things."""
+    (first, ours), *others = kinds.items()
+    for name, theirs in others:
+        if theirs != ours:
+            raise FusionError(
+                f"parents whose outputs mean different things: {first} gives {IN_WORDS[ours]}, {name} gives "
+                f"{IN_WORDS[theirs]} (problem_type {ours} and {theirs}); take parents of one kind, or mend "
+                "problem_type in config.json"
             )
 
 

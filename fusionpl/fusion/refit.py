@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fusionpl.calibration import CalibrationSet, Flow, Passage, Place, sum_over_ranks
 from fusionpl.families import Binding, State
+from fusionpl.fusion.answers import log_odds
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.stages import Stage
 from fusionpl.transport import NormalEquations, fit_ridge
@@ -39,6 +40,7 @@ class Refit:
         data: the calibration set, with the parents' targets of the section.
         of_probabilities: whether a classifier is fitted to the log of the mean of the parents' probabilities, from what
             fits the mean of their logits.
+        tags: each parent's weights for tags, [tags] each, where classifiers give several at once.
         trial: whether nothing is fitted to the samples that are held out, so that a fusion can be judged by them.
     """
 
@@ -49,9 +51,11 @@ class Refit:
         data: CalibrationSet,
         *,
         of_probabilities: bool = False,
+        tags: Sequence[Tensor] | None = None,
         trial: bool = False,
     ) -> None:
         self.flow, self.data, self.of_probabilities, self.trial = flow, data, of_probabilities, trial
+        self.tags = tags
         self.binding = flow.network.binding
         self.parents = dict(enumerate(parents))
         self._penalties: dict[tuple[str, ...], float] = {}  # of the same stage in the block before
@@ -107,7 +111,7 @@ class Refit:
         }
         widths = [*([] if stage.narrow else [prior.shape[1]]), *(one.width for one in later.values())]
         end = sum(widths)
-        mixed = self.of_probabilities and stage.axes == ("classes",) and prior.shape[1] > 1
+        mixed = self.of_probabilities and stage.axes == ("classes",) and (prior.shape[1] > 1 or self.tags is not None)
         columns = end + prior.shape[1] if mixed else end
         parts = [NormalEquations.zeros(len(prior) - 1, columns, device=prior.device) for _ in range(2)]
         for batch in self.data:
@@ -138,7 +142,7 @@ class Refit:
         solution, self._penalties[kind] = fit_ridge(fit, choose, prior, self._penalties.get(kind), both=not self.trial)
         if mixed:
             fit, choose = (part.with_targets(part.xy[:, end:]) for part in parts)
-            start = solution - solution.mean(1, keepdim=True)
+            start = solution if self.tags is not None else solution - solution.mean(1, keepdim=True)
             solution, _ = fit_ridge(fit, choose, start, both=not self.trial)
         for one, found in zip(maps, solution.split([one.matrix.shape[1] for one in maps], dim=1), strict=True):
             one.replace(found)
@@ -190,11 +194,13 @@ class Refit:
         return torch.cat(found, dim=-1) if len(found) > 1 else found[0]
 
     def _mixture(self, section: str, stage: Stage, batch: int) -> Tensor:
-        """The log of the mean of the parents' probabilities, without its mean over the classes, which tells nothing."""
-        each = [
-            self._target(section, index, stage, batch).float().log_softmax(-1) + math.log(parent.weight)
-            for index, parent in self.parents.items()
-        ]
+        """The log of the mean of the parents' probabilities, without its mean over the classes, which tells nothing; of
+        tags their log-odds."""
+        given = [self._target(section, index, stage, batch) for index in self.parents]
+        if self.tags is not None:
+            return log_odds(given, self.tags)
+        weights = [math.log(parent.weight) for parent in self.parents.values()]
+        each = [one.float().log_softmax(-1) + weight for one, weight in zip(given, weights, strict=True)]
         mean = torch.stack(each).logsumexp(0)
         return mean - mean.mean(-1, keepdim=True)
 

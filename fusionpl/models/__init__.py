@@ -6,6 +6,7 @@ from fusionpl.models.folders import ModelFolder, model_config, model_folder, ope
 from fusionpl.models.heads import with_classifier
 from fusionpl.models.hub import hub_id, short_name
 from fusionpl.models.images import at_image_size, told, with_image_size
+from fusionpl.models.labels import CLASSES, IN_WORDS, NUMBERS, TAGS, Kind, kind_of
 from fusionpl.models.lineage import Ancestor, ancestor, base_models, inherited, lineage, parents_section
 from fusionpl.models.load import load_model
 from fusionpl.models.pipelines import check_tokenizers
@@ -20,7 +21,12 @@ from fusionpl.models.vocabulary import Renumbering, Vocabulary, load_parent, ren
 from fusionpl.models.writer import ModelWriter
 
 __all__ = [
+    "CLASSES",
+    "IN_WORDS",
+    "NUMBERS",
+    "TAGS",
     "Ancestor",
+    "Kind",
     "ModelConfig",
     "ModelFolder",
     "ModelWriter",
@@ -44,6 +50,7 @@ __all__ = [
     "forget_places",
     "hub_id",
     "inherited",
+    "kind_of",
     "library_of",
     "lineage",
     "load_model",

@@ -70,7 +70,9 @@ from fusionpl.models import (
     renumber,
     save_model,
     told,
+    united,
     width_of,
+    with_tags,
 )
 
 Parent = nn.Module | str | Path
@@ -322,7 +324,7 @@ def open_parents(
 def match_parents(
     parents: Sequence[Parent], opened: list[tuple[Network, ModelFolder | None]], anchor: int
 ) -> list[str]:
-    """Gives parents the anchor's size of images and its numbers of tokens; `opened` holds them afterwards.
+    """Gives parents the anchor's size of images and numbers of tokens, and the tags of all; `opened` holds them then.
 
     Args:
         parents, opened, anchor: see `match_vocabularies`.
@@ -336,6 +338,7 @@ def match_parents(
     """
     lines = [line for _, folder in opened if folder is not None and (line := adapter_beside(folder.path)) is not None]
     lines += [*_match_images(opened, anchor), *match_vocabularies(parents, opened, anchor)]
+    lines += _match_tags(opened, anchor)
     lines += match_padding(parents, [network for network, _ in opened], anchor)
     # The anchor first, whose settings the fused model has.
     modules = {network.name: network.module for network, _ in (opened[anchor], *opened)}
@@ -360,6 +363,28 @@ def _match_images(opened: list[tuple[Network, ModelFolder | None]], anchor: int)
                 folder,
             )  # fmt: skip
             lines.append(told(network.name, network.module, reference.name, reference.module))
+    return lines
+
+
+def _match_tags(opened: list[tuple[Network, ModelFolder | None]], anchor: int) -> list[str]:
+    """Gives parents of tags those of all of them, by their names."""
+    names = united({network.name: network.module for network, _ in opened}, opened[anchor][0].name)
+    lines = []
+    for index, (network, folder) in enumerate(opened):
+        family = network.binding.family
+        if names is None or (found := with_tags(network.module, names, family)) is None:
+            continue
+        module, moved = found
+        own, read = class_names(network.module) or (), network.read
+        opened[index] = (
+            Network(
+                module, bind(module, family), network.name, device=network.device, absent=network.absent,
+                read=lambda name, read=read, moved=moved: moved(name, read(name)),  # type: ignore[misc]
+            ),
+            folder,
+        )  # fmt: skip
+        if set(own) < set(names):
+            lines.append(f"{network.name} knows {len(own)} of the {len(names)} tags of all parents; it gives no other")
     return lines
 
 

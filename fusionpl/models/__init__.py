@@ -14,6 +14,7 @@ from fusionpl.models.push import check_push, push
 from fusionpl.models.resized import resized, untied
 from fusionpl.models.save import add_to_card, beside, class_names, forget_places, library_of, save_model, write_card
 from fusionpl.models.sentence import check_pooling, copy_modules, sentence_pooling, width_of
+from fusionpl.models.tags import united, with_tags
 from fusionpl.models.tensors import TensorFile
 from fusionpl.models.token_settings import check_token_settings, end_of, pad_with, padding_of, pads_text
 from fusionpl.models.tokenizers import load_tokenizer, train_bpe, train_wordpiece
@@ -72,9 +73,11 @@ __all__ = [
     "told",
     "train_bpe",
     "train_wordpiece",
+    "united",
     "untied",
     "width_of",
     "with_classifier",
     "with_image_size",
+    "with_tags",
     "write_card",
 ]

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fusionpl.families import VOCABULARY, Family, bind
 from fusionpl.models.images import with_image_size
 from fusionpl.models.load import load_model
+from fusionpl.models.tags import with_tags_of
 from fusionpl.models.token_settings import renumber_settings
 from fusionpl.models.tokenizers import load_tokenizer
 
@@ -83,14 +84,14 @@ def load_parent(
     family: Family | None = None,
 ) -> nn.Module:
     """Loads a whole model (see `load_model`) that reads and writes the tokens of `vocabulary`, if one is given, and
-    takes images of the size that `like` takes."""
+    takes images of the size that `like` takes and, if it gives tags, has those of `like`."""
     model = load_model(source, allow_pickle=allow_pickle)
     if vocabulary is not None:
         axis = bind(model, family).axes[VOCABULARY]
         found = vocabulary.renumbering(load_tokenizer(source), axis.size)
         if found is not None:
             renumber(model, found, family)
-    return model if like is None else with_image_size(model, like, family)
+    return model if like is None else with_tags_of(with_image_size(model, like, family), like, family)
 
 
 def renumber(

@@ -131,6 +131,29 @@ def test_the_fused_model_gives_each_tag_of_the_parent_that_knows_it(tmp_path: Pa
     assert kept.config.id2label == dict(enumerate(TAGS))
 
 
+def of(model: Any, names: Sequence[str]) -> Any:
+    """The same model with outputs for these of its tags alone."""
+    found, rows = of_tags(0, names), [TAGS.index(name) for name in names]
+    found.load_state_dict({name: tensor[rows] if name.startswith("classifier") else tensor
+                           for name, tensor in model.state_dict().items()})  # fmt: skip
+    return found.eval()
+
+
+@pytest.mark.parametrize("preset", ["default", "transport"])
+@pytest.mark.parametrize("named", [True, False])
+def test_tags_that_one_parent_has_are_those_of_the_union(preset: str, named: bool, tmp_path: Path) -> None:
+    models = [of(trained(1, (0, 1)), ("dog", "cat")), of(trained(2, (2, 3)), ("fox", "hen"))]
+    parents = [saved(tmp_path / name, one) for name, one in zip("ab", models, strict=True)] if named else models
+    calibration = [encoded(sentences(400, 2)[0])]
+    result = fuse(parents, calibration, load_config(preset), names=["a", "b"], output=tmp_path / "fused")
+    assert "a knows 2 of the 4 tags of all parents; it gives no other" in result.warnings
+    kept: Any = load_model(tmp_path / "fused")
+    assert list(kept.config.id2label.values()) == ["dog", "cat", "fox", "hen"]
+    texts, holds = sentences(400, 1)
+    assert evaluate(kept, [encoded(texts, holds[:, [1, 0, 2, 3]])])["f1"] > 0.9
+    assert [one.config.num_labels for one in models] == [2, 2]
+
+
 def test_refinement_teaches_each_tag_by_who_knows_it() -> None:
     texts, holds = sentences(400, 1)
     parents = [trained(1, (0, 1)), trained(2, (2, 3))]
@@ -296,6 +319,14 @@ def test_commands_fuse_measure_and_finetune_models_of_tags(tmp_path: Path, capsy
     assert main(finetune, ["--model", fused, "--output", str(tmp_path / "tuned"), *quick]) == 0
     tuned: Any = load_model(tmp_path / "tuned")
     assert tuned.config.problem_type == MULTI
+    halves = [saved(tmp_path / "h1", of(trained(1, (0, 1)), ("dog", "cat"))),
+              saved(tmp_path / "h2", of(trained(2, (2, 3)), ("fox", "hen")))]  # fmt: skip
+    union = ["--output", str(tmp_path / "union"), "--logger", "none", "--trainer.accelerator", "cpu"]
+    assert main(fuse_command, ["--parents", *halves, *data, *union]) == 0
+    report = json.loads((tmp_path / "union" / "report" / "report.json").read_text())
+    f1 = {row["name"]: row["f1"] for row in report["rows"]}
+    assert f1["fused"] > 0.9
+    assert max(f1["parent h1"], f1["parent h2"]) < 0.8
     regressing = saved(tmp_path / "n", bert(3, num_labels=1))
     assert main(evaluate_command, ["--models", regressing, *data]) == 2
     assert "gives numbers (problem_type regression), but the labels of" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from itertools import zip_longest
 from pathlib import Path
@@ -39,6 +39,7 @@ from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.depth import Matching, levelled
 from fusionpl.fusion.goal import goal_of, parted, settled
 from fusionpl.fusion.kin import kinship
+from fusionpl.fusion.matching import check_kinds, match_padding, match_tags
 from fusionpl.fusion.plan import Plan, make_plan
 from fusionpl.fusion.refine import Augment, refine
 from fusionpl.fusion.result import FusionResult, InMemory, Sink
@@ -46,10 +47,8 @@ from fusionpl.fusion.survey import Survey
 from fusionpl.fusion.sweep import Sweep, Team, look
 from fusionpl.fusion.units import TRIAL, candidates, knowledge, preferred, specialisation
 from fusionpl.models import (
-    IN_WORDS,
     NUMBERS,
     TAGS,
-    Kind,
     ModelFolder,
     ModelWriter,
     Vocabulary,
@@ -59,20 +58,14 @@ from fusionpl.models import (
     check_tokenizers,
     class_names,
     copy_modules,
-    end_of,
     kind_of,
     load_model,
     load_tokenizer,
     open_model,
-    pad_with,
-    padding_of,
-    pads_text,
     renumber,
     save_model,
     told,
-    united,
     width_of,
-    with_tags,
 )
 
 Parent = nn.Module | str | Path
@@ -338,7 +331,7 @@ def match_parents(
     """
     lines = [line for _, folder in opened if folder is not None and (line := adapter_beside(folder.path)) is not None]
     lines += [*_match_images(opened, anchor), *match_vocabularies(parents, opened, anchor)]
-    lines += _match_tags(opened, anchor)
+    lines += match_tags(opened, anchor)
     lines += match_padding(parents, [network for network, _ in opened], anchor)
     # The anchor first, whose settings the fused model has.
     modules = {network.name: network.module for network, _ in (opened[anchor], *opened)}
@@ -363,28 +356,6 @@ def _match_images(opened: list[tuple[Network, ModelFolder | None]], anchor: int)
                 folder,
             )  # fmt: skip
             lines.append(told(network.name, network.module, reference.name, reference.module))
-    return lines
-
-
-def _match_tags(opened: list[tuple[Network, ModelFolder | None]], anchor: int) -> list[str]:
-    """Gives parents of tags those of all of them, by their names."""
-    names = united({network.name: network.module for network, _ in opened}, opened[anchor][0].name)
-    lines = []
-    for index, (network, folder) in enumerate(opened):
-        family = network.binding.family
-        if names is None or (found := with_tags(network.module, names, family)) is None:
-            continue
-        module, moved = found
-        own, read = class_names(network.module) or (), network.read
-        opened[index] = (
-            Network(
-                module, bind(module, family), network.name, device=network.device, absent=network.absent,
-                read=lambda name, read=read, moved=moved: moved(name, read(name)),  # type: ignore[misc]
-            ),
-            folder,
-        )  # fmt: skip
-        if set(own) < set(names):
-            lines.append(f"{network.name} knows {len(own)} of the {len(names)} tags of all parents; it gives no other")
     return lines
 
 
@@ -431,38 +402,6 @@ def match_vocabularies(
     return lines
 
 
-def match_padding(parents: Sequence[Parent], networks: Sequence[Network], anchor: int) -> list[str]:
-    """Gives classifiers that are named, read their answer at the last token and have none for padding, that of the
-    anchor, or of another parent, or the anchor's end of text; their tokens have the anchor's numbers.
-
-    Returns:
-        A line for each that got one.
-
-    Raises:
-        FusionError: one is a model in memory, which is left as it is, or has no end of text.
-    """
-    lacking = [
-        (parent, network)
-        for parent, network in zip(parents, networks, strict=True)
-        if pads_text(network.module) and padding_of(network.module) is None
-    ]
-    if not lacking:
-        return []
-    known = [padding_of(network.module) for network in (networks[anchor], *networks) if pads_text(network.module)]
-    source = parents[anchor]
-    tokenizer = None if isinstance(source, nn.Module) else load_tokenizer(source)
-    ends = [getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)]
-    number = next((one for one in (*known, *ends, end_of(networks[anchor].module)) if one is not None), None)
-    for parent, network in lacking:
-        if isinstance(parent, nn.Module) or number is None:
-            raise FusionError(
-                f"{network.name} has no pad_token_id, so a {type(network.module).__name__} classifies one text at a "
-                "time; set pad_token_id in its config to the token that texts are padded with, such as its eos_token_id"
-            )
-        pad_with(network.module, number)
-    return [f"{network.name} has no pad_token_id: texts are padded with token {number}" for _, network in lacking]
-
-
 def _prepared(network: Network, configs: Sequence[FuseConfig]) -> Network:
     if configs[0].canonical:
         return network.prepared(canonical)
@@ -504,18 +443,6 @@ def check_parents(networks: Sequence[Network]) -> None:
             raise FusionError(
                 f"parents of different class names: where {named} has '{ours}', {name} has '{theirs}'; "
                 "train both on the same classes"
-            )
-
-
-def check_kinds(kinds: Mapping[str, Kind]) -> None:
-    """Raises FusionError where the outputs of parents (name -> kind) mean different things."""
-    (first, ours), *others = kinds.items()
-    for name, theirs in others:
-        if theirs != ours:
-            raise FusionError(
-                f"parents whose outputs mean different things: {first} gives {IN_WORDS[ours]}, {name} gives "
-                f"{IN_WORDS[theirs]} (problem_type {ours} and {theirs}); take parents of one kind, or mend "
-                "problem_type in config.json"
             )
 
 

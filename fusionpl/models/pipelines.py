@@ -18,6 +18,7 @@ PROBES = (
 LINES = 400  # of the calibration data, at most
 # Of the vocabulary, at most: a token that other merges or scores don't lead to is cut otherwise itself.
 TOKENS, ADDED = 5000, 50
+IN_PYTHON = "are written in Python, whose steps can't be compared"
 SIDES = ("padding_side", "truncation_side")
 SHOWN = 8  # tokens behind the first that differs
 
@@ -60,12 +61,13 @@ def check_tokenizers(
             probes = [*PROBES, *(_telling(reference, other) if part else ()), *given]
             difference = _cuts(reference, other, probes)
             if difference is None and part:
+                what = part if part == IN_PYTHON else f"differ in the {part}"
                 lines.append(
-                    f"{first} and {name}: their tokenizers differ in the {part}, and cut {len(probes):,} texts alike; "
-                    f"text is read as {first}'s does"
+                    f"{first} and {name}: their tokenizers {what}, and cut {len(probes):,} texts alike; text is read "
+                    f"as {first}'s does"
                 )
             elif difference and part:
-                difference = f"{difference} (they differ in the {part})"
+                difference = f"{difference} (they {part if part == IN_PYTHON else f'differ in the {part}'})"
         elif renumbered and _renumbered(reference, other):
             difference = None
         if difference:
@@ -110,7 +112,7 @@ def unlike_part(a: Tokenizer, b: Tokenizer) -> str | None:
     Of tokenizers that are written in Python the files tell too little.
     """
     if not (isinstance(a, PreTrainedTokenizerFast) and isinstance(b, PreTrainedTokenizerFast)):
-        return "code, which is Python"
+        return IN_PYTHON
     if a.backend_tokenizer.to_str() == b.backend_tokenizer.to_str():
         return None
     (ours, added), (theirs, others) = steps_of(a), steps_of(b)

@@ -140,6 +140,12 @@ def test_sides_are_told_and_limits_are_not() -> None:
     assert line == ("padding_side is right in the tokenizer of a, left in that of b: text is read as a's does")
 
 
+def test_tokenizers_in_python_are_compared_by_text() -> None:
+    one, other = transformers.ByT5Tokenizer(), transformers.ByT5Tokenizer()
+    (line,) = check_tokenizers({"a": one, "b": other})
+    assert line.startswith("a and b: their tokenizers are written in Python, whose steps can't be compared, and cut ")
+
+
 def test_special_tokens_are_named() -> None:
     one = byte_pairs()
     other = copy.deepcopy(one)

@@ -103,7 +103,7 @@ def finetuned(
     L.seed_everything(seed, verbose=False)
     model = copy.deepcopy(model)
     if TASKS[task].new_head:
-        model = with_classifier(model, data.num_classes, data.class_names, seed=seed)
+        model = with_classifier(model, data.num_classes, data.class_names, seed=seed, kind=data.kind)
     arguments = {**settings["trainer"], "enable_progress_bar": False, **(trainer or {})}
     optim = OptimConfig(**settings["optim"])
     arguments |= {"max_epochs": epochs} if epochs else {}

@@ -24,7 +24,7 @@ from fusionpl.cli.fuse import common_tokenizer, named
 from fusionpl.cli.measuring import measure_models
 from fusionpl.cli.outputs import check_output, staged
 from fusionpl.errors import FusionError
-from fusionpl.models import load_model
+from fusionpl.models import check_tokenizers, load_model, load_tokenizer
 from fusionpl.training import (
     TASKS,
     TaskName,
@@ -65,10 +65,14 @@ def run(argv: Sequence[str]) -> None:
         raise FusionError("nothing to evaluate; give --models RUN_A RUN_B")
     settings, chosen = settings_of(parser, options), parser.instantiate(options)
     models = named(options.models)
-    data = data_module(options.task, chosen.data, 0, common_tokenizer(models, 0, renumbered=False), options.models)
+    tokenizers = {name: load_tokenizer(path) for name, path in models.items()}
+    data = data_module(options.task, chosen.data, 0, common_tokenizer(tokenizers, 0, renumbered=False), options.models)
     device = device_named(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if options.output is not None:
         check_output(Path(options.output), options.overwrite)
+
+    for line in check_tokenizers(tokenizers, renumbered=False, texts=data.texts()):
+        print(f"warning: {line}")
 
     def load(name: str) -> torch.nn.Module:
         model = load_model(models[name], allow_pickle=options.allow_pickle)

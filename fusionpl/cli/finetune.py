@@ -260,7 +260,7 @@ def _finetune(
     resume = options.resume and (place / "checkpoints" / "last.ckpt").is_file()
     model = shrunk(candidate.model, options.shrink)
     if task.new_head:
-        model = with_classifier(model, data.num_classes, data.class_names, seed=options.seed)
+        model = with_classifier(model, data.num_classes, data.class_names, seed=options.seed, kind=data.kind)
     loggers = _loggers(options, settings, name, place, resume)
     result = fit(
         model, data, chosen.optim, options.trainer.as_dict(), place, seed=options.seed, loggers=loggers, resume=resume,

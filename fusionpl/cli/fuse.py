@@ -142,7 +142,8 @@ class Job:
             resolve_anchor(one, len(parents))
         reading = {"allow_pickle": args.allow_pickle, "family": family}
         opened = open_parents(list(parents.values()), list(parents), **reading)
-        tokenizer = common_tokenizer(parents, anchor)
+        tokenizers = {name: load_tokenizer(path) for name, path in parents.items()}
+        tokenizer = common_tokenizer(tokenizers, anchor)
         lines = match_parents(list(parents.values()), opened, anchor)
         networks = [network for network, _ in opened]
         lines += check_parents(networks, list(parents.values()), anchor)
@@ -150,6 +151,7 @@ class Job:
         presets = {name: settled(one, networks, resolve_anchor(one, len(parents))) for name, one in presets.items()}
         data = data_module(args.task, chosen.data, 0, tokenizer, args.parents)
         data.follow(networks[anchor].module)
+        check_tokenizers(tokenizers, texts=data.texts())
         return cls(
             args, settings, config, parents, networks, anchor, lines, data, tokenizer, family, presets, alternatives
         )  # fmt: skip
@@ -159,9 +161,11 @@ class Job:
         axis = self.networks[self.anchor].binding.axes.get(VOCABULARY)
         vocabulary = Vocabulary(self.tokenizer, axis.size) if axis and self.tokenizer is not None else None
         like = self.networks[self.anchor].module
-        return load_parent(
+        model = load_parent(
             self.parents[name], vocabulary, like, allow_pickle=self.args.allow_pickle, family=self.family
         )
+        self.data.follow(model)
+        return model
 
     def calibration(self) -> CalibrationSet:
         """The calibration set, in this process."""
@@ -396,20 +400,19 @@ def named(paths: Sequence[str]) -> dict[str, str]:
     return dict(zip(names, paths, strict=True))
 
 
-def common_tokenizer(parents: Mapping[str, str], anchor: int, *, renumbered: bool = True) -> Any:
-    """The anchor's tokenizer, or None.
+def common_tokenizer(tokenizers: Mapping[str, Any], anchor: int, *, renumbered: bool = True) -> Any:
+    """The anchor's tokenizer, or None; before there are data that could show more.
 
     Args:
-        parents: name -> path.
+        tokenizers: of the parents, by their names.
         anchor: index of the anchor.
         renumbered: see `check_tokenizers`.
 
     Raises:
         FusionError: other parents read text otherwise.
     """
-    found = {name: load_tokenizer(path) for name, path in parents.items()}
-    check_tokenizers(found, renumbered=renumbered)
-    return list(found.values())[anchor]
+    check_tokenizers(tokenizers, renumbered=renumbered)
+    return list(tokenizers.values())[anchor]
 
 
 def _default_output(parents: Sequence[str]) -> Path:

@@ -36,6 +36,7 @@ from fusionpl.evaluation import (
     similarities,
 )
 from fusionpl.fusion import FuseConfig, FusionResult, fit_head, mixing_weights, vanilla
+from fusionpl.models import CLASSES
 
 Depth = Literal["full", "rows", "none"]
 CURVE_BATCHES = 4
@@ -281,7 +282,7 @@ class _EmbeddingBench(_Bench):
 
     @property
     def _labelled(self) -> bool:
-        return (self._data.class_names or ()) not in ((), ("",))
+        return self._data.kind == CLASSES and (self._data.class_names or ()) not in ((), ("",))
 
     def _embedded(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
         assert self._data.pooling is not None

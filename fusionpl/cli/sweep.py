@@ -23,7 +23,7 @@ from fusionpl.errors import FusionError, flattened
 from fusionpl.evaluation import Report, Row, evaluate
 from fusionpl.families import read_family
 from fusionpl.fusion import Calibrated, FuseConfig, load_config, mixing_weights, resolve_anchor
-from fusionpl.models import load_model, with_image_size
+from fusionpl.models import check_tokenizers, load_model, load_tokenizer, with_image_size
 from fusionpl.training import TaskName, finish_loggers, log_models, log_report, make_loggers
 
 Cell = dict[str, Any]
@@ -54,7 +54,12 @@ def run(argv: Sequence[str]) -> None:
     models = [load_model(path, allow_pickle=args.allow_pickle) for path in parents.values()]
     models = [with_image_size(model, models[0], family) for model in models]
     # Cells may have other anchors, but the data are cut into tokens once.
-    data = data_module(args.task, chosen.data, 0, common_tokenizer(parents, 0, renumbered=False), args.parents)
+    tokenizers = {name: load_tokenizer(path) for name, path in parents.items()}
+    data = data_module(args.task, chosen.data, 0, common_tokenizer(tokenizers, 0, renumbered=False), args.parents)
+    for line in check_tokenizers(tokenizers, renumbered=False, texts=data.texts()):
+        print(f"warning: {line}")
+    for model in models:
+        data.follow(model)
     data.check_model(models[0])
     test = list(data.test_dataloader())
     report = Report(config=settings)

@@ -1,7 +1,7 @@
 """What all data modules share: splits that no seed changes, and an order that (seed, epoch) decides."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -11,9 +11,16 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from fusionpl.calibration import Pooling, eval_mode, logits
 from fusionpl.errors import FusionError, reason
+from fusionpl.models import CLASSES, IN_WORDS, NUMBERS, TAGS, Kind, kind_of
 
 EVALUATION_BATCH = 256
 IGNORED = -100  # the label of a token that is not scored, as in transformers and cross_entropy
+# What data must hold for a model's outputs.
+LABELS_OF = {
+    CLASSES: "give data with one class a sample, by name or number",
+    TAGS: "give data with a list of labels a sample, or several columns of 0 and 1 (--data.label_column a,b,c)",
+    NUMBERS: "give data with a floating-point number a sample",
+}
 Collate = Callable[[Any], Any]
 Run = Callable[[dict[str, Any]], Tensor]
 
@@ -70,6 +77,11 @@ class FixedSplits(L.LightningDataModule):
         return None
 
     @property
+    def kind(self) -> Kind:
+        """What the labels are: one class, or token, each; tags; or numbers."""
+        return CLASSES
+
+    @property
     def prompt(self) -> Tensor | None:
         """Tokens that a model can go on with, int64 [T]; None where the task is another."""
         return None
@@ -86,6 +98,10 @@ class FixedSplits(L.LightningDataModule):
     def baseline(self) -> dict[str, float]:
         """Figures of a trivial predictor on the test part, for comparison."""
         return {}
+
+    def texts(self) -> Iterable[str]:
+        """Text to calibrate on as it stands in the data, before a tokenizer sees it; here none."""
+        return ()
 
     def derived(self, figures: Mapping[str, float]) -> dict[str, float]:
         """Further figures that follow from those of a model on the test part, `loss` among them."""
@@ -123,13 +139,20 @@ class FixedSplits(L.LightningDataModule):
         """
         self.check_reads(model)
         name, path = type(model).__name__, self.config.path
+        gives = kind_of(model)
+        if gives != self.kind:
+            raise FusionError(
+                f"the {name} gives {IN_WORDS[gives]} (problem_type {gives}), but the labels of '{path}' are "
+                f"{IN_WORDS[self.kind]}; {LABELS_OF[gives]}"
+            )
         batch = self.sample()
         try:
             with torch.no_grad(), eval_mode(model):
                 found = run(batch) if run else logits(model, batch)
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:  # each library has its own
             raise FusionError(f"the {name} can't read the data of '{path}': {reason(error)}") from error
-        if found.ndim != batch["labels"].ndim + 1 or not self.fits(found.shape[-1]):
+        wanted = batch["labels"].ndim + (self.kind != TAGS)
+        if found.ndim != wanted or not self.fits(found.shape[-1]):
             raise FusionError(
                 f"the {name} puts out {' x '.join(map(str, found.shape[1:]))} numbers a sample, which does not fit "
                 f"the {self.num_classes} classes of '{path}'; choose its own data with --task and --data"

@@ -10,8 +10,9 @@ from torch import nn
 from fusionpl.calibration import Pooling, embed, eval_mode
 from fusionpl.datamodules.base import FixedSplits, Run
 from fusionpl.datamodules.images import DataConfig, ImageDataModule
+from fusionpl.datamodules.labels import Labels
 from fusionpl.datamodules.text import check_length
-from fusionpl.datamodules.text_classification import Labels, TextClassificationConfig, TextClassificationDataModule
+from fusionpl.datamodules.text_classification import TextClassificationConfig, TextClassificationDataModule
 from fusionpl.errors import FusionError, reason
 from fusionpl.families import is_bare
 
@@ -87,6 +88,7 @@ class TextEmbeddingDataModule(_Embedded, TextClassificationDataModule):
     def check_model(self, model: Any, run: Run | None = None) -> None:
         """Raises FusionError where sentences may be longer than the model's positions; else see `_Embedded`."""
         check_length(model, self.config.max_length, "data.max_length")
+        self.follow(model)
         _Embedded.check_model(self, model, run)
 
     @cached_property

@@ -110,16 +110,13 @@ def labelled_parts(labels: Mapping[str, NDArray[Any]], config: SplitConfig) -> d
     only split, were that. Samples whose label is `LACKING`, or whose target is not finite, are in none.
 
     Args:
-        labels: split -> labels [N] or targets [N].
+        labels: split -> labels [N], targets [N] or tags [N, tags].
         config: sizes of the parts that are taken; smaller ones of few samples, see `_sizes`.
 
     Raises:
         FusionError: no split to train on, or a size below 0.
     """
-    whole = {
-        split: (split, np.flatnonzero(np.isfinite(found) if found.dtype.kind == "f" else found != LACKING))
-        for split, found in labels.items()
-    }
+    whole = {split: (split, np.flatnonzero(_is_labelled(found))) for split, found in labels.items()}
     source = _divided(list(labels), config)
     parts: dict[str, tuple[str, Indices]] = {}
     parts.update((split, whole[split]) for split in ("validation", "test") if split in whole and split != source)
@@ -137,6 +134,11 @@ def labelled_parts(labels: Mapping[str, NDArray[Any]], config: SplitConfig) -> d
     if config.train_limit is not None and config.train_limit < len(rest):
         _, rest = _carve(rest, config.train_limit, labels[source], "data.train_limit")
     return {**parts, "train": (source, rest)}
+
+
+def _is_labelled(labels: NDArray[Any]) -> NDArray[np.bool_]:
+    found = np.isfinite(labels) if labels.dtype.kind == "f" else np.asarray(labels != LACKING)
+    return np.asarray(found.all(1)) if found.ndim == 2 else found
 
 
 def _divided(splits: Sequence[str], config: SplitConfig) -> str:
@@ -179,7 +181,7 @@ def _carve(indices: Indices, size: int, labels: Indices, key: str) -> tuple[Indi
     if size == 0:
         return indices, indices[:0]
     names, counts = np.unique(labels[indices], return_counts=True)
-    even = counts.min() >= 2 and min(size, len(indices) - size) >= len(names)
+    even = labels.ndim == 1 and counts.min() >= 2 and min(size, len(indices) - size) >= len(names)
     rest, taken = train_test_split(
         indices, test_size=size, random_state=SPLIT_SEED, stratify=labels[indices] if even else None
     )

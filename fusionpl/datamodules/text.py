@@ -23,6 +23,7 @@ from fusionpl.models import load_tokenizer
 EXAMPLE_SEED = 0
 SHUFFLE_BUFFER = 10_000
 PROMPT = 32
+BEGINNING = 2000  # letters of a document that show how it is cut
 LOOKS_AHEAD = 1e-4
 
 
@@ -210,6 +211,10 @@ class TextDataModule(FixedSplits):
         counts = torch.bincount(found, minlength=len(self.tokenizer)).double() + 1
         labels = self.dataset("test").tensors["labels"]
         return {"unigram_loss": float(-(counts / counts.sum()).log()[labels[labels != IGNORED]].mean())}
+
+    def texts(self) -> Iterator[str]:
+        """The documents to calibrate on, from their beginnings."""
+        return ((row["text"] or "")[:BEGINNING] for row in self._documents["calibration"])
 
     def derived(self, figures: Mapping[str, float]) -> dict[str, float]:
         """Bits per byte, where every token of the test part is predicted once and its bytes are known.

@@ -1,6 +1,6 @@
 """Sentences, or pairs of them, with a class or a number: SST-2, TREC, GLUE's tasks, any data set of that kind."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fusionpl.datamodules.base import Collate, FixedSplits, Run
+from fusionpl.datamodules.labels import Labels, is_list, joined, tags_of
 from fusionpl.datamodules.sources import load
 from fusionpl.datamodules.splits import (
     LACKING,
@@ -22,10 +23,17 @@ from fusionpl.datamodules.splits import (
     flawed,
     labelled_parts,
     targets,
+    tell,
 )
 from fusionpl.datamodules.text import check_length
 from fusionpl.errors import FusionError
+from fusionpl.models import CLASSES, NUMBERS, TAGS, Kind, class_names, pad_with, padding_of, pads_text
 
+METRICS_OF: Mapping[Kind, list[str]] = {
+    CLASSES: ["accuracy"],
+    TAGS: ["accuracy", "f1"],
+    NUMBERS: ["pearson", "spearman"],
+}
 HIDDEN = -1  # GLUE's label of a test sentence whose answer is kept back
 
 
@@ -39,9 +47,11 @@ class TextClassificationConfig:
         name: a configuration of the hub's data set, such as `sst2` of `glue`.
         text_columns: one or two columns of text; null for the first one or two of strings.
         label_column: the column of labels: classes by name or number (`ClassLabel`, integers, strings, booleans), or
-            floating-point numbers, which are regressed. Null for `label`, else `coarse_label`, else the one ClassLabel.
-        metrics: what is measured besides the loss: accuracy, f1, matthews, pearson, spearman; null for accuracy, or for
-            pearson and spearman of a regression.
+            floating-point numbers, which are regressed; or of tags, of which several may hold: lists of names or
+            numbers, or of 0 and 1, or several columns of 0 and 1, such as `toxic,insult`. Null for `label`, else
+            `coarse_label`, else the one ClassLabel, else `labels`.
+        metrics: what is measured besides the loss: accuracy, f1, matthews, pearson, spearman; null for accuracy, for
+            pearson and spearman of a regression, or for accuracy and f1 of tags, which have no others.
         max_length: longer sentences are cut, in tokens; a batch is padded to its longest.
         batch_size: training sentences a step and process.
         train_limit: train on at most this many; null for all.
@@ -66,20 +76,12 @@ class TextClassificationConfig:
     skip_corrupt: bool = False
 
 
-@dataclass(frozen=True)
-class Labels:
-    """Labels as numbers, split by split; `names` are those of the classes, None for a regression."""
-
-    values: Mapping[str, NDArray[Any]]
-    names: tuple[str, ...] | None
-
-
 class Sentences(Dataset[dict[str, Any]]):
     """Token numbers of sentences, of unequal length, and their labels.
 
     Args:
         encoded: what the tokenizer makes of the sentences: lists of numbers by name.
-        labels: int64 or float32 [N].
+        labels: int64 [N], or float32 [N] or [N, tags].
     """
 
     def __init__(self, encoded: dict[str, list[list[int]]], labels: Tensor) -> None:
@@ -127,6 +129,11 @@ class TextClassificationDataModule(FixedSplits):
         return self._labels.names
 
     @property
+    def kind(self) -> Kind:
+        """What the labels are."""
+        return self._labels.kind
+
+    @property
     def num_classes(self) -> int:
         """Number of classes; 1 for a regression."""
         return len(self._labels.names) if self._labels.names else 1
@@ -134,7 +141,18 @@ class TextClassificationDataModule(FixedSplits):
     @property
     def metrics(self) -> list[str]:  # type: ignore[override]
         """What is measured besides the loss."""
-        return self.config.metrics or (["accuracy"] if self._labels.names else ["pearson", "spearman"])
+        metrics = self.config.metrics or METRICS_OF[self.kind]
+        wrong = [name for name in metrics if self.kind == TAGS and name not in METRICS_OF[TAGS]]
+        if wrong:
+            raise FusionError(f"data.metrics: tags, of which several may hold, have no {wrong[0]}; they have "
+                              f"{' and '.join(METRICS_OF[TAGS])}")  # fmt: skip
+        return metrics
+
+    def texts(self) -> Iterator[str]:
+        """The sentences to calibrate on."""
+        split, indices = self._parts["calibration"]
+        rows = self._splits[split].select(indices)
+        return (row[column] for row in rows for column in self._text_columns)
 
     def describe(self) -> str:
         """Number of training sentences."""
@@ -143,7 +161,36 @@ class TextClassificationDataModule(FixedSplits):
     def check_model(self, model: Any, run: Run | None = None) -> None:
         """Raises FusionError where sentences may be longer than the model's positions; else see `FixedSplits`."""
         check_length(model, self.config.max_length, "data.max_length")
+        self.follow(model)
         super().check_model(model, run)
+
+    def follow(self, model: Any) -> None:
+        """Pads as `model` does, with its end of text where nothing else is there; and lets a classifier that has no
+        token for padding read it.
+
+        Raises:
+            FusionError: there is nothing to pad with.
+        """
+        self._name_like(model)
+        tokenizer: Any = self.tokenizer
+        reads = pads_text(model)
+        if tokenizer.pad_token is None:
+            number = padding_of(model) if reads else None
+            token = tokenizer.eos_token if number is None else tokenizer.convert_ids_to_tokens(number)
+            if token is None:
+                raise FusionError(
+                    f"the tokenizer of the {type(model).__name__} has no token for padding and no end of text; set its "
+                    "pad_token in tokenizer_config.json"
+                )
+            tokenizer.pad_token = token
+            tell(f"the tokenizer has no token for padding: texts are padded with '{token}'")
+        if reads and padding_of(model) is None:
+            pad_with(model, tokenizer.pad_token_id)
+        elif reads and padding_of(model) != tokenizer.pad_token_id:
+            tell(
+                f"warning: texts are padded with token {tokenizer.pad_token_id}, but the pad_token_id of the "
+                f"{type(model).__name__} is {padding_of(model)}: it reads its answer at the padding of shorter texts"
+            )
 
     def dataset(self, part: str) -> Sentences:
         """The sentences of a part, tokenised on first use."""
@@ -154,12 +201,19 @@ class TextClassificationDataModule(FixedSplits):
             cut = {"truncation": True, "max_length": self.config.max_length}
             encoded = self.tokenizer(*texts, **cut) if len(indices) else {}
             labels = torch.from_numpy(self._labels.values[split][indices])
-            self._sets[part] = Sentences(dict(encoded), labels if self._labels.names else labels.float())
+            self._sets[part] = Sentences(dict(encoded), labels if self.kind == CLASSES else labels.float())
         return self._sets[part]
 
     def collate(self, part: str) -> Collate:
         """Pads a batch to its longest sentence."""
         return self._padded
+
+    def _name_like(self, model: Any) -> None:
+        """Numbers classes and tags as `model` does, where it knows the names of all of them."""
+        outputs = getattr(getattr(model, "config", None), "num_labels", 0)
+        if (names := self._labels.like(class_names(model), outputs)) is not None:
+            self._labels = self._labels.named(names)
+            self._sets.clear()
 
     def _padded(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         labels = torch.stack([row["labels"] for row in rows])
@@ -178,7 +232,8 @@ class TextClassificationDataModule(FixedSplits):
     @cached_property
     def _text_columns(self) -> list[str]:
         strings = [name for name, feature in self._features.items()
-                   if str(getattr(feature, "dtype", "")).endswith("string") and name != self._label_column]  # fmt: skip
+                   if str(getattr(feature, "dtype", "")).endswith("string")
+                   and name not in (self._label_column, *self._label_column.split(","))]  # fmt: skip
         wanted = self.config.text_columns or strings[:2]
         for name in wanted:
             if name not in strings:
@@ -198,7 +253,9 @@ class TextClassificationDataModule(FixedSplits):
         features, wanted = self._features, self.config.label_column
         if wanted is None:
             classes = [name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"]
-            wanted = next((name for name in ("label", "coarse_label", *classes) if name in features), None)
+            wanted = next((name for name in ("label", "coarse_label", *classes, "labels") if name in features), None)
+        if wanted is not None and "," in wanted and set(wanted.split(",")) <= features.keys():
+            return str(wanted)
         if wanted not in features:
             asked = f" '{wanted}'" if wanted else ""
             raise FusionError(
@@ -209,20 +266,30 @@ class TextClassificationDataModule(FixedSplits):
 
     @cached_property
     def _labels(self) -> Labels:
-        column, feature = self._label_column, self._features[self._label_column]
-        kind = str(getattr(feature, "dtype", type(feature).__name__))
+        column, feature = self._label_column, self._features.get(self._label_column)
+        if feature is None:
+            columns = column.split(",")
+            rows = {split: joined(rows, columns) for split, rows in self._splits.items()}
+            return tags_of(rows, columns, column, self.config, of_columns=True)
         found = {split: list(rows[column]) for split, rows in self._splits.items()}
+        if is_list(feature):
+            return tags_of(found, getattr(feature.feature, "names", None), column, self.config)
+        return self._of_one(found, feature)
+
+    def _of_one(self, found: dict[str, list[Any]], feature: Any) -> Labels:
+        """Labels of which a sample has one, in a column that `datasets` describes by `feature`."""
+        column, kind = self._label_column, str(getattr(feature, "dtype", type(feature).__name__))
         if kind.startswith("float") and _are_classes(found):
             kind = "int64"
             found = {split: [None if value is None else int(value) for value in one] for split, one in found.items()}
         known = {split: values for split, values in found.items()
                  if not (kind.startswith("int") and values and all(value == HIDDEN for value in values))}  # fmt: skip
         if kind.startswith("float"):
-            return Labels(targets(known, column, self.config), None)
+            return Labels(targets(known, column, self.config), None, NUMBERS)
         if not kind.startswith(("int", "uint", "bool")) and not kind.endswith("string"):
             raise FusionError(
                 f"the label column '{column}' of '{self.config.path}' holds {kind}; labels are classes (integers, "
-                "strings, booleans) or floating-point numbers: name another with --data.label_column"
+                "strings, booleans), floating-point numbers, or lists of tags: name another with --data.label_column"
             )
         names = getattr(feature, "names", None)
         if names is None:

@@ -6,7 +6,7 @@ from fusionpl.evaluation.cost import flops, parameters
 from fusionpl.evaluation.matched import MatchedAxis
 from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble, evaluate_samples
 from fusionpl.evaluation.neighbours import agreement, embeddings, probe, similarities
-from fusionpl.evaluation.outcomes import Outcomes, load_outcomes, save_outcomes, scored
+from fusionpl.evaluation.outcomes import Outcomes, are_tags, load_outcomes, save_outcomes, scored
 from fusionpl.evaluation.plots import CAPTIONS
 from fusionpl.evaluation.report import Report
 from fusionpl.evaluation.rows import FIGURES, HEAD_FITTED, MODEL, PARENT, Needs, Row, best_parent, judged, readable
@@ -26,6 +26,7 @@ __all__ = [
     "Row",
     "Verdict",
     "agreement",
+    "are_tags",
     "best_parent",
     "continuation",
     "embeddings",

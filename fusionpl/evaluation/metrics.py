@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchmetrics.functional.classification import binary_f1_score
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 
 from fusionpl.calibration import device_of, eval_mode, logits
 from fusionpl.errors import FusionError
-from fusionpl.evaluation.outcomes import Outcomes, scored
+from fusionpl.evaluation.outcomes import Outcomes, are_tags, scored
+from fusionpl.fusion import log_odds
 
 
 def evaluate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -22,7 +24,9 @@ def evaluate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str
         batches: mappings of model inputs and `labels`, [B] classes or [B, T] tokens (-100 is not scored).
 
     Returns:
-        Of a regression (labels [B] of floating point) `pearson`, `spearman` and `loss`, the mean squared error. Else
+        Of a regression (labels [B] of floating point) `pearson`, `spearman` and `loss`, the mean squared error. Of tags
+        (labels [B, tags] of floating point, 1 where they hold) `accuracy` and `loss` over all of them, the binary
+        cross-entropy, and `f1`, the micro average, of those more probable than one half. Else
         `accuracy` in [0, 1] and `loss` (mean cross-entropy, nats) over all scored labels; for tokens also
         `perplexity` = exp(loss). NaN outputs give a NaN loss. Ranks are not combined: under DDP every
         process measures the batches it was given.
@@ -50,31 +54,39 @@ def evaluate_samples(
             if "labels" not in batch:
                 raise FusionError(f"cannot evaluate: a batch has no 'labels', only {sorted(batch)}")
             labels = batch["labels"].to(device_of(models[0]))
-            of_tokens = labels.ndim > 1
-            output = _mean(models, batch, of_numbers=labels.is_floating_point())
+            of_tokens = labels.ndim > 1 and not labels.is_floating_point()
+            output = _mean(models, batch, labels)
             values.append(scored(output, labels))
             if labels.is_floating_point():
-                predictions.append(output.squeeze(-1))
+                predictions.append(output if are_tags(labels) else output.squeeze(-1))
                 targets.append(labels)
     if not values:
         raise FusionError("cannot evaluate: there are no batches (an empty data set, or a used-up iterator)")
     outcomes = Outcomes(torch.cat(values).cpu())
     figures = outcomes.figures
     if predictions:
-        found, wanted = torch.cat(predictions).cpu(), torch.cat(targets).cpu().float()
-        correlations = {"pearson": pearson_corrcoef, "spearman": spearman_corrcoef}
-        figures = {**{name: float(of(found, wanted)) for name, of in correlations.items()}, **figures}
+        figures = {**_of_floats(torch.cat(predictions).cpu(), torch.cat(targets).cpu().float()), **figures}
     if of_tokens:
         figures["perplexity"] = math.exp(figures["loss"]) if figures["loss"] < 700 else math.inf
     return figures, outcomes
 
 
-def _mean(models: Sequence[nn.Module], batch: Mapping[str, Any], *, of_numbers: bool) -> Tensor:
-    """The mean number [B, 1], or the log of the mean probability, [B, classes] or [B, T, vocabulary]; float32."""
-    if of_numbers:
-        first, *others = (logits(model, batch).float() for model in models)
-        return torch.stack([first, *(other.to(first.device) for other in others)]).mean(0)
-    return _log_probabilities(models, batch)
+def _of_floats(found: Tensor, wanted: Tensor) -> dict[str, float]:
+    """The figures of all samples together: of tags [N, tags] or of numbers [N]."""
+    if are_tags(wanted):
+        return {"f1": float(binary_f1_score(found.flatten(), wanted.flatten().int(), threshold=0.5))}
+    correlations = {"pearson": pearson_corrcoef, "spearman": spearman_corrcoef}
+    return {name: float(of(found, wanted)) for name, of in correlations.items()}
+
+
+def _mean(models: Sequence[nn.Module], batch: Mapping[str, Any], labels: Tensor) -> Tensor:
+    """The mean number [B, 1], the log-odds of the mean probability of tags [B, tags], or else the log of the mean
+    probability, [B, classes] or [B, T, vocabulary]; float32."""
+    if not labels.is_floating_point():
+        return _log_probabilities(models, batch)
+    first, *others = (logits(model, batch).float() for model in models)
+    each = [first, *(other.to(first.device) for other in others)]
+    return log_odds(each, [1 / len(each)] * len(each)) if are_tags(labels) else torch.stack(each).mean(0)
 
 
 def _log_probabilities(models: Sequence[nn.Module], batch: Mapping[str, Any]) -> Tensor:

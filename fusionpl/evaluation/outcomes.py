@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import binom
 from scipy.stats import t as student
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from fusionpl.datamodules import IGNORED
 from fusionpl.errors import FusionError, reason
@@ -24,14 +24,21 @@ def scored(output: Tensor, labels: Tensor) -> Tensor:
     """What a batch of outputs is worth, sample by sample.
 
     Args:
-        output: logits or log-probabilities, [B, classes] or [B, T, tokens]; of a regression, [B, 1].
-        labels: classes [B] or tokens [B, T] (-100 is not scored); of a regression, floating-point numbers [B].
+        output: logits or log-probabilities, [B, classes] or [B, T, tokens]; of a regression, [B, 1]; logits of tags,
+            [B, tags].
+        labels: classes [B] or tokens [B, T] (-100 is not scored); of a regression, floating-point numbers [B]; of tags
+            1 where they hold and 0 where not, floating point [B, tags].
 
     Returns:
         Float32 [B, 3]: the loss, summed over the scored labels (cross-entropy in nats), how many labels were scored,
-        and how many of them are the likeliest. Of a regression [B, 2]: the squared error, and 1.
+        and how many of them are the likeliest. Of a regression [B, 2]: the squared error, and 1. Each tag is a label
+        of its own.
     """
     output = output.float()
+    if are_tags(labels):
+        losses = binary_cross_entropy_with_logits(output, labels.float(), reduction="none").sum(1)
+        right = ((output > 0) == (labels > 0.5)).sum(1)
+        return torch.stack([losses, torch.full_like(losses, labels.shape[1]), right], 1)
     if labels.is_floating_point():
         loss = (output.squeeze(-1) - labels).square()
         return torch.stack([loss, torch.ones_like(loss)], 1)
@@ -40,6 +47,11 @@ def scored(output: Tensor, labels: Tensor) -> Tensor:
     losses = cross_entropy(output.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
     right = output.argmax(-1) == labels
     return torch.stack([losses.view(labels.shape).sum(1), (labels != IGNORED).sum(1), right.sum(1)], 1)
+
+
+def are_tags(labels: Tensor) -> bool:
+    """Whether labels are tags, of which several may hold: floating point [B, tags]."""
+    return labels.is_floating_point() and labels.ndim == 2
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Fusion: align parents to an anchor and average them into one model."""
 
+from fusionpl.fusion.answers import log_odds
 from fusionpl.fusion.average import mixing_weights, vanilla
 from fusionpl.fusion.config import FuseConfig, RefineConfig, RefitConfig, load_config
 from fusionpl.fusion.estimate import Estimate, estimate
@@ -36,6 +37,7 @@ __all__ = [
     "fit_head",
     "fuse",
     "load_config",
+    "log_odds",
     "loss_to_mean",
     "make_plan",
     "match_parents",

@@ -42,23 +42,28 @@ from fusionpl.fusion.depth import Matching, levelled
 from fusionpl.fusion.goal import goal_of, parted, settled
 from fusionpl.fusion.heads import best_head
 from fusionpl.fusion.kin import kinship
+from fusionpl.fusion.matching import check_kinds, match_padding, match_tags
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.plan import Plan, left_out, make_plan
 from fusionpl.fusion.refine import Augment, refine
 from fusionpl.fusion.result import FusionResult, InMemory, Sink
 from fusionpl.fusion.survey import Survey
 from fusionpl.fusion.sweep import Sweep, Team, look
-from fusionpl.fusion.units import TRIAL, candidates, preferred, specialisation
+from fusionpl.fusion.units import TRIAL, candidates, knowledge, preferred, specialisation
 from fusionpl.models import (
+    NUMBERS,
+    TAGS,
     ModelFolder,
     ModelWriter,
     Vocabulary,
     adapter_beside,
     at_image_size,
+    check_token_settings,
     check_tokenizers,
     class_names,
     compare_settings,
     copy_modules,
+    kind_of,
     load_model,
     load_tokenizer,
     open_model,
@@ -199,14 +204,18 @@ class Calibrated:
             self._team, list(dict.fromkeys(keys)), list(dict.fromkeys(magnitudes)), first.calibration.tokens, together
         )  # fmt: skip
         asked = any(config.strategy == "joint" and config.units == "auto" for config in configs)
-        classifies = "classes" in networks[anchor].binding.axes
+        classifies = "classes" in networks[anchor].binding.axes and kind_of(networks[anchor].module) != NUMBERS
         self._specialised = specialisation(self._team) if asked and classifies else None
+        if self._team.kind == TAGS and (taught or any(config.refit.method != "none" for config in configs)):
+            self._team.known = knowledge(self._team)
 
     def fuse(self, config: FuseConfig, *, output: str | Path | None = None) -> FusionResult:
         """Fuses under one of the configurations; see `fuse`."""
         team = self._team
         config = settled(config, team.parents, team.anchor)
         notes = [one.told for one in self.matchings]
+        if team.known is not None:
+            notes.append("each tag is fitted to what the parents give it, mostly those that know it")
         if config.strategy == "head":
             return self._with_best_head(config, output)
         if config.strategy == "joint":
@@ -233,7 +242,8 @@ class Calibrated:
             result.refitted = copy.deepcopy(result.model)
             refine(
                 result.model, goal.binding, sweep.aligned, team.data, config.refine,
-                augment=self._augment if config.refine.augment else None, seed=self._seed, progress=team.progress,
+                augment=self._augment if config.refine.augment else None, seed=self._seed,
+                tags=team.tag_weights(weights), progress=team.progress,
             )  # fmt: skip
         if output is not None:
             if folder is None:
@@ -337,7 +347,7 @@ def open_parents(
 def match_parents(
     parents: Sequence[Parent], opened: list[tuple[Network, ModelFolder | None]], anchor: int
 ) -> list[str]:
-    """Gives parents the anchor's size of images and its numbers of tokens; `opened` holds them afterwards.
+    """Gives parents the anchor's size of images and numbers of tokens, and the tags of all; `opened` holds them then.
 
     Args:
         parents, opened, anchor: see `match_vocabularies`.
@@ -346,10 +356,16 @@ def match_parents(
         What a reader should know of how the parents are read, a line each.
 
     Raises:
-        FusionError: parents that cut images into patches of different size; see `check_tokenizers`.
+        FusionError: parents that cut images into patches of different size; see `check_tokenizers`,
+            `match_padding` and `check_token_settings`.
     """
     lines = [line for _, folder in opened if folder is not None and (line := adapter_beside(folder.path)) is not None]
-    return [*lines, *_match_images(opened, anchor), *match_vocabularies(parents, opened, anchor)]
+    lines += [*_match_images(opened, anchor), *match_vocabularies(parents, opened, anchor)]
+    lines += match_tags(opened, anchor)
+    lines += match_padding(parents, [network for network, _ in opened], anchor)
+    # The anchor first, whose settings the fused model has.
+    modules = {network.name: network.module for network, _ in (opened[anchor], *opened)}
+    return [*lines, *check_token_settings(modules)]
 
 
 def _match_images(opened: list[tuple[Network, ModelFolder | None]], anchor: int) -> list[str]:
@@ -394,13 +410,21 @@ def match_vocabularies(
     vocabulary = None if isinstance(source, nn.Module) else Vocabulary.of(source, reference.module, family)
     lines = []
     for parent, (network, folder) in zip(parents, opened, strict=True):
-        tokenizer = None if vocabulary is None or isinstance(parent, nn.Module) else load_tokenizer(parent)
-        if vocabulary is None or tokenizer is None or VOCABULARY not in network.binding.axes:
+        if VOCABULARY not in network.binding.axes or isinstance(parent, nn.Module) or isinstance(source, nn.Module):
             continue
-        check_tokenizers({reference.name: vocabulary.tokenizer, network.name: tokenizer})
+        tokenizer = load_tokenizer(parent)
+        if vocabulary is None or tokenizer is None:
+            if vocabulary is not None or tokenizer is not None:
+                has, lacks = (network, reference) if vocabulary is None else (reference, network)
+                lines.append(
+                    f"{lacks.name} has no tokenizer: its tokens are taken to be those of {has.name}, numbered and cut "
+                    "as there; copy its own beside it to have that checked"
+                )
+            continue
+        lines += check_tokenizers({reference.name: vocabulary.tokenizer, network.name: tokenizer})
         found = vocabulary.renumbering(tokenizer, network.binding.axes[VOCABULARY].size)
         if found is not None:
-            moved = renumber(network.module, found, family)
+            moved = renumber(network.module, found, family, name=network.name)
             if folder is not None:
                 network.read = lambda name, read=network.read, moved=moved: moved(name, read(name))  # type: ignore[misc]
             network.binding, network.absent = bind(network.module, family), found.absent if len(found.absent) else None
@@ -447,6 +471,7 @@ def check_parents(networks: Sequence[Network], sources: Sequence[Parent], anchor
         raise FusionError(
             f"the parents are on {first.device}, which has no float64; fuse them on the CPU: parent.to('cpu')"
         )
+    check_kinds({network.name: kind_of(network.module) for network in networks})
     check_compatible({network.name: network.binding for network in networks})
     classes = {network.name: labels for network in networks if (labels := class_names(network.module))}
     named, reference = next(iter(classes.items()), ("", ()))

@@ -11,7 +11,8 @@ from fusionpl.errors import FusionError
 from fusionpl.families import TAIL, VOCABULARY, attribute, bind
 from fusionpl.fusion.goal import parted
 from fusionpl.fusion.refit import held_out, predicting
-from fusionpl.transport import Fitted, Reduce, fit_softmax, log_mean
+from fusionpl.models import NUMBERS, TAGS, kind_of
+from fusionpl.transport import Fitted, Link, Reduce, fit_softmax, log_mean
 
 
 def fit_head(
@@ -44,9 +45,10 @@ def fit_head(
     apart = parted(Network(model, bind(model), "the model"))
     student, mask = apart.whole(), apart.binding.family.stacks[-1].mask
     readers = [one.get_submodule(str(name)) for one, name in zip((student, *teachers), (names[0], *names), strict=True)]
-    head = cast(nn.Linear, readers[0])
-    if len(head.weight) == 1:  # a number
+    head, kind = cast(nn.Linear, readers[0]), kind_of(model)
+    if kind == NUMBERS:
         return None
+    link: Link = "sigmoid" if kind == TAGS else "softmax"
     kept, firsts = Kept(budget(memory)), []
     with torch.no_grad(), eval_mode(*teachers):
         for index, (first, batch) in enumerate(samples):
@@ -60,11 +62,11 @@ def fit_head(
                 here = held_out(first, len(x)).view(-1, *[1] * (x.ndim - 2)) == bool(part)
                 at = (counts & here).flatten().nonzero()[:, 0].to(x.device)
                 given = [reader(one.flatten(0, -2)[at]) for reader, one in zip(readers[1:], others, strict=True)]
-                yield x.flatten(0, -2)[at], log_mean(given, weights).exp()
+                yield x.flatten(0, -2)[at], log_mean(given, weights, link).exp()
 
         bias = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
         prior = torch.cat([head.weight.T, bias[None]]).double()
-        fit = fit_softmax(lambda: rows(0), lambda: rows(1), prior, reduce=reduce)
+        fit = fit_softmax(lambda: rows(0), lambda: rows(1), prior, link=link, reduce=reduce)
         # New ones: those of the model are shared.
         head.weight = nn.Parameter(fit.matrix[:-1].T.to(head.weight).contiguous())
         if head.bias is not None:

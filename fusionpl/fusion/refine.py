@@ -14,6 +14,7 @@ from fusionpl.errors import FusionError
 from fusionpl.families import Binding
 from fusionpl.fusion.config import RefineConfig
 from fusionpl.fusion.parents import AlignedParent
+from fusionpl.models import CLASSES, NUMBERS, TAGS, Kind, kind_of
 from fusionpl.schedule import Clock, warmup_cosine
 
 WARMUP = 0.1
@@ -30,6 +31,7 @@ def refine(
     *,
     augment: Augment | None = None,
     seed: int = 0,
+    tags: Sequence[Tensor] | None = None,
     progress: Progress = no_progress,
 ) -> None:
     """Unlabeled distillation of the parents into what they were fused to; see `loss_to_mean`.
@@ -47,13 +49,15 @@ def refine(
             model sees.
         seed: decides the order of the samples and, with the rank, what is drawn from torch's global RNG: augmentation
             and dropout.
+        tags: the teachers' weights for each tag, [tags] each, in place of their own; see `Team.tag_weights`.
         progress: wraps the steps.
 
     Raises:
         FusionError: gradients that are not finite.
     """
     device, mask = device_of(model), binding.family.stacks[-1].mask
-    teachers, weights = [parent.network.original.whole() for parent in parents], [parent.weight for parent in parents]
+    teachers, kind = [parent.network.original.whole() for parent in parents], kind_of(model)
+    weights = [parent.weight for parent in parents] if tags is None else [one.float().to(device) for one in tags]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
     with torch.random.fork_rng():
         torch.manual_seed(seed + (dist.get_rank() if dist.is_initialized() else 0))
@@ -67,7 +71,7 @@ def refine(
                 batch = dict(augment(batch)) if augment is not None else batch
                 with torch.no_grad():
                     given = [logits(teacher, batch) for teacher in teachers]
-                loss_to_mean(logits(model, batch), given, weights, batch.get(mask)).backward()
+                loss_to_mean(logits(model, batch), given, weights, batch.get(mask), kind=kind).backward()
             _average_gradients(model, took_part=batch is not None)
             if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
                 raise FusionError(f"learned refinement diverged; lower refine.lr (it is {config.lr:g})")
@@ -78,28 +82,37 @@ def refine(
 
 
 def loss_to_mean(
-    output: Tensor, given: Sequence[Tensor], weights: Sequence[float], mask: Tensor | None = None
+    output: Tensor,
+    given: Sequence[Tensor],
+    weights: Sequence[float | Tensor],
+    mask: Tensor | None = None,
+    *,
+    kind: Kind = CLASSES,
 ) -> Tensor:
     """The cross-entropy of a model to the weighted mean of other models' probabilities.
 
-    Where models put out one number, the squared error to the mean of these.
+    Where models put out numbers, or one of them, the squared error to the mean of these; of tags the mean
+    cross-entropy of each by itself.
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, at temperature 1.
 
     Args:
         output: logits of the model, [B, classes] or [B, T, tokens].
         given: those of the other models, without their graph.
-        weights: one a model, summing to 1.
+        weights: one a model, summing to 1; or one for each of its tags.
         mask: what counts of [B, T]; None for all.
+        kind: what the outputs mean.
     """
-    single = output.shape[-1] == 1
+    numbers = kind == NUMBERS or (kind == CLASSES and output.shape[-1] == 1)
     mean = torch.zeros_like(output)
     for weight, one in zip(weights, given, strict=True):
-        mean += weight * (one if single else one.softmax(-1))
+        mean += weight * (one if numbers else one.sigmoid() if kind == TAGS else one.softmax(-1))
     if mask is not None and output.ndim == 3:
         output, mean = (one[mask.to(one.device).bool()] for one in (output, mean))
     output, mean = output.flatten(0, -2), mean.flatten(0, -2)
-    return functional.mse_loss(output, mean) if single else functional.cross_entropy(output, mean)
+    if kind == TAGS:
+        return functional.binary_cross_entropy_with_logits(output, mean)
+    return functional.mse_loss(output, mean) if numbers else functional.cross_entropy(output, mean)
 
 
 def _shares(config: RefineConfig, device: torch.device) -> Iterable[float]:

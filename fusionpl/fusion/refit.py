@@ -15,7 +15,8 @@ from fusionpl.calibration import CalibrationSet, Flow, Passage, Place, sum_over_
 from fusionpl.families import Binding, State, attribute
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.stages import Stage
-from fusionpl.transport import NormalEquations, fit_ridge, fit_softmax, log_mean
+from fusionpl.models import NUMBERS, TAGS, kind_of
+from fusionpl.transport import Link, NormalEquations, fit_ridge, fit_softmax, log_mean
 
 # Every fifth sample chooses the regularisation.
 HOLD_OUT = 5
@@ -56,6 +57,7 @@ class Refit:
         flow: of the fused network, which stands before the section that is fitted next.
         parents: all of them, the anchor too.
         data: the calibration set, with the parents' targets of the section.
+        tags: each parent's weights for tags, [tags] each, where classifiers give several at once.
         trial: whether nothing is fitted to the samples that are held out, so that a fusion can be judged by them.
     """
 
@@ -65,10 +67,11 @@ class Refit:
         parents: Sequence[AlignedParent],
         data: CalibrationSet,
         *,
+        tags: Sequence[Tensor] | None = None,
         trial: bool = False,
     ) -> None:
-        self.flow, self.data, self.trial = flow, data, trial
-        self.binding = flow.network.binding
+        self.flow, self.data, self.tags, self.trial = flow, data, tags, trial
+        self.binding, self._kind = flow.network.binding, kind_of(flow.network.module)
         self.parents = dict(enumerate(parents))
         self._penalties: dict[tuple[str, ...], float] = {}  # of the same stage in the block before
         self._done: dict[str, list[Stage]] = {}
@@ -150,7 +153,7 @@ class Refit:
         fit, choose = (part.with_targets(wanted(part)) for part in parts)
         kind = tuple(axis.rpartition(".")[2] for axis in stage.axes)
         solution, self._penalties[kind] = fit_ridge(fit, choose, prior, self._penalties.get(kind), both=not self.trial)
-        if stage.predicts and prior.shape[1] > 1:
+        if stage.predicts and self._kind != NUMBERS:
             solution = self._fit_predictions(section, stage, solution, states)
         for one, found in zip(maps, solution.split([one.matrix.shape[1] for one in maps], dim=1), strict=True):
             one.replace(found)
@@ -214,7 +217,8 @@ class Refit:
             for index, parent in self.parents.items()
             if stage.narrow
         }
-        weights = [parent.weight for parent in self.parents.values()]
+        weights: Sequence[float | Tensor] = self.tags or [parent.weight for parent in self.parents.values()]
+        link: Link = "sigmoid" if self._kind == TAGS else "softmax"
 
         def rows(part: int) -> Iterator[tuple[Tensor, Tensor]]:
             for batch in self.data:
@@ -224,11 +228,12 @@ class Refit:
                 for index in self.parents:
                     shown = self._target(section, index, stage, batch).flatten(0, -2)[at].float()
                     given.append(_outputs(shown, heads[index]) if stage.narrow else shown)
-                yield x.flatten(0, -2)[at], log_mean(given, weights).exp()
+                yield x.flatten(0, -2)[at], log_mean(given, weights, link).exp()
 
         found = fit_softmax(
-            lambda: rows(0), lambda: rows(1), start, both=not self.trial, reduce=lambda sums: sum_over_ranks([*sums])
-        )
+            lambda: rows(0), lambda: rows(1), start, link=link, both=not self.trial,
+            reduce=lambda sums: sum_over_ranks([*sums]),
+        )  # fmt: skip
         for batch in self.data:
             del self.data.kept["predicts", batch]
         return found.matrix

@@ -3,8 +3,10 @@
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from fusionpl.alignment import (
     ActivationEvidence,
@@ -36,6 +38,7 @@ from fusionpl.fusion.plan import Plan, SectionPlan
 from fusionpl.fusion.refit import Refit
 from fusionpl.fusion.result import Sink
 from fusionpl.fusion.survey import Survey
+from fusionpl.models import kind_of
 from fusionpl.transport import full_float32
 
 
@@ -61,6 +64,10 @@ class Team:
         data: the calibration set; None where nothing is run.
         survey: what is known of whole networks.
         progress: wraps the sections of each walk.
+
+    Attributes:
+        kind: what the parents' outputs mean.
+        known: how much each parent knows of each tag, [parents, tags]; None where nobody asked, or they give no tags.
     """
 
     def __init__(
@@ -69,6 +76,7 @@ class Team:
         self.parents, self.anchor, self.survey, self.progress = parents, anchor, survey, progress
         self.bindings = [parent.binding for parent in parents]
         self.binding = self.bindings[anchor]
+        self.kind, self.known = kind_of(parents[anchor].module), cast(Tensor | None, None)
         self._data = data
         self.readers = [_Reader(parent) for parent in parents]
         # a calibration set of which this rank has no batch is empty, and still one
@@ -84,7 +92,19 @@ class Team:
 
     def head(self, samples: int) -> "Team":
         """The same parents over the first samples."""
-        return Team(self.parents, self.anchor, self.data.head(samples), self.survey, self.progress)
+        found = Team(self.parents, self.anchor, self.data.head(samples), self.survey, self.progress)
+        found.known = self.known
+        return found
+
+    def tag_weights(self, weights: Sequence[float]) -> list[Tensor] | None:
+        """The parents' weights for each tag, [tags] each: a tag is mostly of those that know it. None without tags."""
+        if self.known is None:
+            return None
+        own = torch.tensor(weights, dtype=torch.float64)[:, None]
+        found = own * self.known
+        return list(
+            torch.where(found.sum(0) > 0, found, own.expand_as(found)) / torch.where(found.sum(0) > 0, found.sum(0), 1)
+        )
 
     def states(self, section: str) -> list[State]:
         """The parameters that a section uses, of every parent."""
@@ -193,7 +213,8 @@ class Sweep:
         )
         self._refit = None
         if plan.fits:
-            self._refit = Refit(Flow(self._fused, team.data, "fused"), self.aligned, team.data, trial=trial)
+            flow, tags = Flow(self._fused, team.data, "fused"), team.tag_weights(weights)
+            self._refit = Refit(flow, self.aligned, team.data, tags=tags, trial=trial)
 
     @property
     def fused(self) -> Flow:

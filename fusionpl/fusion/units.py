@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fusionpl.calibration import or_zeros, sum_over_ranks
 from fusionpl.families import TAIL
+from fusionpl.fusion.answers import log_probabilities
 from fusionpl.fusion.config import FuseConfig, RefineConfig
 from fusionpl.fusion.refit import held_out
 from fusionpl.fusion.sweep import Sweep, Team
@@ -45,7 +46,28 @@ def specialisation(team: Team) -> float:
     means = or_zeros(means)
     sum_over_ranks([sums, means])
     samples, diverged = sums.tolist()
-    return float(_divergence(means / samples)) * samples / diverged if diverged > 0 else 0.0
+    return float(_divergence(means / samples).sum()) * samples / diverged if diverged > 0 else 0.0
+
+
+def knowledge(team: Team) -> Tensor:
+    """How much parents that give tags know of each, [parents, tags]: the variance over samples of the probability that
+    they give it. Who never saw a tag gives it to none, or to all alike. No label is read.
+
+    Args:
+        team: the parents; they are run whole, on as many samples as a trial takes.
+    """
+    found: Tensor | None = None
+    data = team.data.head(TRIAL)
+    with team.at_work():
+        for batch in data:
+            holds = torch.stack([parent.logits(data[batch]).double().cpu().sigmoid() for parent in team.parents])
+            sums = torch.stack([torch.ones_like(holds).sum(1), holds.sum(1), holds.square().sum(1)])
+            found = sums if found is None else found + sums
+    found = or_zeros(found)
+    sum_over_ranks([found])
+    samples, total, squares = found
+    variance: Tensor = squares / samples - (total / samples).square()
+    return variance.clamp_min(0.0)
 
 
 def candidates(config: FuseConfig, share: float | None) -> tuple[list[FuseConfig], list[str]]:
@@ -111,21 +133,23 @@ def _distances(sweep: Sweep) -> Tensor:
     """The Kullback-Leibler divergence, in nats, of what a fused classifier predicts for each held-out sample from the
     mean of what its parents do."""
     found, state = [torch.zeros(0, dtype=torch.float64)], sweep.fused.network.states(TAIL)
+    by_tag = sweep.team.tag_weights(sweep.weights)
+    weights = sweep.weights if by_tag is None else [one[:, None].to(sweep.team.parents[0].device) for one in by_tag]
     with sweep.team.at_work():
         for batch, shown in _shown(sweep.team):
-            mean = torch.stack([weight * one for weight, one in zip(sweep.weights, shown, strict=True)]).sum(0)
-            predicted = sweep.fused.logits(state, batch).float().log_softmax(-1)
+            mean = torch.stack([weight * one for weight, one in zip(weights, shown, strict=True)]).sum(0)
+            predicted = log_probabilities(sweep.fused.logits(state, batch), sweep.team.kind)
             far = (torch.special.xlogy(mean, mean) - mean * predicted).flatten(1).sum(1).double().cpu()
             found.append(far[held_out(sweep.team.data.firsts[batch], len(far))])
     return torch.cat(found)
 
 
 def _shown(team: Team) -> Iterator[tuple[int, Tensor]]:
-    """Each batch with the parents' probabilities [parents, B, ..., classes]."""
+    """Each batch with the parents' probabilities [parents, B, ..., classes], or of tags [parents, B, tags, 2]."""
     states = [parent.states(TAIL) for parent in team.parents]
     for batch in team.data:
         given = [flow.logits(state, batch) for flow, state in zip(team.flows, states, strict=True)]
-        yield batch, torch.stack([one.float().softmax(-1) for one in given])
+        yield batch, torch.stack([log_probabilities(one, team.kind).exp() for one in given])
 
 
 def _divergence(shown: Tensor) -> Tensor:

@@ -6,20 +6,29 @@ from fusionpl.models.folders import ModelFolder, model_config, model_folder, ope
 from fusionpl.models.heads import with_classifier
 from fusionpl.models.hub import hub_id, short_name
 from fusionpl.models.images import at_image_size, told, with_image_size
+from fusionpl.models.labels import CLASSES, IN_WORDS, NUMBERS, TAGS, Kind, kind_of
 from fusionpl.models.lineage import Ancestor, ancestor, base_models, inherited, lineage, parents_section
 from fusionpl.models.load import load_model
+from fusionpl.models.pipelines import check_tokenizers
 from fusionpl.models.push import check_push, push
 from fusionpl.models.resized import resized, untied
 from fusionpl.models.save import add_to_card, beside, class_names, forget_places, library_of, save_model, write_card
 from fusionpl.models.sentence import check_pooling, copy_modules, sentence_pooling, width_of
 from fusionpl.models.settings import compare_settings
+from fusionpl.models.tags import united, with_tags
 from fusionpl.models.tensors import TensorFile
-from fusionpl.models.tokenizers import check_tokenizers, load_tokenizer, train_bpe, train_wordpiece
+from fusionpl.models.token_settings import check_token_settings, end_of, pad_with, padding_of, pads_text
+from fusionpl.models.tokenizers import load_tokenizer, train_bpe, train_wordpiece
 from fusionpl.models.vocabulary import Renumbering, Vocabulary, load_parent, renumber
 from fusionpl.models.writer import ModelWriter
 
 __all__ = [
+    "CLASSES",
+    "IN_WORDS",
+    "NUMBERS",
+    "TAGS",
     "Ancestor",
+    "Kind",
     "ModelConfig",
     "ModelFolder",
     "ModelWriter",
@@ -35,13 +44,16 @@ __all__ = [
     "build_model",
     "check_pooling",
     "check_push",
+    "check_token_settings",
     "check_tokenizers",
     "class_names",
     "compare_settings",
     "copy_modules",
+    "end_of",
     "forget_places",
     "hub_id",
     "inherited",
+    "kind_of",
     "library_of",
     "lineage",
     "load_model",
@@ -50,6 +62,9 @@ __all__ = [
     "model_config",
     "model_folder",
     "open_model",
+    "pad_with",
+    "padding_of",
+    "pads_text",
     "parents_section",
     "push",
     "renumber",
@@ -60,9 +75,11 @@ __all__ = [
     "told",
     "train_bpe",
     "train_wordpiece",
+    "united",
     "untied",
     "width_of",
     "with_classifier",
     "with_image_size",
+    "with_tags",
     "write_card",
 ]

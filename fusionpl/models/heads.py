@@ -7,9 +7,12 @@ import transformers
 from torch import nn
 
 from fusionpl.errors import FusionError
+from fusionpl.models.labels import CLASSES, NUMBERS, TAGS, Kind, kind_of
 
 
-def with_classifier(model: nn.Module, num_classes: int, class_names: tuple[str, ...] | None, *, seed: int) -> nn.Module:
+def with_classifier(
+    model: nn.Module, num_classes: int, class_names: tuple[str, ...] | None, *, seed: int, kind: Kind | None = None
+) -> nn.Module:
     """`model` as a classifier of sentences: its encoder, with a new head where it has none for these classes.
 
     Args:
@@ -17,19 +20,23 @@ def with_classifier(model: nn.Module, num_classes: int, class_names: tuple[str, 
         num_classes: number of classes; 1 for a regression.
         class_names: their names.
         seed: decides the new head's weights.
+        kind: what the outputs shall mean; None as transformers takes it, a number where there is one, else classes.
 
     Returns:
-        `model` itself if it classifies into as many classes already, else a new model of the same architecture.
+        `model` itself if it gives as many outputs of that kind already, else a new model of the same architecture.
 
     Raises:
         FusionError: `model` is not of transformers, or transformers has no classifier for its architecture.
     """
     if not isinstance(model, transformers.PreTrainedModel):
         raise FusionError(f"a {type(model).__name__} has no text encoder to classify with; use a BERT of transformers")
-    if type(model).__name__.endswith("ForSequenceClassification") and model.config.num_labels == num_classes:
+    kind = kind or (NUMBERS if num_classes == 1 else CLASSES)
+    classifies = type(model).__name__.endswith("ForSequenceClassification")
+    if classifies and model.config.num_labels == num_classes and kind_of(model) == kind:
         return model
     config = type(model.config).from_dict(model.config.to_dict())
     config.num_labels = num_classes
+    config.problem_type = kind if kind == TAGS else None  # the others follow from the number
     if class_names is not None:
         config.id2label = dict(enumerate(class_names))
         config.label2id = {name: index for index, name in enumerate(class_names)}

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from fusionpl.families import VOCABULARY, Family, bind
 from fusionpl.models.images import with_image_size
 from fusionpl.models.load import load_model
+from fusionpl.models.tags import with_tags_of
+from fusionpl.models.token_settings import renumber_settings
 from fusionpl.models.tokenizers import load_tokenizer
 
 
@@ -82,44 +84,49 @@ def load_parent(
     family: Family | None = None,
 ) -> nn.Module:
     """Loads a whole model (see `load_model`) that reads and writes the tokens of `vocabulary`, if one is given, and
-    takes images of the size that `like` takes."""
+    takes images of the size that `like` takes and, if it gives tags, has those of `like`."""
     model = load_model(source, allow_pickle=allow_pickle)
     if vocabulary is not None:
         axis = bind(model, family).axes[VOCABULARY]
         found = vocabulary.renumbering(load_tokenizer(source), axis.size)
         if found is not None:
             renumber(model, found, family)
-    return model if like is None else with_image_size(model, like, family)
+    return model if like is None else with_tags_of(with_image_size(model, like, family), like, family)
 
 
-def renumber(model: Any, found: Renumbering, family: Family | None = None) -> Callable[[str, Tensor], Tensor]:
+def renumber(
+    model: Any, found: Renumbering, family: Family | None = None, *, name: str = "the model"
+) -> Callable[[str, Tensor], Tensor]:
     """Puts the rows of a model's vocabulary into another order, in place; they may be on the meta device.
 
     Args:
         model: of transformers.
         found: the order.
         family: see `bind`.
+        name: how messages call it.
 
     Returns:
         What does the same to a parameter that is read later, by its name.
+
+    Raises:
+        FusionError: see `renumber_settings`.
     """
     slots = bind(model, family).slots
     dims = {slot.parameter: slot.axes.index(VOCABULARY) for slot in slots if VOCABULARY in slot.axes}
 
-    def moved(name: str, tensor: Tensor) -> Tensor:
-        return tensor.index_select(dims[name], found.rows.to(tensor.device)) if name in dims else tensor
+    def moved(key: str, tensor: Tensor) -> Tensor:
+        return tensor.index_select(dims[key], found.rows.to(tensor.device)) if key in dims else tensor
 
     new: dict[int, nn.Parameter] = {}
-    for name in dims:
-        parameter = model.get_parameter(name)
-        new[id(parameter)] = nn.Parameter(moved(name, parameter.detach()), requires_grad=parameter.requires_grad)
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+    for key in dims:
+        parameter = model.get_parameter(key)
+        new[id(parameter)] = nn.Parameter(moved(key, parameter.detach()), requires_grad=parameter.requires_grad)
+    for key, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) in new:
-            owner, _, leaf = name.rpartition(".")
+            owner, _, leaf = key.rpartition(".")
             model.get_submodule(owner)._parameters[leaf] = new[id(parameter)]
-    model.config.vocab_size = len(found.rows)
-    places = {row: place for place, row in reversed(list(enumerate(found.rows.tolist())))}
-    for key, value in model.config.to_dict().items():
-        if key.endswith("_token_id") and isinstance(value, int):
-            setattr(model.config, key, places.get(value))
+    model.config.get_text_config().vocab_size = len(found.rows)
+    absent = set(found.absent.tolist())  # which hold the row of another token
+    places = {row: place for place, row in reversed(list(enumerate(found.rows.tolist()))) if place not in absent}
+    renumber_settings(model, places, name)
     return moved

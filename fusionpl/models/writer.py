@@ -14,6 +14,7 @@ from fusionpl.models.load import load_model
 from fusionpl.models.save import forget_places, library_of, put_in_place, write_card
 from fusionpl.models.sentence import copy_modules, width_of
 from fusionpl.models.tensors import TensorFile
+from fusionpl.models.token_settings import keep_padding
 
 
 class ModelWriter:
@@ -55,6 +56,7 @@ class ModelWriter:
         """Moves the folder into its place."""
         assert not self._file.missing, self._file.missing
         copy_modules(self.like.path, self._new, width_of(self.like.module))
+        keep_padding(self._new, self.like.module)
         forget_places(self._new)
         write_card(self._new, library_of(self.like.module), f"# {self.folder.parent.name}")
         self.folder.parent.mkdir(parents=True, exist_ok=True)

@@ -6,13 +6,13 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import DataLoader, Subset
 
 from fusionpl.calibration import eval_mode, logits
 from fusionpl.datamodules import FixedSplits
 from fusionpl.fusion import loss_to_mean
-from fusionpl.training.module import ClassificationModule, OptimConfig
+from fusionpl.models import TAGS, kind_of
+from fusionpl.training.module import ClassificationModule, OptimConfig, loss_of
 
 
 class Distillation(ClassificationModule):
@@ -54,10 +54,11 @@ class Distillation(ClassificationModule):
         with torch.no_grad(), eval_mode(*self.teachers):
             given = [logits(teacher, batch) for teacher in self.teachers]
         output = self(batch)
-        loss = loss_to_mean(output, given, [1 / len(given)] * len(given))
-        if output.shape[-1] == 1 or not self.labels:
+        kind = kind_of(self.model)
+        loss = loss_to_mean(output, given, [1 / len(given)] * len(given), kind=kind)
+        if not self.labels or (kind != TAGS and output.shape[-1] == 1):
             return loss
-        return (functional.cross_entropy(output.flatten(0, -2), batch["labels"].flatten()) + loss) / 2
+        return (loss_of(output, batch["labels"]) + loss) / 2
 
 
 class UnlabelledData(L.LightningDataModule):

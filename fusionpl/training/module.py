@@ -17,7 +17,14 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 from torchmetrics.aggregation import CatMetric
-from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
+from torchmetrics.classification import (
+    BinaryF1Score,
+    MulticlassAccuracy,
+    MulticlassF1Score,
+    MulticlassMatthewsCorrCoef,
+    MultilabelAccuracy,
+    MultilabelF1Score,
+)
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.text import Perplexity
 from transformers import get_cosine_schedule_with_warmup
@@ -25,8 +32,9 @@ from transformers import get_cosine_schedule_with_warmup
 from fusionpl.calibration.forward import logits
 from fusionpl.datamodules import IGNORED
 from fusionpl.errors import FusionError
-from fusionpl.evaluation import Outcomes, scored
+from fusionpl.evaluation import Outcomes, are_tags, scored
 from fusionpl.families import bind
+from fusionpl.models import TAGS, kind_of
 from fusionpl.schedule import Clock, warmup_cosine
 
 
@@ -51,7 +59,7 @@ class ClassificationModule(L.LightningModule):
     """Training with labels; logs loss and metrics of train, val and test, and the learning rate, once an epoch.
 
     The loss is the cross-entropy of classes [B] or of tokens [B, T] (-100 is not scored), and the squared error of
-    labels that are floating-point numbers.
+    labels that are floating-point numbers; of tags, floating point [B, tags], the binary cross-entropy of each.
 
     Args:
         model: a timm or transformers model, trained in place.
@@ -84,8 +92,9 @@ class ClassificationModule(L.LightningModule):
         # the function, not the model: what is trained and saved stays an ordinary model
         self._logits = torch.compile(logits) if compiled else logits
         self.optim = optim
+        known = OF_TAGS if kind_of(model) == TAGS else METRICS
         self.metrics = nn.ModuleDict(
-            {f"{stage}_{name}": METRICS[name](num_classes) for stage in ("train", "val", "test") for name in metrics}
+            {f"{stage}_{name}": known[name](num_classes) for stage in ("train", "val", "test") for name in metrics}
         )
 
     def configure_model(self) -> None:
@@ -180,23 +189,31 @@ class ClassificationModule(L.LightningModule):
         labels, output = batch["labels"], self(batch)
         if stage == "test":
             self._scored.update(scored(output, labels))
+        loss = loss_of(output, labels, label_smoothing)
         if labels.is_floating_point():
-            output = output.squeeze(-1)
-            loss, count = functional.mse_loss(output, labels), len(labels)
+            output, count = output if are_tags(labels) else output.squeeze(-1), len(labels)
         else:
-            loss = functional.cross_entropy(
-                output.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing
-            )
             count = len(labels) if labels.ndim == 1 else int((labels != IGNORED).sum())
         settings: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": count}
         self.log(f"{stage}/loss", loss, sync_dist=True, **settings)
         for key, metric in self.metrics.items():
             if key.startswith(f"{stage}_"):
                 name = key.removeprefix(f"{stage}_")
-                tokens = labels.ndim > 1 and name != "perplexity"
+                tokens = labels.ndim > 1 and name != "perplexity" and not are_tags(labels)
                 cast(Metric, metric)(*((output.flatten(0, -2), labels.flatten()) if tokens else (output, labels)))
                 self.log(f"{stage}/{name}", cast(Metric, metric), **settings)
         return loss
+
+
+def loss_of(output: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The loss of a batch of logits; see `ClassificationModule`."""
+    if are_tags(labels):
+        return functional.binary_cross_entropy_with_logits(output, labels.lerp(labels.new_tensor(0.5), label_smoothing))
+    if labels.is_floating_point():
+        return functional.mse_loss(output.squeeze(-1), labels)
+    return functional.cross_entropy(
+        output.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing
+    )
 
 
 @torch.no_grad()
@@ -230,4 +247,9 @@ METRICS: Mapping[str, Callable[[int], Metric]] = {
     "pearson": lambda _: PearsonCorrCoef(),
     "spearman": lambda _: SpearmanCorrCoef(),
     "perplexity": lambda _: Perplexity(ignore_index=IGNORED),
+}
+# Of tags, each a label of its own, which hold where they are more probable than one half.
+OF_TAGS: Mapping[str, Callable[[int], Metric]] = {
+    "accuracy": lambda tags: MultilabelAccuracy(tags, average="micro"),
+    "f1": lambda tags: MultilabelF1Score(tags, average="micro"),
 }

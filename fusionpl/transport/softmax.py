@@ -11,11 +11,14 @@ Network", 2015, for fitting to predicted probabilities; L-BFGS with the line sea
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from fusionpl.transport.products import self_product
 
 Link = Literal["softmax", "sigmoid"]
 Rows = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -23,11 +26,13 @@ Reduce = Callable[[Sequence[Tensor]], None]
 
 # In units of the inputs' mean energy, from the strongest on.
 PENALTIES = (1.0, 0.1, 1e-2, 1e-3, 1e-4)
+STEEPEST = 0.25  # the largest curvature of the logistic function
 STEPS, LAST_STEPS = 15, 40  # of L-BFGS, for each penalty from what the one before gave, and with the one that is chosen
 HISTORY = 8
-TOLERANCE = 1e-6  # of the largest entry of the gradient
+TOLERANCE = 1e-9  # of the largest entry of the gradient
 HELD = 2**24  # entries of inputs and probabilities up to which they are computed once
-IN_FLOAT64 = 2**20  # entries of W up to which steps are added up in float64; rows are always multiplied in float32
+IN_FLOAT64 = 2**20  # entries of W up to which steps are added up in float64
+EXACT = 2**25  # products of rows and W up to which these are computed in float64 too
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,18 @@ class Fitted:
     after: float
 
 
-def log_mean(logits: Sequence[Tensor], weights: Sequence[float], link: Link = "softmax") -> Tensor:
-    """The log of the weighted mean of the probabilities of logits [..., classes], float32; of a sigmoid the mean
-    probabilities themselves would do, but one type is enough."""
-    log_of = functional.logsigmoid if link == "sigmoid" else lambda one: one.log_softmax(-1)
+def log_mean(logits: Sequence[Tensor], weights: Sequence[float | Tensor], link: Link = "softmax") -> Tensor:
+    """The log of the weighted mean of probabilities, float32.
+
+    Args:
+        logits: of several models, [..., classes] each.
+        weights: one number a model, or one for each of its classes [classes], summing to 1.
+        link: what makes probabilities of them.
+    """
+    log_of = functional.logsigmoid if link == "sigmoid" else partial(torch.log_softmax, dim=-1)
     each = [
-        log_of(one.float()) + float(torch.tensor(weight).log()) for one, weight in zip(logits, weights, strict=True)
+        log_of(one.float()) + torch.as_tensor(weight).to(one.device, torch.float32).log()
+        for one, weight in zip(logits, weights, strict=True)
     ]
     return torch.stack(each).logsumexp(0)
 
@@ -107,51 +118,62 @@ class _Problem:
     def __init__(self, rows: Rows, prior: Tensor, link: Link, reduce: Reduce) -> None:
         self._rows, self._link, self._reduce = rows, link, reduce
         self._held: list[tuple[Tensor, Tensor]] | None = []  # all rows, as long as they are few
-        sums = prior.new_zeros(3, dtype=torch.float64)  # rows, energy of the inputs, entropy of the targets
+        n = len(prior)
+        xx = prior.new_zeros(n, n, dtype=torch.float64)  # of inputs with their constant
+        sums = xx.new_zeros(2)  # rows, entropy of the targets
         size = 0
         for x, p in rows():
             size += x.numel() + p.numel()
             self._held = None if self._held is None or size > HELD else [*self._held, (x.float(), p)]
+            xx += self_product(_with_constant(x)).to(xx)
             own = torch.special.entr(p).double().sum()
             own = own + torch.special.entr(1 - p).double().sum() if link == "sigmoid" else own
-            sums += torch.stack([sums.new_tensor(len(x)), x.double().square().mean(-1).sum(), own])
+            sums += torch.stack([sums.new_tensor(len(x)), own])
         if self._held:
             xs, ps = zip(*self._held, strict=True)
             self._held = [(torch.cat(xs), torch.cat(ps))]
-        reduce([sums])
+        reduce([xx, sums])
         self.count = float(sums[0])
-        self._energy, self.entropy = (float(one) / max(self.count, 1.0) for one in sums[1:])
+        exact = self._held is not None and self.count * prior.numel() <= EXACT
+        self._kind = torch.float64 if exact else torch.float32
+        self._products, self.entropy = xx / max(self.count, 1.0), float(sums[1]) / max(self.count, 1.0)
+        self._energy = float(self._products.diagonal()[:-1].mean())
 
     def loss(self, matrix: Tensor) -> float:
         """The mean cross-entropy of W [n + 1, classes]."""
         total = matrix.new_zeros((), dtype=torch.float64)
-        for x, p in self._rows() if self._held is None else self._held:
-            total += self._judged(x, p, matrix.float())[0]
+        for x, p in self._held or self._rows():
+            total += self._judged(x, p, matrix.to(self._kind))[0]
         self._reduce([total])
         return float(total) / self.count
 
     def minimised(self, matrix: Tensor, prior: Tensor, penalty: float, steps: int = STEPS) -> Tensor:
         """The W that minimises the loss and the penalty, from `matrix` on."""
-        found, strength = matrix.clone(), penalty * self._energy
+        strength = penalty * self._energy
+        # In these coordinates the loss is about as steep in all directions, and few steps lead to its minimum.
+        values, vectors = torch.linalg.eigh(self._products)
+        scales = (values.clamp_min(0) * STEEPEST + strength).rsqrt()
+        turn = ((vectors * scales) @ vectors.T).to(matrix)
+        found = torch.linalg.solve(turn, matrix - prior)
         optimizer = torch.optim.LBFGS(
             [found], max_iter=steps, history_size=HISTORY, tolerance_grad=TOLERANCE, line_search_fn="strong_wolfe"
         )
 
         def closure() -> Tensor:
-            total, gradient, now = found.new_zeros((), dtype=torch.float64), torch.zeros_like(found), found.float()
-            for x, p in self._rows() if self._held is None else self._held:
+            away = turn @ found
+            total, gradient = found.new_zeros((), dtype=torch.float64), torch.zeros_like(found)
+            now = (prior + away).to(self._kind)
+            for x, p in self._held or self._rows():
                 loss, error = self._judged(x, p, now)
                 total += loss
-                gradient[:-1] += x.to(error).T @ error
-                gradient[-1] += error.sum(0)
+                gradient += (_with_constant(x.to(error)).T @ error).to(gradient)
             self._reduce([total, gradient])
-            away = found - prior
-            found.grad = gradient / self.count + strength * away
+            found.grad = turn @ (gradient / self.count + strength * away)
             return (total / self.count + 0.5 * strength * away.double().square().sum()).to(found)
 
         with torch.no_grad():
             optimizer.step(closure)
-        return found
+        return prior + turn @ found
 
     def _judged(self, x: Tensor, p: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the cross-entropy over rows, and its derivatives by the outputs, [rows, classes]."""
@@ -159,5 +181,9 @@ class _Problem:
         if self._link == "sigmoid":
             loss = functional.binary_cross_entropy_with_logits(outputs, p, reduction="sum")
             return loss.double(), outputs.sigmoid() - p
-        found = outputs.log_softmax(-1)
+        found: Tensor = outputs.log_softmax(-1)
         return -(p * found).sum().double(), found.exp() - p
+
+
+def _with_constant(x: Tensor) -> Tensor:
+    return torch.cat([x, torch.ones_like(x[:, :1])], dim=1)

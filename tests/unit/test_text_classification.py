@@ -120,7 +120,7 @@ def test_a_mistake_is_one_line(
 
 def test_labels_that_are_none_and_models_that_do_not_fit(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(FusionError, match=r"the label column 'label' of '.+' holds .*; labels are classes"):
-        module(table(tmp_path / "lists", text=["cat"] * 80, label=[[1]] * 80), tokenizer).dataset("train")
+        module(table(tmp_path / "lists", text=["cat"] * 80, label=[{"a": 1}] * 80), tokenizer).dataset("train")
     with pytest.raises(FusionError, match=r"data.max_length is 64, but the model has 20 positions"):
         module(make_sentences(tmp_path / "s"), tokenizer).check_model(text_model("bert masked-lm"))
     with pytest.raises(FusionError, match="text classification starts from a model with a tokenizer"):

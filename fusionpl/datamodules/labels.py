@@ -1,0 +1,130 @@
+"""What labels are: a class, a number, or tags: lists of names or numbers, rows of 0 and 1, or a column for each."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusionpl.datamodules.splits import SplitConfig, flawed
+from fusionpl.errors import FusionError
+from fusionpl.models import CLASSES, TAGS, Kind
+
+LISTS = ("List", "LargeList", "Sequence")  # as versions of `datasets` call them
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels as numbers, split by split; `names` are those of the classes or tags, None for a regression."""
+
+    values: Mapping[str, NDArray[Any]]
+    names: tuple[str, ...] | None
+    kind: Kind = CLASSES
+
+    def named(self, names: tuple[str, ...]) -> "Labels":
+        """The same labels by the numbers that they have in `names`, which may be more."""
+        places = np.array([names.index(name) for name in self.names or ()])
+        found = {}
+        for split, values in self.values.items():
+            if self.kind == TAGS:
+                found[split] = np.zeros((len(values), len(names)), dtype=values.dtype)
+                found[split][:, places] = values
+            else:
+                found[split] = np.where(values < 0, values, places[values])
+        return replace(self, values=found, names=names)
+
+    def like(self, names: tuple[str, ...] | None, outputs: int) -> tuple[str, ...] | None:
+        """The names by which a model numbers these labels, if it does so otherwise; None if not, or if it has others.
+
+        Args:
+            names: the model's; None where it has none.
+            outputs: how many it has.
+        """
+        if self.names is None or names == self.names:
+            return None
+        if names and set(self.names) <= set(names):
+            return names
+        numbered = self.kind == TAGS and self.names == tuple(map(str, range(len(self.names))))
+        return tuple(map(str, range(outputs))) if numbered and outputs > len(self.names) else None
+
+
+def is_list(feature: Any) -> bool:
+    """Whether a column holds a list a row."""
+    return type(feature).__name__ in LISTS
+
+
+def joined(rows: Any, columns: Sequence[str]) -> list[list[float | None]]:
+    """A list a row, of columns of 0 and 1."""
+    return [list(row) for row in zip(*(list(rows[column]) for column in columns), strict=True)]
+
+
+def tags_of(
+    rows: Mapping[str, Sequence[Any]],
+    names: Sequence[str] | None,
+    column: str,
+    config: SplitConfig,
+    *,
+    of_columns: bool = False,
+) -> Labels:
+    """Tags as 0 and 1, float32 [N, tags], NaN in rows that are left out.
+
+    Args:
+        rows: split -> a list a row.
+        names: of the tags, by their numbers, where `datasets` knows them.
+        column: where they are from.
+        config: what is asked for.
+        of_columns: whether the rows are those of several columns, one for each tag.
+
+    Raises:
+        FusionError: a row without a list, or with a member that is no tag; names split and row.
+    """
+    every = [one for values in rows.values() for one in values if one is not None]
+    hot = of_columns or _is_hot(every)
+    known = list(names or ())
+    if not known:
+        length = max(Counter(map(len, every)).most_common(1), default=(0, 0))[0]
+        known = list(map(str, range(length))) if hot else _named({member for one in every for member in one})
+    if not known:
+        raise FusionError(f"the data set '{config.path}' has no label in any row of column '{column}'; name another "
+                          "column with --data.label_column")  # fmt: skip
+    numbers = {name: number for number, name in enumerate(known)}
+    found = {}
+    for split, values in rows.items():
+        matrix = np.stack([_row(one, numbers, hot=hot) for one in values]) if len(values) else np.empty((0, len(known)))
+        wrong = [int(row) for row in np.flatnonzero(~np.isfinite(matrix).all(1))]
+        if wrong:
+            flawed(config, split, wrong, f"column '{column}' holds {values[wrong[0]]}, which are no tags", len(values))
+            matrix[wrong] = np.nan
+        found[split] = matrix.astype(np.float32)
+    return Labels(found, tuple(known), TAGS)
+
+
+def _is_hot(rows: Sequence[Sequence[Any]]) -> bool:
+    """Whether lists are rows of 0 and 1, most of one length of two or more; else they say which tags hold."""
+    length, count = Counter(map(len, rows)).most_common(1)[0] if rows else (0, 0)
+    return length > 1 and 2 * count > len(rows) and {member for one in rows for member in one} <= {0, 1}
+
+
+def _named(members: set[Any]) -> list[str]:
+    """Names in order; numbers count from 0."""
+    if all(isinstance(one, int) and one >= 0 for one in members):
+        return [str(number) for number in range(max(members, default=-1) + 1)]
+    return sorted(str(one) for one in members if one is not None)
+
+
+def _row(members: Sequence[Any] | None, numbers: Mapping[str, int], *, hot: bool) -> NDArray[np.float64]:
+    """One row, NaN where it is none."""
+    lacking: NDArray[np.float64] = np.full(len(numbers), np.nan)
+    if members is None or (hot and (len(members) != len(numbers) or not set(members) <= {0, 1})):
+        return lacking
+    if hot:
+        return np.asarray(members, dtype=np.float64)
+    row: NDArray[np.float64] = np.zeros(len(numbers))
+    for member in members:
+        at = numbers.get(member, member) if isinstance(member, str) else member
+        if not isinstance(at, int) or not 0 <= at < len(numbers):
+            return lacking
+        row[at] = 1.0
+    return row

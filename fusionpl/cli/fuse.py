@@ -47,6 +47,7 @@ from fusionpl.fusion import (
     check_parents,
     describe,
     estimate,
+    folding_error,
     match_parents,
     mixing_weights,
     open_parents,
@@ -439,5 +440,11 @@ def _check(job: Job) -> None:
             raise FusionError(
                 f"{name}: moving its units at random changes outputs by {error:.1e} (outputs are up to {size:.1f}); "
                 "its family file does not describe this model"
+            )
+        change, size, what = folding_error(model, shown, family=job.family)
+        if not change <= PROOF_TOLERANCE * size:
+            raise FusionError(
+                f"{name}: folding {what} changes outputs by {change:.1e} (outputs are up to {size:.1f}), so its "
+                "canonical form is not the same function; use strategy transport, or mend its family file"
             )
         print(f"{name}: ok; renumbering all units at random changes outputs by {error:.1e} (outputs up to {size:.1f})")

@@ -3,6 +3,7 @@
 from fusionpl.fusion.average import mixing_weights, vanilla
 from fusionpl.fusion.config import FuseConfig, RefineConfig, RefitConfig, load_config
 from fusionpl.fusion.estimate import Estimate, estimate
+from fusionpl.fusion.forms import folding_error
 from fusionpl.fusion.fuse import (
     Calibrated,
     check_parents,
@@ -32,6 +33,7 @@ __all__ = [
     "check_parents",
     "describe",
     "estimate",
+    "folding_error",
     "fuse",
     "load_config",
     "loss_to_mean",

@@ -27,16 +27,15 @@ from fusionpl.families import (
     VOCABULARY,
     Family,
     bind,
-    canonical,
     check_compatible,
     check_tied,
     is_bare,
     read_family,
-    without_scales,
 )
 from fusionpl.fusion.average import mixing_weights
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.depth import Matching, levelled
+from fusionpl.fusion.forms import check_forms, formed
 from fusionpl.fusion.goal import goal_of, parted, settled
 from fusionpl.fusion.kin import kinship
 from fusionpl.fusion.plan import Plan, make_plan
@@ -184,7 +183,9 @@ class Calibrated:
         if data is not None and self.matchings:
             level, self.matchings = ready(networks, anchor, first, data)
             plans = [plan_of(level, anchor, config, self.names)[1] for config in configs]
-        self._team = Team([_prepared(network, configs) for network in level], anchor, data, Survey(kept), progress)
+        self._team = Team([formed(network, configs) for network in level], anchor, data, Survey(kept), progress)
+        if data is not None:
+            check_forms(self._team.parents, first, data)
         keys = [key for plan in plans for key in plan.survey]
         magnitudes: list[str] = []
         if len(configs) > 1:
@@ -373,14 +374,6 @@ def match_vocabularies(
             network.binding, network.absent = bind(network.module, family), found.absent if len(found.absent) else None
             lines.append(found.told(network.name, reference.name))
     return lines
-
-
-def _prepared(network: Network, configs: Sequence[FuseConfig]) -> Network:
-    if configs[0].canonical:
-        return network.prepared(canonical)
-    if any(config.refit.method != "none" for config in configs):
-        return network.prepared(lambda state, binding, section, _: without_scales(state, binding, section))
-    return network
 
 
 def check_count(count: int) -> None:

@@ -128,6 +128,7 @@ class Binding:
         uses: section -> the parameters that its modules hold, in the order of the family's lines; a tied one under the
             first of its names.
         closed: parameters that stand at both ends of a stream: embeddings tied to the decoder.
+        hindrance: why the stream has to keep its units although its parameters don't say so: see `looked_at`.
     """
 
     family: Family
@@ -141,6 +142,7 @@ class Binding:
     depths: tuple[int, ...]
     uses: Mapping[str, tuple[str, ...]]
     closed: frozenset[str] = frozenset()
+    hindrance: str | None = None
 
     @property
     def depth(self) -> int:

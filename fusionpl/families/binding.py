@@ -13,6 +13,7 @@ from fusionpl.errors import FusionError
 from fusionpl.families.axes import Axis, Binding, Gain, Index, Join, Slot, Tap, section_of
 from fusionpl.families.family import ROTATED, STEM, TAIL, Family, Kind, Section, Stack, attribute, family_of
 from fusionpl.families.grammar import Dim, Segment
+from fusionpl.families.looks import looked_at
 from fusionpl.families.sizes import Layout, sizes_of
 
 
@@ -26,7 +27,7 @@ def bind(model: nn.Module, family: Family | None = None) -> Binding:
     family = family or family_of(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     counts = {group: _count(model, family, path) for group, path in family.sizes.items() if group != ROTATED}
-    return _Binder(family, parameters, counts, _rotated(model, family)).bind()
+    return looked_at(model, _Binder(family, parameters, counts, _rotated(model, family)).bind())
 
 
 def _count(model: nn.Module, family: Family, path: str) -> int:

@@ -21,6 +21,10 @@ def check_compatible(bindings: Mapping[str, Binding]) -> None:
             raise FusionError(
                 f"parents of different families: {first} is {reference.family.name}, {name} is {binding.family.name}"
             )
+        if binding.family.norm != reference.family.norm:
+            kinds = {"pre": "LayerNorms", "rms": "RMSNorms"}
+            ours, theirs = (kinds[one.family.norm] for one in (reference, binding))
+            raise FusionError(f"parents of different norms: {first} has {ours}, {name} has {theirs}")
         shown = {block for one in (reference, binding) for block in one.blocks}
         shown -= set(reference.blocks) & set(binding.blocks)  # those that only the deeper one has
         parts, others_parts = (_parts(one, shown) for one in (reference, binding))

@@ -269,9 +269,14 @@ class Binding:
         return axis == boundary(section_of(axis))
 
     def writers(self, axis: str) -> tuple[Slot, ...]:
-        """The slots whose rows describe the units of `axis` by their incoming weights (no biases, no norms)."""
-        section = next((s.section for s in self.slots if s.writes(axis)), None)
-        return tuple(s for s in self.slots if s.section == section and s.writes(axis) and len(s.axes) > 1)
+        """The slots whose rows describe the units of `axis` by their incoming weights (no biases, no norms), or
+        its values where it is a parameter that is added to the stream as it is (a class token)."""
+        section, tap = next((s.section for s in self.slots if s.writes(axis)), None), self.taps.get(axis)
+        value = tap.target if tap is not None and tap.kind == "parameter" else None
+        return tuple(
+            one for one in self.slots
+            if one.section == section and one.writes(axis) and (len(one.axes) > 1 or one.parameter == value)
+        )  # fmt: skip
 
 
 def section_of(axis: str) -> str:

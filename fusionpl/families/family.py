@@ -372,18 +372,20 @@ def family_of(model: object) -> Family:
             with_head = any(name.rpartition(".")[0] == module for name in family.models)
             if with_head and all(attribute(model, path) == it for path, it in bare.when.items()):
                 return bare
-    raise FusionError(f"no family for {_unknown(type(model), told)}")
+    raise FusionError(f"no family for {_unknown(model, told)}")
 
 
 _DRAFTS = "`python -m fusionpl.cli.family MODEL --output my.yaml` drafts one for --family my.yaml, see docs/families.md"
 
 
-def _unknown(cls: type, told: Sequence[Family]) -> str:
-    """What is said of a class that no family describes, or only with other settings (`told`)."""
+def _unknown(model: object, told: Sequence[Family]) -> str:
+    """What is said of a model that no family describes, or only with other settings (`told`)."""
+    cls = type(model)
+    unmet = {one.name: [f"{path} is {it}" for path, it in one.when.items() if attribute(model, path) != it]
+             for one in told}  # fmt: skip
     if told:
-        ways = " or ".join(
-            f"{family.name} ({', '.join(f'{path} is {it}' for path, it in family.when.items())})" for family in told
-        )
+        least = min(map(len, unmet.values()))
+        ways = " or ".join(f"{name} ({', '.join(one)})" for name, one in unmet.items() if len(one) == least)
         return f"this {cls.__qualname__}, but for {ways}; {_DRAFTS}"
     names = [name.rpartition(".") for family in library().values() for name in family.models]
     beside = [name for module, _, name in names if module == cls.__module__]

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers.norm import RmsNorm
+from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -294,12 +296,19 @@ def test_a_class_with_other_settings_is_told_which_there_are() -> None:
     [
         (lambda: timm_vit(qk_norm=True), "blocks.0.attn.q_norm.weight"),
         (lambda: timm_vit(scale_attn_norm=True), "blocks.0.attn.norm.weight"),
-        (lambda: timm_vit(global_pool="map", class_token=False), "attn_pool.latent"),
     ],
 )
 def test_timm_variants_that_the_family_does_not_describe(build: Callable[[], nn.Module], tensor: str) -> None:
     with pytest.raises(FusionError, match=f"vit_timm: no pattern matches parameter '{tensor}'"):
         bind(build())
+
+
+@pytest.mark.parametrize("pool", ["map", "prr"])
+def test_pooling_by_attention_is_refused(pool: str) -> None:
+    """That of `prr` has no parameters to show it."""
+    words = r"no family for this VisionTransformer, but for vit_timm \(attn_pool is None\); `python -m"
+    with pytest.raises(FusionError, match=words):
+        bind(timm_vit(global_pool=pool))
 
 
 def test_no_position_embedding_is_one_clear_line() -> None:
@@ -334,6 +343,13 @@ def compatible(a: Binding, b: Binding) -> str:
 
 def test_parents_of_different_families() -> None:
     assert compatible(bind(timm_vit()), bind(hf_vit())) == ("parents of different families: A is vit_timm, B is vit_hf")
+
+
+def test_parents_of_other_blocks_and_norms() -> None:
+    plain, behind = bind(timm_vit()), bind(timm_vit(block_fn=ResPostBlock))
+    assert compatible(plain, behind) == "parents of different families: A is vit_timm, B is vit_timm_res_post"
+    other = bind(timm_vit(norm_layer=RmsNorm))
+    assert compatible(plain, other) == "parents of different norms: A has LayerNorms, B has RMSNorms"
 
 
 def test_parents_of_different_depth_fit_where_their_blocks_do() -> None:

@@ -70,6 +70,9 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "opt_post": (
         "opt", "CausalLM", {"ffn_dim": HIDDEN, "word_embed_proj_dim": WIDTH // 2, "do_layer_norm_before": False}
     ),
+    "opt_post_unprojected": (
+        "opt", "CausalLM", {"ffn_dim": HIDDEN, "word_embed_proj_dim": WIDTH, "do_layer_norm_before": False}
+    ),
     "t5": (
         "t5", "Seq2SeqLM",
         {"d_model": WIDTH, "d_kv": WIDTH // HEADS, "d_ff": HIDDEN, "num_layers": DEPTH, "num_heads": HEADS,

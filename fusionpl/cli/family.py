@@ -141,7 +141,8 @@ def random_batch(model: Any) -> Any:
     if kind != "pixel_values":
         raise FusionError(f"{type(model).__name__} takes {kind}; only images and tokens can be made up")
     cut = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(config, "image_size", None) or 224
+    owners = (getattr(model, "patch_embed", None), "img_size"), (config, "image_size"), (model, "image_size")
+    size = next((found for owner, name in owners if (found := getattr(owner, name, None))), 224)
     height, width = (size, size) if isinstance(size, int) else size
     images = torch.randn(4, cut.in_channels if cut else 3, height, width, generator=generator)
     return images if config is None or not hasattr(model, "config_class") else {"pixel_values": images}

@@ -55,6 +55,7 @@ from fusionpl.fusion import (
     ready,
     resolve_anchor,
     settled,
+    tied_alike,
     trial_of,
 )
 from fusionpl.models import (
@@ -143,7 +144,7 @@ class Job:
         opened = open_parents(list(parents.values()), list(parents), **reading)
         tokenizer = common_tokenizer(parents, anchor)
         match_parents(list(parents.values()), opened, anchor)
-        networks = [network for network, _ in opened]
+        networks = tied_alike([network for network, _ in opened])
         check_parents(networks)
         config = settled(config, networks, anchor)
         presets = {name: settled(one, networks, resolve_anchor(one, len(parents))) for name, one in presets.items()}

@@ -14,7 +14,7 @@ from fusionpl.fusion.fuse import (
     ready,
     resolve_anchor,
 )
-from fusionpl.fusion.goal import settled
+from fusionpl.fusion.goal import settled, tied_alike
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.plan import Plan, describe, make_plan
 from fusionpl.fusion.refine import loss_to_mean
@@ -45,6 +45,7 @@ __all__ = [
     "ready",
     "resolve_anchor",
     "settled",
+    "tied_alike",
     "trial_of",
     "vanilla",
 ]

@@ -36,7 +36,7 @@ from fusionpl.fusion.average import mixing_weights
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.depth import Matching, levelled
 from fusionpl.fusion.forms import check_forms, formed
-from fusionpl.fusion.goal import goal_of, parted, settled
+from fusionpl.fusion.goal import goal_of, parted, settled, tied_alike
 from fusionpl.fusion.kin import kinship
 from fusionpl.fusion.plan import Plan, make_plan
 from fusionpl.fusion.refine import Augment, refine
@@ -158,7 +158,8 @@ class Calibrated:
             mixing_weights(config.weights, len(parents))
         opened = open_parents(parents, self.names, device, allow_pickle=allow_pickle, family=read_family(family))
         self._read = match_parents(parents, opened, anchor)
-        networks = [network for network, _ in opened]
+        closed = opened[anchor][0].binding.closed
+        networks = tied_alike([network for network, _ in opened])
         check_parents(networks)
         taught = any(config.refine.method != "none" for config in configs)
         if taught and is_bare(networks[anchor].module):
@@ -167,7 +168,6 @@ class Calibrated:
         self._source, self._folder = parents[anchor], opened[anchor][1]
         configs = [settled(config, networks, anchor) for config in configs]
         first = configs[0]
-        closed = networks[anchor].binding.closed
         level, self.matchings = ready(networks, anchor, first)
         check_tied({network.name: network.binding for network in level})
         self._parted = [

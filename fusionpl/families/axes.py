@@ -271,7 +271,9 @@ class Binding:
     def writers(self, axis: str) -> tuple[Slot, ...]:
         """The slots whose rows describe the units of `axis` by their incoming weights (no biases, no norms), or
         its values where it is a parameter that is added to the stream as it is (a class token)."""
-        section, tap = next((s.section for s in self.slots if s.writes(axis)), None), self.taps.get(axis)
+        sections = dict.fromkeys(one.section for one in self.slots if one.writes(axis))
+        section = next((one for one in sections if one == section_of(axis)), next(iter(sections), None))
+        tap = self.taps.get(axis)
         value = tap.target if tap is not None and tap.kind == "parameter" else None
         return tuple(
             one for one in self.slots

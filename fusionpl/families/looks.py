@@ -42,8 +42,8 @@ def _read(model: nn.Module, binding: Binding) -> Iterator[tuple[str, nn.Module, 
 def _kind(norm: nn.Module, width: int, offset: int) -> Norm | str | None:
     """`pre` for what a LayerNorm does, `rms` for an RMSNorm, another name for what is neither; None if it can't be
     asked."""
-    row = 1 + torch.arange(1.0, width + 1)[None]
-    given = {name: torch.full(one.shape, 1.0 - offset if name == "weight" else 0.0)
+    row = 1 + torch.arange(1.0, width + 1, device="cpu")[None]
+    given = {name: torch.full(one.shape, 1.0 - offset if name == "weight" else 0.0, device="cpu")
              for name, one in norm.named_parameters()}  # fmt: skip
     try:
         with torch.no_grad():

@@ -1,11 +1,11 @@
 """What of a model no parameter shows: how its norms normalise, and what reads its stream without one."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fusionpl.families.axes import Binding
 from fusionpl.families.family import TAIL, Norm, attribute
@@ -43,11 +43,15 @@ def _kind(norm: nn.Module, width: int, offset: int) -> Norm | str | None:
     """`pre` for what a LayerNorm does, `rms` for an RMSNorm, another name for what is neither; None if it can't be
     asked."""
     row = 1 + torch.arange(1.0, width + 1, device="cpu")[None]
-    given = {name: torch.full(one.shape, 1.0 - offset if name == "weight" else 0.0, device="cpu")
-             for name, one in norm.named_parameters()}  # fmt: skip
+    probe = copy.copy(norm)  # which calls nobody's hooks
+    probe.__dict__ |= {"_forward_hooks": {}, "_forward_pre_hooks": {}}
+    probe.__dict__["_parameters"] = {
+        name: one if one is None else torch.full(one.shape, 1.0 - offset if name == "weight" else 0.0, device="cpu")
+        for name, one in norm._parameters.items()
+    }
     try:
         with torch.no_grad():
-            found = functional_call(norm, given, (row,))
+            found = probe(row)
     except Exception:  # whatever a module raises that wants more than its input
         return None
     centred = row - row.mean()

@@ -384,3 +384,13 @@ def test_tensor_that_is_not_finite_is_named(name: str, bad: float) -> None:
         tensor.view(-1)[-1] = bad
     with pytest.raises(FusionError, match=f"runs/seed-1: tensor '{key}' holds NaN or infinite values"):
         check_finite(own_state(model), "runs/seed-1")
+
+
+def test_asking_norms_calls_nobodys_hooks_and_changes_nothing() -> None:
+    model, called = timm_vit(norm_layer=RmsNorm), []
+    norm = model.get_submodule("blocks.0.norm1")
+    norm.register_forward_hook(lambda *_: called.append(1))
+    weight = norm.weight
+    assert bind(model).family.norm == "rms"
+    assert not called
+    assert norm.weight is weight

@@ -17,7 +17,12 @@ from typing import Any
 
 import torch
 import transformers
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import (
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
 from torch import Tensor, nn
 
 from benchmarks.common import markdown
@@ -65,6 +70,9 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "opt_post": (
         "opt", "CausalLM", {"ffn_dim": HIDDEN, "word_embed_proj_dim": WIDTH // 2, "do_layer_norm_before": False}
     ),
+    "opt_post_unprojected": (
+        "opt", "CausalLM", {"ffn_dim": HIDDEN, "word_embed_proj_dim": WIDTH, "do_layer_norm_before": False}
+    ),
     "t5": (
         "t5", "Seq2SeqLM",
         {"d_model": WIDTH, "d_kv": WIDTH // HEADS, "d_ff": HIDDEN, "num_layers": DEPTH, "num_heads": HEADS,
@@ -79,10 +87,10 @@ def of_transformers(name: str, task: str, own: dict[str, Any]) -> nn.Module:
     return model
 
 
-def timm_vit() -> nn.Module:
+def timm_vit(**own: Any) -> nn.Module:
     return VisionTransformer(
         img_size=32, patch_size=4, num_classes=10, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, init_values=0.5,
-        reg_tokens=4,
+        reg_tokens=4, **own,
     )  # fmt: skip
 
 
@@ -93,6 +101,9 @@ def clip(name: str, config: Any, **own: Any) -> nn.Module:
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "vit_timm": timm_vit,
+    "vit_timm_pairs": lambda: timm_vit(block_fn=ParallelThingsBlock),
+    "vit_timm_parallel": lambda: timm_vit(block_fn=ParallelScalingBlock),
+    "vit_timm_res_post": lambda: timm_vit(block_fn=ResPostBlock),
     **{name: partial(of_transformers, *one) for name, one in MODELS.items()},
     "siglip_vision": lambda: transformers.SiglipForImageClassification(
         transformers.SiglipConfig(vision_config={**TOWER, **IMAGES, "vision_use_head": False})

@@ -7,8 +7,14 @@ from typing import Any
 import torch
 from timm.layers.attention import Attention
 from timm.layers.mlp import SwiGLU, SwiGLUPacked
+from timm.layers.norm import RmsNorm
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import (
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -213,6 +219,7 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     "opt classifier": ("opt", {"classifier": True}),
     "opt, post-LN": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 8}),
     "opt classifier, post-LN": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 8, "classifier": True}),
+    "opt, post-LN, unprojected": ("opt", {"do_layer_norm_before": False}),
     "phi3": ("phi3", {"kv": 4, "sliding_window": 4}),
     "phi3, groups, partly rotary": ("phi3", {"width": 32, "rope_parameters": rope(0.75)}),
     "phi3 classifier": ("phi3", {"classifier": True}),
@@ -262,6 +269,10 @@ VISION: dict[str, Callable[[int], nn.Module]] = {
     "timm, packed gate": lambda seed: timm_vit(seed, mlp_layer=SwiGLUPacked, init_values=0.5),
     "timm, packed gate, normed": lambda seed: timm_vit(seed, mlp_layer=partial(SwiGLUPacked, norm_layer=nn.LayerNorm)),
     "timm, gate": lambda seed: timm_vit(seed, mlp_layer=SwiGLU),
+    "timm, norms behind": lambda seed: timm_vit(seed, block_fn=ResPostBlock),
+    "timm, one map": lambda seed: timm_vit(seed, block_fn=ParallelScalingBlock, init_values=0.5),
+    "timm, two of each": lambda seed: timm_vit(seed, block_fn=ParallelThingsBlock, init_values=0.5),
+    "timm, RMSNorm": lambda seed: timm_vit(seed, norm_layer=RmsNorm),
     "siglip": lambda seed: siglip(seed, vision_use_head=False),
     "deit": lambda seed: _vision(DeiTForImageClassification, DeiTConfig, seed, intermediate_size=24),
     "deit, distilled": lambda seed: _vision(

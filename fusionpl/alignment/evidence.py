@@ -138,4 +138,5 @@ class WeightEvidence:
 
 
 def _as_rows(tensor: Tensor, slot: Slot, axis: str) -> Tensor:
-    return tensor.movedim(slot.axes.index(axis), 0).flatten(1)
+    units = tensor.movedim(slot.axes.index(axis), 0)
+    return units.reshape(len(units), -1)

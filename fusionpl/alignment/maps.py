@@ -1,6 +1,6 @@
 """The maps of a parent, kept as they are found."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -54,10 +54,13 @@ class Maps(Mapping[str, TransportMap]):
         """The maps whose solver did not reach its optimum, without their plans."""
         return {axis: bare for axis, (bare, _, _) in self._found.items() if not bare.converged}
 
-    def clear(self) -> None:
-        """Forgets all maps."""
-        self._found.clear()
-        self._count = 0
+    def forget_all_but(self, axes: Collection[str]) -> None:
+        """Forgets the maps of all other axes, and the plans that none needs any longer."""
+        self._found = {axis: one for axis, one in self._found.items() if axis in axes}
+        needed = {number for *_, number in self._found.values()}
+        for number in range(self._count):
+            if number not in needed and (self._owner, number) in self._kept:
+                del self._kept[self._owner, number]
 
 
 @dataclass

@@ -239,15 +239,33 @@ class Stream(Problem):
             written = [
                 axis for axis in self.axes if axis not in work.parent.joins and section_of(axis) not in work.idle
             ]
-            described = [axis for axis in written if not work.evidence.needs(axis)]
+            known, joint = set(work.maps), dict(work.alignment.joint)
+            described = [axis for axis in written if not self._rests_on(axis, work)]
+            if not described:
+                raise FusionError(
+                    f"align.evidence weights: all that writes the stream of '{self.axes[0]}' reads it too, so that "
+                    "nothing can be compared first; use align.evidence activations"
+                )
             for _ in range(_TIE_ROUNDS):
                 one = work.solved(work.alike(described))
-                work.maps.clear()
-                work.alignment.joint.clear()
+                work.maps.forget_all_but(known)  # what was found with an earlier map of this stream
+                work.alignment.joint = dict(joint)
                 work.maps.give(self.axes, one)
                 described = written
         else:
             work.maps.give(self.axes, work.solved(work.alike(self.joins)))
+
+    def _rests_on(self, axis: str, work: Aligner) -> bool:
+        """Whether the rows of an axis can be compared only once the stream has a map."""
+        reached, ahead = set[str](), [axis]
+        while ahead:
+            for needed in work.evidence.needs(ahead.pop()):
+                if needed in self.axes:
+                    return True
+                fresh = {*work.problems[needed].axes, needed} - reached
+                reached |= fresh
+                ahead += fresh
+        return False
 
     def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
         """One for the whole stream."""

@@ -236,19 +236,30 @@ class Network:
         """All parameters that it takes to run a section."""
         return self.beneath(section) | self.parameters(section)
 
+    @torch.no_grad()
+    def walk(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+        """Runs the whole network on a batch, with one section in memory at a time.
+
+        Yields:
+            Each section's name with the hidden states behind it; of the last, the logits.
+        """
+        ends: list[Tensor] = []
+        for stack, blocks in zip(self.binding.family.stacks, self.binding.stacks, strict=True):
+            hidden, calls, _ = self.enter(self.states(stack.stem_name), batch, ends)
+            yield stack.stem_name, hidden
+            carried: dict[str, Any] = {}
+            for section, (args, keywords) in zip(blocks, calls, strict=True):
+                call = args, keywords | carried
+                hidden, carried, *_ = self.through(section, self.states(section), hidden, call)  # type: ignore[assignment]
+                yield section, hidden
+            ends.append(hidden)
+        found, _ = self.leave(self.states(TAIL), batch, ends)
+        assert found is not None
+        yield TAIL, found
+
     def logits(self, batch: Batch) -> Tensor:
         """Runs the whole network on a batch, with one section in memory at a time; the logits."""
-        ends: list[Tensor] = []
-        with torch.no_grad():
-            for stack, blocks in zip(self.binding.family.stacks, self.binding.stacks, strict=True):
-                hidden, calls, _ = self.enter(self.states(stack.stem_name), batch, ends)
-                carried: dict[str, Any] = {}
-                for section, (args, keywords) in zip(blocks, calls, strict=True):
-                    call = args, keywords | carried
-                    hidden, carried, *_ = self.through(section, self.states(section), hidden, call)  # type: ignore[assignment]
-                ends.append(hidden)
-            found, _ = self.leave(self.states(TAIL), batch, ends)
-        assert found is not None
+        *_, (_, found) = self.walk(batch)
         return found
 
     def _run(self, state: State, batch: Batch) -> Any:

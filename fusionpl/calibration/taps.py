@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from fusionpl.families import Binding, Tap
 
+_CHUNKS = "chunk_size_feed_forward"  # of the blocks of transformers' BERT and its relatives
+
 
 class Place(NamedTuple):
     """The input or the output of a module, by its path."""
@@ -49,12 +51,22 @@ def captured(
     with contextlib.ExitStack() as stack:
         for place in wanted:
             stack.callback(hook(place).remove)
+            _run_at_once(model, place, stack)
         try:
             yield seen
         except Reached as reached:
             if not stop:
                 raise
             reached.with_traceback(None)  # its frames hold a block's parameters, and stand in a cycle since Python 3.12
+
+
+def _run_at_once(model: nn.Module, place: Place, stack: contextlib.ExitStack) -> None:
+    """Keeps the blocks around a place from taking their tokens in chunks, of which only the last would be seen."""
+    path = place.module.split(".")
+    for owner in (model.get_submodule(".".join(path[:length])) for length in range(len(path))):
+        if size := getattr(owner, _CHUNKS, 0):
+            setattr(owner, _CHUNKS, 0)
+            stack.callback(setattr, owner, _CHUNKS, size)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ The draft is bound to the model and put to the proof, so that a person only mend
 `--family my.yaml` puts a mended one to the proof.
 """
 
-import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,22 +14,20 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
-from fusionpl.calibration import Network, logits
+from fusionpl.calibration import logits
 from fusionpl.cli.common import add_reading_options, main, parse_options, quiet
 from fusionpl.errors import FusionError, reason
 from fusionpl.families import (
     PROOF_TOLERANCE,
-    Binding,
     Family,
     bind,
-    canonical,
+    changed_a_little,
     draft,
     parse_family,
     permutation_error,
     read_family,
-    unrotatable,
-    without_scales,
 )
+from fusionpl.fusion import folding_error
 from fusionpl.models import load_model
 
 TOKENS = 12
@@ -107,7 +104,7 @@ def proof(model: nn.Module, family: Family, batch: Any, source: str) -> str:
         binding = bind(model, family)
     except FusionError as error:
         raise FusionError(f"{source}: {error}") from error
-    changed = _changed(model)
+    changed = changed_a_little(model)
     size = float(_scores(changed, batch).abs().max())
     difference = permutation_error(changed, lambda one: logits(one, batch), family=family)
     if not difference <= PROOF_TOLERANCE * size:
@@ -115,11 +112,10 @@ def proof(model: nn.Module, family: Family, batch: Any, source: str) -> str:
             f"{source}: all parameters are described, but moving units at random changes outputs by {difference:.1e} "
             f"(outputs up to {size:.1f}); look at its guesses, at joins, maps and gates, and at the order of q, k and v"
         )
-    folded, what = _folded(changed, binding)
-    difference_of_folding = float((_scores(folded, batch) - _scores(changed, batch)).abs().max())
-    if not difference_of_folding <= PROOF_TOLERANCE * size:
+    change, size, what = folding_error(model, lambda one: logits(one, batch), family=family)
+    if not change <= PROOF_TOLERANCE * size:
         raise FusionError(
-            f"{source}: its units move freely, but folding {what} changes outputs by {difference_of_folding:.1e} "
+            f"{source}: its units move freely, but folding {what} changes outputs by {change:.1e} "
             f"(outputs up to {size:.1f}); a norm with an empty list of readers is let alone"
         )
     return (
@@ -145,7 +141,8 @@ def random_batch(model: Any) -> Any:
     if kind != "pixel_values":
         raise FusionError(f"{type(model).__name__} takes {kind}; only images and tokens can be made up")
     cut = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(config, "image_size", None) or 224
+    owners = (getattr(model, "patch_embed", None), "img_size"), (config, "image_size"), (model, "image_size")
+    size = next((found for owner, name in owners if (found := getattr(owner, name, None))), 224)
     height, width = (size, size) if isinstance(size, int) else size
     images = torch.randn(4, cut.in_channels if cut else 3, height, width, generator=generator)
     return images if config is None or not hasattr(model, "config_class") else {"pixel_values": images}
@@ -159,26 +156,6 @@ def _scores(model: nn.Module, batch: Any) -> Tensor:
         raise FusionError(
             f"{type(model).__name__} gives no logits for random inputs: {type(error).__name__} {reason(error)}"
         ) from error
-
-
-def _folded(model: nn.Module, binding: Binding) -> tuple[nn.Module, str]:
-    """The model in the form in which it is fused, and what was folded."""
-    if unrotatable(binding):
-        scales = Network(model, binding).prepared(
-            lambda state, bound, section, _: without_scales(state, bound, section)
-        )
-        return scales.whole(), "scales into the maps before them"
-    return Network(model, binding).prepared(canonical).whole(), "norms into what reads them, and scales,"
-
-
-def _changed(model: nn.Module) -> nn.Module:
-    generator, model = torch.Generator().manual_seed(0), copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            spread = float(parameter.std()) if parameter.numel() > 1 else 0.0
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(noise * (0.1 * spread if spread > 0 else 0.1))
-    return model
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from fusionpl.fusion import (
     check_parents,
     describe,
     estimate,
+    folding_error,
     match_parents,
     mixing_weights,
     open_parents,
@@ -54,6 +55,7 @@ from fusionpl.fusion import (
     ready,
     resolve_anchor,
     settled,
+    tied_alike,
     trial_of,
 )
 from fusionpl.models import (
@@ -145,7 +147,7 @@ class Job:
         tokenizers = {name: load_tokenizer(path) for name, path in parents.items()}
         tokenizer = common_tokenizer(tokenizers, anchor)
         lines = match_parents(list(parents.values()), opened, anchor)
-        networks = [network for network, _ in opened]
+        networks = tied_alike([network for network, _ in opened])
         lines += check_parents(networks, list(parents.values()), anchor)
         config = settled(config, networks, anchor)
         presets = {name: settled(one, networks, resolve_anchor(one, len(parents))) for name, one in presets.items()}
@@ -447,5 +449,11 @@ def _check(job: Job) -> None:
             raise FusionError(
                 f"{name}: moving its units at random changes outputs by {error:.1e} (outputs are up to {size:.1f}); "
                 "its family file does not describe this model"
+            )
+        change, size, what = folding_error(model, shown, family=job.family)
+        if not change <= PROOF_TOLERANCE * size:
+            raise FusionError(
+                f"{name}: folding {what} changes outputs by {change:.1e} (outputs are up to {size:.1f}), so its "
+                "canonical form is not the same function; use strategy transport, or mend its family file"
             )
         print(f"{name}: ok; renumbering all units at random changes outputs by {error:.1e} (outputs up to {size:.1f})")

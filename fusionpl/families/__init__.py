@@ -28,7 +28,14 @@ from fusionpl.families.family import (
     read_family,
 )
 from fusionpl.families.grammar import GrammarError, parse
-from fusionpl.families.proof import PROOF_TOLERANCE, allowed, permutation_error, permuted, random_permutations
+from fusionpl.families.proof import (
+    PROOF_TOLERANCE,
+    allowed,
+    changed_a_little,
+    permutation_error,
+    permuted,
+    random_permutations,
+)
 
 __all__ = [
     "Axis",
@@ -50,6 +57,7 @@ __all__ = [
     "bind",
     "boundary",
     "canonical",
+    "changed_a_little",
     "check_compatible",
     "check_finite",
     "check_tied",

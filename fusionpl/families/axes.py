@@ -128,6 +128,7 @@ class Binding:
         uses: section -> the parameters that its modules hold, in the order of the family's lines; a tied one under the
             first of its names.
         closed: parameters that stand at both ends of a stream: embeddings tied to the decoder.
+        hindrance: why the stream has to keep its units although its parameters don't say so: see `looked_at`.
     """
 
     family: Family
@@ -141,6 +142,7 @@ class Binding:
     depths: tuple[int, ...]
     uses: Mapping[str, tuple[str, ...]]
     closed: frozenset[str] = frozenset()
+    hindrance: str | None = None
 
     @property
     def depth(self) -> int:
@@ -267,9 +269,16 @@ class Binding:
         return axis == boundary(section_of(axis))
 
     def writers(self, axis: str) -> tuple[Slot, ...]:
-        """The slots whose rows describe the units of `axis` by their incoming weights (no biases, no norms)."""
-        section = next((s.section for s in self.slots if s.writes(axis)), None)
-        return tuple(s for s in self.slots if s.section == section and s.writes(axis) and len(s.axes) > 1)
+        """The slots whose rows describe the units of `axis` by their incoming weights (no biases, no norms), or
+        its values where it is a parameter that is added to the stream as it is (a class token)."""
+        sections = dict.fromkeys(one.section for one in self.slots if one.writes(axis))
+        section = next((one for one in sections if one == section_of(axis)), next(iter(sections), None))
+        tap = self.taps.get(axis)
+        value = tap.target if tap is not None and tap.kind == "parameter" else None
+        return tuple(
+            one for one in self.slots
+            if one.section == section and one.writes(axis) and (len(one.axes) > 1 or one.parameter == value)
+        )  # fmt: skip
 
 
 def section_of(axis: str) -> str:

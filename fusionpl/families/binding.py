@@ -13,6 +13,7 @@ from fusionpl.errors import FusionError
 from fusionpl.families.axes import Axis, Binding, Gain, Index, Join, Slot, Tap, section_of
 from fusionpl.families.family import ROTATED, STEM, TAIL, Family, Kind, Section, Stack, attribute, family_of
 from fusionpl.families.grammar import Dim, Segment
+from fusionpl.families.looks import looked_at
 from fusionpl.families.sizes import Layout, sizes_of
 
 
@@ -26,7 +27,7 @@ def bind(model: nn.Module, family: Family | None = None) -> Binding:
     family = family or family_of(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     counts = {group: _count(model, family, path) for group, path in family.sizes.items() if group != ROTATED}
-    return _Binder(family, parameters, counts, _rotated(model, family)).bind()
+    return looked_at(model, _Binder(family, parameters, counts, _rotated(model, family)).bind())
 
 
 def _count(model: nn.Module, family: Family, path: str) -> int:
@@ -262,9 +263,14 @@ class _Binder:
         norms = {f"{prefix}{norm}.weight" for _, prefix, part in parts for norm in (*part.norms, *self._inside(part))}
         scales = {f"{prefix}{scale}" for _, prefix, part in parts for scale in part.scales}
         rooted = {f"{prefix}{module}.weight" for _, prefix, part in parts for module in part.rooted}
-        for name, line in lines.items():
-            if self.first[name] != name:
-                continue
+        ranks = {section: rank for rank, (section, _) in enumerate(self.sections)}
+        # A class may define its head before what stands below it (XLM-RoBERTa): a tied tensor is the first section's.
+        leaders: dict[str, str] = {}
+        for name in sorted(lines, key=lambda one: ranks[lines[one].section]):
+            leaders.setdefault(self.first[name], name)
+        for parameter in (name for name in lines if self.first[name] == name):
+            name = leaders[parameter]
+            line = lines[name]
             reads = tuple(dim.reads for dim in line.dims)
             cuts: list[tuple[tuple[Index, ...], tuple[str | None, ...]]] = [((), ())]
             for at, ((axes, repeated), dim) in enumerate(zip(layouts[name], line.dims, strict=True)):
@@ -278,7 +284,7 @@ class _Binder:
                 ]
             gain: Gain | None = "norm" if name in norms else "scale" if name.rpartition(".")[0] in scales else None
             for index, names in cuts:
-                yield Slot(name, index, names, reads, line.section, gain, name in rooted)
+                yield Slot(parameter, index, names, reads, line.section, gain, name in rooted)
 
     def _inside(self, part: Section) -> Iterator[str]:
         """The norms that the stream goes through, of a post-LN family."""
@@ -309,8 +315,8 @@ class _Binder:
                 yield Tap(axis, target, "input", slice(None))
             elif target in self.parameters:
                 yield Tap(axis, target, "parameter", slice(None))
-            elif (f"{target}.weight", axis) in outputs:
-                yield Tap(axis, target, "output", outputs[f"{target}.weight", axis])
+            elif (weight := (self.first.get(f"{target}.weight", ""), axis)) in outputs:
+                yield Tap(axis, target, "output", outputs[weight])
 
     def _joins(self, sizes: Mapping[str, int]) -> Iterator[tuple[str, Join]]:
         known = set(sizes)

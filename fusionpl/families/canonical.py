@@ -36,9 +36,11 @@ def unrotatable(binding: Binding) -> str | None:
 def inseparable(binding: Binding) -> str | None:
     """Why the residual stream of a model may not be put into one with those of others; None where it may.
 
-    Its embedding is tied to its decoder, a norm, which is named, stands inside a pre-LN stream, or none ends the
-    embeddings of a post-LN model.
+    Its embedding is tied to its decoder, a norm, which is named, stands inside a pre-LN stream, none ends the
+    embeddings of a post-LN model, or its modules show another hindrance.
     """
+    if binding.hindrance:
+        return binding.hindrance
     if binding.family.norm == "post" and binding.end_norm(binding.sections[0]) is None:
         return f"no norm stands behind the embeddings of {binding.family.name}, whose blocks have theirs in the stream"
     if binding.closed:

@@ -21,11 +21,28 @@ def check_compatible(bindings: Mapping[str, Binding]) -> None:
             raise FusionError(
                 f"parents of different families: {first} is {reference.family.name}, {name} is {binding.family.name}"
             )
+        if binding.family.norm != reference.family.norm:
+            kinds = {"pre": "LayerNorms", "rms": "RMSNorms"}
+            ours, theirs = (kinds[one.family.norm] for one in (reference, binding))
+            raise FusionError(f"parents of different norms: {first} has {ours}, {name} has {theirs}")
+        if bool(binding.closed) != bool(reference.closed):
+            tied, untied = (first, name) if reference.closed else (name, first)
+            weight = next(iter(reference.closed | binding.closed))
+            raise FusionError(
+                f"parents tied and untied: '{weight}' is embedding and decoder in one in {tied}, and not in {untied}; "
+                "take two that are alike"
+            )
         shown = {block for one in (reference, binding) for block in one.blocks}
         shown -= set(reference.blocks) & set(binding.blocks)  # those that only the deeper one has
         parts, others_parts = (_parts(one, shown) for one in (reference, binding))
         for parameter in (*parts, *others_parts):
             if parts.get(parameter) != others_parts.get(parameter):
+                if parameter in parts and parameter in others_parts:
+                    ours, theirs = (", ".join(map(str, one[parameter])) for one in (parts, others_parts))
+                    raise FusionError(
+                        f"parents of different architecture: '{parameter}' has the units of {ours} in {first}, and of "
+                        f"{theirs} in {name}"
+                    )
                 has, lacks = (first, name) if parameter in parts else (name, first)
                 raise FusionError(f"parents of different architecture: {has} has '{parameter}', {lacks} has not")
         for axis in reference.axes.values():

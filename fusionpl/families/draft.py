@@ -37,6 +37,18 @@ def draft(model: nn.Module, run: Callable[[nn.Module], Any]) -> str:
     return _Draft(model.eval(), run).text()
 
 
+def _numbered(model: nn.Module, stack: str) -> tuple[str, list[str]]:
+    """The path of the blocks of a list, in which `{l}` stands for their number, and the paths of all."""
+    names = [name for name, _ in model.get_submodule(stack).named_children()]
+    before = names[0].removesuffix("0")
+    if names != [f"{before}{number}" for number in range(len(names))]:
+        raise FusionError(
+            f"{type(model).__name__}: the blocks of {stack} are called {', '.join(names[:3])}, and a family tells them "
+            "apart by their number, from 0"
+        )
+    return f"{stack}.{before}{{l}}", [f"{stack}.{name}" for name in names]
+
+
 @dataclass
 class _Part:
     """A section of the file in the making."""
@@ -70,9 +82,17 @@ class _Draft:
                 f"{type(model).__name__} has several stacks of blocks ({', '.join([self.stack, *stacks])}), and "
                 "drafts are of one; write the file by hand, like families/library/t5.yaml and clip.yaml of fusionpl"
             )
+        self.path, names = _numbered(model, self.stack)
         blocks = list(model.get_submodule(self.stack).children())
         full = max(range(len(blocks)), key=lambda index: len(list(blocks[index].parameters())))
-        self.block = f"{self.stack}.{full}"  # the first may lack a norm
+        self.block = names[full]  # the first may lack a norm
+        for name, module in model.get_submodule(self.block).named_modules():
+            if isinstance(module, nn.MultiheadAttention):
+                raise FusionError(
+                    f"{type(model).__name__}: '{self.block}.{name}' is torch's MultiheadAttention, in which no module "
+                    "shows queries, keys and values, and a family has to see them; take such a model of timm or "
+                    "transformers"
+                )
         self.trace = traced(model, self.stack, self.block, run)
         shapes = [tensor.shape for tensor in blocks[full].parameters()]
         common = Counter(size for shape in shapes for size in shape)
@@ -85,7 +105,7 @@ class _Draft:
 
     def text(self) -> str:
         parts = {"block": self._blocks(), STEM: self._stem(), TAIL: self._tail()}
-        body = [f"{STEM}:", *parts[STEM].text(), "block:", f"  path: {self.stack}.{{l}}", *parts["block"].text()]
+        body = [f"{STEM}:", *parts[STEM].text(), "block:", f"  path: {self.path}", *parts["block"].text()]
         body += [f"{TAIL}:", *parts[TAIL].text()]
         used = set(re.findall(r"\w+", "\n".join(line.partition("#")[0] for line in body)))
         cls = type(self.model)

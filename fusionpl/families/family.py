@@ -4,7 +4,7 @@ import difflib
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -104,6 +104,8 @@ class Family:
         stacks: of blocks, in forward order.
         tail: the section behind them.
         offset: what norms add to their weights before they multiply by them.
+        unitwise: attribute path on the model -> the values with which something compares the stream unit by unit (a
+            maximum over tokens), so that it can't be rotated.
     """
 
     name: str
@@ -115,6 +117,7 @@ class Family:
     stacks: tuple[Stack, ...]
     tail: Section
     offset: int = 0
+    unitwise: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def sections(self, depths: Sequence[int]) -> Iterator[tuple[str, str, Section]]:
         """The sections of a model, in forward order: name, prefix of its modules, section.
@@ -151,6 +154,7 @@ class Family:
         return replace(
             self,
             when={local(path): value for path, value in self.when.items()},
+            unitwise={local(path): values for path, values in self.unitwise.items()},
             sizes={group: local(path) for group, path in self.sizes.items()},
             stacks=tuple(replace(one, stem=part(one.stem), block=part(one.block)) for one in self.stacks),
             tail=part(self.tail),
@@ -257,14 +261,22 @@ def parse_family(text: str) -> Family:
     """
     raw = yaml.safe_load(text)
     needed = _NEEDED if isinstance(raw, Mapping) and "stacks" in raw else (*_NEEDED, *_STACK)
-    _keys(raw, "the family", needed, (*needed, "when", "offset", *(("stacks",) if needed is _NEEDED else _OF_STACK)))
+    _keys(
+        raw,
+        "the family",
+        needed,
+        (*needed, "when", "offset", "unitwise", *(("stacks",) if needed is _NEEDED else _OF_STACK)),
+    )
     if raw["norm"] not in get_args(Norm):
         raise FusionError(f"norm: '{raw['norm']}' is not {' or '.join(get_args(Norm))}")
     if raw.get("offset", 0) not in (0, 1):
         raise FusionError(f"offset: '{raw['offset']}' is not 0 or 1, which norms add to their weights")
-    for key in ("sizes", "when"):
+    for key in ("sizes", "when", "unitwise"):
         if not isinstance(raw.get(key, {}), Mapping):
             raise FusionError(f"{key} is no mapping")
+    for path, values in raw.get("unitwise", {}).items():
+        if not isinstance(values, list):
+            raise FusionError(f"unitwise.{path}: '{values}' is no list of values")
     for key in ("models", "fixed"):
         if not isinstance(raw[key], list):
             raise FusionError(f"{key} is no list")
@@ -278,6 +290,7 @@ def parse_family(text: str) -> Family:
         stacks=_stacks(raw),
         tail=_section(TAIL, raw[TAIL]),
         offset=raw.get("offset", 0),
+        unitwise={path: tuple(values) for path, values in raw.get("unitwise", {}).items()},
     )
     for part in (*(part for stack in family.stacks for part in (stack.stem, stack.block)), family.tail):
         groups = {
@@ -348,6 +361,7 @@ def family_of(model: object) -> Family:
     """
     classes = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__}
     told = [family for family in library().values() if classes & set(family.models)]
+    told.sort(key=lambda family: -len(family.when))  # what says more of a model is nearer to it
     for family in told:
         if all(attribute(model, path) == it for path, it in family.when.items()):
             return family
@@ -358,18 +372,20 @@ def family_of(model: object) -> Family:
             with_head = any(name.rpartition(".")[0] == module for name in family.models)
             if with_head and all(attribute(model, path) == it for path, it in bare.when.items()):
                 return bare
-    raise FusionError(f"no family for {_unknown(type(model), told)}")
+    raise FusionError(f"no family for {_unknown(model, told)}")
 
 
 _DRAFTS = "`python -m fusionpl.cli.family MODEL --output my.yaml` drafts one for --family my.yaml, see docs/families.md"
 
 
-def _unknown(cls: type, told: Sequence[Family]) -> str:
-    """What is said of a class that no family describes, or only with other settings (`told`)."""
+def _unknown(model: object, told: Sequence[Family]) -> str:
+    """What is said of a model that no family describes, or only with other settings (`told`)."""
+    cls = type(model)
+    unmet = {one.name: [f"{path} is {it}" for path, it in one.when.items() if attribute(model, path) != it]
+             for one in told}  # fmt: skip
     if told:
-        ways = " or ".join(
-            f"{family.name} ({', '.join(f'{path} is {it}' for path, it in family.when.items())})" for family in told
-        )
+        least = min(map(len, unmet.values()))
+        ways = " or ".join(f"{name} ({', '.join(one)})" for name, one in unmet.items() if len(one) == least)
         return f"this {cls.__qualname__}, but for {ways}; {_DRAFTS}"
     names = [name.rpartition(".") for family in library().values() for name in family.models]
     beside = [name for module, _, name in names if module == cls.__module__]

@@ -4,6 +4,7 @@ from fusionpl.fusion.answers import log_odds
 from fusionpl.fusion.average import mixing_weights, vanilla
 from fusionpl.fusion.config import FuseConfig, RefineConfig, RefitConfig, load_config
 from fusionpl.fusion.estimate import Estimate, estimate
+from fusionpl.fusion.forms import folding_error
 from fusionpl.fusion.fuse import (
     Calibrated,
     check_parents,
@@ -14,7 +15,7 @@ from fusionpl.fusion.fuse import (
     ready,
     resolve_anchor,
 )
-from fusionpl.fusion.goal import settled
+from fusionpl.fusion.goal import settled, tied_alike
 from fusionpl.fusion.heads import fit_head
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.plan import Plan, describe, make_plan
@@ -35,6 +36,7 @@ __all__ = [
     "describe",
     "estimate",
     "fit_head",
+    "folding_error",
     "fuse",
     "load_config",
     "log_odds",
@@ -47,6 +49,7 @@ __all__ = [
     "ready",
     "resolve_anchor",
     "settled",
+    "tied_alike",
     "trial_of",
     "vanilla",
 ]

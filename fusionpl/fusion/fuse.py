@@ -28,18 +28,17 @@ from fusionpl.families import (
     VOCABULARY,
     Family,
     bind,
-    canonical,
     check_compatible,
     check_tied,
     is_bare,
     own_state,
     read_family,
-    without_scales,
 )
 from fusionpl.fusion.average import mixing_weights
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.depth import Matching, levelled
-from fusionpl.fusion.goal import goal_of, parted, settled
+from fusionpl.fusion.forms import check_forms, formed
+from fusionpl.fusion.goal import goal_of, parted, settled, tied_alike
 from fusionpl.fusion.heads import best_head
 from fusionpl.fusion.kin import kinship
 from fusionpl.fusion.matching import check_kinds, match_padding, match_tags
@@ -169,7 +168,8 @@ class Calibrated:
             mixing_weights(config.weights, len(parents))
         opened = open_parents(parents, self.names, device, allow_pickle=allow_pickle, family=read_family(family))
         self._read = match_parents(parents, opened, anchor)
-        networks = [network for network, _ in opened]
+        closed = opened[anchor][0].binding.closed
+        networks = tied_alike([network for network, _ in opened])
         self._read += check_parents(networks, parents, anchor)
         taught = any(config.refine.method != "none" for config in configs)
         if taught and is_bare(networks[anchor].module):
@@ -177,7 +177,6 @@ class Calibrated:
         self._source, self._folder = parents[anchor], opened[anchor][1]
         configs = [settled(config, networks, anchor) for config in configs]
         first = configs[0]
-        closed = networks[anchor].binding.closed
         level, self.matchings = ready(networks, anchor, first)
         check_tied({network.name: network.binding for network in level})
         self._parted = [
@@ -193,7 +192,9 @@ class Calibrated:
         if data is not None and self.matchings:
             level, self.matchings = ready(networks, anchor, first, data)
             plans = [plan_of(level, anchor, config, self.names)[1] for config in configs]
-        self._team = Team([_prepared(network, configs) for network in level], anchor, data, Survey(kept), progress)
+        self._team = Team([formed(network, configs) for network in level], anchor, data, Survey(kept), progress)
+        if data is not None:
+            check_forms(self._team.parents, first, data)
         keys = [key for plan in plans for key in plan.survey]
         magnitudes: list[str] = []
         if len(configs) > 1:
@@ -430,14 +431,6 @@ def match_vocabularies(
             network.binding, network.absent = bind(network.module, family), found.absent if len(found.absent) else None
             lines.append(found.told(network.name, reference.name))
     return lines
-
-
-def _prepared(network: Network, configs: Sequence[FuseConfig]) -> Network:
-    if configs[0].canonical:
-        return network.prepared(canonical)
-    if any(config.refit.method != "none" for config in configs):
-        return network.prepared(lambda state, binding, section, _: without_scales(state, binding, section))
-    return network
 
 
 def check_count(count: int) -> None:

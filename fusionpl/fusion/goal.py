@@ -65,6 +65,13 @@ def parted(network: Network) -> Network:
     )  # fmt: skip
 
 
+def tied_alike(networks: Sequence[Network]) -> list[Network]:
+    """The same networks; where the decoder is the embedding in some and not in others, it comes apart in all that
+    allow it: see `parted`."""
+    apart = len({bool(network.binding.closed) for network in networks}) > 1
+    return [parted(network) if apart else network for network in networks]
+
+
 def goal_of(network: Network, config: FuseConfig) -> Network:
     """The network that a fusion gives: the anchor, or one whose parameters are still to come, and are 0.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusionpl.alignment import Alignment
 from fusionpl.calibration import Network
+from fusionpl.errors import FusionError
 from fusionpl.families import VOCABULARY, Binding, State, aligned_state, copy_rows
 
 
@@ -65,6 +66,7 @@ class AlignedParent:
             if slot.section in self.idle and not (anchor.family.norm == "post" and set(slot.axes) <= set(anchor.joins))
         }
         state = {name: tensor for name, tensor in state.items() if name not in away}
+        self._check_maps(state)
         found = aligned_state(state, self.binding, target, anchor, self.alignment.maps, self.alignment.joint)
         if self.network.absent is not None:
             copy_rows(found, target, anchor, VOCABULARY, self.network.absent)
@@ -75,3 +77,14 @@ class AlignedParent:
                 own = target[slot.parameter]
                 found[slot.parameter] = torch.zeros_like(own) if silent else own
         return found
+
+    def _check_maps(self, state: State) -> None:
+        """Raises FusionError where a parameter would stay as it is because an axis of it has no map."""
+        assert self.alignment is not None
+        for slot in self.binding.slots:
+            for axis in slot.axes if slot.parameter in state else ():
+                if axis and not self.binding.axes[axis].fixed and axis not in self.alignment.maps:
+                    raise FusionError(
+                        f"{self.network.name}: no map was found for axis '{axis}' of '{slot.parameter}', which would "
+                        "not move with the rest; this is a mistake of fusionpl or of the family file"
+                    )

@@ -124,7 +124,8 @@ class Team:
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Where networks are run: without gradients and dropout, products in full float32."""
-        with torch.no_grad(), full_float32(), eval_mode(*(parent.module for parent in self.parents)):
+        modules = [one.module for parent in self.parents for one in (parent, parent.original)]
+        with torch.no_grad(), full_float32(), eval_mode(*modules):
             yield
 
 

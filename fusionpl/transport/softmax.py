@@ -164,16 +164,18 @@ class _Problem:
             total, gradient = found.new_zeros((), dtype=torch.float64), torch.zeros_like(found)
             now = (prior + away).to(self._kind)
             for x, p in self._held or self._rows():
-                loss, error = self._judged(x, p, now)
-                total += loss
+                lost, error = self._judged(x, p, now)
+                total += lost
                 gradient += (_with_constant(x.to(error)).T @ error).to(gradient)
             self._reduce([total, gradient])
             found.grad = turn @ (gradient / self.count + strength * away)
-            return (total / self.count + 0.5 * strength * away.double().square().sum()).to(found)
+            loss: Tensor = total / self.count + 0.5 * strength * away.double().square().sum()
+            return loss.to(found)
 
         with torch.no_grad():
             optimizer.step(closure)
-        return prior + turn @ found
+        best: Tensor = prior + turn @ found
+        return best
 
     def _judged(self, x: Tensor, p: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the cross-entropy over rows, and its derivatives by the outputs, [rows, classes]."""

@@ -1,9 +1,11 @@
 """The command that drafts a family, and a family of one's own in the other commands."""
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torchvision
 import yaml
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
@@ -11,6 +13,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 from fusionpl.calibration import logits
 from fusionpl.cli import family, fuse, sweep
 from fusionpl.cli.common import main
+from fusionpl.errors import FusionError
 from fusionpl.families import Binding, bind, draft, parse_family, permutation_error
 from fusionpl.models import save_model
 from tests.integration.runs import make_run
@@ -22,6 +25,7 @@ from tests.models_for_tests import (
     VISION,
     causal,
     hf_vit,
+    images,
     outputs,
     text_model,
     text_outputs,
@@ -56,7 +60,10 @@ def refused(capsys: pytest.CaptureFixture[str], command, argv: list[str]) -> str
 
 
 # Drafts of these have to be mended.
-MENDED = ("opt, post-LN", "opt classifier, post-LN", "phi3, groups, partly rotary", "phi3 classifier")
+MENDED = (
+    "opt, post-LN", "opt classifier, post-LN", "phi3, groups, partly rotary", "phi3 classifier", "timm, one map",
+    "timm, two of each",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in MENDED])
@@ -205,3 +212,21 @@ def test_several_stacks_have_no_draft(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_network_without_blocks_has_no_draft() -> None:
     with pytest.raises(Exception, match="Linear has no list of blocks that are alike"):
         draft(nn.Linear(2, 2), lambda model: logits(model, {}))
+
+
+def test_blocks_with_names_of_their_own() -> None:
+    """torchvision calls its blocks `encoder_layer_0`; its attention shows no queries."""
+    model = torchvision.models.VisionTransformer(
+        image_size=16, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=12
+    ).eval()
+    words = "'encoder.layers.encoder_layer_0.self_attention' is torch's MultiheadAttention"
+    with pytest.raises(FusionError, match=words):
+        family.drafted(model, family.random_batch(model))
+    vit = timm_vit()
+    vit.blocks = nn.Sequential(OrderedDict((f"block_{index}", one) for index, one in enumerate(vit.blocks)))  # type: ignore[arg-type]
+    text = family.drafted(vit, images(4))
+    assert "path: blocks.block_{l}" in text
+    assert "holds" in family.proof(vit, parse_family(text), images(4), "draft")
+    vit.blocks = nn.Sequential(OrderedDict(zip("ab", vit.blocks, strict=True)))  # type: ignore[arg-type]
+    with pytest.raises(FusionError, match="the blocks of blocks are called a, b, and a family tells them apart by"):
+        family.drafted(vit, images(4))

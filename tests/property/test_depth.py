@@ -15,7 +15,17 @@ from fusionpl.errors import FusionError
 from fusionpl.families import bind
 from fusionpl.fusion import FusionResult, load_config
 from fusionpl.models import resized
-from tests.models_for_tests import batch_for, causal, clip_model, hf_vit, images, run, t5, text_model
+from tests.models_for_tests import (
+    batch_for,
+    causal,
+    clip_model,
+    hf_vit,
+    images,
+    largest_difference,
+    run,
+    t5,
+    text_model,
+)
 from tests.property.test_newer_families import BUILD as EVERY
 
 EXACT = {"align.residual": "tie", "align.heads": "matched", "align.solver": "assignment", "calibration.tokens": "all"}
@@ -219,3 +229,13 @@ def test_streams_that_resemble_each_other_nowhere_are_told() -> None:
     result = fusionpl.fuse(parents, noise, load_config("conf/fuse/transport.yaml"))
     told = [line for line in result.warnings if "resemble" in line]
     assert bool(told) == (result.matchings[0].mean < 0.2)  # type: ignore[operator]
+
+
+def test_parents_in_training_mode_are_run_without_dropout() -> None:
+    """What is run is the parent, and not the model of the other depth whose blocks its blocks stand for."""
+    found = []
+    for training in (False, True):
+        parents = [text_model("bert classifier", depth, depth=depth).train(training) for depth in (2, 3)]
+        found.append(fusionpl.fuse(parents, [batch_for("bert", 24)], load_config("default")).model)
+        assert all(module.training == training for parent in parents for module in parent.modules())
+    assert largest_difference(*found) == 0

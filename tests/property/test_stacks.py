@@ -159,3 +159,19 @@ def test_the_table_allows_no_rotation_that_a_fusion_refuses(name: str, line: str
     (shown,) = (one for one in allowed(bind(STACKS[name](0))).splitlines() if "stream" in one)
     assert shown.split("  ")[0] == line
     assert shown.endswith("permutation, one for all")
+
+
+@pytest.mark.parametrize("name", [name for name in STACKS if "clip" in name])
+@pytest.mark.parametrize("evidence", ["activations", "weights"])
+def test_a_planted_copy_of_a_tied_stream_comes_back(name: str, evidence: str) -> None:
+    """Each tower has its own stream, and the maps of one are not forgotten for the other's."""
+    model = STACKS[name](1)
+    config = {
+        "anchor": 1, "strategy": "transport", "align.solver": "emd", "align.residual": "tie", "align.qk": "shared",
+        "align.heads": "matched", "align.evidence": evidence, "refit.method": "none",
+    }  # fmt: skip
+    copy = permuted(model, torch.Generator().manual_seed(3))
+    found = fuse([copy, model], [batch_for(name)], load_config("default", config))
+    torch.testing.assert_close(run(name, found.model), run(name, model), atol=1e-5, rtol=1e-5)
+    maps = found.alignments[0].maps  # type: ignore[union-attr]
+    assert set(maps) >= set(bind(model).free)

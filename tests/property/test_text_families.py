@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from fusionpl.alignment import AlignConfig
 from fusionpl.calibration import CalibrationConfig
+from fusionpl.errors import FusionError
 from fusionpl.families import bind, permutation_error, permuted, random_permutations
 from fusionpl.fusion import FuseConfig, FusionResult, RefitConfig, fuse, load_config
 from tests.models_for_tests import (
+    ELECTRA,
+    ROBERTA,
     TEXT_MODELS,
     images,
     largest_difference,
@@ -149,3 +152,41 @@ def test_residual_auto_ties_post_ln_and_averages_pre_ln() -> None:
     vits = [timm_vit(seed) for seed in range(2)]
     auto, average = (fused(vits, calibration=[images()], residual=one).model for one in ("auto", "average"))
     assert largest_difference(auto, average) == 0
+
+
+@pytest.mark.parametrize("size", [3, 4, 12])
+def test_blocks_that_take_tokens_in_chunks(size: int) -> None:
+    """Of the chunks only the last would be seen."""
+    models = [text_model("bert classifier", seed) for seed in (0, 1)]
+    plain = fuse(models, [sentences()], load_config("default")).model
+    layers = [layer for model in models for layer in model.bert.encoder.layer]  # type: ignore[union-attr]
+    for layer in layers:
+        layer.chunk_size_feed_forward = size
+    chunked = fuse(models, [sentences()], load_config("default")).model
+    assert largest_difference(plain, chunked) == 0
+    assert {layer.chunk_size_feed_forward for layer in layers} == {size}
+
+
+@pytest.mark.parametrize("name", [*(name for name in ELECTRA if "small" in name), *ROBERTA])
+@pytest.mark.parametrize("evidence", ["weights", "activations"])
+@pytest.mark.parametrize("refit", ["none", "ridge"])
+def test_a_copy_comes_back_from_streams_that_are_tied(name: str, evidence: str, refit: str) -> None:
+    """Of ELECTRA-small nothing but a projection writes the stream; XLM-RoBERTa defines its head before its stem."""
+    model = {**ELECTRA, **ROBERTA}[name](1)
+    copied = permuted(model, torch.Generator().manual_seed(3))
+    config = {
+        "anchor": 1, "strategy": "transport", "align.solver": "emd", "align.residual": "tie", "align.qk": "shared",
+        "align.heads": "matched", "align.evidence": evidence, "refit.method": refit,
+    }  # fmt: skip
+    found = fuse([copied, model], [sentences()], load_config("default", config)).model
+    torch.testing.assert_close(text_outputs(found), text_outputs(model), atol=1e-4, rtol=1e-4)
+
+
+def test_an_axis_without_a_map_is_named() -> None:
+    models = [text_model("bert classifier", seed) for seed in (0, 1)]
+    found = fuse(models, [sentences()], load_config("paper", {"calibration.tokens": "all"}))
+    alignment = found.alignments[0]
+    assert alignment is not None
+    alignment.maps.forget_all_but(set(alignment.maps) - {"bert.encoder.layer.1.ffn"})
+    with pytest.raises(FusionError, match=r"no map was found for axis 'bert\.encoder\.layer\.1\.ffn' of '.*dense"):
+        found.aligned_parent(0)

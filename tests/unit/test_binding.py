@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers.norm import RmsNorm
+from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -294,12 +296,19 @@ def test_a_class_with_other_settings_is_told_which_there_are() -> None:
     [
         (lambda: timm_vit(qk_norm=True), "blocks.0.attn.q_norm.weight"),
         (lambda: timm_vit(scale_attn_norm=True), "blocks.0.attn.norm.weight"),
-        (lambda: timm_vit(global_pool="map", class_token=False), "attn_pool.latent"),
     ],
 )
 def test_timm_variants_that_the_family_does_not_describe(build: Callable[[], nn.Module], tensor: str) -> None:
     with pytest.raises(FusionError, match=f"vit_timm: no pattern matches parameter '{tensor}'"):
         bind(build())
+
+
+@pytest.mark.parametrize("pool", ["map", "prr"])
+def test_pooling_by_attention_is_refused(pool: str) -> None:
+    """That of `prr` has no parameters to show it."""
+    words = r"no family for this VisionTransformer, but for vit_timm \(attn_pool is None\); `python -m"
+    with pytest.raises(FusionError, match=words):
+        bind(timm_vit(global_pool=pool))
 
 
 def test_no_position_embedding_is_one_clear_line() -> None:
@@ -336,6 +345,13 @@ def test_parents_of_different_families() -> None:
     assert compatible(bind(timm_vit()), bind(hf_vit())) == ("parents of different families: A is vit_timm, B is vit_hf")
 
 
+def test_parents_of_other_blocks_and_norms() -> None:
+    plain, behind = bind(timm_vit()), bind(timm_vit(block_fn=ResPostBlock))
+    assert compatible(plain, behind) == "parents of different families: A is vit_timm, B is vit_timm_res_post"
+    other = bind(timm_vit(norm_layer=RmsNorm))
+    assert compatible(plain, other) == "parents of different norms: A has LayerNorms, B has RMSNorms"
+
+
 def test_parents_of_different_depth_fit_where_their_blocks_do() -> None:
     check_compatible({"A": bind(timm_vit()), "B": bind(timm_vit(depth=3))})
     message = compatible(bind(timm_vit(init_values=0.5)), bind(timm_vit(depth=3)))
@@ -368,3 +384,13 @@ def test_tensor_that_is_not_finite_is_named(name: str, bad: float) -> None:
         tensor.view(-1)[-1] = bad
     with pytest.raises(FusionError, match=f"runs/seed-1: tensor '{key}' holds NaN or infinite values"):
         check_finite(own_state(model), "runs/seed-1")
+
+
+def test_asking_norms_calls_nobodys_hooks_and_changes_nothing() -> None:
+    model, called = timm_vit(norm_layer=RmsNorm), []
+    norm = model.get_submodule("blocks.0.norm1")
+    norm.register_forward_hook(lambda *_: called.append(1))
+    weight = norm.weight
+    assert bind(model).family.norm == "rms"
+    assert not called
+    assert norm.weight is weight

@@ -129,3 +129,40 @@ def test_quantised_weights_are_refused(dtype: torch.dtype, tmp_path: Path) -> No
     for read in (load_model, open_model):
         with pytest.raises(FusionError, match=rf"model\.safetensors: {name} is quantised \({kind}\); dequantise"):
             read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("strategy", ["transport", "joint"])
+def test_tied_beside_untied(kind: str, first: bool, strategy: str, tmp_path: Path) -> None:
+    """A tied decoder comes apart, so that both have two matrices; all weight on one gives that one."""
+    parents: list[Any] = [redrawn(BUILD[kind](tied), seed) for seed, tied in enumerate((first, not first))]
+    for index, parent in enumerate(parents):
+        save_model(parent, tmp_path / str(index))
+    exact: dict[str, Any] = {
+        "strategy": "transport", "weights": [0.0, 1.0], "align.solver": "emd", "align.residual": "tie",
+        "align.qk": "shared", "align.heads": "matched", "refit.method": "none",
+    }  # fmt: skip
+    config = load_config("default", exact if strategy == "transport" else {"strategy": "joint"})
+    folders = [tmp_path / "0", tmp_path / "1"]
+    found = fuse(folders, [sentences()], config, output=tmp_path / "fused")
+    assert not found.model.config.tie_word_embeddings  # type: ignore[union-attr]
+    assert any("no longer embedding and decoder in one" in line for line in found.warnings) == first
+    mask = sentences()["attention_mask"].bool()
+    with torch.no_grad():
+        loaded = load_model(tmp_path / "fused")(**sentences()).logits[mask]
+        torch.testing.assert_close(loaded, found.model(**sentences()).logits[mask])
+        if strategy == "transport":
+            torch.testing.assert_close(loaded, parents[1](**sentences()).logits[mask], atol=1e-4, rtol=1e-4)
+
+
+def test_a_tie_that_stays_is_one_line() -> None:
+    """T5 scales by the tie, so it does not come apart."""
+    tied, untied = BUILD["t5"](True), BUILD["t5"](True)
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())  # type: ignore[union-attr,operator]
+    with pytest.raises(FusionError) as caught:
+        fuse([tied, untied], [])
+    assert str(caught.value) == (
+        "parents tied and untied: 'shared.weight' is embedding and decoder in one in parent 0, and not in parent 1; "
+        "take two that are alike"
+    )

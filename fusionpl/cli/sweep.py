@@ -16,14 +16,14 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from fusionpl.cli.common import data_module, main, quiet, settings_of
+from fusionpl.cli.common import data_module, follow, main, quiet, settings_of
 from fusionpl.cli.fuse import arguments, common_tokenizer, fuse_config, fusing_parser, named, progress_bar
 from fusionpl.cli.outputs import check_output, staged
 from fusionpl.errors import FusionError, flattened
 from fusionpl.evaluation import Report, Row, evaluate
 from fusionpl.families import read_family
 from fusionpl.fusion import Calibrated, FuseConfig, load_config, mixing_weights, resolve_anchor
-from fusionpl.models import load_model, with_image_size
+from fusionpl.models import load_model, with_image_size, with_pixels
 from fusionpl.training import TaskName, finish_loggers, log_models, log_report, make_loggers
 
 Cell = dict[str, Any]
@@ -52,9 +52,13 @@ def run(argv: Sequence[str]) -> None:
     check_output(output, args.overwrite)
     parents = named(args.parents)
     models = [load_model(path, allow_pickle=args.allow_pickle) for path in parents.values()]
-    models = [with_image_size(model, models[0], family) for model in models]
-    # Cells may have other anchors, but the data are cut into tokens once.
+    # Cells may have other anchors, but the data are cut into tokens, and images prepared, once.
     data = data_module(args.task, chosen.data, 0, common_tokenizer(parents, 0, renumbered=False), args.parents)
+    follow(data, models[0], args.parents[0])
+    models = [
+        with_pixels(with_image_size(model, models[0], family), path, data.processing, family)
+        for model, path in zip(models, args.parents, strict=True)
+    ]
     data.check_model(models[0])
     test = list(data.test_dataloader())
     report = Report(config=settings)

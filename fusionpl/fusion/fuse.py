@@ -39,6 +39,7 @@ from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.depth import Matching, levelled
 from fusionpl.fusion.goal import goal_of, parted, settled
 from fusionpl.fusion.kin import kinship
+from fusionpl.fusion.pixels import keep_pixels, match_pixels, said
 from fusionpl.fusion.plan import Plan, make_plan
 from fusionpl.fusion.refine import Augment, refine
 from fusionpl.fusion.result import FusionResult, InMemory, Sink
@@ -46,6 +47,7 @@ from fusionpl.fusion.survey import Survey
 from fusionpl.fusion.sweep import Sweep, Team, look
 from fusionpl.fusion.units import TRIAL, candidates, preferred, specialisation
 from fusionpl.models import (
+    ImageProcessing,
     ModelFolder,
     ModelWriter,
     Vocabulary,
@@ -75,6 +77,7 @@ def fuse(
     device: torch.device | str | None = None,
     output: str | Path | None = None,
     augment: Augment | None = None,
+    processing: ImageProcessing | None = None,
     seed: int = 0,
     allow_pickle: bool = False,
     family: Family | str | Path | None = None,
@@ -95,6 +98,9 @@ def fuse(
         output: a run folder that gets model/, maps.safetensors and config.yaml; where the anchor is named, the fused
             model is written into it block by block, and loaded only when `FusionResult.model` is asked for.
         augment: changes a batch of model inputs at random, from torch's global RNG, where `refine.augment` asks for it.
+        processing: how images of `calibration` are prepared, and the fused model takes them; by default as the anchor's
+            folder says. A parent that is named, and whose folder says another mean or deviation, has its patch
+            embedding rewritten for it.
         seed: decides what learned refinement draws: the order of the samples, augmentation, dropout; nothing else is
             random.
         allow_pickle: see `load_model`.
@@ -111,7 +117,7 @@ def fuse(
     """
     config = config or FuseConfig()
     ready = Calibrated(
-        parents, calibration, [config], names=names, device=device, augment=augment, seed=seed,
+        parents, calibration, [config], names=names, device=device, augment=augment, processing=processing, seed=seed,
         allow_pickle=allow_pickle, family=family, progress=progress,
     )  # fmt: skip
     return ready.fuse(config, output=output)
@@ -124,7 +130,7 @@ class Calibrated:
     only to refit.
 
     Args:
-        parents, names, device, augment, seed, allow_pickle, family, progress: see `fuse`.
+        parents, names, device, augment, processing, seed, allow_pickle, family, progress: see `fuse`.
         calibration: see `fuse`.
         configs: they share the anchor, what is collected (`calibration` but for its `scale`), `strategy`, `depth` and
             `align.stream`.
@@ -145,6 +151,7 @@ class Calibrated:
         names: Sequence[str] | None = None,
         device: torch.device | str | None = None,
         augment: Augment | None = None,
+        processing: ImageProcessing | None = None,
         seed: int = 0,
         allow_pickle: bool = False,
         family: Family | str | Path | None = None,
@@ -158,8 +165,9 @@ class Calibrated:
         for config in configs:
             mixing_weights(config.weights, len(parents))
         opened = open_parents(parents, self.names, device, allow_pickle=allow_pickle, family=read_family(family))
-        self._read = match_parents(parents, opened, anchor)
+        self._read = match_parents(parents, opened, anchor, processing)
         networks = [network for network, _ in opened]
+        self._processing = processing or said(parents[anchor], networks[anchor])
         check_parents(networks)
         taught = any(config.refine.method != "none" for config in configs)
         if taught and is_bare(networks[anchor].module):
@@ -237,6 +245,8 @@ class Calibrated:
                 with closing(ModelWriter(folder, Path(output) / "model")) as refined:
                     refined.write(dict(result.model.named_parameters()))
                     refined.finish()
+            if self._processing is not None:
+                keep_pixels(Path(output) / "model", goal.module, self._processing)
             result.save_maps(Path(output))
         return result
 
@@ -302,21 +312,29 @@ def open_parents(
 
 
 def match_parents(
-    parents: Sequence[Parent], opened: list[tuple[Network, ModelFolder | None]], anchor: int
+    parents: Sequence[Parent],
+    opened: list[tuple[Network, ModelFolder | None]],
+    anchor: int,
+    processing: ImageProcessing | None = None,
 ) -> list[str]:
-    """Gives parents the anchor's size of images and its numbers of tokens; `opened` holds them afterwards.
+    """Gives parents the anchor's size and preparation of images and its numbers of tokens; `opened` holds them
+    afterwards.
 
     Args:
         parents, opened, anchor: see `match_vocabularies`.
+        processing: how images are prepared, in place of what the anchor's folder says.
 
     Returns:
         What a reader should know of how the parents are read, a line each.
 
     Raises:
-        FusionError: parents that cut images into patches of different size; see `check_tokenizers`.
+        FusionError: parents that cut images into patches of different size, or can't take images as they are prepared;
+            see `check_tokenizers`.
     """
     lines = [line for _, folder in opened if folder is not None and (line := adapter_beside(folder.path)) is not None]
-    return [*lines, *_match_images(opened, anchor), *match_vocabularies(parents, opened, anchor)]
+    lines += _match_images(opened, anchor)
+    lines += match_pixels(parents, [network for network, _ in opened], anchor, processing)
+    return [*lines, *match_vocabularies(parents, opened, anchor)]
 
 
 def _match_images(opened: list[tuple[Network, ModelFolder | None]], anchor: int) -> list[str]:

@@ -5,9 +5,12 @@ from fusionpl.models.build import ModelConfig, build_model
 from fusionpl.models.folders import ModelFolder, model_config, model_folder, open_model
 from fusionpl.models.heads import with_classifier
 from fusionpl.models.hub import hub_id, short_name
-from fusionpl.models.images import at_image_size, told, with_image_size
+from fusionpl.models.images import at_image_size, grid_of, told, with_image_size
 from fusionpl.models.lineage import Ancestor, ancestor, base_models, inherited, lineage, parents_section
 from fusionpl.models.load import load_model
+from fusionpl.models.pixels import for_pixels, told_differences, told_pixels, with_pixels
+from fusionpl.models.preprocessing import NORMALIZATIONS, ImageProcessing
+from fusionpl.models.processors import image_processing, save_image_processing, timm_processing
 from fusionpl.models.push import check_push, push
 from fusionpl.models.resized import resized, untied
 from fusionpl.models.save import add_to_card, beside, class_names, forget_places, library_of, save_model, write_card
@@ -18,7 +21,9 @@ from fusionpl.models.vocabulary import Renumbering, Vocabulary, load_parent, ren
 from fusionpl.models.writer import ModelWriter
 
 __all__ = [
+    "NORMALIZATIONS",
     "Ancestor",
+    "ImageProcessing",
     "ModelConfig",
     "ModelFolder",
     "ModelWriter",
@@ -37,8 +42,11 @@ __all__ = [
     "check_tokenizers",
     "class_names",
     "copy_modules",
+    "for_pixels",
     "forget_places",
+    "grid_of",
     "hub_id",
+    "image_processing",
     "inherited",
     "library_of",
     "lineage",
@@ -52,15 +60,20 @@ __all__ = [
     "push",
     "renumber",
     "resized",
+    "save_image_processing",
     "save_model",
     "sentence_pooling",
     "short_name",
+    "timm_processing",
     "told",
+    "told_differences",
+    "told_pixels",
     "train_bpe",
     "train_wordpiece",
     "untied",
     "width_of",
     "with_classifier",
     "with_image_size",
+    "with_pixels",
     "write_card",
 ]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -78,5 +77,8 @@ def match_pixels(
 
 def keep_pixels(folder: Path, model: nn.Module, processing: ImageProcessing) -> None:
     """Writes into a fused model's folder how it takes its images, at the size that it takes."""
-    grid: Any = grid_of(model)
-    save_image_processing(folder, processing if processing.size else processing.at(grid.image))
+    grid = grid_of(model)
+    if processing.size is None and grid is not None:
+        processing = processing.at(grid.image)
+    if processing.size is not None:
+        save_image_processing(folder, processing)

@@ -139,6 +139,13 @@ def test_the_share_of_a_crop_comes_back(mode: str, share: float, side: int, tmp_
     assert image_processing(tmp_path) == found
 
 
+def test_another_size_keeps_the_share_that_is_cut_off() -> None:
+    assert ImageProcessing().at((16, 32)).size == (16, 32)
+    for resize, wanted in ((256, 128), ((256, 320), (128, 160))):
+        found = ImageProcessing(resize=resize, crop=(224, 224)).at((112, 112))  # type: ignore[arg-type]
+        assert (found.resize, found.crop) == (wanted, (112, 112))
+
+
 def test_a_section_of_processor_config_is_read_and_replaced(tmp_path: Path) -> None:
     settings = {"image_processor_type": "CLIPImageProcessor", "processor_class": "CLIPProcessor", **CLIP}
     folder = beside(tmp_path, {"image_processor": settings}, "processor_config.json")

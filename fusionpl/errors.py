@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class FusionError(Exception):
@@ -29,3 +29,20 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def check_choices(options: Any, name: str = "") -> None:
+    """Checks the fields of a dataclass that are one of some words.
+
+    Args:
+        options: the dataclass.
+        name: of the section that it is, such as `align`.
+
+    Raises:
+        FusionError: a word that is none of them; names the nearest.
+    """
+    for key, kind in get_type_hints(type(options)).items():
+        if get_origin(kind) is Literal and (value := getattr(options, key)) not in get_args(kind):
+            known = get_args(kind)
+            place = ".".join(filter(None, (name, key)))
+            raise FusionError(f"{place} is one of {', '.join(known)}, not {value!r}{nearest(str(value), known)}")

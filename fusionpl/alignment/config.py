@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fusionpl.errors import FusionError
+from fusionpl.errors import FusionError, check_choices
 from fusionpl.families import Binding
 from fusionpl.transport import Metric, Normalize, Scaling, Solver
 
@@ -51,6 +51,7 @@ class AlignConfig:
 
     def __post_init__(self) -> None:
         """Raises FusionError for options that are out of range or contradict each other."""
+        check_choices(self, "align")
         if not (math.isfinite(self.reg) and self.reg > 0):
             raise FusionError(f"align.reg must be above 0, not {self.reg}; for an exact plan use align.solver emd")
         if self.stream != "rotation":

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from fusionpl.errors import FusionError
+from fusionpl.errors import FusionError, check_choices
 
 Scale = Literal["standardize", "center", "normalize", "none"]
 StreamType = Literal["float32", "bfloat16"]
@@ -37,6 +37,7 @@ class CalibrationConfig:
 
     def __post_init__(self) -> None:
         """Raises FusionError for values out of range."""
+        check_choices(self, "calibration")
         for name in ("samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise FusionError(f"calibration.{name} must be at least 1, not {getattr(self, name)}")

@@ -101,6 +101,7 @@ class Job:
         parents: short name -> where the parent comes from.
         networks: the parents.
         anchor: index of the anchor.
+        lines: what a reader should know of the parents.
         data: to calibrate and test on.
         tokenizer: that the parents share, or None.
         family: the user's own, or None.
@@ -114,6 +115,7 @@ class Job:
     parents: Mapping[str, str]
     networks: Sequence[Network]
     anchor: int
+    lines: Sequence[str]
     data: FixedSplits
     tokenizer: Any
     family: Family | None
@@ -144,14 +146,16 @@ class Job:
         opened = open_parents(list(parents.values()), list(parents), **reading)
         tokenizer = common_tokenizer(parents, anchor)
         decreed = ImageProcessing(decreed=True) if getattr(chosen.data, "normalize", AUTO) != AUTO else None
-        match_parents(list(parents.values()), opened, anchor, decreed)
+        lines = match_parents(list(parents.values()), opened, anchor, decreed)
         networks = [network for network, _ in opened]
-        check_parents(networks)
+        lines += check_parents(networks, list(parents.values()), anchor)
         config = settled(config, networks, anchor)
         presets = {name: settled(one, networks, resolve_anchor(one, len(parents))) for name, one in presets.items()}
         data = data_module(args.task, chosen.data, 0, tokenizer, args.parents)
         follow(data, networks[anchor].module, list(parents.values())[anchor])
-        return cls(args, settings, config, parents, networks, anchor, data, tokenizer, family, presets, alternatives)
+        return cls(
+            args, settings, config, parents, networks, anchor, lines, data, tokenizer, family, presets, alternatives
+        )  # fmt: skip
 
     def load(self, name: str) -> nn.Module:
         """A whole parent, with the anchor's vocabulary and its size and preparation of images."""
@@ -209,7 +213,8 @@ def run(argv: Sequence[str]) -> None:
         table = describe(plan, bindings, job.anchor, job.config, names, goal.binding)
         trial = trial_of(job.config, "classes" in bindings[job.anchor].axes)
         tried = job.estimate(trial, plan, networks, goal, device) if trial else None
-        print(table, *(one.told for one in matchings), expected.told(device, tried), sep="\n")
+        warned = [f"warning: {line}" for line in job.lines]
+        print(table, *(one.told for one in matchings), expected.told(device, tried), *warned, sep="\n")
         return
     if args.check:
         _check(job)

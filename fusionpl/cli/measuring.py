@@ -1,5 +1,6 @@
 """What commands measure: a fused model beside its parents, or models alone, whole and on the test data."""
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import (
+    HEAD_FITTED,
     MODEL,
     PARENT,
     Curve,
@@ -32,7 +34,7 @@ from fusionpl.evaluation import (
     probe,
     similarities,
 )
-from fusionpl.fusion import FusionResult, mixing_weights, vanilla
+from fusionpl.fusion import FuseConfig, FusionResult, fit_head, mixing_weights, vanilla
 
 Depth = Literal["full", "rows", "none"]
 CURVE_BATCHES = 4
@@ -106,7 +108,10 @@ def measure(
     assert chosen is not None
     best = chosen[0].name.removeprefix(PARENT)
     trained = {name: make(load(best), models) for name, make in alternatives.items()}
+    fitted = bench.head_fitted(models[names.index(best)], models, result.config)
     models.clear()
+    if fitted is not None:
+        bench.add_made(f"{HEAD_FITTED}{chosen[0].name}", *fitted)
     if plain is not None:
         bench.add("vanilla", [plain])
     for one in result.matchings:
@@ -203,7 +208,15 @@ class _Bench:
 
     def add_made(self, name: str, model: nn.Module, cost: Cost) -> None:
         """Adds a row with what the model took."""
-        self.add(name, [model], needs=cost.needs, seconds=round(cost.seconds, 1), steps=cost.steps)
+        more = {"validation": self._validated(model)} if name.startswith(HEAD_FITTED) else {}
+        self.add(name, [model], needs=cost.needs, seconds=round(cost.seconds, 1), steps=cost.steps, **more)
+
+    def head_fitted(self, model: nn.Module, parents: Sequence[nn.Module], config: FuseConfig) -> Made | None:
+        """A parent whose head alone is fitted to what all predict on the calibration data; None where it has none."""
+        calibration, started = self._data.calibration_dataloader(config.calibration.batch_size), time.monotonic()
+        weights = mixing_weights(config.weights, len(parents))
+        found = fit_head(model, parents, weights, calibration, config.calibration)
+        return (found[0], Cost("unlabelled data", time.monotonic() - started)) if found else None
 
     def add_models(
         self, kind: str, models: Mapping[str, nn.Module], weights: Sequence[float] | None

@@ -247,7 +247,7 @@ def normalization(given: str | Mapping[str, Any]) -> ImageProcessing | None:
                 "{mean: [0.5], std: [0.25]}"
             )
         return NORMALIZATIONS[given]
-    mean, std = (one if isinstance(one, list) else [one] for one in (given.get("mean"), given.get("std")))
+    mean, std = (one if isinstance(one, list) else [one] for one in (given.get(key, []) for key in ("mean", "std")))
     if given.keys() != {"mean", "std"} or len(mean) != len(std) or len(mean) not in (1, 3):
         raise FusionError(
             f"data.normalize is {dict(given)}; give mean and std, of one number or of one for each channel: "

@@ -9,12 +9,13 @@ from fusionpl.evaluation.neighbours import agreement, embeddings, probe, similar
 from fusionpl.evaluation.outcomes import Outcomes, load_outcomes, save_outcomes, scored
 from fusionpl.evaluation.plots import CAPTIONS
 from fusionpl.evaluation.report import Report
-from fusionpl.evaluation.rows import FIGURES, MODEL, PARENT, Needs, Row, best_parent, judged, readable
+from fusionpl.evaluation.rows import FIGURES, HEAD_FITTED, MODEL, PARENT, Needs, Row, best_parent, judged, readable
 from fusionpl.evaluation.verdict import Verdict
 
 __all__ = [
     "CAPTIONS",
     "FIGURES",
+    "HEAD_FITTED",
     "MODEL",
     "PARENT",
     "Curve",

@@ -71,6 +71,7 @@ def known(value: Any) -> bool:
 
 # What the names of rows begin with: parents of a fusion, and models that are compared without one.
 PARENT, MODEL = "parent ", "model "
+HEAD_FITTED = "head-fitted "  # and of the best parent, its head fitted to what all predict
 
 
 def ordered(rows: Sequence[Row]) -> list[Row]:
@@ -122,6 +123,22 @@ def best_parent(rows: Sequence[Row], kind: str = PARENT) -> tuple[Row, Literal["
         return [(one if metric in SHARES else -one) if known(one) else -math.inf for one in figures]
 
     return max(parents, key=worth), "validation" if validated else "test"
+
+
+def baseline(rows: Sequence[Row]) -> Row | None:
+    """What a fused model has to beat: the best parent, or that parent with its head alone fitted to the ensemble's
+    predictions, whichever is better on the data by which the best parent was chosen."""
+    found = best_parent(rows)
+    if found is None:
+        return None
+    best, chosen = found
+    metric = judged_metric(rows)
+    column = "validation" if chosen == "validation" else metric
+    for row in rows:
+        if row.name == HEAD_FITTED + best.name and known(getattr(row, column)):
+            gain = getattr(row, column) - getattr(best, column)
+            return row if (gain if metric in SHARES else -gain) > 0 else best
+    return best
 
 
 def as_table(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:

@@ -1,4 +1,5 @@
-"""Whether a fused model is worth having: judged beside its best parent, which its user has for nothing."""
+"""Whether a fused model is worth having: judged beside its best parent, which its user has for nothing, or that parent
+with its head alone fitted to the ensemble, which takes seconds."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusionpl.evaluation.outcomes import SHARES, Difference, Metric, Outcomes
-from fusionpl.evaluation.rows import MODEL, Row, Stage, best_parent, judged_metric, known, readable
+from fusionpl.evaluation.rows import MODEL, Row, Stage, baseline, best_parent, judged_metric, known, readable
 
 SIGNIFICANT = 0.05
 MINUS = "−"
@@ -24,6 +25,7 @@ class Verdict:
         chosen: the data it was chosen on, validation or test.
         best, ensemble, fused: test figures; the ensemble is that of the parents before finetuning.
         difference: fused and best parent, paired.
+        head_fitted: whether `best` is the best parent with its head fitted, which was the better one there.
     """
 
     stage: Stage
@@ -35,6 +37,7 @@ class Verdict:
     ensemble: float | None
     fused: float | None
     difference: Difference
+    head_fitted: bool = False
 
     @property
     def share(self) -> float | None:
@@ -48,6 +51,7 @@ class Verdict:
         """The verdict in one sentence."""
         found, name = self.difference, "fused, finetuned" if self.stage == "finetuned" else "fused"
         best = "the best parent finetuned alike" if self.stage == "finetuned" else "the best parent"
+        best += " with its head fitted" * self.head_fitted
         if math.isnan(found.value):
             return f"{name}: its {self.metric} is not a number: keep {best}"
         if math.isnan(found.error):
@@ -77,6 +81,7 @@ class Verdict:
             "metric": self.metric,
             "parent": self.parent,
             "chosen_on": self.chosen,
+            "head_fitted": self.head_fitted,
             **{key: value if known(value) else None for key, value in numbers.items()},
             "samples": found.samples,
             "words": self.words,
@@ -133,14 +138,17 @@ def verdicts(rows: Sequence[Row], outcomes: Mapping[tuple[str, Stage], Outcomes]
     unit = _unit(metric, parent)
     found = []
     stages: tuple[Stage, ...] = ("one-shot", "finetuned")
+    held = baseline(rows) or parent
     for stage in stages:
-        ours, theirs = (outcomes.get((name, stage)) for name in ("fused", parent.name))
+        beside = held if (held.name, stage) in outcomes else parent
+        ours, theirs = (outcomes.get((name, stage)) for name in ("fused", beside.name))
         if ours is not None and theirs is not None:
-            best, fused = (getattr(by_key[name, stage], metric) for name in (parent.name, "fused"))
+            best, fused = (getattr(by_key[name, stage], metric) for name in (beside.name, "fused"))
             found.append(
                 Verdict(
                     stage, metric, unit, parent.name.removeprefix("parent "), data, best,
                     None if ensemble is None else getattr(ensemble, metric), fused, ours.better(theirs, metric),
+                    beside is not parent,
                 )
             )  # fmt: skip
     return found
@@ -153,7 +161,8 @@ def verdict_cells(found: Sequence[Verdict]) -> list[list[str]]:
     figures = [
         [label, *(readable(one.metric, getattr(one, key)) for one in found)]
         for label, key in (
-            (f"best parent ({first.parent}, by {first.chosen})", "best"), ("ensemble", "ensemble"), ("fused", "fused")
+            (f"best parent ({first.parent}, by {first.chosen}{', its head fitted' * first.head_fitted})", "best"),
+            ("ensemble", "ensemble"), ("fused", "fused"),
         )
     ]  # fmt: skip
     return [

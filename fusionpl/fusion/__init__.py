@@ -14,6 +14,7 @@ from fusionpl.fusion.fuse import (
     resolve_anchor,
 )
 from fusionpl.fusion.goal import settled
+from fusionpl.fusion.heads import fit_head
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.plan import Plan, describe, make_plan
 from fusionpl.fusion.refine import loss_to_mean
@@ -32,6 +33,7 @@ __all__ = [
     "check_parents",
     "describe",
     "estimate",
+    "fit_head",
     "fuse",
     "load_config",
     "loss_to_mean",

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from fusionpl.alignment import AlignConfig
 from fusionpl.calibration import CalibrationConfig
-from fusionpl.errors import FusionError, flattened
+from fusionpl.errors import FusionError, check_choices, flattened
 from fusionpl.options import check_sections, explain, read_yaml
 from fusionpl.presets import preset
 
@@ -38,6 +38,10 @@ class RefitConfig:
 
     method: Literal["none", "ridge"] = "none"
 
+    def __post_init__(self) -> None:
+        """Raises FusionError for a method that is none."""
+        check_choices(self, "refit")
+
 
 @dataclass(frozen=True)
 class RefineConfig:
@@ -62,6 +66,7 @@ class RefineConfig:
 
     def __post_init__(self) -> None:
         """Raises FusionError for values out of range."""
+        check_choices(self, "refine")
         for name in ("steps", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise FusionError(f"refine.{name} must be at least 1, not {value}")
@@ -105,8 +110,6 @@ class FuseConfig:
             useful; `even`, as many of each parent's, for parents that saw different data; `auto`: `even` where the
             predictions of classifiers on the calibration set say that they did, and no trial on a part of it speaks
             for `anchor`.
-        predictions: with `joint`, what a classifier is fitted to: the mean of the parents' `logits`, or the log of
-            the mean of their `probabilities`, for parents that know other classes; `auto`: as their predictions say.
     """
 
     anchor: int = 0
@@ -119,10 +122,10 @@ class FuseConfig:
     width: int | float | None = None
     depth: int | None = None
     units: Literal["anchor", "even", "auto"] = "auto"
-    predictions: Literal["logits", "probabilities", "auto"] = "auto"
 
     def __post_init__(self) -> None:
         """Raises FusionError for options that contradict each other."""
+        check_choices(self)
         if self.width is not None and not (math.isfinite(self.width) and self.width > 0):
             raise FusionError(f"width must be above 0, not {self.width}")
         if self.depth is not None and self.depth < 1:
@@ -131,8 +134,6 @@ class FuseConfig:
             raise FusionError("strategy transport fuses into the anchor's width; width needs strategy joint")
         if self.strategy == "transport" and self.units != "auto":
             raise FusionError("strategy transport averages the units of all parents; units needs strategy joint")
-        if self.strategy == "transport" and self.predictions != "auto":
-            raise FusionError("strategy transport averages classifiers; predictions needs strategy joint")
         if self.strategy != "joint":
             return
         if self.refit.method == "none":

@@ -40,7 +40,7 @@ from fusionpl.fusion.depth import Matching, levelled
 from fusionpl.fusion.goal import goal_of, parted, settled
 from fusionpl.fusion.kin import kinship
 from fusionpl.fusion.pixels import keep_pixels, match_pixels, said
-from fusionpl.fusion.plan import Plan, make_plan
+from fusionpl.fusion.plan import Plan, left_out, make_plan
 from fusionpl.fusion.refine import Augment, refine
 from fusionpl.fusion.result import FusionResult, InMemory, Sink
 from fusionpl.fusion.survey import Survey
@@ -55,6 +55,7 @@ from fusionpl.models import (
     at_image_size,
     check_tokenizers,
     class_names,
+    compare_settings,
     copy_modules,
     load_model,
     load_tokenizer,
@@ -168,11 +169,10 @@ class Calibrated:
         self._read = match_parents(parents, opened, anchor, processing)
         networks = [network for network, _ in opened]
         self._processing = processing or said(parents[anchor], networks[anchor])
-        check_parents(networks)
+        self._read += check_parents(networks, parents, anchor)
         taught = any(config.refine.method != "none" for config in configs)
         if taught and is_bare(networks[anchor].module):
             raise FusionError("encoders without a head have no outputs to be taught; leave refine.method at none")
-        self._read += kinship(networks, parents, anchor)
         self._source, self._folder = parents[anchor], opened[anchor][1]
         configs = [settled(config, networks, anchor) for config in configs]
         first = configs[0]
@@ -202,7 +202,7 @@ class Calibrated:
         look(
             self._team, list(dict.fromkeys(keys)), list(dict.fromkeys(magnitudes)), first.calibration.tokens, together
         )  # fmt: skip
-        asked = any(config.strategy == "joint" and "auto" in (config.units, config.predictions) for config in configs)
+        asked = any(config.strategy == "joint" and config.units == "auto" for config in configs)
         classifies = "classes" in networks[anchor].binding.axes
         self._specialised = specialisation(self._team) if asked and classifies else None
 
@@ -227,7 +227,9 @@ class Calibrated:
             sink.finish()
         result = FusionResult(sink, sweep.aligned, team.anchor, goal, config, plan.keep)
         foreign = [one.warning for one in self.matchings if one.warning]
-        result.warnings = [*self._read, *self._parted, *foreign, *_unconverged(result, self.names)]
+        idle = [network.idle for network in team.parents]
+        heads = left_out(plan, [network.binding for network in team.parents], goal.binding, self.names, idle)
+        result.warnings = [*self._read, *self._parted, *foreign, *heads, *_unconverged(result, self.names)]
         result.matchings, result.notes = self.matchings, notes
         if config.refine.method != "none":
             result.refitted = copy.deepcopy(result.model)
@@ -407,8 +409,16 @@ def check_count(count: int) -> None:
         raise FusionError(f"fusion needs at least two parents, not {count}; give --parents A B")
 
 
-def check_parents(networks: Sequence[Network]) -> None:
+def check_parents(networks: Sequence[Network], sources: Sequence[Parent], anchor: int) -> list[str]:
     """Checks that two or more parents can be fused.
+
+    Args:
+        networks: the parents.
+        sources: where they come from.
+        anchor: index of the anchor.
+
+    Returns:
+        What a reader should know of how they belong together, a line each.
 
     Raises:
         FusionError: naming the parents and what differs.
@@ -434,6 +444,8 @@ def check_parents(networks: Sequence[Network]) -> None:
                 f"parents of different class names: where {named} has '{ours}', {name} has '{theirs}'; "
                 "train both on the same classes"
             )
+    differing = compare_settings({network.name: network.module for network in networks}, networks[anchor].name)
+    return [*differing, *kinship(networks, sources, anchor)]
 
 
 def resolve_anchor(config: FuseConfig, count: int) -> int:

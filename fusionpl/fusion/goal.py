@@ -44,8 +44,7 @@ def settled(config: FuseConfig, networks: Sequence[Network], anchor: int) -> Fus
     if config.weights and min(config.weights) <= 0:
         reasons.append("a weight of 0 leaves a parent's stream out")
     deeper = config.depth not in (None, networks[anchor].binding.depth)
-    decided = {name: getattr(config, name) != "auto" for name in ("units", "predictions")}
-    for option, asked in {"width": config.width is not None, "depth": deeper, **decided}.items():
+    for option, asked in {"width": config.width is not None, "depth": deeper, "units": config.units != "auto"}.items():
         if reasons and asked:
             raise FusionError(f"{option} needs strategy joint, and {reasons[0]}")
     return replace(config, strategy="transport" if reasons else "joint")

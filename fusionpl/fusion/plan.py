@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fusionpl.alignment import AlignConfig, ChosenUnits, JointStream, Problem, check_choice, joint_problems, problems
 from fusionpl.calibration import Key
 from fusionpl.errors import FusionError
-from fusionpl.families import TAIL, Binding, Slot, inseparable, section_of, unrotatable
+from fusionpl.families import TAIL, Axis, Binding, Slot, inseparable, section_of, unrotatable
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.stages import Stage, stages
 
@@ -141,6 +141,36 @@ def make_plan(
             )
         )
     return Plan(tuple(problem for problem in found if problem.whole), tuple(sections), keep)
+
+
+def left_out(
+    plan: Plan, bindings: Sequence[Binding], goal: Binding, names: Sequence[str], idle: Sequence[Set[str]]
+) -> list[str]:
+    """A line for each parent none of whose heads can be taken: fusion into one stream takes heads as they are.
+
+    Args:
+        plan: of the fusion.
+        bindings, names, idle: see `make_plan`.
+        goal: the fused network's binding.
+    """
+    choices = [problem for problem in plan.problems if isinstance(problem, ChosenUnits) and problem.heads]
+    lines = []
+    for binding, name, blocks in zip(bindings, names, idle, strict=True):
+        here = [problem for problem in choices if problem.section not in blocks]
+        out = [problem for problem in here if not problem.gives(binding, goal)]
+        if out:
+            theirs, ours = (_heads_of(one.axes[out[0].axes[0]]) for one in (binding, goal))
+            where = "" if len(out) == len(here) else f" in {len(out)} of {len(here)} blocks"
+            lines.append(
+                f"{name} has heads of {theirs}, the fused model of {ours}: its stream and its other units are taken, "
+                f"and none of its heads{where}"
+            )
+    return lines
+
+
+def _heads_of(axis: Axis) -> str:
+    rotated = f", {2 * axis.pairs} of them rotated" if axis.pairs else ""
+    return f"{axis.width} units{rotated}" + (f", {axis.members} to a key-value head" if axis.members > 1 else "")
 
 
 def anchor_only(binding: Binding, config: AlignConfig) -> frozenset[str]:

@@ -4,18 +4,18 @@ gradients.
 Close relatives: RegMean (Jin et al., ICLR 2023, arXiv 2212.09849); Luenam et al. (arXiv 2507.00037).
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from fusionpl.calibration import CalibrationSet, Flow, Passage, Place, sum_over_ranks
-from fusionpl.families import Binding, State
+from fusionpl.families import Binding, State, attribute
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.stages import Stage
-from fusionpl.transport import NormalEquations, fit_ridge
+from fusionpl.transport import NormalEquations, fit_ridge, fit_softmax, log_mean
 
 # Every fifth sample chooses the regularisation.
 HOLD_OUT = 5
@@ -24,6 +24,25 @@ HOLD_OUT = 5
 def held_out(first: int, count: int) -> Tensor:
     """Which samples of a batch are held out, bool [count]; `first` is the number of its first one."""
     return (torch.arange(first, first + count) + 1) % HOLD_OUT == 0
+
+
+def predicting(model: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Which rows of what a head reads become predictions: all real tokens, or the last one where a classifier of
+    sequences reads all of them.
+
+    Args:
+        model: that it is the head of.
+        x: [B, n], or [B, T, n] of tokens.
+        mask: of the real ones, [B, T]; None for all.
+
+    Returns:
+        bool, [B] or [B, T], on the CPU.
+    """
+    real = torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None or x.ndim == 2 else mask.bool().cpu()
+    if x.ndim == 2 or not type(model).__name__.endswith("ForSequenceClassification"):
+        return real
+    last = real.shape[1] - 1 - real.flip(1).int().argmax(1)
+    return functional.one_hot(last, real.shape[1]).bool()
 
 
 class Refit:
@@ -37,8 +56,6 @@ class Refit:
         flow: of the fused network, which stands before the section that is fitted next.
         parents: all of them, the anchor too.
         data: the calibration set, with the parents' targets of the section.
-        of_probabilities: whether a classifier is fitted to the log of the mean of the parents' probabilities, from what
-            fits the mean of their logits.
         trial: whether nothing is fitted to the samples that are held out, so that a fusion can be judged by them.
     """
 
@@ -48,10 +65,9 @@ class Refit:
         parents: Sequence[AlignedParent],
         data: CalibrationSet,
         *,
-        of_probabilities: bool = False,
         trial: bool = False,
     ) -> None:
-        self.flow, self.data, self.of_probabilities, self.trial = flow, data, of_probabilities, trial
+        self.flow, self.data, self.trial = flow, data, trial
         self.binding = flow.network.binding
         self.parents = dict(enumerate(parents))
         self._penalties: dict[tuple[str, ...], float] = {}  # of the same stage in the block before
@@ -68,7 +84,7 @@ class Refit:
         """
         if stage.norm:
             self._fit_norm(section, stage, state)
-        else:
+        elif not (stage.predicts and self._beyond_a_fit()):
             self._fit_linear(section, stage, state, states)
         if section in self.binding.blocks:
             self._done.setdefault(section, []).append(stage)
@@ -107,9 +123,7 @@ class Refit:
         }
         widths = [*([] if stage.narrow else [prior.shape[1]]), *(one.width for one in later.values())]
         end = sum(widths)
-        mixed = self.of_probabilities and stage.axes == ("classes",) and prior.shape[1] > 1
-        columns = end + prior.shape[1] if mixed else end
-        parts = [NormalEquations.zeros(len(prior) - 1, columns, device=prior.device) for _ in range(2)]
+        parts = [NormalEquations.zeros(len(prior) - 1, end, device=prior.device) for _ in range(2)]
         for batch in self.data:
             passage = self._step(section, stage, state, batch)
             x, targets = passage.seen[here], [self._target(section, index, stage, batch) for index in later]
@@ -120,14 +134,14 @@ class Refit:
                         target = self._target(section, index, stage, batch)
                         still = still + parent.weight * _moved(parent, stage, target)
                 targets.insert(0, still)
-            if mixed:
-                targets.append(self._mixture(section, stage, batch))
+            if stage.predicts:
+                self.data.keep(("predicts", batch), x)
             for part, rows in zip(parts, self._rows(stage, x, batch), strict=True):
                 part.update(*(tensor.flatten(0, -2)[rows] for tensor in (x, *targets)))
         sum_over_ranks([tensor for part in parts for tensor in part.tensors()])
 
         def wanted(part: NormalEquations) -> Tensor:
-            shown = list(part.xy[:, :end].split(widths, dim=1))
+            shown = list(part.xy.split(widths, dim=1))
             total = torch.zeros_like(prior) if stage.narrow else shown.pop(0)
             for one, products in zip(later.values(), shown, strict=True):
                 total = total + one.targets(products, part.xx[:, -1:])
@@ -136,10 +150,8 @@ class Refit:
         fit, choose = (part.with_targets(wanted(part)) for part in parts)
         kind = tuple(axis.rpartition(".")[2] for axis in stage.axes)
         solution, self._penalties[kind] = fit_ridge(fit, choose, prior, self._penalties.get(kind), both=not self.trial)
-        if mixed:
-            fit, choose = (part.with_targets(part.xy[:, end:]) for part in parts)
-            start = solution - solution.mean(1, keepdim=True)
-            solution, _ = fit_ridge(fit, choose, start, both=not self.trial)
+        if stage.predicts and prior.shape[1] > 1:
+            solution = self._fit_predictions(section, stage, solution, states)
         for one, found in zip(maps, solution.split([one.matrix.shape[1] for one in maps], dim=1), strict=True):
             one.replace(found)
 
@@ -170,6 +182,12 @@ class Refit:
         state[f"{module}.weight"] = (gain * factor - offset).to(gain)
         state[f"{module}.bias"] = (shift * factor + (y - factor * x) / count).to(shift)
 
+    def _beyond_a_fit(self) -> bool:
+        """Whether predictions are not what the last linear map puts out, or parents lack tokens, whose rows are the
+        anchor's."""
+        capped = attribute(self.flow.network.module, "config.final_logit_softcapping")
+        return bool(capped) or any(parent.network.absent is not None for parent in self.parents.values())
+
     def _taking_part(self, section: str, stage: Stage) -> dict[int, AlignedParent]:
         """The parents that show what a stage puts out: the anchor stands in for those that have not the block, but
         where the stream is written, which they leave as it is."""
@@ -189,14 +207,31 @@ class Refit:
             found = [one if order is None else one[..., order] for one, order in zip(found, orders, strict=True)]
         return torch.cat(found, dim=-1) if len(found) > 1 else found[0]
 
-    def _mixture(self, section: str, stage: Stage, batch: int) -> Tensor:
-        """The log of the mean of the parents' probabilities, without its mean over the classes, which tells nothing."""
-        each = [
-            self._target(section, index, stage, batch).float().log_softmax(-1) + math.log(parent.weight)
+    def _fit_predictions(self, section: str, stage: Stage, start: Tensor, states: Sequence[State]) -> Tensor:
+        """Fits what puts out predictions to the mean of the parents' probabilities: see `fit_softmax`."""
+        heads = {
+            index: torch.cat([_LinearMap(parent.binding, states[index], one).matrix for one in stage.modules], dim=1)
             for index, parent in self.parents.items()
-        ]
-        mean = torch.stack(each).logsumexp(0)
-        return mean - mean.mean(-1, keepdim=True)
+            if stage.narrow
+        }
+        weights = [parent.weight for parent in self.parents.values()]
+
+        def rows(part: int) -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in self.data:
+                x = self.data.kept["predicts", batch]
+                at = self._rows(stage, x, batch)[part]
+                given = []
+                for index in self.parents:
+                    shown = self._target(section, index, stage, batch).flatten(0, -2)[at].float()
+                    given.append(_outputs(shown, heads[index]) if stage.narrow else shown)
+                yield x.flatten(0, -2)[at], log_mean(given, weights).exp()
+
+        found = fit_softmax(
+            lambda: rows(0), lambda: rows(1), start, both=not self.trial, reduce=lambda sums: sum_over_ranks([*sums])
+        )
+        for batch in self.data:
+            del self.data.kept["predicts", batch]
+        return found.matrix
 
     def _lacking(self, passage: Passage, stage: Stage, like: Tensor) -> Tensor:
         """Minus what the fused stream already holds where the modules of a stage write into it, else zeros."""
@@ -211,7 +246,10 @@ class Refit:
         mask = self.data.mask(batch, self.binding, stage.axes[0])
         held = held_out(self.data.firsts[batch], len(tensor))
         held = held.view(-1, *[1] * (tensor.ndim - 2)).expand(tensor.shape[:-1])
-        real = torch.ones_like(held) if mask is None or tensor.ndim == 2 else mask.cpu()
+        if stage.predicts:
+            real = predicting(self.flow.network.module, tensor, mask)
+        else:
+            real = torch.ones_like(held) if mask is None or tensor.ndim == 2 else mask.cpu()
         fit, choose = ((real & rows).flatten().nonzero()[:, 0].to(tensor.device) for rows in (~held, held))
         return fit, choose
 
@@ -247,6 +285,10 @@ class _Later:
         if self._matrix is not None:
             products = products @ self._matrix[:-1] + sums * self._matrix[-1]
         return self.parent.weight * _moved(self.parent, self.stage, products.float()).double()
+
+
+def _outputs(x: Tensor, matrix: Tensor) -> Tensor:
+    return torch.addmm(matrix[-1].to(x), x, matrix[:-1].to(x))
 
 
 def _moves_later(anchor: Binding, parent: AlignedParent, stage: Stage, inputs: int) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusionpl.calibration import Place, Target, places_of
-from fusionpl.families import TAIL, Binding, Index, Slot, boundary, section_of
+from fusionpl.families import TAIL, VOCABULARY, Binding, Index, Slot, boundary, section_of
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Stage:
         norm: whether the module is a norm.
         narrow: whether the modules read fewer units than they write: what they put out is then known by what they read.
         last: whether the module is a norm whose output is that of an encoder without a head.
+        predicts: whether what it puts out are the logits of classes or tokens.
         skips: axis that is added to the stream -> (axis of the sum, axis of the stream that it is added to).
     """
 
@@ -27,6 +28,7 @@ class Stage:
     narrow: bool
     skips: Mapping[str, tuple[str, str]]
     last: bool = False
+    predicts: bool = False
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -71,8 +73,8 @@ def stages(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Stage,
 
     A stem has none but the norm behind it in post-LN networks: the rest reads the same input in every parent, so its
     average is its least-squares solution. Modules of a block that read one axis read one tensor; in the tail one may
-    read all tokens and another the first. Decoders stay: what they put out, a number for each entry of the vocabulary,
-    would be too much to keep.
+    read all tokens and another the first. What a decoder puts out, a number for each entry of the vocabulary, would be
+    too much to keep: what it reads is kept. One that is the embedding stays.
 
     Args:
         binding: the anchor's.
@@ -99,7 +101,7 @@ def stages(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Stage,
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and module in linear:
             key = module if section == TAIL else _axes(linear[module][0], reads=True)
-            if "vocabulary" in _axes(linear[module][0], reads=False):
+            if name in binding.closed:
                 continue
             # A slot is one axis of what is written and one of what is read.
             first = [slot for slot in linear[module] if _start(slot) == _start(linear[module][0])]
@@ -122,7 +124,10 @@ def stages(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Stage,
         if section in binding.blocks and not norm and not skips:
             read = {axis for module in modules for axis in _axes(linear[module][0], reads=True)}
             narrow = sum(binding.axes[axis].size for axis in read) < sum(binding.axes[axis].size for axis in written)
-        found.append(Stage(modules, norm, narrow, skips, last=next(iter(modules)) in binding.last_norms))
+        decodes = VOCABULARY in written
+        predicts = section == TAIL and (decodes or written == ["classes"])
+        last = next(iter(modules)) in binding.last_norms
+        found.append(Stage(modules, norm, narrow or decodes, skips, last=last, predicts=predicts))
     return tuple(found)
 
 

@@ -193,8 +193,7 @@ class Sweep:
         )
         self._refit = None
         if plan.fits:
-            flow, of_probabilities = Flow(self._fused, team.data, "fused"), config.predictions == "probabilities"
-            self._refit = Refit(flow, self.aligned, team.data, of_probabilities=of_probabilities, trial=trial)
+            self._refit = Refit(Flow(self._fused, team.data, "fused"), self.aligned, team.data, trial=trial)
 
     @property
     def fused(self) -> Flow:

@@ -1,4 +1,4 @@
-"""Whether classifiers know different things: what decides whose units one stream takes, and what its head fits."""
+"""Whether classifiers know different things: what decides whose units one stream takes."""
 
 import math
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ def specialisation(team: Team) -> float:
 
 
 def candidates(config: FuseConfig, share: float | None) -> tuple[list[FuseConfig], list[str]]:
-    """The configurations that `units auto` and `predictions auto` may stand for, and why, in a line each.
+    """The configurations that `units auto` may stand for, and why, in a line each.
 
     Parents of the same data take the anchor's units, those that know other classes each other's alike. In between both
     are candidates: the better the parents, the more their heads need each other. Language models disagree about rare
@@ -60,27 +60,17 @@ def candidates(config: FuseConfig, share: float | None) -> tuple[list[FuseConfig
         config: what is asked for.
         share: what `specialisation` found of classifiers; None of other models.
     """
+    if config.units != "auto":
+        return [config], []
+    anchor, even = replace(config, units="anchor"), replace(config, units="even")
     if share is None:
-        units = "anchor" if config.units == "auto" else config.units
-        predictions = "logits" if config.predictions == "auto" else config.predictions
-        return [replace(config, units=units, predictions=predictions)], []
-    apart, notes = share >= APART, []
+        return [anchor], []
     why = f"{share:.1%} of their disagreement is about how often each class occurs; the limit is"
-    found = [config]
-    if config.units == "auto":
-        anchor, even = replace(config, units="anchor"), replace(config, units="even")
-        found = [even] if apart else [anchor, even] if share >= SPECIALISED else [anchor]
-        if apart:
-            notes.append(f"units: {_WHOSE['even']}, who know other classes ({why} {APART:.0%})")
-        elif len(found) == 1:
-            notes.append(f"units: {_WHOSE['anchor']}, for the parents know the same ({why} {SPECIALISED:.0%})")
-    if config.predictions == "auto":
-        found = [replace(one, predictions="probabilities" if apart else "logits") for one in found]
-        if apart:
-            notes.append(
-                f"predictions: the mean of the parents' probabilities, who know other classes ({why} {APART:.0%})"
-            )
-    return found, notes
+    if share >= APART:
+        return [even], [f"units: {_WHOSE['even']}, who know other classes ({why} {APART:.0%})"]
+    if share < SPECIALISED:
+        return [anchor], [f"units: {_WHOSE['anchor']}, for the parents know the same ({why} {SPECIALISED:.0%})"]
+    return [anchor, even], []
 
 
 def trial_of(config: FuseConfig, classifies: bool) -> FuseConfig | None:

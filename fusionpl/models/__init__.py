@@ -15,6 +15,7 @@ from fusionpl.models.push import check_push, push
 from fusionpl.models.resized import resized, untied
 from fusionpl.models.save import add_to_card, beside, class_names, forget_places, library_of, save_model, write_card
 from fusionpl.models.sentence import check_pooling, copy_modules, sentence_pooling, width_of
+from fusionpl.models.settings import compare_settings
 from fusionpl.models.tensors import TensorFile
 from fusionpl.models.tokenizers import check_tokenizers, load_tokenizer, train_bpe, train_wordpiece
 from fusionpl.models.vocabulary import Renumbering, Vocabulary, load_parent, renumber
@@ -41,6 +42,7 @@ __all__ = [
     "check_push",
     "check_tokenizers",
     "class_names",
+    "compare_settings",
     "copy_modules",
     "for_pixels",
     "forget_places",

@@ -4,11 +4,14 @@ from fusionpl.transport.costs import Gram, Metric, Normalize, gram, ground_metri
 from fusionpl.transport.least_squares import COMBINATIONS, NormalEquations, fit_ridge
 from fusionpl.transport.maps import Scaling, TransportMap, identity, permutation
 from fusionpl.transport.products import cross_product, full_float32, self_product
+from fusionpl.transport.softmax import Fitted, Link, fit_softmax, log_mean
 from fusionpl.transport.solvers import Solver, check_one_width, procrustes, procrustes_batch, solve
 
 __all__ = [
     "COMBINATIONS",
+    "Fitted",
     "Gram",
+    "Link",
     "Metric",
     "NormalEquations",
     "Normalize",
@@ -18,10 +21,12 @@ __all__ = [
     "check_one_width",
     "cross_product",
     "fit_ridge",
+    "fit_softmax",
     "full_float32",
     "gram",
     "ground_metric",
     "identity",
+    "log_mean",
     "permutation",
     "procrustes",
     "procrustes_batch",

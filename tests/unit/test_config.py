@@ -9,6 +9,7 @@ from fusionpl.alignment import AlignConfig
 from fusionpl.cli import finetune, fuse, train
 from fusionpl.cli.common import parse, task_of, with_presets
 from fusionpl.errors import FusionError
+from fusionpl.fusion import FuseConfig, RefitConfig
 
 CONF = Path(__file__).parents[2] / "conf"
 PARSERS = {"train": train.build_parser, "fuse": fuse.build_parser, "finetune": finetune.build_parser}
@@ -109,3 +110,14 @@ def test_presets_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         with_presets(["--list-presets"], "train")
     assert re.search(r"^vit-digits +A ViT on", capsys.readouterr().out, flags=re.MULTILINE)
+
+
+def test_a_word_that_is_no_choice_is_refused_in_the_library_too() -> None:
+    with pytest.raises(
+        FusionError, match=r"align\.heads is one of flat, matched, not 'match'; did you mean 'matched'\?"
+    ):
+        AlignConfig(heads="match")  # type: ignore[arg-type]
+    with pytest.raises(FusionError, match=r"strategy is one of transport, joint, auto, not 'average'"):
+        FuseConfig(strategy="average")  # type: ignore[arg-type]
+    with pytest.raises(FusionError, match=r"refit\.method is one of"):
+        RefitConfig(method="rigde")  # type: ignore[arg-type]

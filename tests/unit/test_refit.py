@@ -38,7 +38,9 @@ def refitted(
 
 
 def distance(model: nn.Module, wanted: Tensor) -> float:
-    return float((outputs(model, CALIBRATION[0]) - wanted).square().mean())
+    """The divergence of a model's predictions from probabilities, in nats."""
+    found = outputs(model, CALIBRATION[0]).log_softmax(-1)
+    return float((torch.special.xlogy(wanted, wanted) - wanted * found).sum(-1).mean())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -54,7 +56,8 @@ def test_a_parent_with_itself_keeps_its_function(name: str, align: str) -> None:
 def test_a_refit_is_nearer_to_the_mean_of_the_parents(name: str, align: str) -> None:
     parents = [FAMILIES[name](seed) for seed in range(3)]
     weights = [0.5, 0.3, 0.2]
-    wanted = torch.stack([w * outputs(p, CALIBRATION[0]) for w, p in zip(weights, parents, strict=True)]).sum(0)
+    given = [outputs(parent, CALIBRATION[0]).softmax(-1) for parent in parents]
+    wanted = torch.stack([weight * one for weight, one in zip(weights, given, strict=True)]).sum(0)
     result = refitted(parents, ALIGNMENTS[align], weights=weights)
     assert distance(result.model, wanted) < 0.5 * distance(result.average(), wanted)
 
@@ -65,7 +68,7 @@ def test_widths_may_differ(align: str) -> None:
     for first, second in (({}, {"width": 24, "mlp": 40}), ({"width": 24, "mlp": 40}, {})):
         parents = [timm_vit(0, **first), timm_vit(1, **second)]
         result = refitted(parents, options)
-        wanted = (outputs(parents[0], CALIBRATION[0]) + outputs(parents[1], CALIBRATION[0])) / 2
+        wanted = torch.stack([outputs(parent, CALIBRATION[0]).softmax(-1) for parent in parents]).mean(0)
         assert distance(result.model, wanted) < distance(result.average(), wanted)
 
 

@@ -53,10 +53,11 @@ def match_pixels(
     if given is None and not any(found.values()):
         return []
     lines = told_differences(found, reference.name)
-    if given is None:
-        given = ImageProcessing()
+    given = given or ImageProcessing()
+    if found[reference.name] is None and any(found.values()) and not isinstance(parents[anchor], nn.Module):
         lines.append(
-            f"{reference.name}: its folder says nothing of how images are prepared; they come between -1 and 1"
+            f"{reference.name}: its folder does not say how images are prepared; it is taken to see them with "
+            f"{ImageProcessing().told()}"
         )
     for parent, network in zip(parents, networks, strict=True):
         own, name = found[network.name], network.name

@@ -160,15 +160,15 @@ def plot_over_cost(
     cost: Callable[[str, str], float | None], figures: Mapping[str, Mapping[str, list[float]]], columns: Sequence[str],
     metrics: Mapping[str, str], file: Path,
 ) -> None:  # fmt: skip
-    """The test figure over the cost of running a model, a line a column through what was fused; the best parent and the
-    ensemble stand at its ends."""
+    """The test figure over the cost of running a model, a line a column through what was fused; what its user has for
+    nothing or for seconds has marks of its own."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     (metric,) = set(metrics.values())
     scale, label = SHOWN[metric]
     for number, column in enumerate(columns):
         shown = {row: scale * statistics.mean(of[column]) for row, of in figures.items() if column in of}
         at = {row: found for row in shown if (found := cost(row, column)) is not None}
-        marks = {"best parent": "s", "ensemble": "D"}
+        marks = {"best parent": "s", "best parent, head fitted": "P", "all trunks, one head": "X", "ensemble": "D"}
         fused = sorted((at[row], shown[row]) for row in at if row not in marks)
         axes.plot(*zip(*fused, strict=True), color=f"C{number}", marker="o", markersize=4, label=column)
         for row, mark in marks.items():
@@ -176,7 +176,10 @@ def plot_over_cost(
                 axes.plot(at[row], shown[row], color=f"C{number}", marker=mark, markersize=6, fillstyle="none")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("FLOPs of a sample, in multiples of a parent's (squares: best parent, diamonds: ensemble)")
+    axes.set_xlabel(
+        "FLOPs of a sample, in multiples of a parent's\n"
+        "square: best parent, plus: its head fitted, cross: all trunks, diamond: ensemble"
+    )
     axes.set_ylabel(label)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=3)

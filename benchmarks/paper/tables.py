@@ -63,7 +63,8 @@ def _worth(subject: Subject, teams: Sequence[int], widths: Sequence[float], what
     cells: list[Cell] = []
     for column, found in _settings(subject, teams):
         for repeat, team in found:
-            makers = {"best parent": team.best, "vanilla": team.vanilla}
+            makers: dict[str, Maker] = {"best parent": team.best, "best parent, head fitted": team.head_fitted}
+            makers |= {"all trunks, one head": team.side_by_side, "vanilla": team.vanilla}
             makers["transport + refit"] = partial(team.fused, load_config(TRANSPORT))
             for width in widths:
                 name = "one stream" if width == 1 else f"one stream, {width:g} times as wide"
@@ -86,10 +87,10 @@ def _worth(subject: Subject, teams: Sequence[int], widths: Sequence[float], what
 
 def _worth_cost(subject: Subject, row: str, column: str) -> float | None:
     """FLOPs in multiples of a parent's."""
-    if row == "ensemble":
+    if row in ("ensemble", "all trunks, one head"):
         counted = re.search(r"(\d+) parents", column)
         return float(counted[1]) if counted else 2.0
-    if row in ("best parent", "one stream"):
+    if row in ("best parent", "best parent, head fitted", "one stream"):
         return 1.0
     wide = re.fullmatch(r"one stream, ([\d.]+) times as wide", row)
     return subject.flops(float(wide[1])) if wide else None

@@ -18,11 +18,13 @@ def no_progress(steps: Iterable[Any], label: str) -> Iterable[Any]:
     return steps
 
 
-def batches(calibration: Iterable[Any], config: CalibrationConfig) -> Iterator[tuple[int, dict[str, Tensor]]]:
+def batches(
+    calibration: Iterable[Any], config: CalibrationConfig, *, whole: bool = False
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Cuts the first `samples` of an iterable of batches into model inputs of `batch_size`.
 
     Items may be mappings, image tensors, or (inputs, labels) pairs. Under torch.distributed each rank takes its
-    share of the batches.
+    share of the batches, unless this one alone is at work and takes the `whole`.
 
     Yields:
         The number of the batch's first sample, and the batch.
@@ -30,7 +32,7 @@ def batches(calibration: Iterable[Any], config: CalibrationConfig) -> Iterator[t
     Raises:
         FusionError: the iterable is empty.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not whole else (0, 1)
     seen = index = 0
     for item in calibration:
         inputs = inputs_of(item[0] if isinstance(item, (tuple, list)) else item)

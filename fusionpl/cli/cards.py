@@ -19,6 +19,7 @@ METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman"
 HOW = {
     "transport": "Aligned with optimal transport and averaged by fusionpl "
     "([Transformer Fusion with Optimal Transport](https://arxiv.org/abs/2310.05719)).",
+    "head": "One parent, whose head alone fusionpl fitted to what all of them predict.",
     "joint": "Fitted by fusionpl to one residual stream that holds the parents' streams.",
 }
 

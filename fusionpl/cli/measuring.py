@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fusionpl.calibration import batches
 from fusionpl.datamodules import FixedSplits
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import (
@@ -213,9 +214,10 @@ class _Bench:
 
     def head_fitted(self, model: nn.Module, parents: Sequence[nn.Module], config: FuseConfig) -> Made | None:
         """A parent whose head alone is fitted to what all predict on the calibration data; None where it has none."""
-        calibration, started = self._data.calibration_dataloader(config.calibration.batch_size), time.monotonic()
-        weights = mixing_weights(config.weights, len(parents))
-        found = fit_head(model, parents, weights, calibration, config.calibration)
+        started, weights = time.monotonic(), mixing_weights(config.weights, len(parents))
+        calibration = self._data.calibration_dataloader(config.calibration.batch_size)
+        samples = batches(calibration, config.calibration, whole=True)
+        found = fit_head(model, parents, weights, samples, memory=config.calibration.memory)
         return (found[0], Cost("unlabelled data", time.monotonic() - started)) if found else None
 
     def add_models(

@@ -100,7 +100,9 @@ class FuseConfig:
         refine: what happens after that; see `fusionpl.fusion.refine`.
         strategy: `transport`: units are matched and averaged; `joint`: one stream holds as much of all parents' streams
             as fits into it, the other units are the anchor's, and what reads and writes the stream is refitted
-            (`align` has nothing to do; not for several stacks, nor norms inside a pre-LN stream); `auto`: `joint` where
+            (`align` has nothing to do; not for several stacks, nor norms inside a pre-LN stream); `head`: one parent as
+            it is, whose head alone is fitted to what all predict: of the parents the one that then predicts held-out
+            samples most as they do together; `auto`: `joint` where
             the family allows it and `align` is as in conf/fuse/default.yaml, else `transport`.
         width: with `joint`, the units of the fused model's stream, or up to 8 a factor of the anchor's; its heads and
             hidden units grow with it, and are more of the parents'. null: the anchor's.
@@ -118,7 +120,7 @@ class FuseConfig:
     align: AlignConfig = field(default_factory=AlignConfig)
     refit: RefitConfig = field(default_factory=RefitConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
-    strategy: Literal["transport", "joint", "auto"] = "transport"
+    strategy: Literal["transport", "joint", "head", "auto"] = "transport"
     width: int | float | None = None
     depth: int | None = None
     units: Literal["anchor", "even", "auto"] = "auto"
@@ -134,6 +136,8 @@ class FuseConfig:
             raise FusionError("strategy transport fuses into the anchor's width; width needs strategy joint")
         if self.strategy == "transport" and self.units != "auto":
             raise FusionError("strategy transport averages the units of all parents; units needs strategy joint")
+        if self.strategy == "head" and (asked := [one for one in ("width", "depth") if getattr(self, one) is not None]):
+            raise FusionError(f"strategy head keeps one parent's body; {asked[0]} needs strategy joint")
         if self.strategy != "joint":
             return
         if self.refit.method == "none":

@@ -25,6 +25,7 @@ from fusionpl.transport import COMBINATIONS, cross_product, self_product
 
 # What is not known before a fusion, as it was in those measured: how often a map's solver iterates (times the
 # regularisation), how many penalties a fit tries, how many times a batch's rows are read and written beside products.
+_EVALUATIONS = 120  # of a softmax regression's loss and gradient
 _ITERATIONS, _PENALTIES, _PASSES = 2.0, 3, 10
 _SYMMETRIC = 10 / 16  # of a product with itself is computed
 _TRAINING = 3  # forward passes that one with its gradients takes
@@ -139,6 +140,8 @@ def estimate(
         columns = _columns(stage, shapes, bindings, anchor, goal.binding)
         work["products"] += 2 * rows * n * (n * _SYMMETRIC + columns)
         work["elementwise"] += 4 * _PASSES * rows * (n + columns)
+        if stage.predicts:
+            work["products"] += 4 * _EVALUATIONS * rows * n * m
         work["cholesky"] += (_PENALTIES + 1) * n**3 / 3
         work["solves"] += 4 * n * n * (m + _PENALTIES * min(m, COMBINATIONS))
     kept = _kept(plan, shapes, bindings, anchor, config, rows, fused, goal.binding)
@@ -320,7 +323,7 @@ def _working(
                 fits.append(8 * (5 * n * n + 2 * n * columns + 5 * n * m))
         passing = 4 * rows * 2 * sum(stage.width(ours) for stage in section.stages) if section.stages else 0
         found.append(held + max(sum(moments) + 6 * max(moments, default=0), max(fits, default=0)) + passing)
-    return max(found)
+    return max(found, default=0)
 
 
 def _is_elsewhere(module: nn.Module) -> bool:

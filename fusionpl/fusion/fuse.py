@@ -21,6 +21,7 @@ from fusionpl.calibration import (
     device_of,
     has_float64,
     no_progress,
+    sum_over_ranks,
 )
 from fusionpl.errors import FusionError
 from fusionpl.families import (
@@ -31,6 +32,7 @@ from fusionpl.families import (
     check_compatible,
     check_tied,
     is_bare,
+    own_state,
     read_family,
     without_scales,
 )
@@ -38,7 +40,9 @@ from fusionpl.fusion.average import mixing_weights
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.depth import Matching, levelled
 from fusionpl.fusion.goal import goal_of, parted, settled
+from fusionpl.fusion.heads import best_head
 from fusionpl.fusion.kin import kinship
+from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.pixels import keep_pixels, match_pixels, said
 from fusionpl.fusion.plan import Plan, left_out, make_plan
 from fusionpl.fusion.refine import Augment, refine
@@ -187,7 +191,7 @@ class Calibrated:
         plans = [plan_of(level, anchor, config, self.names)[1] for config in configs]
         self._limit = budget(first.calibration.memory, networks[anchor].device)
         kept = Kept(self._limit)
-        observes = any(plan.observes for plan in plans) or any(config.refine.method != "none" for config in configs)
+        observes = taught or first.strategy == "head" or any(plan.observes for plan in plans)
         data = CalibrationSet(calibration, first.calibration, kept) if observes else None
         if data is not None and self.matchings:
             level, self.matchings = ready(networks, anchor, first, data)
@@ -211,6 +215,8 @@ class Calibrated:
         team = self._team
         config = settled(config, team.parents, team.anchor)
         notes = [one.told for one in self.matchings]
+        if config.strategy == "head":
+            return self._with_best_head(config, output)
         if config.strategy == "joint":
             configs, told = candidates(config, self._specialised)
             config, found = preferred(*map(self._trial, configs)) if len(configs) > 1 else (configs[0], [])
@@ -239,10 +245,7 @@ class Calibrated:
             )  # fmt: skip
         if output is not None:
             if folder is None:
-                tokenizer = None if isinstance(self._source, nn.Module) else load_tokenizer(self._source)
-                save_model(result.model, Path(output) / "model", tokenizer=tokenizer)
-                if self._folder:
-                    copy_modules(self._folder.path, Path(output) / "model", width_of(result.model))
+                self._save(result.model, Path(output))
             elif config.refine.method != "none":
                 with closing(ModelWriter(folder, Path(output) / "model")) as refined:
                     refined.write(dict(result.model.named_parameters()))
@@ -251,6 +254,36 @@ class Calibrated:
                 keep_pixels(Path(output) / "model", goal.module, self._processing)
             result.save_maps(Path(output))
         return result
+
+    def _with_best_head(self, config: FuseConfig, output: str | Path | None) -> FusionResult:
+        """One parent, and its head fitted to what all predict."""
+        team, weights = self._team, mixing_weights(config.weights, len(self._team.parents))
+        samples = [(first, team.data[index]) for index, first in enumerate(team.data.firsts)]
+        wholes = [network.whole() for network in team.parents]
+        index, model, told = best_head(
+            wholes, self.names, weights, samples, memory=config.calibration.memory,
+            reduce=lambda sums: sum_over_ranks([*sums]),
+        )  # fmt: skip
+        family, device = team.binding.family, team.parents[index].device
+        goal = Network(model, bind(model, family), "the fused model", device=device)
+        sink = InMemory(goal, Kept(sys.maxsize))
+        sink.write(own_state(model))
+        parents = [AlignedParent(network, None, weight) for network, weight in zip(team.parents, weights, strict=True)]
+        result = FusionResult(sink, parents, index, goal, config, frozenset())
+        result.warnings, result.notes = self._read, [told]
+        if output is not None:
+            self._save(result.model, Path(output))
+            if self._processing is not None:
+                keep_pixels(Path(output) / "model", model, self._processing)
+            result.save_maps(Path(output))
+        return result
+
+    def _save(self, model: nn.Module, output: Path) -> None:
+        """Writes a model that is not the anchor's folder with other weights."""
+        tokenizer = None if isinstance(self._source, nn.Module) else load_tokenizer(self._source)
+        save_model(model, output / "model", tokenizer=tokenizer)
+        if self._folder:
+            copy_modules(self._folder.path, output / "model", width_of(model))
 
     def _trial(self, config: FuseConfig) -> Sweep:
         """A fusion on a part of the samples, to be judged and thrown away."""

@@ -30,9 +30,9 @@ def settled(config: FuseConfig, networks: Sequence[Network], anchor: int) -> Fus
         FusionError: one stream is asked for of parents that lack tokens, a width or units where only transport will do.
     """
     lacking = [f"{one.name} lacks tokens of {networks[anchor].name}" for one in networks if one.absent is not None]
-    if config.strategy == "joint" and lacking:
+    if config.strategy in ("joint", "head") and lacking:
         raise FusionError(
-            f"{lacking[0]}, and strategy joint has nothing to put in their places; use strategy transport"
+            f"{lacking[0]}, and strategy {config.strategy} has nothing to put in their places; use strategy transport"
         )
     if config.strategy != "auto":
         return config

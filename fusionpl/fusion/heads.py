@@ -6,19 +6,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fusionpl.calibration import CalibrationConfig, Kept, Network, batches, budget, eval_mode, logits
-from fusionpl.families import TAIL, VOCABULARY, Binding, attribute, bind
+from fusionpl.calibration import Kept, Network, budget, eval_mode, logits
+from fusionpl.errors import FusionError
+from fusionpl.families import TAIL, VOCABULARY, attribute, bind
 from fusionpl.fusion.goal import parted
 from fusionpl.fusion.refit import held_out, predicting
-from fusionpl.transport import Fitted, fit_softmax, log_mean
+from fusionpl.transport import Fitted, Reduce, fit_softmax, log_mean
 
 
 def fit_head(
     model: nn.Module,
     teachers: Sequence[nn.Module],
     weights: Sequence[float],
-    calibration: Iterable[Any],
-    config: CalibrationConfig,
+    samples: Iterable[tuple[int, Mapping[str, Tensor]]],
+    *,
+    memory: float | None = None,
+    reduce: Reduce = lambda sums: None,
 ) -> tuple[nn.Module, Fitted] | None:
     """A copy of a model whose last linear map is fitted to the mean of the teachers' probabilities, without labels.
 
@@ -28,29 +31,28 @@ def fit_head(
         model: of a family with classes or tokens to predict.
         teachers: models of the same outputs, `model` among them.
         weights: one a teacher, summing to 1.
-        calibration: any iterable of batches.
-        config: its `samples` and `batch_size` count.
+        samples: the number of each batch's first sample, and the batch: see `batches`.
+        memory: GiB that what heads read may take; what exceeds it goes to a temporary file.
+        reduce: adds up tensors over the processes, in place.
 
     Returns:
         The model, where it was, and what the fit found; None where no linear map puts predictions out last.
     """
-    networks = [Network(one, bind(one), "a model") for one in (model, *teachers)]
-    networks[0] = parted(networks[0])
-    names = [head_of(network.binding) for network in networks]
+    names = [head_of(one) for one in teachers]
     if any(name is None for name in names) or attribute(model, "config.final_logit_softcapping"):
         return None
-    student = networks[0].whole()
-    readers = [one.get_submodule(str(name)) for one, name in zip((student, *teachers), names, strict=True)]
+    apart = parted(Network(model, bind(model), "the model"))
+    student, mask = apart.whole(), apart.binding.family.stacks[-1].mask
+    readers = [one.get_submodule(str(name)) for one, name in zip((student, *teachers), (names[0], *names), strict=True)]
     head = cast(nn.Linear, readers[0])
     if len(head.weight) == 1:  # a number
         return None
-    kept, firsts = Kept(budget(config.memory)), []
+    kept, firsts = Kept(budget(memory)), []
     with torch.no_grad(), eval_mode(*teachers):
-        for index, (first, batch) in enumerate(batches(calibration, config)):
+        for index, (first, batch) in enumerate(samples):
             firsts.append(first)
-            x, *others = (_read(one, reader, batch) for one, reader in zip((student, *teachers), readers, strict=True))
-            counts = predicting(student, x, batch.get(networks[0].binding.family.stacks[-1].mask))
-            kept[index] = x, others, counts
+            x, *others = (read(one, reader, batch) for one, reader in zip((student, *teachers), readers, strict=True))
+            kept[index] = x, others, predicting(student, x, batch.get(mask))
 
         def rows(part: int) -> Iterator[tuple[Tensor, Tensor]]:
             for index, first in enumerate(firsts):
@@ -61,28 +63,65 @@ def fit_head(
                 yield x.flatten(0, -2)[at], log_mean(given, weights).exp()
 
         bias = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
-        fit = fit_softmax(lambda: rows(0), lambda: rows(1), torch.cat([head.weight.T, bias[None]]).double())
-        head.weight.copy_(fit.matrix[:-1].T)
+        prior = torch.cat([head.weight.T, bias[None]]).double()
+        fit = fit_softmax(lambda: rows(0), lambda: rows(1), prior, reduce=reduce)
+        # New ones: those of the model are shared.
+        head.weight = nn.Parameter(fit.matrix[:-1].T.to(head.weight).contiguous())
         if head.bias is not None:
-            head.bias.copy_(fit.matrix[-1])
+            head.bias = nn.Parameter(fit.matrix[-1].to(head.bias))
     return student, fit
 
 
-def head_of(binding: Binding) -> str | None:
-    """The linear module that puts out classes or tokens; None where there is none, or several."""
+def best_head(
+    models: Sequence[nn.Module],
+    names: Sequence[str],
+    weights: Sequence[float],
+    samples: Sequence[tuple[int, Mapping[str, Tensor]]],
+    **options: Any,
+) -> tuple[int, nn.Module, str]:
+    """Of models whose heads are fitted, the one that predicts held-out samples most as all do together.
+
+    Args:
+        models: the parents.
+        names: what messages call them.
+        weights, samples, options: see `fit_head`.
+
+    Returns:
+        Its index, the model, and a line that says so.
+
+    Raises:
+        FusionError: these models have no head to fit.
+    """
+    found = [fit_head(model, models, weights, samples, **options) for model in models]
+    fits = [one[1] for one in found if one is not None]
+    if len(fits) < len(found):
+        raise FusionError(
+            "strategy head fits the last linear map of classifiers and language models, and these have none of the kind"
+        )
+    index = min(range(len(fits)), key=lambda at: fits[at].after)
+    model, fit = cast(tuple[nn.Module, Fitted], found[index])
+    return (
+        index,
+        model,
+        (
+            f"head: {names[index]}, whose predictions of held-out samples are nearest to the mean of all with its head "
+            f"fitted ({fit.after:.4f} nats away, {fit.before:.4f} before)"
+        ),
+    )
+
+
+def head_of(model: nn.Module) -> str | None:
+    """The linear module that puts out classes or tokens, also where it is the embedding; None where there is none, or
+    several."""
     names = {
         slot.parameter.rpartition(".")[0]
-        for slot in binding.slots
-        if slot.section == TAIL
-        and any(slot.reads)
-        and any(
-            axis in ("classes", VOCABULARY) and not reads for axis, reads in zip(slot.axes, slot.reads, strict=True)
-        )
+        for slot in parted(Network(model, bind(model), "the model")).binding.slots
+        if slot.section == TAIL and any(slot.reads) and {*slot.axes} & {"classes", VOCABULARY}
     }
     return names.pop() if len(names) == 1 else None
 
 
-def _read(model: nn.Module, reader: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def read(model: nn.Module, reader: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """What a module of a model reads of a batch."""
     found: list[Tensor] = []
     handle = reader.register_forward_pre_hook(lambda _, args: found.append(args[0]))

@@ -109,6 +109,8 @@ def make_plan(
         FusionError: options that don't fit the family, the widths or the head counts.
     """
     reference = goal or bindings[anchor]
+    if config.strategy == "head":  # which looks at whole models
+        return Plan((), (), frozenset())
     if config.canonical:
         hindered = inseparable if config.strategy == "joint" else unrotatable
         for binding, name in zip(bindings, names, strict=True):
@@ -205,6 +207,8 @@ def describe(
     how = "one stream for all parents"
     if config.units == "auto":
         how += "; whose units, the calibration set decides"
+    if config.strategy == "head":
+        return f"{reference.family.name}, {reference.depth} blocks; one parent, its head fitted to what all predict"
     if config.strategy == "transport":
         how = f"{_solver(config.align)}, {config.align.metric} cost / {config.align.normalize}"
     header = (

@@ -253,6 +253,14 @@ def test_parents_of_two_normalisations_fuse(kind: str, sizes: tuple[int, int], t
     assert kept.size == (16, 16)
 
 
+def test_a_head_that_is_fitted_keeps_how_images_are_prepared(tmp_path: Path) -> None:
+    """Whichever parent is the best, it takes the anchor's images."""
+    paths = [saved(BUILD["vit"](16, seed), tmp_path / str(seed), one) for seed, one in enumerate((A, B))]
+    config = load_config(None, {"strategy": "head"})
+    fuse(paths, [seen(RAW, A)], config, output=tmp_path / "fused")
+    assert image_processing(tmp_path / "fused") == image_processing(paths[0])
+
+
 def test_a_model_in_memory_is_taken_as_it_is_with_a_line(tmp_path: Path) -> None:
     models: list[Any] = [BUILD["timm"](16, seed) for seed in (0, 1)]
     models[1].pretrained_cfg |= {"mean": A.mean, "std": A.std}

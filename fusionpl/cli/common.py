@@ -19,11 +19,12 @@ import yaml
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from safetensors import SafetensorError
+from torch import nn
 
 from fusionpl.cli.outputs import is_main_process
-from fusionpl.datamodules import BUILT_IN, FixedSplits
+from fusionpl.datamodules import BUILT_IN, PIXELS, FixedSplits
 from fusionpl.errors import FusionError, reason
-from fusionpl.models import check_pooling, model_config, model_folder, sentence_pooling
+from fusionpl.models import check_pooling, image_processing, model_config, model_folder, sentence_pooling
 from fusionpl.options import check_sections, explain, read_yaml
 from fusionpl.presets import preset, presets
 from fusionpl.training.loggers import LoggerName
@@ -250,7 +251,9 @@ def parser_like(
     task = task_of(argv, trained or "image-classification")
     parser = build(task)
     if task == trained:
-        parser.set_defaults({f"data.{key}": value for key, value in origin.get("data", {}).items()})
+        # How images are normalised is in the folders of models: another parent's may be another.
+        data = {key: value for key, value in origin.get("data", {}).items() if key != "normalize"}
+        parser.set_defaults({f"data.{key}": value for key, value in data.items()})
     known = parser.get_defaults(skip_validation=True).keys()
     if foreign and parser.get_default("data.path") in BUILT_IN:
         parser.set_defaults({"data.path": NOT_SAID})
@@ -282,6 +285,15 @@ def data_module(task: TaskName, config: Any, seed: int, tokenizer: Any, models: 
         check_pooling(poolings)
         config = replace(config, pooling=poolings[models[0]] or "auto")
     return TASKS[task].datamodule(config, seed, tokenizer)
+
+
+def follow(data: FixedSplits, model: nn.Module, source: str) -> None:
+    """Lets data take from a model, and from what its folder says of images, what the options leave open.
+
+    Raises:
+        FusionError: see `image_processing`.
+    """
+    data.follow(model, image_processing(source) if data.reads == PIXELS else None)
 
 
 def check_trains(task: TaskName) -> None:

@@ -13,6 +13,7 @@ from fusionpl.cli.common import (
     add_logger_option,
     add_reading_options,
     data_module,
+    follow,
     main,
     new_parser,
     parse_options,
@@ -23,8 +24,16 @@ from fusionpl.cli.common import (
 from fusionpl.cli.fuse import common_tokenizer, named
 from fusionpl.cli.measuring import measure_models
 from fusionpl.cli.outputs import check_output, staged
+from fusionpl.datamodules import AUTO, PIXELS
 from fusionpl.errors import FusionError
-from fusionpl.models import check_tokenizers, load_model, load_tokenizer
+from fusionpl.models import (
+    check_tokenizers,
+    image_processing,
+    load_model,
+    load_tokenizer,
+    told_differences,
+    with_pixels,
+)
 from fusionpl.training import (
     TASKS,
     TaskName,
@@ -76,8 +85,15 @@ def run(argv: Sequence[str]) -> None:
 
     def load(name: str) -> torch.nn.Module:
         model = load_model(models[name], allow_pickle=options.allow_pickle)
+        follow(data, model, options.models[0])
+        model = with_pixels(model, models[name], data.processing)
         data.check_model(model)
         return model
+
+    if data.reads == PIXELS and chosen.data.normalize == AUTO:
+        said = {name: image_processing(path) for name, path in models.items()}
+        for line in told_differences(said, next(iter(said))):
+            print(f"warning: {line}")
 
     report = measure_models(list(models), load, data, device, settings)
     print(report.table())

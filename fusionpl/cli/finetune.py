@@ -23,6 +23,7 @@ from fusionpl.cli.common import (
     add_trainer_options,
     check_trains,
     data_module,
+    follow,
     new_parser,
     parse,
     parser_like,
@@ -34,6 +35,7 @@ from fusionpl.cli.common import (
 )
 from fusionpl.cli.outputs import is_main_process, resumed, run_folder, write_json
 from fusionpl.cli.push import add_push_options, check_push_options, push_run
+from fusionpl.datamodules import AUTO
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import (
     Outcomes,
@@ -52,6 +54,8 @@ from fusionpl.models import (
     Vocabulary,
     add_to_card,
     ancestor,
+    grid_of,
+    image_processing,
     inherited,
     lineage,
     load_model,
@@ -202,8 +206,10 @@ def _candidates(source: str, origin: dict[str, Any], options: Namespace, *, ever
     allowed = options.allow_pickle or origin.get("allow_pickle", False)
     family = read_family(origin.get("family"))
     vocabulary = Vocabulary.of(source, fused, family)
-    paths = origin["parents"]
-    parents = [load_parent(path, vocabulary, fused, allow_pickle=allowed, family=family) for path in paths]
+    paths, decreed = origin["parents"], options.data.get("normalize", AUTO) != AUTO
+    processing = None if decreed or grid_of(fused) is None else image_processing(source)
+    reading = {"processing": processing, "allow_pickle": allowed, "family": family}
+    parents = [load_parent(path, vocabulary, fused, **reading) for path in paths]
     plain = vanilla(parents, mixing_weights(origin.get("weights"), len(parents)))
     report = Report.load(Path(source) / "report").rows
     rows = [row for row in report if row.name.startswith("parent ") and row.stage == "one-shot"]
@@ -258,6 +264,7 @@ def _finetune(
     task = TASKS[options.task]
     data = data_module(options.task, chosen.data, options.seed, load_tokenizer(options.model), [options.model])
     resume = options.resume and (place / "checkpoints" / "last.ckpt").is_file()
+    follow(data, candidate.model, options.model)
     model = shrunk(candidate.model, options.shrink)
     if task.new_head:
         model = with_classifier(model, data.num_classes, data.class_names, seed=options.seed, kind=data.kind)
@@ -279,7 +286,8 @@ def _finetune(
         )
         figures = ", ".join(f"{key} {readable(key, value)}" for key, value in tested.items())
         card = f"# {name}, finetuned from {public(options.model)}\n\non the test split: {figures}"
-        save_model(result.model, place / "model", tokenizer=data.tokenizer, card=card)
+        kept = {"tokenizer": data.tokenizer, "processing": data.processing}
+        save_model(result.model, place / "model", card=card, **kept)
         if result.outcomes is not None:
             save_outcomes(place / SAMPLES, {name: result.outcomes})
         write_json(place / DONE, row.as_dict())

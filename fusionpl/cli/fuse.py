@@ -25,6 +25,7 @@ from fusionpl.cli.common import (
     add_trainer_options,
     check_trains,
     data_module,
+    follow,
     new_parser,
     parse,
     parser_for,
@@ -35,7 +36,7 @@ from fusionpl.cli.common import (
 from fusionpl.cli.measuring import Cost, Depth, Made, measure
 from fusionpl.cli.outputs import check_output, is_main_process, staged
 from fusionpl.cli.push import add_push_options, check_push_options, push_run
-from fusionpl.datamodules import FixedSplits
+from fusionpl.datamodules import AUTO, FixedSplits
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import Needs, Report
 from fusionpl.families import PROOF_TOLERANCE, VOCABULARY, Family, allowed, permutation_error, read_family
@@ -60,6 +61,7 @@ from fusionpl.fusion import (
 )
 from fusionpl.models import (
     Ancestor,
+    ImageProcessing,
     Vocabulary,
     ancestor,
     check_tokenizers,
@@ -146,26 +148,28 @@ class Job:
         opened = open_parents(list(parents.values()), list(parents), **reading)
         tokenizers = {name: load_tokenizer(path) for name, path in parents.items()}
         tokenizer = common_tokenizer(tokenizers, anchor)
-        lines = match_parents(list(parents.values()), opened, anchor)
+        decreed = ImageProcessing(decreed=True) if getattr(chosen.data, "normalize", AUTO) != AUTO else None
+        lines = match_parents(list(parents.values()), opened, anchor, decreed)
         networks = tied_alike([network for network, _ in opened])
         lines += check_parents(networks, list(parents.values()), anchor)
         config = settled(config, networks, anchor)
         presets = {name: settled(one, networks, resolve_anchor(one, len(parents))) for name, one in presets.items()}
         data = data_module(args.task, chosen.data, 0, tokenizer, args.parents)
-        data.follow(networks[anchor].module)
+        follow(data, networks[anchor].module, list(parents.values())[anchor])
         check_tokenizers(tokenizers, texts=data.texts())
         return cls(
             args, settings, config, parents, networks, anchor, lines, data, tokenizer, family, presets, alternatives
         )  # fmt: skip
 
     def load(self, name: str) -> nn.Module:
-        """A whole parent, with the anchor's vocabulary and size of images."""
+        """A whole parent, with the anchor's vocabulary and its size and preparation of images."""
         axis = self.networks[self.anchor].binding.axes.get(VOCABULARY)
         vocabulary = Vocabulary(self.tokenizer, axis.size) if axis and self.tokenizer is not None else None
         like = self.networks[self.anchor].module
         model = load_parent(
-            self.parents[name], vocabulary, like, allow_pickle=self.args.allow_pickle, family=self.family
-        )
+            self.parents[name], vocabulary, like, processing=self.data.processing,
+            allow_pickle=self.args.allow_pickle, family=self.family,
+        )  # fmt: skip
         self.data.follow(model)
         return model
 

@@ -16,14 +16,14 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from fusionpl.cli.common import data_module, main, quiet, settings_of
+from fusionpl.cli.common import data_module, follow, main, quiet, settings_of
 from fusionpl.cli.fuse import arguments, common_tokenizer, fuse_config, fusing_parser, named, progress_bar
 from fusionpl.cli.outputs import check_output, staged
 from fusionpl.errors import FusionError, flattened
 from fusionpl.evaluation import Report, Row, evaluate
 from fusionpl.families import read_family
 from fusionpl.fusion import Calibrated, FuseConfig, load_config, mixing_weights, resolve_anchor
-from fusionpl.models import check_tokenizers, load_model, load_tokenizer, with_image_size
+from fusionpl.models import check_tokenizers, load_model, load_tokenizer, with_image_size, with_pixels
 from fusionpl.training import TaskName, finish_loggers, log_models, log_report, make_loggers
 
 Cell = dict[str, Any]
@@ -52,12 +52,16 @@ def run(argv: Sequence[str]) -> None:
     check_output(output, args.overwrite)
     parents = named(args.parents)
     models = [load_model(path, allow_pickle=args.allow_pickle) for path in parents.values()]
-    models = [with_image_size(model, models[0], family) for model in models]
-    # Cells may have other anchors, but the data are cut into tokens once.
+    # Cells may have other anchors, but the data are cut into tokens, and images prepared, once.
     tokenizers = {name: load_tokenizer(path) for name, path in parents.items()}
     data = data_module(args.task, chosen.data, 0, common_tokenizer(tokenizers, 0, renumbered=False), args.parents)
     for line in check_tokenizers(tokenizers, renumbered=False, texts=data.texts()):
         print(f"warning: {line}")
+    follow(data, models[0], args.parents[0])
+    models = [
+        with_pixels(with_image_size(model, models[0], family), path, data.processing, family)
+        for model, path in zip(models, args.parents, strict=True)
+    ]
     for model in models:
         data.follow(model)
     data.check_model(models[0])

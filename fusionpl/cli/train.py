@@ -151,6 +151,7 @@ def _export(result: FitResult, data: FixedSplits, settings: dict[str, Any], fold
         result.model,
         folder / "model",
         tokenizer=data.tokenizer,
+        processing=data.processing,
         card=_card(result, tested, public_settings(settings)),
         metadata=metadata(settings, tested, f"{settings['name']}-seed-{settings['seed']}"),
     )

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from fusionpl.calibration import Pooling, eval_mode, logits
 from fusionpl.errors import FusionError, reason
-from fusionpl.models import CLASSES, IN_WORDS, NUMBERS, TAGS, Kind, kind_of
+from fusionpl.models import CLASSES, IN_WORDS, NUMBERS, TAGS, ImageProcessing, Kind, kind_of
 
 EVALUATION_BATCH = 256
 IGNORED = -100  # the label of a token that is not scored, as in transformers and cross_entropy
@@ -21,6 +21,7 @@ LABELS_OF = {
     TAGS: "give data with a list of labels a sample, or several columns of 0 and 1 (--data.label_column a,b,c)",
     NUMBERS: "give data with a floating-point number a sample",
 }
+PIXELS = "pixel_values"  # what models of images read
 Collate = Callable[[Any], Any]
 Run = Callable[[dict[str, Any]], Tensor]
 
@@ -52,7 +53,7 @@ class FixedSplits(L.LightningDataModule):
     evaluation_batch = EVALUATION_BATCH
     metrics: Sequence[str] = ("accuracy",)
     tokenizer: Any = None
-    reads = "pixel_values"
+    reads = PIXELS
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -91,6 +92,11 @@ class FixedSplits(L.LightningDataModule):
         """How the tokens of an encoder without a head become one embedding; None where models have outputs to judge."""
         return None
 
+    @property
+    def processing(self) -> ImageProcessing | None:
+        """How images are prepared; None where the data are none."""
+        return None
+
     def describe(self) -> str:
         """How much there is to train on, in words."""
         return f"{len(self.dataset('train')):,} samples"  # type: ignore[arg-type]
@@ -115,12 +121,17 @@ class FixedSplits(L.LightningDataModule):
         """Augments training batches, as one batch and on their device."""
         return self.augmented(batch) if self.trainer is not None and self.trainer.training else batch
 
-    def follow(self, model: nn.Module) -> None:
-        """Takes from `model`, which reads the data, what the options leave open; here nothing."""
+    def follow(self, model: nn.Module, processing: ImageProcessing | None = None) -> None:
+        """Takes from `model`, which reads the data, what the options leave open; here nothing.
+
+        Args:
+            model: which.
+            processing: how it takes its images, see `fusionpl.models.image_processing`.
+        """
 
     def check_reads(self, model: nn.Module) -> None:
         """Raises FusionError unless `model` reads what the data give."""
-        reads = getattr(model, "main_input_name", "pixel_values")
+        reads = getattr(model, "main_input_name", PIXELS)
         if reads != self.reads:
             raise FusionError(
                 f"a {type(model).__name__} reads {reads}, but '{self.config.path}' gives {self.reads}; "

@@ -16,6 +16,7 @@ from torch.nn import functional
 from fusionpl.datamodules.files import check_any, file_arguments, folder_arguments, kind_of, unread
 from fusionpl.datamodules.splits import Indices, SplitConfig, check_classes, class_numbers, flawed, tell
 from fusionpl.errors import FusionError, reason
+from fusionpl.models import ImageProcessing
 
 BUILT_IN = ("digits", "pydoc")
 EMPTY = ("SchemaInferenceError", "EmptyDataError")  # what datasets and pandas raise for files without a row
@@ -30,21 +31,21 @@ class Source:
     Args:
         class_names: names of the classes, in the order of the labels.
         labels: for every split, the labels [N].
-        decode: takes the name of a split, indices [n], the size of a side and the number of channels; gives pixels,
-            uint8 [m, C, H, W], and the indices [m] of those that can be read.
+        decode: takes the name of a split, indices [n], how images are prepared, with a size, and the number of
+            channels; gives pixels, uint8 [m, C, H, W], and the indices [m] of those that can be read.
         channels: finds how many channels the images have: 1 where all are grey, else 3.
     """
 
     class_names: tuple[str, ...]
     labels: dict[str, Indices]
-    decode: Callable[[str, Indices, int, int], tuple[Tensor, Indices]]
+    decode: Callable[[str, Indices, ImageProcessing, int], tuple[Tensor, Indices]]
     channels: Callable[[], int]
 
 
 def digits() -> Source:
-    """1,797 scanned digits that ship with scikit-learn: 8x8 grey, enlarged bilinearly; 400 of them are the test split.
+    """1,797 scanned digits that ship with scikit-learn: 8x8 grey, 400 of them are the test split.
 
-    As colour images they have three equal channels.
+    They are enlarged bilinearly and whole, whatever is done to images. As colour images they have three equal channels.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -54,9 +55,9 @@ def digits() -> Source:
     train, test = train_test_split(np.arange(len(small)), test_size=400, random_state=0, stratify=data.target)
     rows = {"train": train, "test": test}
 
-    def decode(split: str, indices: Indices, size: int, channels: int) -> tuple[Tensor, Indices]:
+    def decode(split: str, indices: Indices, processing: ImageProcessing, channels: int) -> tuple[Tensor, Indices]:
         found = small[rows[split][indices]]
-        large = functional.interpolate(found, (size, size), mode="bilinear", align_corners=False)
+        large = functional.interpolate(found, processing.size, mode="bilinear", align_corners=False)
         return large.round().to(torch.uint8).expand(-1, channels, -1, -1).contiguous(), indices
 
     return Source(
@@ -71,7 +72,7 @@ def hub_or_folder(config: SplitConfig) -> Source:
     """A data set of the hub, a data file, a folder of them, or of images by class: `datasets.load_dataset` reads all.
 
     The image and the label column are found from the data set's features (Image, ClassLabel). A label column of
-    plain integers has classes named "0", "1", ... Images of another size are resized (bilinear).
+    plain integers has classes named "0", "1", ...
 
     Args:
         config: hub id, file or folder, and whether rows that can't be read are left out.
@@ -95,8 +96,9 @@ def hub_or_folder(config: SplitConfig) -> Source:
         split: rows.select_columns([image]).cast_column(image, datasets.Image()) for split, rows in splits.items()
     }
 
-    def decode(split: str, indices: Indices, size: int, channels: int) -> tuple[Tensor, Indices]:
-        pixels = torch.empty(len(indices), channels, size, size, dtype=torch.uint8)
+    def decode(split: str, indices: Indices, processing: ImageProcessing, channels: int) -> tuple[Tensor, Indices]:
+        assert processing.size is not None
+        pixels = torch.empty(len(indices), channels, *processing.size, dtype=torch.uint8)
         wrong: dict[int, str] = {}
         for row, index in enumerate(indices.tolist()):
             try:
@@ -108,9 +110,7 @@ def hub_or_folder(config: SplitConfig) -> Source:
             except Exception as error:  # a broken file raises whatever its decoder does
                 wrong[row] = f"holds an image that can't be read ({reason(error, 80)})"
                 continue
-            if picture.size != (size, size):
-                picture = picture.resize((size, size), resample=2)  # 2: bilinear
-            pixels[row] = torch.from_numpy(np.array(picture)).reshape(size, size, channels).permute(2, 0, 1)
+            pixels[row] = processing.pixels(picture)
         if wrong:
             rows = [int(indices[row]) for row in wrong]
             flawed(config, split, rows, f"column '{image}' {next(iter(wrong.values()))}", len(indices))

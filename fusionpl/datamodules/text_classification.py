@@ -27,7 +27,17 @@ from fusionpl.datamodules.splits import (
 )
 from fusionpl.datamodules.text import check_length
 from fusionpl.errors import FusionError
-from fusionpl.models import CLASSES, NUMBERS, TAGS, Kind, class_names, pad_with, padding_of, pads_text
+from fusionpl.models import (
+    CLASSES,
+    NUMBERS,
+    TAGS,
+    ImageProcessing,
+    Kind,
+    class_names,
+    pad_with,
+    padding_of,
+    pads_text,
+)
 
 METRICS_OF: Mapping[Kind, list[str]] = {
     CLASSES: ["accuracy"],
@@ -164,7 +174,7 @@ class TextClassificationDataModule(FixedSplits):
         self.follow(model)
         super().check_model(model, run)
 
-    def follow(self, model: Any) -> None:
+    def follow(self, model: Any, processing: ImageProcessing | None = None) -> None:
         """Pads as `model` does, with its end of text where nothing else is there; and lets a classifier that has no
         token for padding read it.
 

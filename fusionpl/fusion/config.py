@@ -138,6 +138,8 @@ class FuseConfig:
             raise FusionError("strategy transport averages the units of all parents; units needs strategy joint")
         if self.strategy == "head" and (asked := [one for one in ("width", "depth") if getattr(self, one) is not None]):
             raise FusionError(f"strategy head keeps one parent's body; {asked[0]} needs strategy joint")
+        if self.strategy == "head" and self.refine.method != "none":
+            raise FusionError("strategy head keeps one parent's body, and refine.method teaches it; leave one out")
         if self.strategy != "joint":
             return
         if self.refit.method == "none":

@@ -43,6 +43,7 @@ from fusionpl.fusion.heads import best_head
 from fusionpl.fusion.kin import kinship
 from fusionpl.fusion.matching import check_kinds, match_padding, match_tags
 from fusionpl.fusion.parents import AlignedParent
+from fusionpl.fusion.pixels import keep_pixels, match_pixels, said
 from fusionpl.fusion.plan import Plan, left_out, make_plan
 from fusionpl.fusion.refine import Augment, refine
 from fusionpl.fusion.result import FusionResult, InMemory, Sink
@@ -52,6 +53,7 @@ from fusionpl.fusion.units import TRIAL, candidates, knowledge, preferred, speci
 from fusionpl.models import (
     NUMBERS,
     TAGS,
+    ImageProcessing,
     ModelFolder,
     ModelWriter,
     Vocabulary,
@@ -84,6 +86,7 @@ def fuse(
     device: torch.device | str | None = None,
     output: str | Path | None = None,
     augment: Augment | None = None,
+    processing: ImageProcessing | None = None,
     seed: int = 0,
     allow_pickle: bool = False,
     family: Family | str | Path | None = None,
@@ -104,6 +107,9 @@ def fuse(
         output: a run folder that gets model/, maps.safetensors and config.yaml; where the anchor is named, the fused
             model is written into it block by block, and loaded only when `FusionResult.model` is asked for.
         augment: changes a batch of model inputs at random, from torch's global RNG, where `refine.augment` asks for it.
+        processing: how images of `calibration` are prepared, and the fused model takes them; by default as the anchor's
+            folder says. A parent that is named, and whose folder says another mean or deviation, has its patch
+            embedding rewritten for it.
         seed: decides what learned refinement draws: the order of the samples, augmentation, dropout; nothing else is
             random.
         allow_pickle: see `load_model`.
@@ -120,7 +126,7 @@ def fuse(
     """
     config = config or FuseConfig()
     ready = Calibrated(
-        parents, calibration, [config], names=names, device=device, augment=augment, seed=seed,
+        parents, calibration, [config], names=names, device=device, augment=augment, processing=processing, seed=seed,
         allow_pickle=allow_pickle, family=family, progress=progress,
     )  # fmt: skip
     return ready.fuse(config, output=output)
@@ -133,7 +139,7 @@ class Calibrated:
     only to refit.
 
     Args:
-        parents, names, device, augment, seed, allow_pickle, family, progress: see `fuse`.
+        parents, names, device, augment, processing, seed, allow_pickle, family, progress: see `fuse`.
         calibration: see `fuse`.
         configs: they share the anchor, what is collected (`calibration` but for its `scale`), `strategy`, `depth` and
             `align.stream`.
@@ -154,6 +160,7 @@ class Calibrated:
         names: Sequence[str] | None = None,
         device: torch.device | str | None = None,
         augment: Augment | None = None,
+        processing: ImageProcessing | None = None,
         seed: int = 0,
         allow_pickle: bool = False,
         family: Family | str | Path | None = None,
@@ -167,9 +174,10 @@ class Calibrated:
         for config in configs:
             mixing_weights(config.weights, len(parents))
         opened = open_parents(parents, self.names, device, allow_pickle=allow_pickle, family=read_family(family))
-        self._read = match_parents(parents, opened, anchor)
+        self._read = match_parents(parents, opened, anchor, processing)
         closed = opened[anchor][0].binding.closed
         networks = tied_alike([network for network, _ in opened])
+        self._processing = processing or said(parents[anchor], networks[anchor])
         self._read += check_parents(networks, parents, anchor)
         taught = any(config.refine.method != "none" for config in configs)
         if taught and is_bare(networks[anchor].module):
@@ -207,7 +215,8 @@ class Calibrated:
         asked = any(config.strategy == "joint" and config.units == "auto" for config in configs)
         classifies = "classes" in networks[anchor].binding.axes and kind_of(networks[anchor].module) != NUMBERS
         self._specialised = specialisation(self._team) if asked and classifies else None
-        if self._team.kind == TAGS and (taught or any(config.refit.method != "none" for config in configs)):
+        fitted = first.strategy == "head" or any(config.refit.method != "none" for config in configs)
+        if self._team.kind == TAGS and (taught or fitted):
             self._team.known = knowledge(self._team)
 
     def fuse(self, config: FuseConfig, *, output: str | Path | None = None) -> FusionResult:
@@ -253,7 +262,7 @@ class Calibrated:
                 with closing(ModelWriter(folder, Path(output) / "model")) as refined:
                     refined.write(dict(result.model.named_parameters()))
                     refined.finish()
-            result.save_maps(Path(output))
+            self._save_beside(result, Path(output))
         return result
 
     def _with_best_head(self, config: FuseConfig, output: str | Path | None) -> FusionResult:
@@ -262,7 +271,7 @@ class Calibrated:
         samples = [(first, team.data[index]) for index, first in enumerate(team.data.firsts)]
         wholes = [network.whole() for network in team.parents]
         index, model, told = best_head(
-            wholes, self.names, weights, samples, memory=config.calibration.memory,
+            wholes, self.names, team.tag_weights(weights) or weights, samples, memory=config.calibration.memory,
             reduce=lambda sums: sum_over_ranks([*sums]),
         )  # fmt: skip
         family, device = team.binding.family, team.parents[index].device
@@ -274,7 +283,7 @@ class Calibrated:
         result.warnings, result.notes = self._read, [told]
         if output is not None:
             self._save(result.model, Path(output))
-            result.save_maps(Path(output))
+            self._save_beside(result, Path(output))
         return result
 
     def _save(self, model: nn.Module, output: Path) -> None:
@@ -283,6 +292,12 @@ class Calibrated:
         save_model(model, output / "model", tokenizer=tokenizer)
         if self._folder:
             copy_modules(self._folder.path, output / "model", width_of(model))
+
+    def _save_beside(self, result: FusionResult, output: Path) -> None:
+        """Writes what belongs to a model that is written."""
+        if self._processing is not None:
+            keep_pixels(output / "model", result.model, self._processing)
+        result.save_maps(output)
 
     def _trial(self, config: FuseConfig) -> Sweep:
         """A fusion on a part of the samples, to be judged and thrown away."""
@@ -346,23 +361,29 @@ def open_parents(
 
 
 def match_parents(
-    parents: Sequence[Parent], opened: list[tuple[Network, ModelFolder | None]], anchor: int
+    parents: Sequence[Parent],
+    opened: list[tuple[Network, ModelFolder | None]],
+    anchor: int,
+    processing: ImageProcessing | None = None,
 ) -> list[str]:
-    """Gives parents the anchor's size of images and numbers of tokens, and the tags of all; `opened` holds them then.
+    """Gives parents the anchor's size and preparation of images and its numbers of tokens, and the tags of all;
+    `opened` holds them afterwards.
 
     Args:
         parents, opened, anchor: see `match_vocabularies`.
+        processing: how images are prepared, in place of what the anchor's folder says.
 
     Returns:
         What a reader should know of how the parents are read, a line each.
 
     Raises:
-        FusionError: parents that cut images into patches of different size; see `check_tokenizers`,
-            `match_padding` and `check_token_settings`.
+        FusionError: parents that cut images into patches of different size, or can't take images as they are prepared;
+            see `check_tokenizers`, `match_padding` and `check_token_settings`.
     """
     lines = [line for _, folder in opened if folder is not None and (line := adapter_beside(folder.path)) is not None]
-    lines += [*_match_images(opened, anchor), *match_vocabularies(parents, opened, anchor)]
-    lines += match_tags(opened, anchor)
+    lines += _match_images(opened, anchor)
+    lines += match_pixels(parents, [network for network, _ in opened], anchor, processing)
+    lines += [*match_vocabularies(parents, opened, anchor), *match_tags(opened, anchor)]
     lines += match_padding(parents, [network for network, _ in opened], anchor)
     # The anchor first, whose settings the fused model has.
     modules = {network.name: network.module for network, _ in (opened[anchor], *opened)}

@@ -18,7 +18,7 @@ from fusionpl.transport import Fitted, Link, Reduce, fit_softmax, log_mean
 def fit_head(
     model: nn.Module,
     teachers: Sequence[nn.Module],
-    weights: Sequence[float],
+    weights: Sequence[float | Tensor],
     samples: Iterable[tuple[int, Mapping[str, Tensor]]],
     *,
     memory: float | None = None,
@@ -31,7 +31,7 @@ def fit_head(
     Args:
         model: of a family with classes or tokens to predict.
         teachers: models of the same outputs, `model` among them.
-        weights: one a teacher, summing to 1.
+        weights: one a teacher, or for each of its tags [tags], summing to 1.
         samples: the number of each batch's first sample, and the batch: see `batches`.
         memory: GiB that what heads read may take; what exceeds it goes to a temporary file.
         reduce: adds up tensors over the processes, in place.
@@ -77,7 +77,7 @@ def fit_head(
 def best_head(
     models: Sequence[nn.Module],
     names: Sequence[str],
-    weights: Sequence[float],
+    weights: Sequence[float | Tensor],
     samples: Sequence[tuple[int, Mapping[str, Tensor]]],
     **options: Any,
 ) -> tuple[int, nn.Module, str]:

@@ -5,11 +5,14 @@ from fusionpl.models.build import ModelConfig, build_model
 from fusionpl.models.folders import ModelFolder, model_config, model_folder, open_model
 from fusionpl.models.heads import with_classifier
 from fusionpl.models.hub import hub_id, short_name
-from fusionpl.models.images import at_image_size, told, with_image_size
+from fusionpl.models.images import at_image_size, grid_of, told, with_image_size
 from fusionpl.models.labels import CLASSES, IN_WORDS, NUMBERS, TAGS, Kind, kind_of
 from fusionpl.models.lineage import Ancestor, ancestor, base_models, inherited, lineage, parents_section
 from fusionpl.models.load import load_model
 from fusionpl.models.pipelines import check_tokenizers
+from fusionpl.models.pixels import for_pixels, told_differences, told_pixels, with_pixels
+from fusionpl.models.preprocessing import NORMALIZATIONS, ImageProcessing
+from fusionpl.models.processors import image_processing, save_image_processing, timm_processing
 from fusionpl.models.push import check_push, push
 from fusionpl.models.resized import resized, untied
 from fusionpl.models.save import add_to_card, beside, class_names, forget_places, library_of, save_model, write_card
@@ -29,6 +32,8 @@ __all__ = [
     "TAGS",
     "Ancestor",
     "Kind",
+    "NORMALIZATIONS",
+    "ImageProcessing",
     "ModelConfig",
     "ModelFolder",
     "ModelWriter",
@@ -50,8 +55,11 @@ __all__ = [
     "compare_settings",
     "copy_modules",
     "end_of",
+    "for_pixels",
     "forget_places",
+    "grid_of",
     "hub_id",
+    "image_processing",
     "inherited",
     "kind_of",
     "library_of",
@@ -69,10 +77,14 @@ __all__ = [
     "push",
     "renumber",
     "resized",
+    "save_image_processing",
     "save_model",
     "sentence_pooling",
     "short_name",
+    "timm_processing",
     "told",
+    "told_differences",
+    "told_pixels",
     "train_bpe",
     "train_wordpiece",
     "united",
@@ -81,5 +93,6 @@ __all__ = [
     "with_classifier",
     "with_image_size",
     "with_tags",
+    "with_pixels",
     "write_card",
 ]

@@ -14,7 +14,7 @@ from torch import nn
 from fusionpl.errors import FusionError, nearest, reason
 from fusionpl.models.quiet import without_cache
 
-KEPT_CFG = ("architecture", "input_size", "fixed_input_size", "interpolation", "pool_size", "first_conv", "classifier")
+KEPT_CFG = ("architecture", "input_size", "fixed_input_size", "pool_size", "first_conv", "classifier")
 CHANNELS = {"timm": "in_chans", "transformers": "num_channels"}
 EMBEDDINGS = ("pos_embed", "cls_token", "position_embeddings", "cls_embedding")
 
@@ -118,7 +118,9 @@ def _build_timm(config: ModelConfig, num_classes: int, class_names: tuple[str, .
     # timm fills pretrained_cfg with the origin of its published weights, which this model does not have.
     channels = model.in_chans if hasattr(model, "in_chans") else 3
     kept = {key: value for key, value in model.pretrained_cfg.items() if key in KEPT_CFG}
-    model.pretrained_cfg = {**kept, "num_classes": num_classes, "mean": (0.5,) * channels, "std": (0.5,) * channels}
+    half = (0.5,) * channels  # and the rest as `ImageProcessing` has it by default
+    seen = {"mean": half, "std": half, "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"}
+    model.pretrained_cfg = {**kept, **seen, "num_classes": num_classes}
     if class_names is not None:
         model.pretrained_cfg["label_names"] = list(class_names)
     return cast(nn.Module, model)

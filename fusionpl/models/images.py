@@ -67,10 +67,10 @@ def at_image_size(
     if own.patch != other.patch:
         cut = [f"{name} of {_times(one.patch)}" for name, one in zip(names[::-1], (other, own), strict=True)]
         raise FusionError(f"parents cut images into patches of different size: {', '.join(cut)}; use one patch size")
-    places = _place(model, family)
+    places = places_of(model, family)
     if places is None:
         return None
-    name, prefix = places[0], places[1] - own.size[0] * own.size[1]
+    name, prefix = places
 
     def moved(parameter: str, tensor: Tensor) -> Tensor:
         if parameter != name:
@@ -104,12 +104,16 @@ def told(name: str, model: nn.Module, anchor: str, like: nn.Module) -> str:
     )
 
 
-def _place(model: nn.Module, family: Family | None) -> tuple[str, int] | None:
-    """The parameter with the embeddings of places, and how many places."""
+def places_of(model: nn.Module, family: Family | None = None) -> tuple[str, int] | None:
+    """The parameter with the embeddings of places, and how many rows stand before those of the patches; None where
+    there is none."""
+    grid = grid_of(model)
+    if grid is None:
+        return None
     binding = bind(model, family)
     axis = next((binding.axes[name] for name in _PLACES if name in binding.axes), None)
     found = [slot.parameter for slot in binding.slots if axis is not None and axis.name in slot.axes]
-    return (found[0], axis.size) if axis is not None and found else None
+    return (found[0], axis.size - grid.size[0] * grid.size[1]) if axis is not None and found else None
 
 
 def _empty(model: Any, grid: Grid) -> nn.Module:

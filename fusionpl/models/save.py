@@ -13,6 +13,8 @@ import transformers
 from torch import nn
 
 from fusionpl.errors import FusionError
+from fusionpl.models.preprocessing import ImageProcessing
+from fusionpl.models.processors import save_image_processing
 from fusionpl.models.quiet import quiet_transformers
 
 # Keys of configurations, by other versions of the libraries too, that hold paths of the machine that wrote them.
@@ -25,6 +27,7 @@ def save_model(
     *,
     class_names: tuple[str, ...] | None = None,
     tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+    processing: ImageProcessing | None = None,
     card: str = "",
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
@@ -38,6 +41,8 @@ def save_model(
         folder: where it goes.
         class_names: names of the outputs; by default those the model remembers.
         tokenizer: kept beside the model.
+        processing: how the model takes its images, kept for its own library; by default a timm model's is what its
+            `pretrained_cfg` says, and of transformers' nothing is written.
         card: Markdown body of the model card.
         metadata: of the model card, see `write_card`.
 
@@ -59,6 +64,8 @@ def save_model(
             _save_timm(model, staged, names)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
+        if processing is not None:
+            save_image_processing(staged, processing)
         forget_places(staged)
         write_card(staged, library_of(model), card or f"# {folder.parent.name}", metadata)
         put_in_place(staged, folder)

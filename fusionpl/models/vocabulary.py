@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from fusionpl.families import VOCABULARY, Family, bind
 from fusionpl.models.images import with_image_size
 from fusionpl.models.load import load_model
+from fusionpl.models.pixels import with_pixels
+from fusionpl.models.preprocessing import ImageProcessing
 from fusionpl.models.tags import with_tags_of
 from fusionpl.models.token_settings import renumber_settings
 from fusionpl.models.tokenizers import load_tokenizer
@@ -80,12 +82,13 @@ def load_parent(
     vocabulary: Vocabulary | None,
     like: nn.Module | None = None,
     *,
+    processing: ImageProcessing | None = None,
     allow_pickle: bool = False,
     family: Family | None = None,
 ) -> nn.Module:
-    """Loads a whole model (see `load_model`) that reads and writes the tokens of `vocabulary`, if one is given, and
-    takes images of the size that `like` takes and, if it gives tags, has those of `like`."""
-    model = load_model(source, allow_pickle=allow_pickle)
+    """Loads a whole model (see `load_model`) that reads and writes the tokens of `vocabulary`, if one is given, takes
+    images of the size that `like` takes and prepared by `processing` and, if it gives tags, has those of `like`."""
+    model = with_pixels(load_model(source, allow_pickle=allow_pickle), source, processing, family)
     if vocabulary is not None:
         axis = bind(model, family).axes[VOCABULARY]
         found = vocabulary.renumbering(load_tokenizer(source), axis.size)

@@ -11,6 +11,7 @@ from fusionpl.calibration import Progress, device_of, has_float64, no_progress
 from fusionpl.errors import FusionError
 from fusionpl.families import Family
 from fusionpl.fusion import FuseConfig, FusionResult, fuse
+from fusionpl.models import ImageProcessing
 
 
 class OTFusion(L.Callback):
@@ -26,6 +27,8 @@ class OTFusion(L.Callback):
         parents: models, or anything `fusionpl.load_model` takes.
         config: see FuseConfig.
         names: how messages call the parents.
+        processing: how images are prepared; see `fusionpl.fuse`. By default as the data module has them
+            (`datamodule.processing`), where it says so.
         output: a run folder that the fused model goes to; see `fusionpl.fuse`. Written by rank 0.
         seed: see `fusionpl.fuse`.
         allow_pickle: see `fusionpl.load_model`.
@@ -42,6 +45,7 @@ class OTFusion(L.Callback):
         config: FuseConfig | None = None,
         *,
         names: Sequence[str] | None = None,
+        processing: ImageProcessing | None = None,
         output: str | Path | None = None,
         seed: int = 0,
         allow_pickle: bool = False,
@@ -51,6 +55,7 @@ class OTFusion(L.Callback):
         self.parents = parents
         self.config = config or FuseConfig()
         self.names = names
+        self.processing = processing
         self.output = output
         self.seed = seed
         self.allow_pickle = allow_pickle
@@ -89,6 +94,7 @@ class OTFusion(L.Callback):
             device=device,
             output=self.output if trainer.is_global_zero else None,
             augment=getattr(datamodule, "augmented", None),
+            processing=self.processing or getattr(datamodule, "processing", None),
             seed=self.seed,
             allow_pickle=self.allow_pickle,
             family=self.family,

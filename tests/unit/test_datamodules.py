@@ -93,7 +93,7 @@ def test_making_a_loader_draws_nothing_from_the_global_rng() -> None:
 def test_a_shift_moves_whole_images_and_fills_with_black() -> None:
     pixels = torch.full((400, 2, 9, 9), -1.0)
     pixels[:, 0, 4, 4], pixels[:, 1, 4, 4] = 1.0, 0.5
-    moved = augment(pixels, shift=2, flip=False)
+    moved = augment(pixels, 2, False, torch.tensor(-1.0))
     assert torch.equal(moved.sum((2, 3)), pixels.sum((2, 3)))
     places = (moved[:, 0] == 1.0).nonzero()[:, 1:]
     assert torch.equal((moved[:, 1] == 0.5).nonzero()[:, 1:], places)
@@ -102,11 +102,11 @@ def test_a_shift_moves_whole_images_and_fills_with_black() -> None:
 
 def test_a_flip_mirrors_about_half_of_the_images() -> None:
     pixels = torch.arange(12.0).view(1, 1, 3, 4).expand(400, -1, -1, -1)
-    flipped = augment(pixels, shift=0, flip=True)
+    flipped = augment(pixels, 0, True, torch.tensor(-1.0))
     mirrored = (flipped == pixels.flip(-1)).all(dim=(1, 2, 3))
     assert ((flipped == pixels).all(dim=(1, 2, 3)) | mirrored).all()
     assert 150 < int(mirrored.sum()) < 250
-    assert torch.equal(augment(pixels, shift=0, flip=False), pixels)
+    assert torch.equal(augment(pixels, 0, False, torch.tensor(-1.0)), pixels)
 
 
 def test_ranks_share_an_odd_number_of_images_without_repeating_one() -> None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from jsonargparse.typing import NonNegativeInt
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fusionpl.calibration import CalibrationSet, Kept, Network, budget, embed, logits
+from fusionpl.calibration import CalibrationSet, Kept, Network, batches, budget, embed, logits
 from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON, alternative, compared
 from fusionpl.cli.cards import command_section, fused_card, metadata
 from fusionpl.cli.common import (
@@ -41,10 +41,14 @@ from fusionpl.errors import FusionError
 from fusionpl.evaluation import Needs, Report
 from fusionpl.families import PROOF_TOLERANCE, VOCABULARY, Family, allowed, permutation_error, read_family
 from fusionpl.fusion import (
+    ADVISED,
+    ALIKE,
+    Advice,
     Estimate,
     FuseConfig,
     FusionResult,
     Plan,
+    advise,
     check_parents,
     describe,
     estimate,
@@ -58,6 +62,7 @@ from fusionpl.fusion import (
     settled,
     tied_alike,
     trial_of,
+    weights_alike,
 )
 from fusionpl.models import (
     Ancestor,
@@ -132,7 +137,9 @@ class Job:
             FusionError: a user's mistake.
         """
         parser, args = arguments(argv, build_parser)
-        settings = {key: value for key, value in settings_of(parser, args).items() if key not in ("check", "dry_run")}
+        settings = {
+            key: value for key, value in settings_of(parser, args).items() if key not in ("advise", "check", "dry_run")
+        }
         chosen = parser.instantiate(args)
         config, parents, family = fuse_config(chosen), named(args.parents), read_family(args.family)
         presets, alternatives = compared(args.compare)
@@ -224,6 +231,9 @@ def run(argv: Sequence[str]) -> None:
         return
     if args.check:
         _check(job)
+        return
+    if args.advise:
+        print(*_advised(job).lines, sep="\n")
         return
     check_output(output, args.overwrite)
     check_push_options(args.push_to, args.push_private)
@@ -368,6 +378,12 @@ def fusing_parser(task: TaskName) -> ArgumentParser:
     parser.add_argument("--report", type=Depth, default="full", help="rows: no curves and aligned average, which hold "
                         "several models in memory at once; none: measure nothing")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="prove the family on the parents; fuse nothing")
+    parser.add_argument(
+        "--advise",
+        action="store_true",
+        help="look at the parents on a few hundred samples, say what "
+        "they are and what a minute is best spent on; fuse nothing",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, with time and memory")
     parser.add_argument("--family", type=str | None, help="a YAML file that says what the parents are, in place of the "
                         "library's; python -m fusionpl.cli.family drafts one")  # fmt: skip
@@ -430,6 +446,19 @@ def progress_bar(steps: Iterable[Any], label: str) -> Iterable[Any]:
     """A bar on a terminal, nothing elsewhere."""
     bar: Iterable[Any] = tqdm(steps, desc=label, leave=False, dynamic_ncols=True, disable=None)
     return bar
+
+
+def _advised(job: Job) -> Advice:
+    names, size = list(job.parents), job.config.calibration.batch_size
+    few = replace(job.config.calibration, samples=min(ADVISED, job.config.calibration.samples))
+    samples = list(batches(job.data.calibration_dataloader(size), few))
+    alike = max(
+        weights_alike(job.networks[job.anchor], other) or 0.0
+        for at, other in enumerate(job.networks)
+        if at != job.anchor
+    )
+    weights = mixing_weights(job.config.weights, len(names))
+    return advise([job.load(name) for name in names], names, weights, samples, base=alike >= ALIKE)
 
 
 def _check(job: Job) -> None:

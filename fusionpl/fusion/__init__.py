@@ -1,5 +1,6 @@
 """Fusion: align parents to an anchor and average them into one model."""
 
+from fusionpl.fusion.advice import ADVISED, Advice, advise
 from fusionpl.fusion.answers import log_odds
 from fusionpl.fusion.average import mixing_weights, vanilla
 from fusionpl.fusion.config import FuseConfig, RefineConfig, RefitConfig, load_config
@@ -17,6 +18,7 @@ from fusionpl.fusion.fuse import (
 )
 from fusionpl.fusion.goal import settled, tied_alike
 from fusionpl.fusion.heads import fit_head
+from fusionpl.fusion.kin import ALIKE, weights_alike
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.plan import Plan, describe, make_plan
 from fusionpl.fusion.refine import loss_to_mean
@@ -24,6 +26,11 @@ from fusionpl.fusion.result import FusionResult
 from fusionpl.fusion.units import trial_of
 
 __all__ = [
+    "ADVISED",
+    "ALIKE",
+    "Advice",
+    "advise",
+    "weights_alike",
     "AlignedParent",
     "Calibrated",
     "Estimate",

@@ -76,40 +76,29 @@ def fit_head(
 
 def best_head(
     models: Sequence[nn.Module],
-    names: Sequence[str],
     weights: Sequence[float | Tensor],
     samples: Sequence[tuple[int, Mapping[str, Tensor]]],
     **options: Any,
-) -> tuple[int, nn.Module, str]:
+) -> tuple[int, nn.Module, Fitted]:
     """Of models whose heads are fitted, the one that predicts held-out samples most as all do together.
 
     Args:
         models: the parents.
-        names: what messages call them.
         weights, samples, options: see `fit_head`.
 
     Returns:
-        Its index, the model, and a line that says so.
+        Its index, the model, and what its fit found.
 
     Raises:
         FusionError: these models have no head to fit.
     """
-    found = [fit_head(model, models, weights, samples, **options) for model in models]
-    fits = [one[1] for one in found if one is not None]
-    if len(fits) < len(found):
+    found = [one for model in models if (one := fit_head(model, models, weights, samples, **options)) is not None]
+    if len(found) < len(models):
         raise FusionError(
-            "strategy head fits the last linear map of classifiers and language models, and these have none of the kind"
+            "these models have no linear map that puts out classes or tokens last, so there is no head to fit"
         )
-    index = min(range(len(fits)), key=lambda at: fits[at].after)
-    model, fit = cast(tuple[nn.Module, Fitted], found[index])
-    return (
-        index,
-        model,
-        (
-            f"head: {names[index]}, whose predictions of held-out samples are nearest to the mean of all with its head "
-            f"fitted ({fit.after:.4f} nats away, {fit.before:.4f} before)"
-        ),
-    )
+    index = min(range(len(found)), key=lambda at: found[at][1].after)
+    return index, *found[index]
 
 
 def head_of(model: nn.Module) -> str | None:

@@ -40,13 +40,13 @@ def specialisation(team: Team) -> float:
     sums = torch.zeros(2, dtype=torch.float64)  # samples, and what all diverge by
     with team.at_work():
         for _, shown in _shown(team):
-            sums += torch.tensor([shown.shape[1], float(_divergence(shown).sum())])
+            sums += torch.tensor([shown.shape[1], float(divergence(shown).sum())])
             total = shown.double().sum(1).cpu()
             means = total if means is None else means + total
     means = or_zeros(means)
     sum_over_ranks([sums, means])
     samples, diverged = sums.tolist()
-    return float(_divergence(means / samples).sum()) * samples / diverged if diverged > 0 else 0.0
+    return float(divergence(means / samples).sum()) * samples / diverged if diverged > 0 else 0.0
 
 
 def knowledge(team: Team) -> Tensor:
@@ -152,7 +152,7 @@ def _shown(team: Team) -> Iterator[tuple[int, Tensor]]:
         yield batch, torch.stack([log_probabilities(one, team.kind).exp() for one in given])
 
 
-def _divergence(shown: Tensor) -> Tensor:
+def divergence(shown: Tensor) -> Tensor:
     """The Jensen-Shannon divergence of distributions [parents, ..., classes], in nats."""
     found: Tensor = torch.special.entr(shown.mean(0)).sum(-1) - torch.special.entr(shown).sum(-1).mean(0)
     return found

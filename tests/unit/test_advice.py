@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusionpl.calibration import CalibrationConfig, batches
-from fusionpl.fusion import advise
+from fusionpl.fusion import Advice, advise
 from tests.models_for_tests import CLASSES, causal, images, timm_vit
 
 EVEN = [0.5, 0.5]
@@ -31,8 +31,17 @@ def test_parents_of_other_classes_are_told_from_those_of_the_same_data() -> None
     samples = cut(images(256))
     apart = advise([leaning(1, (0, 1)), leaning(2, (2, 3, 4))], ["a", "b"], EVEN, samples)
     assert apart.lines[0].startswith("parents: trained apart, on other classes (")
-    assert apart.lines[2] == "advice: fuse them as they are; --refine.minutes 1 makes more of it"
     assert CLASSES == 5
+
+
+@pytest.mark.parametrize(("share", "after", "words"), [
+    (0.01, 0.01, "keep a with its head fitted: --strategy head"),
+    (0.01, 0.3, "--refine.minutes 1, or --width 1.5"),
+    (0.5, 0.3, "fuse them as they are"),
+    (None, 0.3, "fuse them as they are"),
+])  # fmt: skip
+def test_the_command_follows_from_what_is_left(share: float | None, after: float, words: str) -> None:
+    assert Advice(share, "a", 0.4, after, base=False).lines[2].startswith(f"advice: {words}")
 
 
 def test_one_parent_twice_is_kept_as_it_is() -> None:

@@ -458,7 +458,7 @@ def _advised(job: Job) -> Advice:
         if at != job.anchor
     )
     weights = mixing_weights(job.config.weights, len(names))
-    return advise([job.load(name) for name in names], names, weights, samples, base=alike >= ALIKE)
+    return advise([job.load(name) for name in names], names, weights, samples, base=alike >= ALIKE, family=job.family)
 
 
 def _check(job: Job) -> None:

@@ -35,7 +35,7 @@ from fusionpl.evaluation import (
     probe,
     similarities,
 )
-from fusionpl.fusion import FuseConfig, FusionResult, fit_head, mixing_weights, vanilla
+from fusionpl.fusion import FusionResult, fit_head, mixing_weights, vanilla
 from fusionpl.models import CLASSES
 
 Depth = Literal["full", "rows", "none"]
@@ -110,7 +110,7 @@ def measure(
     assert chosen is not None
     best = chosen[0].name.removeprefix(PARENT)
     trained = {name: make(load(best), models) for name, make in alternatives.items()}
-    fitted = bench.head_fitted(models[names.index(best)], models, result.config)
+    fitted = bench.head_fitted(models[names.index(best)], models, result)
     models.clear()
     if fitted is not None:
         bench.add_made(f"{HEAD_FITTED}{chosen[0].name}", *fitted)
@@ -213,12 +213,13 @@ class _Bench:
         more = {"validation": self._validated(model)} if name.startswith(HEAD_FITTED) else {}
         self.add(name, [model], needs=cost.needs, seconds=round(cost.seconds, 1), steps=cost.steps, **more)
 
-    def head_fitted(self, model: nn.Module, parents: Sequence[nn.Module], config: FuseConfig) -> Made | None:
+    def head_fitted(self, model: nn.Module, parents: Sequence[nn.Module], result: FusionResult) -> Made | None:
         """A parent whose head alone is fitted to what all predict on the calibration data; None where it has none."""
-        started, weights = time.monotonic(), mixing_weights(config.weights, len(parents))
+        started, config, family = time.monotonic(), result.config, result.binding.family
+        weights = mixing_weights(config.weights, len(parents))
         calibration = self._data.calibration_dataloader(config.calibration.batch_size)
         samples = batches(calibration, config.calibration, whole=True)
-        found = fit_head(model, parents, weights, samples, memory=config.calibration.memory)
+        found = fit_head(model, parents, weights, samples, family=family, memory=config.calibration.memory)
         return (found[0], Cost("unlabelled data", time.monotonic() - started)) if found else None
 
     def add_models(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionpl.calibration import eval_mode, logits
-from fusionpl.families import bind
+from fusionpl.families import Family, bind
 from fusionpl.fusion.answers import log_probabilities
 from fusionpl.fusion.heads import best_head
 from fusionpl.fusion.units import APART, SPECIALISED, divergence
@@ -81,6 +81,7 @@ def advise(
     samples: Sequence[tuple[int, Mapping[str, Tensor]]],
     *,
     base: bool = False,
+    family: Family | None = None,
 ) -> Advice:
     """Looks at parents on a few samples.
 
@@ -90,13 +91,14 @@ def advise(
         weights: one a parent.
         samples: see `fit_head`.
         base: whether they share one, see `kinship`.
+        family: see `fit_head`.
 
     Raises:
         FusionError: these models have no head to fit.
     """
-    index, _, fit = best_head(models, weights, samples)
+    index, _, fit = best_head(models, weights, samples, family=family)
     share = None
-    if kind_of(models[0]) == CLASSES and "classes" in bind(models[0]).axes:
+    if kind_of(models[0]) == CLASSES and "classes" in bind(models[0], family).axes:
         with eval_mode(*models):
             shown = [
                 torch.stack([log_probabilities(logits(one, batch), CLASSES).exp().double() for one in models])

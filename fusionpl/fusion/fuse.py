@@ -262,7 +262,7 @@ class Calibrated:
                 with closing(ModelWriter(folder, Path(output) / "model")) as refined:
                     refined.write(dict(result.model.named_parameters()))
                     refined.finish()
-            self._save_beside(result, Path(output))
+            self._save_beside(result, goal.module, Path(output))
         return result
 
     def _with_best_head(self, config: FuseConfig, output: str | Path | None) -> FusionResult:
@@ -271,8 +271,8 @@ class Calibrated:
         samples = [(first, team.data[index]) for index, first in enumerate(team.data.firsts)]
         wholes = [network.whole() for network in team.parents]
         index, model, fit = best_head(
-            wholes, team.tag_weights(weights) or weights, samples, memory=config.calibration.memory,
-            reduce=lambda sums: sum_over_ranks([*sums]),
+            wholes, team.tag_weights(weights) or weights, samples, family=team.binding.family,
+            memory=config.calibration.memory, reduce=lambda sums: sum_over_ranks([*sums]),
         )  # fmt: skip
         family, device = team.binding.family, team.parents[index].device
         goal = Network(model, bind(model, family), "the fused model", device=device)
@@ -285,7 +285,7 @@ class Calibrated:
         result.notes = [f"head: {self.names[index]} is nearest to the mean of all with its head fitted {told}"]
         if output is not None:
             self._save(result.model, Path(output))
-            self._save_beside(result, Path(output))
+            self._save_beside(result, model, Path(output))
         return result
 
     def _save(self, model: nn.Module, output: Path) -> None:
@@ -295,10 +295,10 @@ class Calibrated:
         if self._folder:
             copy_modules(self._folder.path, output / "model", width_of(model))
 
-    def _save_beside(self, result: FusionResult, output: Path) -> None:
-        """Writes what belongs to a model that is written."""
+    def _save_beside(self, result: FusionResult, like: nn.Module, output: Path) -> None:
+        """Writes what belongs to a model that is written; `like` takes images as it does."""
         if self._processing is not None:
-            keep_pixels(output / "model", result.model, self._processing)
+            keep_pixels(output / "model", like, self._processing)
         result.save_maps(output)
 
     def _trial(self, config: FuseConfig) -> Sweep:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fusionpl.calibration import Kept, Network, budget, eval_mode, logits
 from fusionpl.errors import FusionError
-from fusionpl.families import TAIL, VOCABULARY, attribute, bind
+from fusionpl.families import TAIL, VOCABULARY, Family, attribute, bind
 from fusionpl.fusion.goal import parted
 from fusionpl.fusion.refit import held_out, predicting
 from fusionpl.models import NUMBERS, TAGS, kind_of
@@ -21,6 +21,7 @@ def fit_head(
     weights: Sequence[float | Tensor],
     samples: Iterable[tuple[int, Mapping[str, Tensor]]],
     *,
+    family: Family | None = None,
     memory: float | None = None,
     reduce: Reduce = lambda sums: None,
 ) -> tuple[nn.Module, Fitted] | None:
@@ -33,16 +34,17 @@ def fit_head(
         teachers: models of the same outputs, `model` among them.
         weights: one a teacher, or for each of its tags [tags], summing to 1.
         samples: the number of each batch's first sample, and the batch: see `batches`.
+        family: of the models, where the library does not say.
         memory: GiB that what heads read may take; what exceeds it goes to a temporary file.
         reduce: adds up tensors over the processes, in place.
 
     Returns:
         The model, where it was, and what the fit found; None where no linear map puts predictions out last.
     """
-    names = [head_of(one) for one in teachers]
+    names = [head_of(one, family) for one in teachers]
     if any(name is None for name in names) or attribute(model, "config.final_logit_softcapping"):
         return None
-    apart = parted(Network(model, bind(model), "the model"))
+    apart = parted(Network(model, bind(model, family), "the model"))
     student, mask = apart.whole(), apart.binding.family.stacks[-1].mask
     readers = [one.get_submodule(str(name)) for one, name in zip((student, *teachers), (names[0], *names), strict=True)]
     head, kind = cast(nn.Linear, readers[0]), kind_of(model)
@@ -101,12 +103,12 @@ def best_head(
     return index, *found[index]
 
 
-def head_of(model: nn.Module) -> str | None:
+def head_of(model: nn.Module, family: Family | None = None) -> str | None:
     """The linear module that puts out classes or tokens, also where it is the embedding; None where there is none, or
     several."""
     names = {
         slot.parameter.rpartition(".")[0]
-        for slot in parted(Network(model, bind(model), "the model")).binding.slots
+        for slot in parted(Network(model, bind(model, family), "the model")).binding.slots
         if slot.section == TAIL and any(slot.reads) and {*slot.axes} & {"classes", VOCABULARY}
     }
     return names.pop() if len(names) == 1 else None

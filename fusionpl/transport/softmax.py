@@ -128,7 +128,8 @@ class _Problem:
             xx += self_product(_with_constant(x)).to(xx)
             own = torch.special.entr(p).double().sum()
             own = own + torch.special.entr(1 - p).double().sum() if link == "sigmoid" else own
-            sums += torch.stack([sums.new_tensor(len(x)), own])
+            sums[0] += len(x)
+            sums[1] += own
         if self._held:
             xs, ps = zip(*self._held, strict=True)
             self._held = [(torch.cat(xs), torch.cat(ps))]

@@ -100,7 +100,7 @@ def test_the_width_is_free(name: str) -> None:
     torch.testing.assert_close(run(name, own), run(name, parents[0]), atol=5e-3, rtol=5e-3)
     wanted = torch.stack([run(name, parent) for parent in parents]).softmax(-1).mean(0)
     errors = [divergence(wanted, run(name, joined(name, parents, width=one).model).log_softmax(-1)) for one in (1, 2)]
-    assert errors[1] < 0.5 * errors[0]
+    assert errors[1] < 0.75 * errors[0]
 
 
 def test_a_wider_model_is_saved_and_loaded_by_its_library(tmp_path: Path) -> None:

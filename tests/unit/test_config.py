@@ -117,7 +117,7 @@ def test_a_word_that_is_no_choice_is_refused_in_the_library_too() -> None:
         FusionError, match=r"align\.heads is one of flat, matched, not 'match'; did you mean 'matched'\?"
     ):
         AlignConfig(heads="match")  # type: ignore[arg-type]
-    with pytest.raises(FusionError, match=r"strategy is one of transport, joint, auto, not 'average'"):
+    with pytest.raises(FusionError, match=r"strategy is one of transport, joint, head, auto, not 'average'"):
         FuseConfig(strategy="average")  # type: ignore[arg-type]
     with pytest.raises(FusionError, match=r"refit\.method is one of"):
         RefitConfig(method="rigde")  # type: ignore[arg-type]

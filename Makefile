@@ -6,7 +6,7 @@ RUNS ?= runs/demo
 LOCK ?=
 INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
-.PHONY: demo test docs campaign lint types lock audit clean
+.PHONY: demo test coverage docs campaign lint types lock audit clean
 
 demo: .venv/runtime
 	@echo "== two parents, a few minutes each"
@@ -19,6 +19,10 @@ demo: .venv/runtime
 	$(BIN)/python finetune.py --model $(RUNS)/fused --output $(RUNS)/finetuned --overwrite
 
 test: lint types
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
+
+# Which lines of fusionpl/ the suite runs.
+coverage: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term $(PYTEST)
 
 # The site, with the notebook run: build/site/index.html.

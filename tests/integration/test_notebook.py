@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "docs/notebooks/fuse_two_vits.ipynb"
 
 
+@pytest.mark.slow  # `make docs` runs it too
 def test_the_notebook_trains_fuses_and_shows_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("TMPDIR", str(tmp_path))

@@ -134,7 +134,7 @@ def run(command: Any, *argv: object) -> int:
     return main(command.run, [str(word) for word in argv])
 
 
-@pytest.mark.parametrize("library", ["transformers", "timm"])
+@pytest.mark.parametrize("library", [pytest.param("transformers", marks=pytest.mark.slow), "timm"])
 def test_what_is_reported_is_what_their_own_processor_gives(
     library: str, parents: dict[str, list[Path]], images: Path, tmp_path: Path
 ) -> None:
@@ -197,6 +197,7 @@ def test_a_users_word_stands_for_all(parents: dict[str, list[Path]], images: Pat
     assert found[f"parent {other.name}"] < 0.8
 
 
+@pytest.mark.slow
 def test_grey_images(images: Path, tmp_path: Path) -> None:
     settings = {"image_mean": [0.2], "image_std": [0.3]}
     first, second = (of_transformers(tmp_path / name, seed, images, **settings) for seed, name in enumerate("ab"))

@@ -20,7 +20,21 @@ from tests.published import IMAGES, TEXTS, lines, make_pair
 
 QUIET = ["--logger", "none", "--trainer.accelerator", "cpu"]
 # Series whose parts other tests of commands or of families cover.
-SLOW = ("gpt2", "mistral", "phi3", "opt", "t5", "flan_t5", "modernbert", "xlm_roberta", "vit", "deit")
+SLOW = (
+    "gpt2",
+    "pythia",
+    "llama",
+    "gemma3",
+    "mistral",
+    "phi3",
+    "opt",
+    "t5",
+    "flan_t5",
+    "modernbert",
+    "xlm_roberta",
+    "vit",
+    "deit",
+)
 NO_TRAINING = ("sentence", "dinov2")
 
 

@@ -66,6 +66,7 @@ def test_all_tables_are_measured_once_and_written(tmp_path: Path) -> None:
     assert cells == {file: file.stat().st_mtime_ns for file in runs.glob("cells/*/*.json")}
 
 
+@pytest.mark.slow
 def test_a_cell_in_a_process_of_its_own() -> None:
     preset, changes = SETTINGS[REFIT]
     found = in_fresh_process(Request(Shape("vit", 32, 1, 2, 32, channels=1), 4, 1, str(preset), changes))

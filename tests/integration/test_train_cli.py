@@ -205,7 +205,10 @@ def test_resuming_from_a_truncated_checkpoint(preset: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize(
     ("number", "code", "word"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "stopped by SIGTERM")],
+    [
+        pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.slow),
+        (signal.SIGTERM, 143, "stopped by SIGTERM"),
+    ],
 )
 def test_a_stopped_run_says_how_to_go_on(preset: Path, number: int, code: int, word: str) -> None:
     """By Ctrl-C or by a scheduler that wants the machine back."""
@@ -225,7 +228,7 @@ def test_a_stopped_run_says_how_to_go_on(preset: Path, number: int, code: int, w
         load_model(folder)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_processes_train_one_model(preset: Path, strategy: str) -> None:
     process = start(preset, "--trainer.devices", "2", "--trainer.strategy", strategy)
     said, errors = process.communicate(timeout=200)

@@ -176,6 +176,7 @@ def test_bits_per_byte_of_predicting_bytes_alike(tmp_path: Path) -> None:
     assert data.derived({"loss": 8 * math.log(2)})["bits_per_byte"] == pytest.approx(8)
 
 
+@pytest.mark.slow
 def test_tokenizers_are_the_same_in_every_process() -> None:
     code = (
         "from fusionpl.datamodules import *;"

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from fusionpl.calibration import CalibrationConfig, Kept, Network, batches, budget, eval_mode, logits
-from fusionpl.families import TAIL, VOCABULARY, attribute, bind
+from fusionpl.families import TAIL, VOCABULARY, Family, attribute, bind
 from fusionpl.fusion.goal import parted
 from fusionpl.fusion.refit import held_out, predicting
-from fusionpl.transport import Fitted, fit_softmax, log_mean
+from fusionpl.transport import Fitted, Reduce, fit_softmax, log_mean
 
 
 def fit_head(
@@ -34,45 +34,87 @@ def fit_head(
     Returns:
         The model, where it was, and what the fit found; None where no linear map puts predictions out last.
     """
-    names = [head_of(one) for one in teachers]
-    if any(name is None for name in names) or attribute(model, "config.final_logit_softcapping"):
+    if not can_fit_heads(teachers):
         return None
-    apart = parted(Network(model, bind(model), "the model"))
-    student, mask = apart.whole(), apart.binding.family.stacks[-1].mask
-    readers = [one.get_submodule(str(name)) for one, name in zip((student, *teachers), (names[0], *names), strict=True)]
-    head = cast(nn.Linear, readers[0])
-    if len(head.weight) == 1:  # a number
-        return None
-    kept, firsts = Kept(budget(config.memory)), []
-    with torch.no_grad(), eval_mode(*teachers):
-        for index, (first, batch) in enumerate(batches(calibration, config)):
-            firsts.append(first)
-            x, *others = (read(one, reader, batch) for one, reader in zip((student, *teachers), readers, strict=True))
-            kept[index] = x, others, predicting(student, x, batch.get(mask))
-
-        def rows(part: int) -> Iterator[tuple[Tensor, Tensor]]:
-            for index, first in enumerate(firsts):
-                x, others, counts = kept[index]
-                here = held_out(first, len(x)).view(-1, *[1] * (x.ndim - 2)) == bool(part)
-                at = (counts & here).flatten().nonzero()[:, 0].to(x.device)
-                given = [reader(one.flatten(0, -2)[at]) for reader, one in zip(readers[1:], others, strict=True)]
-                yield x.flatten(0, -2)[at], log_mean(given, weights).exp()
-
-        bias = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
-        fit = fit_softmax(lambda: rows(0), lambda: rows(1), torch.cat([head.weight.T, bias[None]]).double())
-        # New ones: those of the model are shared.
-        head.weight = nn.Parameter(fit.matrix[:-1].T.to(head.weight).contiguous())
-        if head.bias is not None:
-            head.bias = nn.Parameter(fit.matrix[-1].to(head.bias))
-    return student, fit
+    heads = HeadFit(teachers, weights, batches(calibration, config), Kept(budget(config.memory)))
+    return heads.fitted(list(teachers).index(model))
 
 
-def head_of(model: nn.Module) -> str | None:
+def can_fit_heads(models: Sequence[nn.Module], family: Family | None = None) -> bool:
+    """Whether one linear map puts out the predictions of each model, as many of all, and more than one number."""
+    names = [head_of(one, family) for one in models]
+    if any(name is None for name in names) or any(attribute(one, "config.final_logit_softcapping") for one in models):
+        return False
+    sizes = {len(one.get_submodule(str(name)).get_parameter("weight")) for one, name in zip(models, names, strict=True)}
+    return len(sizes) == 1 and sizes != {1}
+
+
+class HeadFit:
+    """What the heads of models read, kept so that any of them can be fitted to what all predict.
+
+    Args:
+        models: of which `can_fit_heads` is true.
+        weights: one a model, summing to 1.
+        samples: batches, each with the number of its first sample; under torch.distributed this rank's.
+        kept: where what heads read is kept.
+        family: the models', where the library does not say.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        weights: Sequence[float],
+        samples: Iterable[tuple[int, Mapping[str, Tensor]]],
+        kept: Kept,
+        family: Family | None = None,
+    ) -> None:
+        self._models, self._weights, self._kept, self._family = models, weights, kept, family
+        self._names = [str(head_of(one, family)) for one in models]
+        self._heads = [cast(nn.Linear, one.get_submodule(name)) for one, name in zip(models, self._names, strict=True)]
+        mask = bind(models[0], family).family.stacks[-1].mask
+        self._firsts: list[int] = []
+        with torch.no_grad(), eval_mode(*models):
+            for index, (first, batch) in enumerate(samples):
+                self._firsts.append(first)
+                read_by = [read(one, head, batch) for one, head in zip(models, self._heads, strict=True)]
+                kept["heads", index] = read_by, predicting(models[0], read_by[0], batch.get(mask))
+
+    def fitted(self, index: int, reduce: Reduce = lambda sums: None) -> tuple[nn.Module, Fitted]:
+        """A copy of a model with its head fitted, and what the fit found.
+
+        Args:
+            index: which model.
+            reduce: adds up tensors over the processes, in place, where each has samples of its own.
+        """
+        model = self._models[index]
+        student = parted(Network(model, bind(model, self._family), "the model")).whole()
+        head = cast(nn.Linear, student.get_submodule(self._names[index]))
+        with torch.no_grad():
+            bias = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
+            prior = torch.cat([head.weight.T, bias[None]]).double()
+            fit = fit_softmax(lambda: self._rows(index, 0), lambda: self._rows(index, 1), prior, reduce=reduce)
+            # New ones: those of the model are shared.
+            head.weight = nn.Parameter(fit.matrix[:-1].T.to(head.weight).contiguous())
+            if head.bias is not None:
+                head.bias = nn.Parameter(fit.matrix[-1].to(head.bias))
+        return student, fit
+
+    def _rows(self, index: int, part: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch, first in enumerate(self._firsts):
+            read_by, counts = self._kept["heads", batch]
+            x = read_by[index]
+            here = held_out(first, len(x)).view(-1, *[1] * (x.ndim - 2)) == bool(part)
+            at = (counts & here).flatten().nonzero()[:, 0].to(x.device)
+            given = [head(one.flatten(0, -2)[at]) for head, one in zip(self._heads, read_by, strict=True)]
+            yield x.flatten(0, -2)[at], log_mean(given, self._weights).exp()
+
+
+def head_of(model: nn.Module, family: Family | None = None) -> str | None:
     """The linear module that puts out classes or tokens, also where it is the embedding; None where there is none, or
     several."""
     names = {
         slot.parameter.rpartition(".")[0]
-        for slot in parted(Network(model, bind(model), "the model")).binding.slots
+        for slot in parted(Network(model, bind(model, family), "the model")).binding.slots
         if slot.section == TAIL and any(slot.reads) and {*slot.axes} & {"classes", VOCABULARY}
     }
     return names.pop() if len(names) == 1 else None

@@ -27,7 +27,7 @@ from fusionpl.fusion.teaching import Augment, Teaching
 from fusionpl.fusion.unlabelled import Unlabelled
 from fusionpl.schedule import Clock
 
-RATES = (3e-4, 1e-4, 1e-3)  # of AdamW; the first wins where none is nearer
+RATES = (1e-4, 3e-4, 3e-5)  # of AdamW; the first wins where none is nearer
 QUARTERS = (0.25, 0.5, 0.75)
 
 

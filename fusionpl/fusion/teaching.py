@@ -106,7 +106,7 @@ class Teaching:
                 batch = self._here(batch)
                 output, mean = _counted(logits(model, batch), self._held_mean(index, batch), batch.get(self._mask))
                 found = _loss(output, mean) - (0.0 if output.shape[-1] == 1 else _entropy(mean))
-                total += torch.stack([found.double() * len(output), total.new_tensor(len(output))])
+                total += torch.stack([found.double() * len(output), total.new_full((), len(output))])
         sum_over_ranks([total])
         self.seconds = time.monotonic() - started
         return float(total[0] / total[1])
@@ -179,7 +179,7 @@ def _average_gradients(model: nn.Module, *, took_part: bool) -> None:
         return
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
-    flat = torch.cat([*(one.flatten() for one in gradients), gradients[0].new_tensor([float(took_part)])])
+    flat = torch.cat([*(one.flatten() for one in gradients), gradients[0].new_full((1,), float(took_part))])
     dist.all_reduce(flat)
     means = (flat[:-1] / flat[-1]).split([one.numel() for one in parameters])
     for parameter, mean in zip(parameters, means, strict=True):

@@ -38,7 +38,7 @@ class Unlabelled:
     ) -> None:
         self._calibration = calibration if limit is None else calibration.head(limit)
         own = [len(next(iter(self._calibration[index].values()))) for index in self._calibration]
-        count = torch.tensor(float(sum(own)), device=device)
+        count = torch.full((), float(sum(own)), device=device)
         sum_over_ranks([count])
         left = None if limit is None else max(0, limit - int(count))
         self._loaded = None if more is None or left == 0 else _Loaded(more, left)

@@ -114,7 +114,7 @@ class _Problem:
             self._held = None if self._held is None or size > HELD else [*self._held, (x.float(), p)]
             own = torch.special.entr(p).double().sum()
             own = own + torch.special.entr(1 - p).double().sum() if link == "sigmoid" else own
-            sums += torch.stack([sums.new_tensor(len(x)), x.double().square().mean(-1).sum(), own])
+            sums += torch.stack([sums.new_full((), len(x)), x.double().square().mean(-1).sum(), own])
         if self._held:
             xs, ps = zip(*self._held, strict=True)
             self._held = [(torch.cat(xs), torch.cat(ps))]

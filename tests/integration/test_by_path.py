@@ -212,7 +212,7 @@ def test_class_names_come_along(tmp_path: Path) -> None:
 
 def test_a_refined_model_is_the_one_on_disk(tmp_path: Path) -> None:
     paths, _ = pair(tmp_path, "vit")
-    changes = {"refine.start": "fused", "refine.steps": 3, "refine.lr": 1e-4}
+    changes = {"refine.start": "fused", "refine.steps": 30, "refine.lr": 1e-3}
     result = fused(list(paths), "vit", tmp_path / "fused", **changes)
     assert_same(tmp_path / "fused", result.model)
     assert result.refitted is not None

@@ -3,20 +3,26 @@
 import copy
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from transformers import BertConfig, BertForMaskedLM
 
 import fusionpl
 from fusionpl.calibration import CalibrationConfig, CalibrationSet, Kept
+from fusionpl.datamodules import DataConfig, ImageDataModule, MaskedTextConfig, MaskedTextDataModule
 from fusionpl.errors import FusionError
 from fusionpl.fusion import FuseConfig, FusionResult, RefineConfig, load_config
 from fusionpl.fusion.refine import refine
+from fusionpl.fusion.teaching import Teaching
 from fusionpl.fusion.unlabelled import JUDGES, Unlabelled
-from tests.models_for_tests import hf_vit, images, largest_difference, outputs, text_model, timm_vit
+from tests.integration.runs import make_corpus
+from tests.models_for_tests import hf_vit, images, largest_difference, outputs, redrawn, text_model, timm_vit
 
 CPU = torch.device("cpu")
 REFINE = sys.modules[refine.__module__]
@@ -261,3 +267,39 @@ def test_text_is_judged_where_it_is_real() -> None:
         found.append(taught(parents, data=[batch], steps=4, lr=1e-3))
     first, second = (figures(one) for one in found)
     assert first == pytest.approx(second, abs=2e-3)
+
+
+# the data modules' training data
+
+
+def test_training_images_are_read_without_their_labels() -> None:
+    data = ImageDataModule(DataConfig(image_size=16, channels=3, calibration=50, shift=4))
+    calibration = CalibrationSet(data.calibration_dataloader(), CalibrationConfig(), Kept(10**7))
+    samples = Unlabelled(calibration, data.unlabelled_dataloader(), None, CPU)
+    batch = next(samples.taught(32, seed=0))
+    assert batch is not None
+    assert {key: tuple(value.shape) for key, value in batch.items()} == {"pixel_values": (32, 3, 16, 16)}
+    train = data.dataset("train")
+    held = torch.cat([one["pixel_values"] for one in samples.held(64)])
+    assert len(held) == 10 + len(train) // 5
+    assert torch.equal(held[10], train[4]["pixel_values"])
+
+
+def test_training_text_is_masked_anew_where_it_is_taught_and_never_where_it_is_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    settings: dict[str, Any] = {"path": str(make_corpus(tmp_path / "corpus")), "vocab_size": 60, "block_size": 20}
+    data = MaskedTextDataModule(MaskedTextConfig(**settings))
+    calibration = CalibrationSet(data.calibration_dataloader(), CalibrationConfig(), Kept(10**7))
+    samples = Unlabelled(calibration, data.unlabelled_dataloader(), None, CPU)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=len(data.tokenizer), **sizes)
+    parents = [redrawn(BertForMaskedLM(config), seed) for seed in range(3)]
+    teaching = Teaching(parents[:2], [0.5, 0.5], "attention_mask", samples, 16, None, 0)
+    state = torch.get_rng_state()
+    first, second = (teaching.divergence(parents[2]) for _ in range(2))
+    assert first == second
+    assert torch.equal(state, torch.get_rng_state())
+    streamed = MaskedTextDataModule(MaskedTextConfig(**settings, streaming=True))
+    assert streamed.unlabelled_dataloader() is None

@@ -4,6 +4,7 @@ import copy
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -125,6 +126,20 @@ def test_the_race_takes_a_sane_rate_and_leaves_an_absurd_one(monkeypatch: pytest
 def test_a_given_rate_is_taken_without_a_race(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(REFINE, "RATES", ())
     assert figures(taught(start="fused", lr=0.002))[0] == 0.002
+
+
+def test_the_race_takes_a_quarter_of_the_minutes_and_looks_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(REFINE, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(REFINE, "_by_clock", lambda seconds, _: seconds)
+    course = REFINE._Course(RefineConfig(minutes=1), CPU)
+    now = 104.0  # the heads are fitted, and 56 seconds are left
+    looks: Any = SimpleNamespace(seconds=1.0)
+    assert course.heat(0.5, 0.5, looks) == 56 / 8 - 1
+    now = 112.0  # which was a second too long
+    assert course.heat(0.5, 1.0, looks) == 104 + 56 / 4 - 112 - 1
+    now = 118.0
+    assert course.rest(looks) == 160 - 118 - 4
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:

@@ -209,7 +209,7 @@ def beyond(lab: Lab) -> Table:
             for column, more in (("average", {}), ("refitted", {"refit.method": "ridge"})):
                 make = partial(team.fused, load_config(PAPER, {**changes, **more}))
                 add(name, repeat, team, make, column, finetune=column == "average" and name.startswith("paper"))
-        for end, more in (("", {}), (" + refine", {"refine.method": "gradient"})):
+        for end, more in (("", {}), (" + refine", {"refine.method": "gradient", "refine.start": "fused"})):
             name, make = f"transport + refit{end}", partial(team.fused, load_config(TRANSPORT, more))
             add(name, repeat, team, make, "refitted", finetune=True)
     return Table(

@@ -128,7 +128,8 @@ class Team:
 
     def refined(self) -> nn.Module:
         """One stream, then taught by the ensemble for a while, without labels."""
-        changes = {"refine.method": "gradient", "refine.minutes": self.subject.scale.minutes, "refine.augment": True}
+        minutes = self.subject.scale.minutes
+        changes = {"refine.start": "fused", "refine.minutes": minutes, "refine.augment": True}
         return self.fused(load_config(JOINT, changes))
 
     def distilled(self) -> nn.Module:

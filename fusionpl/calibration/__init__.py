@@ -1,6 +1,6 @@
 """Calibration: networks run section by section over the same batches, their activations reduced to moments."""
 
-from fusionpl.calibration.batches import Progress, batches, no_progress
+from fusionpl.calibration.batches import Progress, batches, no_progress, unlabelled
 from fusionpl.calibration.config import CalibrationConfig, Scale
 from fusionpl.calibration.embeddings import Pooling, embed
 from fusionpl.calibration.flow import CalibrationSet, Flow, Passage, or_zeros, places_of, sum_over_ranks
@@ -55,5 +55,6 @@ __all__ = [
     "select",
     "sources",
     "sum_over_ranks",
+    "unlabelled",
     "window",
 ]

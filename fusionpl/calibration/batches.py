@@ -18,6 +18,11 @@ def no_progress(steps: Iterable[Any], label: str) -> Iterable[Any]:
     return steps
 
 
+def unlabelled(item: Any) -> dict[str, Tensor]:
+    """The model inputs of an item of a data loader: a mapping, an image tensor, or an (inputs, labels) pair."""
+    return inputs_of(item[0] if isinstance(item, (tuple, list)) else item)
+
+
 def batches(
     calibration: Iterable[Any], config: CalibrationConfig, *, whole: bool = False
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -35,7 +40,7 @@ def batches(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not whole else (0, 1)
     seen = index = 0
     for item in calibration:
-        inputs = inputs_of(item[0] if isinstance(item, (tuple, list)) else item)
+        inputs = unlabelled(item)
         size = min(config.samples - seen, len(next(iter(inputs.values()))))
         for start in range(0, size, config.batch_size):
             if index % world == rank:

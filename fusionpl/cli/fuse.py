@@ -317,7 +317,7 @@ def _fused(fusion: OTFusion, trainer: L.Trainer) -> tuple[FusionResult, Cost]:
     started = time.monotonic()
     result = fusion.fuse(trainer)
     reads_nothing = fusion.config.align.evidence == "weights" and fusion.config.refit.method == "none"
-    blind = reads_nothing and fusion.config.refine.method == "none"
+    blind = reads_nothing and not fusion.config.refine.asked
     return result, Cost(None if blind else "unlabelled data", time.monotonic() - started)
 
 

@@ -208,6 +208,10 @@ class FixedSplits(L.LightningDataModule):
             )
         return self._loader("calibration", batch_size, None, 0)
 
+    def unlabelled_dataloader(self) -> DataLoader[Any] | None:
+        """The training data as they are, for what is learned without their labels; None where they have no length."""
+        return self._loader("train", self.config.batch_size, None, self.config.num_workers)
+
     @property
     def _ranks(self) -> tuple[int, int]:
         """Number of processes, and the number of this one."""

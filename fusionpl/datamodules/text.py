@@ -196,6 +196,13 @@ class TextDataModule(FixedSplits):
         stream = split_dataset_by_node(stream.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER), rank, world)
         return DataLoader(stream, batch_size=self.config.batch_size, collate_fn=self._rows, drop_last=True)
 
+    def unlabelled_dataloader(self) -> DataLoader[Any] | None:
+        """Blocks of the training text; None where it is streamed, or all of it is for calibration."""
+        try:
+            return None if self.config.streaming else super().unlabelled_dataloader()
+        except FusionError:  # too little for a block
+            return None
+
     def baseline(self) -> dict[str, float]:
         """The loss in nats of predicting every scored token of the test part by its frequency in the training blocks.
 

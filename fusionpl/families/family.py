@@ -350,7 +350,8 @@ def is_bare(model: object) -> bool:
     """Whether a model is an encoder without a head: of transformers one that is its own base, such as `BertModel`, of
     timm one with `num_classes=0`."""
     own_base = attribute(model, "base_model_prefix") not in (None, "") and attribute(model, "base_model") is model
-    return own_base or attribute(model, "num_classes") == 0
+    decoder = getattr(model, "get_output_embeddings", lambda: None)  # T5 for generation is its own base, too
+    return (own_base and decoder() is None) or attribute(model, "num_classes") == 0
 
 
 def family_of(model: object) -> Family:

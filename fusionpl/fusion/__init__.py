@@ -21,8 +21,8 @@ from fusionpl.fusion.heads import fit_head
 from fusionpl.fusion.kin import ALIKE, weights_alike
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.plan import Plan, describe, make_plan
-from fusionpl.fusion.refine import loss_to_mean
 from fusionpl.fusion.result import FusionResult
+from fusionpl.fusion.teaching import loss_to_mean
 from fusionpl.fusion.units import trial_of
 
 __all__ = [

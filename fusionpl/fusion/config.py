@@ -18,6 +18,10 @@ from fusionpl.presets import preset
 _UNTOUCHED = (AlignConfig(reg=0.02, residual="auto"), AlignConfig())
 
 
+# The share of a refinement that its race takes, of the minutes, or besides the steps.
+RACE = 0.25
+
+
 def changed(align: AlignConfig) -> list[str]:
     """The options that somebody asked for: those that differ from the preset that is nearest."""
     return min(
@@ -45,29 +49,39 @@ class RefitConfig:
 
 @dataclass(frozen=True)
 class RefineConfig:
-    """Gradient steps on unlabeled calibration data, between one-shot fusion and finetuning.
+    """Gradient steps on unlabeled data, between one-shot fusion and finetuning.
 
     Attributes:
-        method: `none`, or `gradient`: the fused model's predictions are drawn to the parents' mean.
-        steps: optimiser steps; null: 300, or as many as fit into `minutes`.
-        minutes: train until this time is over, in place of a number of steps; how many steps that are depends on the
-            machine, so such a result does not repeat number for number.
+        method: `none`, or `gradient`: predictions are drawn to the parents' mean, as far as held-out samples say that
+            it helps; `auto`: `gradient` where steps or minutes are given.
+        start: what is taught: the `fused` model, or the `parent` that is nearest to the parents' mean once its head is
+            fitted; `auto`: whichever of the two is nearer to it after a short race, and the fused model where a width
+            or depth is asked for, or no head of a parent can be fitted. What starts from a parent has its architecture.
+        steps: optimiser steps, and a quarter more for the race where there is one; null: 300, or as many as fit into
+            `minutes`.
+        minutes: train until this time is over, in place of a number of steps; the race takes a quarter of it. How many
+            steps that are depends on the machine, so such a result does not repeat number for number.
         batch_size: samples a step and process.
-        lr: largest learning rate of AdamW.
-        augment: whether samples are augmented, by what `fusionpl.fuse` or the data module has for that.
+        lr: largest learning rate of AdamW; null: a short race chooses it.
+        samples: teach on at most so many samples, every fifth of which is held out: the calibration set's first, then
+            those of the training data. null: all.
+        augment: whether samples are augmented, by what `fusionpl.fuse` or the data module has for that; those that
+            are held out never are.
     """
 
-    method: Literal["none", "gradient"] = "none"
+    method: Literal["auto", "none", "gradient"] = "auto"
+    start: Literal["auto", "fused", "parent"] = "auto"
     steps: int | None = None
     minutes: float | None = None
     batch_size: int = 64
-    lr: float = 3e-4
+    lr: float | None = None
+    samples: int | None = None
     augment: bool = False
 
     def __post_init__(self) -> None:
         """Raises FusionError for values out of range."""
         check_choices(self, "refine")
-        for name in ("steps", "batch_size"):
+        for name in ("steps", "batch_size", "samples"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise FusionError(f"refine.{name} must be at least 1, not {value}")
         for name in ("minutes", "lr"):
@@ -80,6 +94,11 @@ class RefineConfig:
             )
         if self.steps is not None and self.minutes is not None:
             raise FusionError("refine.steps and refine.minutes both say how long to refine; leave one out, or null")
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is refined."""
+        return self.method == "gradient" or (self.method == "auto" and (self.steps or self.minutes) is not None)
 
     @property
     def planned(self) -> int:
@@ -132,14 +151,17 @@ class FuseConfig:
             raise FusionError(f"width must be above 0, not {self.width}")
         if self.depth is not None and self.depth < 1:
             raise FusionError(f"depth must be at least 1, not {self.depth}")
+        for name in ("width", "depth"):
+            if self.refine.start == "parent" and getattr(self, name) is not None:
+                raise FusionError(f"refine.start parent gives a parent's {name}; leave {name} out, or use start fused")
         if self.strategy == "transport" and self.width is not None:
             raise FusionError("strategy transport fuses into the anchor's width; width needs strategy joint")
         if self.strategy == "transport" and self.units != "auto":
             raise FusionError("strategy transport averages the units of all parents; units needs strategy joint")
         if self.strategy == "head" and (asked := [one for one in ("width", "depth") if getattr(self, one) is not None]):
             raise FusionError(f"strategy head keeps one parent's body; {asked[0]} needs strategy joint")
-        if self.strategy == "head" and self.refine.method != "none":
-            raise FusionError("strategy head keeps one parent's body, and refine.method teaches it; leave one out")
+        if self.strategy == "head" and self.refine.asked:
+            raise FusionError("strategy head keeps one parent's body; to teach it, use refine.start parent alone")
         if self.strategy != "joint":
             return
         if self.refit.method == "none":

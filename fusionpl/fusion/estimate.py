@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fusionpl.calibration import GIB, Batch, Key, Network, budget, eval_mode, free_memory, inputs_of, sources, window
 from fusionpl.errors import FusionError
 from fusionpl.families import Binding, State, boundary
-from fusionpl.fusion.config import FuseConfig
+from fusionpl.fusion.config import RACE, FuseConfig
 from fusionpl.fusion.plan import Plan, SectionPlan
 from fusionpl.fusion.stages import Stage
 from fusionpl.transport import COMBINATIONS, cross_product, self_product
@@ -127,9 +127,9 @@ def estimate(
     forward = runs * sum(one.forward for one in shapes) + (plan.fits + alone) * fused.forward
     work["forward"] = forward * samples / size
     refined = config.refine
-    if refined.method != "none" and refined.minutes is None:
+    if refined.asked and refined.minutes is None:
         step = sum(one.forward for one in shapes) + _TRAINING * fused.forward
-        work["forward"] += step * refined.planned * refined.batch_size / size
+        work["forward"] += (1 + RACE) * step * refined.planned * refined.batch_size / size
     for index in range(len(networks)):
         if index != anchor:
             _add_alignment(work, plan, shapes, bindings, index, anchor, config, evidence)
@@ -152,7 +152,7 @@ def estimate(
         disk=sum(max(one - limit, 0) for one in kept),
         output=sum(one.numel() * one.element_size() for one in goal.module.parameters()),
         work=work,
-        given=60 * (refined.minutes or 0.0) if refined.method != "none" else 0.0,
+        given=60 * (refined.minutes or 0.0) if refined.asked else 0.0,
     )
 
 

@@ -1,6 +1,5 @@
 """fuse(): plan, then one sweep through the networks."""
 
-import copy
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -45,10 +44,11 @@ from fusionpl.fusion.matching import check_kinds, match_padding, match_tags
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.pixels import keep_pixels, match_pixels, said
 from fusionpl.fusion.plan import Plan, left_out, make_plan
-from fusionpl.fusion.refine import Augment, refine
+from fusionpl.fusion.refine import Taught, check_start, refine
 from fusionpl.fusion.result import FusionResult, InMemory, Sink
 from fusionpl.fusion.survey import Survey
 from fusionpl.fusion.sweep import Sweep, Team, look
+from fusionpl.fusion.teaching import Augment
 from fusionpl.fusion.units import TRIAL, candidates, knowledge, preferred, specialisation
 from fusionpl.models import (
     NUMBERS,
@@ -85,6 +85,7 @@ def fuse(
     names: Sequence[str] | None = None,
     device: torch.device | str | None = None,
     output: str | Path | None = None,
+    unlabelled: Iterable[Any] | None = None,
     augment: Augment | None = None,
     processing: ImageProcessing | None = None,
     seed: int = 0,
@@ -106,6 +107,8 @@ def fuse(
         device: where parents that are named are fused; by default where the others are, or the CPU.
         output: a run folder that gets model/, maps.safetensors and config.yaml; where the anchor is named, the fused
             model is written into it block by block, and loaded only when `FusionResult.model` is asked for.
+        unlabelled: a DataLoader of more samples that learned refinement teaches on, beside the calibration set: its
+            data set and collate function are used, in an order of its own; labels are never read.
         augment: changes a batch of model inputs at random, from torch's global RNG, where `refine.augment` asks for it.
         processing: how images of `calibration` are prepared, and the fused model takes them; by default as the anchor's
             folder says. A parent that is named, and whose folder says another mean or deviation, has its patch
@@ -126,7 +129,8 @@ def fuse(
     """
     config = config or FuseConfig()
     ready = Calibrated(
-        parents, calibration, [config], names=names, device=device, augment=augment, processing=processing, seed=seed,
+        parents, calibration, [config], names=names, device=device, unlabelled=unlabelled, augment=augment,
+        processing=processing, seed=seed,
         allow_pickle=allow_pickle, family=family, progress=progress,
     )  # fmt: skip
     return ready.fuse(config, output=output)
@@ -139,7 +143,7 @@ class Calibrated:
     only to refit.
 
     Args:
-        parents, names, device, augment, processing, seed, allow_pickle, family, progress: see `fuse`.
+        parents, names, device, unlabelled, augment, processing, seed, allow_pickle, family, progress: see `fuse`.
         calibration: see `fuse`.
         configs: they share the anchor, what is collected (`calibration` but for its `scale`), `strategy`, `depth` and
             `align.stream`.
@@ -159,6 +163,7 @@ class Calibrated:
         *,
         names: Sequence[str] | None = None,
         device: torch.device | str | None = None,
+        unlabelled: Iterable[Any] | None = None,
         augment: Augment | None = None,
         processing: ImageProcessing | None = None,
         seed: int = 0,
@@ -167,7 +172,7 @@ class Calibrated:
         progress: Progress = no_progress,
     ) -> None:
         first = configs[0]
-        self._augment, self._seed = augment, seed
+        self._unlabelled, self._augment, self._seed = unlabelled, augment, seed
         self.names = list(names or (f"parent {index}" for index in range(len(parents))))
         check_count(len(parents))
         anchor = resolve_anchor(first, len(parents))
@@ -179,9 +184,11 @@ class Calibrated:
         networks = tied_alike([network for network, _ in opened])
         self._processing = processing or said(parents[anchor], networks[anchor])
         self._read += check_parents(networks, parents, anchor)
-        taught = any(config.refine.method != "none" for config in configs)
+        taught = any(config.refine.asked for config in configs)
         if taught and is_bare(networks[anchor].module):
             raise FusionError("encoders without a head have no outputs to be taught; leave refine.method at none")
+        for config in configs:
+            check_start(config, [network.module for network in networks], networks[anchor].binding)
         self._source, self._folder = parents[anchor], opened[anchor][1]
         configs = [settled(config, networks, anchor) for config in configs]
         first = configs[0]
@@ -248,21 +255,23 @@ class Calibrated:
         heads = left_out(plan, [network.binding for network in team.parents], goal.binding, self.names, idle)
         result.warnings = [*self._read, *self._parted, *foreign, *heads, *_unconverged(result, self.names)]
         result.matchings, result.notes = self.matchings, notes
-        if config.refine.method != "none":
-            result.refitted = copy.deepcopy(result.model)
-            refine(
-                result.model, goal.binding, sweep.aligned, team.data, config.refine,
+        taught: Taught | None = None
+        if config.refine.asked:
+            taught = refine(
+                result.model, goal.binding, sweep.aligned, team.data, config, more=self._unlabelled,
                 augment=self._augment if config.refine.augment else None, seed=self._seed,
                 tags=team.tag_weights(weights), progress=team.progress,
             )  # fmt: skip
+            result.taught(taught)
         if output is not None:
-            if folder is None:
+            if folder is None or (taught is not None and taught.parent is not None):
                 self._save(result.model, Path(output))
-            elif config.refine.method != "none":
+            elif taught is not None:
                 with closing(ModelWriter(folder, Path(output) / "model")) as refined:
                     refined.write(dict(result.model.named_parameters()))
                     refined.finish()
-            self._save_beside(result, goal.module, Path(output))
+            own = taught is not None and taught.parent is not None
+            self._save_beside(result, result.model if own else goal.module, Path(output))
         return result
 
     def _with_best_head(self, config: FuseConfig, output: str | Path | None) -> FusionResult:

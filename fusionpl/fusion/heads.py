@@ -1,7 +1,7 @@
 """One parent whose head alone is fitted to what all parents predict: the cheapest thing that a fusion has to beat."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,76 +17,46 @@ from fusionpl.transport import Fitted, Link, Reduce, fit_softmax, log_mean
 
 def fit_head(
     model: nn.Module,
-    teachers: Sequence[nn.Module],
+    models: Sequence[nn.Module],
+    weights: Sequence[float | Tensor],
+    samples: Iterable[tuple[int, Mapping[str, Tensor]]],
+    *,
+    family: Family | None = None,
+    memory: float | None = None,
+) -> tuple[nn.Module, Fitted] | None:
+    """A copy of a model whose last linear map is fitted to the mean of all models' probabilities, without labels.
+
+    A decoder that is the embedding comes apart from it.
+
+    Args:
+        model: one of the models.
+        models, weights, samples, family: see `HeadFit`.
+        memory: GiB that what heads read may take; what exceeds it goes to a temporary file.
+
+    Returns:
+        The model, where it was, and what the fit found; None where no linear map puts predictions out last.
+    """
+    if not can_fit_heads(models, family):
+        return None
+    heads = HeadFit(models, weights, samples, Kept(budget(memory)), family)
+    return heads.fitted(next(index for index, one in enumerate(models) if one is model))
+
+
+def best_head(
+    models: Sequence[nn.Module],
     weights: Sequence[float | Tensor],
     samples: Iterable[tuple[int, Mapping[str, Tensor]]],
     *,
     family: Family | None = None,
     memory: float | None = None,
     reduce: Reduce = lambda sums: None,
-) -> tuple[nn.Module, Fitted] | None:
-    """A copy of a model whose last linear map is fitted to the mean of the teachers' probabilities, without labels.
-
-    A decoder that is the embedding comes apart from it.
-
-    Args:
-        model: of a family with classes or tokens to predict.
-        teachers: models of the same outputs, `model` among them.
-        weights: one a teacher, or for each of its tags [tags], summing to 1.
-        samples: the number of each batch's first sample, and the batch: see `batches`.
-        family: of the models, where the library does not say.
-        memory: GiB that what heads read may take; what exceeds it goes to a temporary file.
-        reduce: adds up tensors over the processes, in place.
-
-    Returns:
-        The model, where it was, and what the fit found; None where no linear map puts predictions out last.
-    """
-    names = [head_of(one, family) for one in teachers]
-    if any(name is None for name in names) or attribute(model, "config.final_logit_softcapping"):
-        return None
-    apart = parted(Network(model, bind(model, family), "the model"))
-    student, mask = apart.whole(), apart.binding.family.stacks[-1].mask
-    readers = [one.get_submodule(str(name)) for one, name in zip((student, *teachers), (names[0], *names), strict=True)]
-    head, kind = cast(nn.Linear, readers[0]), kind_of(model)
-    if kind == NUMBERS:
-        return None
-    link: Link = "sigmoid" if kind == TAGS else "softmax"
-    kept, firsts = Kept(budget(memory)), []
-    with torch.no_grad(), eval_mode(*teachers):
-        for index, (first, batch) in enumerate(samples):
-            firsts.append(first)
-            x, *others = (read(one, reader, batch) for one, reader in zip((student, *teachers), readers, strict=True))
-            kept[index] = x, others, predicting(student, x, batch.get(mask))
-
-        def rows(part: int) -> Iterator[tuple[Tensor, Tensor]]:
-            for index, first in enumerate(firsts):
-                x, others, counts = kept[index]
-                here = held_out(first, len(x)).view(-1, *[1] * (x.ndim - 2)) == bool(part)
-                at = (counts & here).flatten().nonzero()[:, 0].to(x.device)
-                given = [reader(one.flatten(0, -2)[at]) for reader, one in zip(readers[1:], others, strict=True)]
-                yield x.flatten(0, -2)[at], log_mean(given, weights, link).exp()
-
-        bias = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
-        prior = torch.cat([head.weight.T, bias[None]]).double()
-        fit = fit_softmax(lambda: rows(0), lambda: rows(1), prior, link=link, reduce=reduce)
-        # New ones: those of the model are shared.
-        head.weight = nn.Parameter(fit.matrix[:-1].T.to(head.weight).contiguous())
-        if head.bias is not None:
-            head.bias = nn.Parameter(fit.matrix[-1].to(head.bias))
-    return student, fit
-
-
-def best_head(
-    models: Sequence[nn.Module],
-    weights: Sequence[float | Tensor],
-    samples: Sequence[tuple[int, Mapping[str, Tensor]]],
-    **options: Any,
 ) -> tuple[int, nn.Module, Fitted]:
     """Of models whose heads are fitted, the one that predicts held-out samples most as all do together.
 
     Args:
-        models: the parents.
-        weights, samples, options: see `fit_head`.
+        models, weights, samples, family: see `HeadFit`.
+        memory: see `fit_head`.
+        reduce: see `HeadFit.fitted`.
 
     Returns:
         Its index, the model, and what its fit found.
@@ -94,13 +64,88 @@ def best_head(
     Raises:
         FusionError: these models have no head to fit.
     """
-    found = [one for model in models if (one := fit_head(model, models, weights, samples, **options)) is not None]
-    if len(found) < len(models):
+    if not can_fit_heads(models, family):
         raise FusionError(
             "these models have no linear map that puts out classes or tokens last, so there is no head to fit"
         )
-    index = min(range(len(found)), key=lambda at: found[at][1].after)
-    return index, *found[index]
+    heads = HeadFit(models, weights, samples, Kept(budget(memory)), family)
+    fits = [heads.fitted(index, reduce) for index in range(len(models))]
+    index = min(range(len(fits)), key=lambda at: fits[at][1].after)
+    return index, *fits[index]
+
+
+def can_fit_heads(models: Sequence[nn.Module], family: Family | None = None) -> bool:
+    """Whether one linear map puts out the probabilities of each model, of as many classes or tokens."""
+    names = [head_of(one, family) for one in models]
+    if any(name is None for name in names) or any(attribute(one, "config.final_logit_softcapping") for one in models):
+        return False
+    if any(kind_of(one) == NUMBERS for one in models):
+        return False
+    sizes = {len(one.get_submodule(str(name)).get_parameter("weight")) for one, name in zip(models, names, strict=True)}
+    return len(sizes) == 1 and (sizes != {1} or kind_of(models[0]) == TAGS)
+
+
+class HeadFit:
+    """What the heads of models read, kept so that any of them can be fitted to what all predict.
+
+    Args:
+        models: of which `can_fit_heads` is true.
+        weights: one a model, or for each of its tags [tags], summing to 1.
+        samples: batches, each with the number of its first sample; under torch.distributed this rank's.
+        kept: where what heads read is kept.
+        family: the models', where the library does not say.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        weights: Sequence[float | Tensor],
+        samples: Iterable[tuple[int, Mapping[str, Tensor]]],
+        kept: Kept,
+        family: Family | None = None,
+    ) -> None:
+        self._models, self._weights, self._kept, self._family = models, weights, kept, family
+        self._link: Link = "sigmoid" if kind_of(models[0]) == TAGS else "softmax"
+        self._names = [str(head_of(one, family)) for one in models]
+        self._heads = [cast(nn.Linear, one.get_submodule(name)) for one, name in zip(models, self._names, strict=True)]
+        mask = bind(models[0], family).family.stacks[-1].mask
+        self._firsts: list[int] = []
+        with torch.no_grad(), eval_mode(*models):
+            for index, (first, batch) in enumerate(samples):
+                self._firsts.append(first)
+                read_by = [read(one, head, batch) for one, head in zip(models, self._heads, strict=True)]
+                kept["heads", index] = read_by, predicting(models[0], read_by[0], batch.get(mask))
+
+    def fitted(self, index: int, reduce: Reduce = lambda sums: None) -> tuple[nn.Module, Fitted]:
+        """A copy of a model with its head fitted, and what the fit found.
+
+        Args:
+            index: which model.
+            reduce: adds up tensors over the processes, in place, where each has samples of its own.
+        """
+        model = self._models[index]
+        student = parted(Network(model, bind(model, self._family), "the model")).whole()
+        head = cast(nn.Linear, student.get_submodule(self._names[index]))
+        with torch.no_grad():
+            bias = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
+            prior = torch.cat([head.weight.T, bias[None]]).double()
+            fit = fit_softmax(
+                lambda: self._rows(index, 0), lambda: self._rows(index, 1), prior, link=self._link, reduce=reduce
+            )
+            # New ones: those of the model are shared.
+            head.weight = nn.Parameter(fit.matrix[:-1].T.to(head.weight).contiguous())
+            if head.bias is not None:
+                head.bias = nn.Parameter(fit.matrix[-1].to(head.bias))
+        return student, fit
+
+    def _rows(self, index: int, part: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch, first in enumerate(self._firsts):
+            read_by, counts = self._kept["heads", batch]
+            x = read_by[index]
+            here = held_out(first, len(x)).view(-1, *[1] * (x.ndim - 2)) == bool(part)
+            at = (counts & here).flatten().nonzero()[:, 0].to(x.device)
+            given = [head(one.flatten(0, -2)[at]) for head, one in zip(self._heads, read_by, strict=True)]
+            yield x.flatten(0, -2)[at], log_mean(given, self._weights, self._link).exp()
 
 
 def head_of(model: nn.Module, family: Family | None = None) -> str | None:

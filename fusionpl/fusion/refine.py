@@ -1,25 +1,77 @@
-"""Learned refinement: the fused model is drawn to its parents' mean on unlabeled data."""
+"""Learned refinement: a model is drawn to its parents' mean on unlabelled data, as far as held-out samples say that it
+helps.
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice, repeat
+A short race chooses what is taught and how fast. What is kept is the nearest to the parents' mean of all that was
+looked at: the start, a few points on the way of the teaching, and a few on the straight line of weights from the start
+to its end. So the divergence on held-out samples never rises.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional
 
-from fusionpl.calibration import CalibrationSet, Progress, device_of, logits, no_progress
+from fusionpl.calibration import CalibrationSet, Kept, Progress, budget, device_of, no_progress, sum_over_ranks
 from fusionpl.errors import FusionError
 from fusionpl.families import Binding
-from fusionpl.fusion.config import RefineConfig
+from fusionpl.fusion.config import RACE, FuseConfig, RefineConfig
+from fusionpl.fusion.heads import HeadFit, can_fit_heads
 from fusionpl.fusion.parents import AlignedParent
-from fusionpl.models import CLASSES, NUMBERS, TAGS, Kind, kind_of
-from fusionpl.schedule import Clock, warmup_cosine
+from fusionpl.fusion.teaching import Augment, Teaching
+from fusionpl.fusion.unlabelled import Unlabelled
+from fusionpl.schedule import Clock
 
-WARMUP = 0.1
-Augment = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
-Sample = tuple[int, int]  # the batch of a calibration set that it is in, and where
+RATES = (1e-4, 3e-4, 3e-5)  # of AdamW; the first wins where none is nearer
+QUARTERS = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a refinement made.
+
+    Attributes:
+        model: in eval mode.
+        parent: the index of the parent whose architecture it has; None where it was taught from the fused model.
+        told: what was chosen, in one line.
+    """
+
+    model: nn.Module
+    parent: int | None
+    told: str
+
+
+@dataclass(frozen=True)
+class Start:
+    """What may be taught, and its divergence from the parents' mean on held-out samples."""
+
+    name: str
+    model: nn.Module
+    parent: int | None
+    divergence: float
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A start with a learning rate, and the divergence that it reached in the race."""
+
+    start: Start
+    lr: float
+    reached: float
+
+
+def check_start(config: FuseConfig, models: Sequence[nn.Module], binding: Binding) -> None:
+    """Raises FusionError where refinement is to start from a parent, and no head of one can be fitted."""
+    if config.refine.asked and config.refine.start == "parent" and not can_fit_heads(models, binding.family):
+        raise FusionError(
+            "refine.start parent fits the linear map that puts out classes or tokens, and these parents have none, or "
+            "several; use refine.start fused"
+        )
 
 
 def refine(
@@ -27,102 +79,139 @@ def refine(
     binding: Binding,
     parents: Sequence[AlignedParent],
     data: CalibrationSet,
-    config: RefineConfig,
+    config: FuseConfig,
     *,
+    more: Iterable[Any] | None = None,
     augment: Augment | None = None,
     seed: int = 0,
     tags: Sequence[Tensor] | None = None,
     progress: Progress = no_progress,
-) -> None:
-    """Unlabeled distillation of the parents into what they were fused to; see `loss_to_mean`.
+) -> Taught:
+    """Unlabelled distillation of the parents into what they were fused to, or into the best of them.
 
-    Under torch.distributed each rank draws from its own samples, the gradients are averaged, and the first rank's clock
-    counts.
+    Under torch.distributed all ranks choose the same, and the first rank's clock counts; see `Teaching`.
 
     Args:
-        model: refined in place, where it is; in eval mode afterwards.
+        model: the fused one; it stays as it is.
         binding: the model's.
         parents: the teachers, with their weights.
         data: this rank's calibration batches.
-        config: steps or minutes, batch size and learning rate.
-        augment: changes a batch of model inputs, which is where the model is, at random; the teachers see what the
-            model sees.
-        seed: decides the order of the samples and, with the rank, what is drawn from torch's global RNG: augmentation
-            and dropout.
+        config: its `refine` says how.
+        more: what is taught on besides the calibration set; see `Unlabelled`.
+        augment, seed: see `Teaching`.
         tags: the teachers' weights for each tag, [tags] each, in place of their own; see `Team.tag_weights`.
         progress: wraps the steps.
 
     Raises:
-        FusionError: gradients that are not finite.
+        FusionError: see `Unlabelled`.
     """
-    device, mask = device_of(model), binding.family.stacks[-1].mask
-    teachers, kind = [parent.network.original.whole() for parent in parents], kind_of(model)
-    weights = [parent.weight for parent in parents] if tags is None else [one.float().to(device) for one in tags]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed + (dist.get_rank() if dist.is_initialized() else 0))
-        model.train()
-        batches = _drawn(data, config.batch_size, seed)
-        for share in progress(_shares(config, device), "refine"):
-            batch = next(batches)
-            optimizer.zero_grad()
-            if batch is not None:
-                batch = {key: value.to(device) for key, value in batch.items()}
-                batch = dict(augment(batch)) if augment is not None else batch
-                with torch.no_grad():
-                    given = [logits(teacher, batch) for teacher in teachers]
-                loss_to_mean(logits(model, batch), given, weights, batch.get(mask), kind=kind).backward()
-            _average_gradients(model, took_part=batch is not None)
-            if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
-                raise FusionError(f"learned refinement diverged; lower refine.lr (it is {config.lr:g})")
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * warmup_cosine(share, WARMUP)
-            optimizer.step()
-    model.eval()
+    device, asked = device_of(model), config.refine
+    course = _Course(asked, device)
+    samples = Unlabelled(data, more, asked.samples, device)
+    teachers = [parent.network.original.whole() for parent in parents]
+    weights: Sequence[float | Tensor] = tags or [parent.weight for parent in parents]
+    mask = binding.family.stacks[-1].mask
+    teaching = Teaching(teachers, weights, mask, samples, asked.batch_size, augment, seed)
+    starts = []
+    if asked.start != "parent":
+        starts.append(Start("the fused model", model, None, teaching.divergence(model)))
+    if asked.start != "fused" and (found := _best_parent(parents, weights, data, config, teaching)) is not None:
+        starts.append(found)
+    rates = RATES if asked.lr is None else (asked.lr,)
+    entrants = [Entrant(start, lr, start.divergence) for lr in rates for start in starts]
+    winner = _race(entrants, teaching, course, progress)
+    kept = _Nearest(winner.start, teaching)
+    student = copy.deepcopy(winner.start.model)
+    finite = teaching.run(student, winner.lr, progress(course.rest(teaching), "refine"), kept.on_the_way(student))
+    kept.look_back(student)
+    others = [start for start in starts if start is not winner.start]
+    told = _told(winner, kept, others, finite=finite)
+    kept.give(student)
+    return Taught(student, winner.start.parent, told)
 
 
-def loss_to_mean(
-    output: Tensor,
-    given: Sequence[Tensor],
+def _best_parent(
+    parents: Sequence[AlignedParent],
     weights: Sequence[float | Tensor],
-    mask: Tensor | None = None,
-    *,
-    kind: Kind = CLASSES,
-) -> Tensor:
-    """The cross-entropy of a model to the weighted mean of other models' probabilities.
+    data: CalibrationSet,
+    config: FuseConfig,
+    teaching: Teaching,
+) -> Start | None:
+    """The parent that predicts held-out samples best once its head is fitted; None where a model of another width or
+    depth is asked for, or none has a head of that kind and all tokens of the anchor."""
+    family = parents[0].binding.family
+    whole = [index for index, parent in enumerate(parents) if parent.network.absent is None]
+    plain = [parent.network.original.prepared(None).whole() for parent in parents]  # as trained, in no canonical form
+    if (config.width, config.depth) != (None, None) or not whole or not can_fit_heads(plain, family):
+        return None
+    numbered = ((data.firsts[index], data[index]) for index in data)
+    heads = HeadFit(plain, weights, numbered, Kept(budget(config.calibration.memory)), family)
+    fits = {index: heads.fitted(index, lambda sums: sum_over_ranks([*sums])) for index in whole}
+    best = min(whole, key=lambda index: fits[index][1].after)
+    model = copy.deepcopy(fits[best][0]).eval()  # which shares its parameters with the parent
+    return Start(f"{parents[best].network.name} with its head fitted", model, best, teaching.divergence(model))
 
-    Where models put out numbers, or one of them, the squared error to the mean of these; of tags the mean
-    cross-entropy of each by itself.
 
-    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, at temperature 1.
+def _race(entrants: list[Entrant], teaching: Teaching, course: "_Course", progress: Progress) -> Entrant:
+    """Teaches all for a little while, the nearer half twice as long, and so on; each time from the start."""
+    rounds = (len(entrants) - 1).bit_length()
+    for number in range(rounds):
+        part, reached = 1 / rounds / len(entrants), []
+        for place, entrant in enumerate(progress(entrants, "race")):
+            model, until = copy.deepcopy(entrant.start.model), number / rounds + (place + 1) * part
+            teaching.run(model, entrant.lr, course.heat(part, until, teaching))
+            # What makes a start worse leaves it as it is.
+            found = [entrant.start.divergence, teaching.divergence(model)]
+            reached.append(replace(entrant, reached=min(one for one in found if not math.isnan(one))))
+        entrants = sorted(reached, key=lambda one: one.reached)[: (len(entrants) + 1) // 2]
+    return entrants[0]
+
+
+class _Course:
+    """How long a refinement takes, in steps or by the first rank's clock.
 
     Args:
-        output: logits of the model, [B, classes] or [B, T, tokens].
-        given: those of the other models, without their graph.
-        weights: one a model, summing to 1; or one for each of its tags.
-        mask: what counts of [B, T]; None for all.
-        kind: what the outputs mean.
+        config: says so.
+        device: where ranks exchange what the clock shows.
     """
-    numbers = kind == NUMBERS or (kind == CLASSES and output.shape[-1] == 1)
-    mean = torch.zeros_like(output)
-    for weight, one in zip(weights, given, strict=True):
-        mean += weight * (one if numbers else one.sigmoid() if kind == TAGS else one.softmax(-1))
-    if mask is not None and output.ndim == 3:
-        output, mean = (one[mask.to(one.device).bool()] for one in (output, mean))
-    output, mean = output.flatten(0, -2), mean.flatten(0, -2)
-    if kind == TAGS:
-        return functional.binary_cross_entropy_with_logits(output, mean)
-    return functional.mse_loss(output, mean) if numbers else functional.cross_entropy(output, mean)
+
+    def __init__(self, config: RefineConfig, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self._seconds = None if config.minutes is None else 60 * config.minutes
+        self._started = time.monotonic()
+        self._race: float | None = None  # when it began
+
+    def heat(self, part: float, until: float, teaching: Teaching) -> Iterable[float]:
+        """The steps of one entrant; before each the share of them that is over.
+
+        Args:
+            part: of the race.
+            until: the share of the race that is over then.
+            teaching: knows how long it takes to look at the result, which counts.
+        """
+        if self._seconds is None:
+            return _by_steps(max(1, round(RACE * part * self._config.planned)))
+        now = time.monotonic() - self._started
+        self._race = now if self._race is None else self._race
+        end = self._race + RACE * until * (self._seconds - self._race)
+        return _by_clock(end - now - teaching.seconds, self._device)
+
+    def rest(self, teaching: Teaching) -> Iterable[float]:
+        """The steps of the teaching itself."""
+        if self._seconds is None:
+            return _by_steps(self._config.planned)
+        left = self._seconds - (time.monotonic() - self._started)
+        looks = (len(QUARTERS) + 1) * teaching.seconds
+        return _by_clock(left - min(looks, left / 2), self._device)
 
 
-def _shares(config: RefineConfig, device: torch.device) -> Iterable[float]:
-    """Before each step, the share of the refinement that is over; the same on all ranks."""
-    if config.minutes is not None:
-        return _by_clock(Clock(60 * config.minutes), device)
-    return [step / config.planned for step in range(config.planned)]
+def _by_steps(count: int) -> Iterable[float]:
+    """The middle of each step, so that none has a learning rate of 0."""
+    return [(step + 0.5) / count for step in range(count)]
 
 
-def _by_clock(clock: Clock, device: torch.device) -> Iterator[float]:
+def _by_clock(seconds: float, device: torch.device) -> Iterator[float]:
+    clock = Clock(max(seconds, 1e-9))
     while True:
         share = torch.tensor(clock.share, device=device)
         if dist.is_initialized():
@@ -132,46 +221,60 @@ def _by_clock(clock: Clock, device: torch.device) -> Iterator[float]:
         yield float(share)
 
 
-def _drawn(data: CalibrationSet, size: int, seed: int) -> Iterator[dict[str, Tensor] | None]:
-    """Batches of `size` samples, in a new order each time through, without end; None where this rank has none.
+class _Nearest:
+    """The nearest weights to the teachers' mean that were looked at, the start among them.
 
-    Samples that are padded to other lengths don't meet.
+    Args:
+        start: where the teaching starts.
+        teaching: measures.
     """
-    alike: dict[tuple[torch.Size, ...], list[Sample]] = defaultdict(list)
-    for index in data:
-        values = list(data[index].values())
-        alike[tuple(value.shape[1:] for value in values)] += [(index, row) for row in range(len(values[0]))]
-    if not alike:
-        yield from repeat(None)
-    generator = torch.Generator().manual_seed(seed)
-    counts = torch.tensor([float(len(samples)) for samples in alike.values()])
-    streams = [_endless(samples, generator) for samples in alike.values()]
-    while True:
-        stream = streams[int(torch.multinomial(counts, 1, generator=generator))]
-        yield _gathered(data, islice(stream, size))
+
+    def __init__(self, start: Start, teaching: Teaching) -> None:
+        self._start, self._teaching = start, teaching
+        self.divergence, self.where = start.divergence, "the start is kept"
+        self._state: dict[str, Tensor] | None = None
+
+    def look(self, model: nn.Module, where: str) -> None:
+        """Measures a model, and keeps a copy of its weights if none were nearer."""
+        found = self._teaching.divergence(model)
+        if found < self.divergence:
+            self.divergence, self.where = found, where
+            self._state = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+
+    def on_the_way(self, model: nn.Module) -> Callable[[float], None]:
+        """Looks at a model whenever another quarter of its teaching is over."""
+        ahead = list(QUARTERS)
+
+        def look(share: float) -> None:
+            if ahead and share >= ahead[0]:
+                self.look(model, f"what it was after {ahead[0]:g} of the teaching is kept")
+                ahead[:] = [one for one in ahead if one > share]
+
+        return look
+
+    @torch.no_grad()
+    def look_back(self, model: nn.Module) -> None:
+        """Looks at a model at the end of its way, and along the straight line back; the model is changed."""
+        self.look(model, "the end is kept")
+        begin = dict(self._start.model.named_parameters())
+        end = {name: tensor.clone() for name, tensor in model.named_parameters()}
+        for share in QUARTERS:
+            for name, tensor in model.named_parameters():
+                tensor.copy_(begin[name].lerp(end[name], share))
+            self.look(model, f"{share:g} of the straight way is kept")
+
+    @torch.no_grad()
+    def give(self, model: nn.Module) -> None:
+        """Gives a model the weights that were kept."""
+        state = dict(self._start.model.named_parameters()) if self._state is None else self._state
+        for name, tensor in model.named_parameters():
+            tensor.copy_(state[name])
 
 
-def _endless(samples: Sequence[Sample], generator: torch.Generator) -> Iterator[Sample]:
-    while True:
-        for at in torch.randperm(len(samples), generator=generator).tolist():
-            yield samples[at]
-
-
-def _gathered(data: CalibrationSet, samples: Iterable[Sample]) -> dict[str, Tensor]:
-    rows: dict[int, list[int]] = defaultdict(list)
-    for index, row in samples:
-        rows[index].append(row)
-    parts = [{key: value[chosen] for key, value in data[index].items()} for index, chosen in rows.items()]
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-
-def _average_gradients(model: nn.Module, *, took_part: bool) -> None:
-    if not dist.is_initialized():
-        return
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
-    flat = torch.cat([*(one.flatten() for one in gradients), gradients[0].new_tensor([float(took_part)])])
-    dist.all_reduce(flat)
-    means = (flat[:-1] / flat[-1]).split([one.numel() for one in parameters])
-    for parameter, mean in zip(parameters, means, strict=True):
-        parameter.grad = mean.view_as(parameter)
+def _told(winner: Entrant, kept: _Nearest, others: Sequence[Start], *, finite: bool) -> str:
+    line = (
+        f"taught from {winner.start.name}, learning rate {winner.lr:g}: {kept.where}; held-out divergence from the "
+        f"parents' mean {winner.start.divergence:.4f} before, {kept.divergence:.4f} after"
+    )
+    line += "".join(f" ({other.name}: {other.divergence:.4f} before)" for other in others)
+    return line if finite else f"{line}; it diverged, so lower refine.lr"

@@ -17,6 +17,7 @@ from fusionpl.fusion.average import averaged
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.depth import Matching
 from fusionpl.fusion.parents import AlignedParent
+from fusionpl.fusion.refine import Taught
 from fusionpl.models import TensorFile, save_model
 from fusionpl.transport import TransportMap
 
@@ -88,7 +89,8 @@ class FusionResult:
         kept: parameters that stayed the anchor's.
 
     Attributes:
-        refitted: the model before it was refined, where it was; else None.
+        refitted: the fused model before it was refined, where it was; else None.
+        teaching: what was chosen then, and what it started from.
         matchings: for parents of another depth than the fused model's, which of their blocks stand for which of its.
         notes: what was decided on the calibration set: which blocks and whose units were taken, a line each.
         warnings: what a reader should know, for example solvers that did not converge, by axis.
@@ -106,14 +108,24 @@ class FusionResult:
         self._sink, self.parents, self.anchor, self.config, self._kept = sink, list(parents), anchor, config, kept
         self._goal = goal
         self.refitted: nn.Module | None = None
+        self.teaching: Taught | None = None
         self.warnings: list[str] = []
         self.matchings: Sequence[Matching] = ()
         self.notes: list[str] = []
 
     @cached_property
     def model(self) -> nn.Module:
-        """The fused model, with the anchor's architecture, and its width unless another was asked for; in eval mode."""
+        """The fused model, with the anchor's architecture, and its width unless another was asked for; in eval mode.
+
+        Refined from a parent it has that parent's architecture.
+        """
         return self._sink.model()
+
+    def taught(self, found: Taught) -> None:
+        """Puts what was refined into the place of the fused model, which stays as `refitted`."""
+        self.refitted, self.teaching = self.model, found
+        self.model = found.model
+        self.notes.append(found.told)
 
     @property
     def alignments(self) -> list[Alignment | None]:
@@ -122,7 +134,7 @@ class FusionResult:
 
     @property
     def binding(self) -> Binding:
-        """The model's."""
+        """The fused network's."""
         return self._goal.binding
 
     @property

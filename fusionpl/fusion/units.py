@@ -100,7 +100,7 @@ def trial_of(config: FuseConfig, classifies: bool) -> FuseConfig | None:
     if config.strategy != "joint" or config.units != "auto" or not classifies:
         return None
     few = min(TRIAL, config.calibration.samples)
-    return replace(config, calibration=replace(config.calibration, samples=few), refine=RefineConfig())
+    return replace(config, calibration=replace(config.calibration, samples=few), refine=RefineConfig("none"))
 
 
 def preferred(anchor: Sweep, even: Sweep) -> tuple[FuseConfig, list[str]]:

@@ -18,10 +18,10 @@ class OTFusion(L.Callback):
     """Replaces `module.model` by the fusion of `parents`, before the strategy wraps the module.
 
     `L.Trainer(callbacks=[OTFusion(parents)]).fit(module, datamodule)` finetunes a fused model; `validate` and `test`
-    evaluate it. Calibration uses `datamodule.calibration_dataloader()`, and `refine.augment` uses
-    `datamodule.augmented`, where there is one. Under DDP every rank calibrates on its share of the batches and the
-    moments are summed, so all ranks hold the same fused model. It fuses on the Trainer's device, or on the CPU where
-    that device has no float64 (Apple's GPUs).
+    evaluate it. Calibration uses `datamodule.calibration_dataloader()`. Refinement also uses
+    `datamodule.unlabelled_dataloader()`, and with `refine.augment` `datamodule.augmented`, where there are such. Under
+    DDP every rank calibrates on its share of the batches and the moments are summed, so all ranks hold the same fused
+    model. It fuses on the Trainer's device, or on the CPU where that device has no float64 (Apple's GPUs).
 
     Args:
         parents: models, or anything `fusionpl.load_model` takes.
@@ -81,6 +81,7 @@ class OTFusion(L.Callback):
             raise FusionError(
                 "OTFusion needs calibration data: give the Trainer a datamodule with calibration_dataloader()"
             )
+        unlabelled = getattr(datamodule, "unlabelled_dataloader", None)
         device = trainer.strategy.root_device
         if not has_float64(device):
             device = torch.device("cpu")
@@ -93,6 +94,7 @@ class OTFusion(L.Callback):
             names=self.names,
             device=device,
             output=self.output if trainer.is_global_zero else None,
+            unlabelled=unlabelled() if unlabelled is not None and self.config.refine.asked else None,
             augment=getattr(datamodule, "augmented", None),
             processing=self.processing or getattr(datamodule, "processing", None),
             seed=self.seed,

@@ -186,7 +186,7 @@ def give_tokenizer(folder: Path) -> None:
     made.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("changes", [{}, {"refine.method": "gradient", "refine.steps": 2}], ids=["fused", "refined"])
+@pytest.mark.parametrize("changes", [{}, {"refine.start": "fused", "refine.steps": 2}], ids=["fused", "refined"])
 def test_tokenizer_and_configuration_come_along(changes: dict[str, Any], tmp_path: Path) -> None:
     paths, _ = pair(tmp_path, "bert masked-lm", max_shard_size="10KB")
     for path in paths:
@@ -212,11 +212,25 @@ def test_class_names_come_along(tmp_path: Path) -> None:
 
 def test_a_refined_model_is_the_one_on_disk(tmp_path: Path) -> None:
     paths, _ = pair(tmp_path, "vit")
-    result = fused(list(paths), "vit", tmp_path / "fused", **{"refine.method": "gradient", "refine.steps": 3})
+    changes = {"refine.start": "fused", "refine.steps": 30, "refine.lr": 1e-3}
+    result = fused(list(paths), "vit", tmp_path / "fused", **changes)
     assert_same(tmp_path / "fused", result.model)
     assert result.refitted is not None
     assert not torch.equal(result.refitted.get_parameter("classifier.weight"),
                            result.model.get_parameter("classifier.weight"))  # fmt: skip
+
+
+def test_what_is_taught_from_a_parent_is_on_disk_as_that_parent_was(tmp_path: Path) -> None:
+    paths, _ = pair(tmp_path, "bert masked-lm")
+    for path in paths:
+        give_tokenizer(path / "model")
+    changes = {"refine.steps": 2, "refine.start": "parent"}
+    result = fused(list(paths), "bert masked-lm", tmp_path / "fused", **changes)
+    assert result.teaching is not None
+    assert result.teaching.parent is not None
+    assert_same(tmp_path / "fused", result.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "fused" / "model")
+    assert tokenizer.convert_tokens_to_ids("dog") == 6
 
 
 # what may go wrong

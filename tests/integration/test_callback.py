@@ -83,9 +83,11 @@ class Kept(fusionpl.OTFusion):
             schedule.time = types.SimpleNamespace(monotonic=lambda: 10 * time.monotonic())
         super().setup(trainer, module, stage)
         torch.save(module.model.state_dict(), f"{output}/rank-{{trainer.global_rank}}.pt")
+        with open(f"{output}/rank-{{trainer.global_rank}}.txt", "w") as file:
+            file.write(self.result.notes[-1])
 
 
-callback = Kept({runs}, FuseConfig(refine=RefineConfig("gradient", minutes=0.01, lr=1e-2, augment=True)))
+callback = Kept({runs}, FuseConfig(refine=RefineConfig({options}, augment=True)))
 trainer = L.Trainer(
     accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False, enable_progress_bar=False,
     callbacks=[callback], limit_test_batches=0,
@@ -105,8 +107,12 @@ def run_script(script: Path, text: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_refine_one_model_for_one_time(runs: list[Path], tmp_path: Path) -> None:
-    run_script(tmp_path / "refined.py", REFINED.format(runs=[str(run) for run in runs], output=tmp_path))
+@pytest.mark.parametrize("options", ["minutes=0.1, start='fused', lr=1e-3", "steps=20", "steps=20, start='parent'"])
+def test_two_processes_refine_one_model_and_choose_the_same(runs: list[Path], tmp_path: Path, options: str) -> None:
+    words = REFINED.format(runs=[str(run) for run in runs], output=tmp_path, options=options)
+    run_script(tmp_path / "refined.py", words)
+    told = [(tmp_path / f"rank-{rank}.txt").read_text() for rank in range(2)]
+    assert told[0] == told[1]
     names = ("refitted", "rank-0", "rank-1")
     before, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in names)
     assert all(torch.equal(first[name], second[name]) for name in first)

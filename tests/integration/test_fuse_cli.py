@@ -104,7 +104,8 @@ def test_rotation_refinement_and_another_preset_beside_it(parents: list[str], tm
     (tmp_path / "beside.yaml").write_text(yaml.safe_dump({"align": {"solver": "emd"}}))
     words = ["--parents", *parents[:2], *QUICK, "--align.stream", "rotation", "--align.residual", "tie"]
     words += ["--align.heads", "matched", "--align.solver", "assignment"]
-    more = ["--refine.method", "gradient", "--refine.minutes", "0.02", "--compare", str(tmp_path / "beside.yaml")]
+    more = ["--refine.method", "gradient", "--refine.minutes", "0.1", "--refine.start", "fused"]
+    more += ["--compare", str(tmp_path / "beside.yaml")]
     assert main(fuse.run, [*words, *more, "--output", str(tmp_path / "refined")]) == 0
     assert main(fuse.run, [*words, "--output", str(tmp_path / "refitted")]) == 0
     refined, refitted = (
@@ -114,7 +115,22 @@ def test_rotation_refinement_and_another_preset_beside_it(parents: list[str], tm
     assert refined["refitted"].loss == refitted["fused"].loss
     assert refined["aligned average"].loss == refitted["aligned average"].loss
     assert refined["fused"].loss != refined["refitted"].loss
-    assert (refined["fused"].seconds or 0) >= 60 * 0.02
+    assert (refined["fused"].seconds or 0) >= 60 * 0.05
+
+
+def test_minutes_are_enough_to_have_the_better_start_taught(
+    parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = str(make_run(tmp_path / "wide", 4, embed_dim=32))
+    output = tmp_path / "fused"
+    words = ["--parents", parents[0], wide, *QUICK, "--weights", "[0.02, 0.98]", "--report", "rows"]
+    assert main(fuse.run, [*words, "--refine.minutes", "0.05", "--output", str(output)]) == 0
+    (line,) = (one for one in capsys.readouterr().out.splitlines() if one.startswith("taught from "))
+    assert line.startswith("taught from wide with its head fitted, learning rate ")
+    assert line in Report.load(output / "report").notes
+    assert load_model(output).get_parameter("pos_embed").shape[-1] == 32
+    with safe_open(str(output / "model" / "model.safetensors"), "pt") as file:
+        assert file.get_slice("head.weight").get_shape() == [10, 32]
 
 
 def test_what_its_owner_could_do_instead_stands_beside_it(

@@ -1,6 +1,7 @@
 """Causal and encoder-decoder language models from train.py through finetune.py, on a corpus of a few sentences."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,10 @@ def test_a_model_is_finetuned_with_its_own_data_and_tokenizer(name: str, home: P
     assert main(fuse.run, [*parents, "--logger", "csv", "--report", "rows", "--output", str(fused)]) == 0
     rows = {row.name: row for row in Report.load(fused / "report").rows}
     assert (rows["fused"].loss or 9) < (rows["vanilla"].loss or 0) + 0.1  # a parent and what became of it
+    words = [*parents, "--logger", "csv", "--report", "rows", "--refine.steps", "4", "--output", str(fused) + "-taught"]
+    assert main(fuse.run, words) == 0
+    notes = Report.load(Path(f"{fused}-taught") / "report").notes
+    assert any(re.search("^taught from .* held-out divergence from the parents' mean", note) for note in notes)
 
 
 def test_a_classifier_is_put_on_a_causal_model(home: Path) -> None:

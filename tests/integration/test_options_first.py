@@ -57,9 +57,12 @@ OPTIONS: dict[str, tuple[Configured, str]] = {
     "anchor": (lambda: FuseConfig(anchor=2), "anchor 2 is not an index into 2 parents"),
     "anchor from the end": (lambda: FuseConfig(anchor=-3), "anchor -3 is not an index into 2 parents"),
     "steps without refinement": (
-        lambda: FuseConfig(refine=RefineConfig(minutes=2)), "minutes has nothing to do while refine.method is none"),
+        lambda: FuseConfig(refine=RefineConfig("none", minutes=2)), "minutes has nothing to do while refine.method is"),
     "steps": (lambda: FuseConfig(refine=RefineConfig("gradient", steps=0)), "refine.steps must be at least 1"),
     "lr": (lambda: FuseConfig(refine=RefineConfig("gradient", lr=float("nan"))), "refine.lr must be above 0"),
+    "a parent of another width": (
+        lambda: FuseConfig(width=2, strategy="joint", refine=RefineConfig("gradient", start="parent")),
+        "refine.start parent gives a parent's width; leave width out"),
     "steps and minutes": (lambda: FuseConfig(refine=RefineConfig("gradient", steps=5, minutes=1)), "leave one out"),
 }  # fmt: skip
 

@@ -14,11 +14,12 @@ from fusionpl import schedule
 from fusionpl.calibration import CalibrationConfig, CalibrationSet, Kept
 from fusionpl.errors import FusionError
 from fusionpl.fusion import FuseConfig, FusionResult, RefineConfig, loss_to_mean
-from fusionpl.fusion.refine import _drawn, _shares
+from fusionpl.fusion.refine import _by_clock, _by_steps
+from fusionpl.fusion.unlabelled import Unlabelled
 from fusionpl.training import OTFusion
 from tests.models_for_tests import TEXT_MODELS, images, largest_difference, outputs, sentences, text_model, timm_vit
 
-CONFIG = FuseConfig(refine=RefineConfig("gradient", steps=60, lr=3e-3, augment=True))
+CONFIG = FuseConfig(refine=RefineConfig("gradient", start="fused", steps=60, lr=3e-3, augment=True))
 
 
 def noisy_negatives(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,7 +62,7 @@ def test_teachers_see_what_the_model_sees_and_the_seed_decides_it() -> None:
 
 def test_augmentation_can_be_left_out() -> None:
     parents: list[nn.Module] = [timm_vit(seed) for seed in range(2)]
-    refine = RefineConfig("gradient", steps=3, augment=False)
+    refine = RefineConfig("gradient", start="fused", steps=3, augment=False)
     plain, left_out = (
         fusionpl.fuse(parents, [images(16)], FuseConfig(refine=refine), augment=one) for one in (None, noisy_negatives)
     )
@@ -69,7 +70,7 @@ def test_augmentation_can_be_left_out() -> None:
 
 
 def drawn(data: CalibrationSet, size: int, seed: int, key: str = "pixel_values") -> Iterator[Tensor]:
-    for batch in _drawn(data, size, seed):
+    for batch in Unlabelled(data, None, None, torch.device("cpu")).taught(size, seed):
         assert batch is not None
         yield batch[key]
 
@@ -79,11 +80,11 @@ def test_samples_are_drawn_anew_each_time_through() -> None:
     data = CalibrationSet([numbered], CalibrationConfig(batch_size=4), Kept(10**6))
 
     def passes(seed: int) -> list[list[set[float]]]:
-        batches = drawn(data, 5, seed)
+        batches = drawn(data, 4, seed)
         return [[set(next(batches).flatten().tolist()) for _ in range(2)] for _ in range(4)]
 
     found = passes(0)
-    assert all(first | second == set(range(10)) for first, second in found)
+    assert all(first | second == set(range(10)) - {4, 9} for first, second in found)  # those are held out
     assert len({frozenset(batch) for one in found for batch in one}) == 8  # never in the same company
     assert passes(0) == found
     assert passes(1) != found
@@ -98,10 +99,10 @@ def test_samples_of_another_length_are_in_other_batches() -> None:
 def test_minutes_are_over_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(100, 1000, 15))
     monkeypatch.setattr(schedule, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
-    device = torch.device("cpu")
-    shares = list(_shares(RefineConfig("gradient", minutes=1.5), device))
+    shares = list(_by_clock(90, torch.device("cpu")))
     assert shares == pytest.approx([step / 6 for step in (1, 2, 3, 4, 5)])
-    assert list(_shares(RefineConfig("gradient", steps=4), device)) == [0, 0.25, 0.5, 0.75]
+    assert list(_by_clock(-1, torch.device("cpu"))) == []
+    assert list(_by_steps(4)) == [0.125, 0.375, 0.625, 0.875]
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
@@ -138,21 +139,33 @@ def test_the_callback_refines() -> None:
 
 def test_a_rank_without_batches_takes_part() -> None:
     """More processes than batches: those without one add nothing to the gradient."""
-    empty = CalibrationSet([images(4)], CalibrationConfig(), Kept(10**6))
-    empty.firsts.clear()
-    assert next(_drawn(empty, 4, seed=0)) is None
+    data = CalibrationSet([images(8)], CalibrationConfig(), Kept(10**6))
+    mine = Unlabelled(data, None, None, torch.device("cpu"))
+    data.firsts.clear()
+    assert next(mine.taught(4, seed=0)) is None
+    assert list(mine.held(4)) == []
 
 
-def test_a_refinement_that_diverges_is_told() -> None:
+def test_a_refinement_that_diverges_is_told_and_changes_nothing() -> None:
     parents: list[nn.Module] = [timm_vit(seed) for seed in range(2)]
-    config = FuseConfig(refine=RefineConfig("gradient", steps=20, lr=1e30))
-    with pytest.raises(FusionError, match=r"diverged; lower refine.lr \(it is 1e\+30\)"):
-        fusionpl.fuse(parents, [images(8)], config)
+    config = FuseConfig(refine=RefineConfig("gradient", start="fused", steps=20, lr=1e30))
+    result = fusionpl.fuse(parents, [images(8)], config)
+    assert result.refitted is not None
+    assert largest_difference(result.model, result.refitted) == 0
+    assert result.notes[-1].endswith("; it diverged, so lower refine.lr")
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("steps", 0), ("minutes", 0.0), ("minutes", float("inf")), ("batch_size", 0), ("lr", 0.0), ("lr", float("nan"))],
+    [
+        ("steps", 0),
+        ("samples", 0),
+        ("minutes", 0.0),
+        ("minutes", float("inf")),
+        ("batch_size", 0),
+        ("lr", 0.0),
+        ("lr", float("nan")),
+    ],
 )
 def test_options_out_of_range_are_refused(option: str, value: float) -> None:
     with pytest.raises(FusionError, match=f"refine.{option} must be"):

@@ -30,7 +30,7 @@ SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "weighted residual": ("vit", "default", {"align.residual": "weighted_matrix", "align.metric": "correlation"}),
     "text": ("bert", "default", {}),
     "text, permutations": ("bert", "default", EXACT),
-    "text, refinement": ("bert", "default", {"refine.method": "gradient", "refine.steps": 2}),
+    "text, refinement": ("bert", "default", {"refine.start": "fused", "refine.steps": 2, "refine.lr": 1e-4}),
 }
 
 

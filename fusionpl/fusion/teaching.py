@@ -1,0 +1,204 @@
+"""Distillation of several models into one, and how far one is from their mean on samples that are held out."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fusionpl.calibration import device_of, eval_mode, logits, sum_over_ranks
+from fusionpl.fusion.unlabelled import Inputs, Unlabelled
+from fusionpl.models import CLASSES, NUMBERS, TAGS, Kind, kind_of
+from fusionpl.schedule import warmup_cosine
+
+WARMUP = 0.1
+HELD_OUT_SEED = 0  # of what a data set draws for each batch, as masks
+Augment = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+
+
+def nothing(share: float) -> None:
+    """Looks at nothing on the way."""
+
+
+class Teaching:
+    """Teachers over unlabelled samples.
+
+    Under torch.distributed each rank draws from its own samples, the gradients are averaged, and what is measured is
+    summed, so that all ranks hold the same model and find the same figures.
+
+    Args:
+        teachers: models with the same outputs.
+        weights: one a teacher, or for each of its tags [tags], summing to 1.
+        mask: the model input that says which of [B, T] count, where there is one.
+        samples: to teach on, and those that are held out.
+        size: samples a step and process.
+        augment: changes a batch of model inputs, which is where the model is, at random; the teachers see what the
+            model sees.
+        seed: decides the order of the samples and, with the rank, what is drawn from torch's global RNG: augmentation
+            and dropout.
+
+    Attributes:
+        seconds: that the last look at the held-out samples took.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[nn.Module],
+        weights: Sequence[float | Tensor],
+        mask: str,
+        samples: Unlabelled,
+        size: int,
+        augment: Augment | None,
+        seed: int,
+    ) -> None:
+        self._teachers, self._weights, self._mask = teachers, weights, mask
+        self._samples, self._size, self._augment, self._seed = samples, size, augment, seed
+        self._means: dict[int, Tensor] = {}  # of held-out batches, where they are few numbers
+        self.seconds = 0.0
+        self.device, self._kind = device_of(teachers[0]), kind_of(teachers[0])
+
+    def run(
+        self, model: nn.Module, lr: float, shares: Iterable[float], look: Callable[[float], None] = nothing
+    ) -> bool:
+        """Draws a model to the mean of the teachers: see `loss_to_mean`.
+
+        Args:
+            model: changed in place, where it is; in eval mode afterwards.
+            lr: largest learning rate of AdamW.
+            shares: before each step, the share of the teaching that is over; the same on all ranks.
+            look: called before each step.
+
+        Returns:
+            Whether all gradients were finite; at the first that are not it stops.
+        """
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+        with torch.random.fork_rng():
+            torch.manual_seed(self._seed + (dist.get_rank() if dist.is_initialized() else 0))
+            batches = self._samples.taught(self._size, self._seed)
+            for share in shares:
+                look(share)
+                model.train()
+                optimizer.zero_grad()
+                batch = next(batches)
+                if batch is not None:
+                    self._loss(model, batch).backward()
+                _average_gradients(model, took_part=batch is not None)
+                if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
+                    break
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * warmup_cosine(share, WARMUP)
+                optimizer.step()
+            else:
+                model.eval()
+                return True
+        model.eval()
+        return False
+
+    def divergence(self, model: nn.Module) -> float:
+        """The mean divergence of a model from the teachers' mean over the held-out samples, in nats; of models that put
+        out one number, the mean squared error."""
+        started = time.monotonic()
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        with torch.no_grad(), eval_mode(model), torch.random.fork_rng():
+            torch.manual_seed(HELD_OUT_SEED)
+            for index, batch in enumerate(self._samples.held(self._size)):
+                batch = self._here(batch)
+                output, mean = _counted(logits(model, batch), self._held_mean(index, batch), batch.get(self._mask))
+                found = _loss(output, mean, self._kind) - _least(mean, self._kind)
+                total += torch.stack([found.double() * len(output), total.new_full((), len(output))])
+        sum_over_ranks([total])
+        self.seconds = time.monotonic() - started
+        return float(total[0] / total[1])
+
+    def _loss(self, model: nn.Module, batch: Inputs) -> Tensor:
+        batch = self._here(batch)
+        batch = dict(self._augment(batch)) if self._augment is not None else batch
+        return _loss(*_counted(logits(model, batch), self._mean(batch), batch.get(self._mask)), self._kind)
+
+    def _here(self, batch: Inputs) -> Inputs:
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+    def _mean(self, batch: Inputs) -> Tensor:
+        with torch.no_grad():
+            return mean_of([logits(teacher, batch) for teacher in self._teachers], self._weights, self._kind)
+
+    def _held_mean(self, index: int, batch: Inputs) -> Tensor:
+        if index in self._means:
+            return self._means[index]
+        mean = self._mean(batch)
+        if mean.ndim == 2:  # a distribution for every token would be too much to keep
+            self._means[index] = mean
+        return mean
+
+
+def loss_to_mean(
+    output: Tensor,
+    given: Sequence[Tensor],
+    weights: Sequence[float | Tensor],
+    mask: Tensor | None = None,
+    *,
+    kind: Kind = CLASSES,
+) -> Tensor:
+    """The cross-entropy of a model to the weighted mean of other models' probabilities.
+
+    Where models put out numbers, or one of them, the squared error to the mean of these; of tags the mean
+    cross-entropy of each by itself.
+
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, at temperature 1.
+
+    Args:
+        output: logits of the model, [B, classes] or [B, T, tokens].
+        given: those of the other models, without their graph.
+        weights: one a model, summing to 1; or one for each of its tags.
+        mask: what counts of [B, T]; None for all.
+        kind: what the outputs mean.
+    """
+    return _loss(*_counted(output, mean_of(given, weights, kind), mask), kind)
+
+
+def mean_of(given: Sequence[Tensor], weights: Sequence[float | Tensor], kind: Kind = CLASSES) -> Tensor:
+    """The weighted mean of the probabilities of logits [..., classes], or of numbers."""
+    mean = torch.zeros_like(given[0])
+    for weight, one in zip(weights, given, strict=True):
+        weight = weight.to(one) if isinstance(weight, Tensor) else weight
+        mean += weight * (one if _numbers(one, kind) else one.sigmoid() if kind == TAGS else one.softmax(-1))
+    return mean
+
+
+def _numbers(output: Tensor, kind: Kind) -> bool:
+    return kind == NUMBERS or (kind == CLASSES and output.shape[-1] == 1)
+
+
+def _counted(output: Tensor, mean: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The predictions that count, [N, classes]."""
+    if mask is not None and output.ndim == 3:
+        return output[mask.to(output.device).bool()], mean[mask.to(mean.device).bool()]
+    return output.flatten(0, -2), mean.flatten(0, -2)
+
+
+def _loss(output: Tensor, mean: Tensor, kind: Kind) -> Tensor:
+    if kind == TAGS:
+        return functional.binary_cross_entropy_with_logits(output, mean)
+    return functional.mse_loss(output, mean) if _numbers(output, kind) else functional.cross_entropy(output, mean)
+
+
+def _least(mean: Tensor, kind: Kind) -> Tensor:
+    """The loss of a model that puts out the mean itself."""
+    if _numbers(mean, kind):
+        return mean.new_zeros(())
+    each: Tensor = torch.special.entr(mean)
+    return (each + torch.special.entr(1 - mean)).mean() if kind == TAGS else each.sum(-1).mean()
+
+
+def _average_gradients(model: nn.Module, *, took_part: bool) -> None:
+    if not dist.is_initialized():
+        return
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+    flat = torch.cat([*(one.flatten() for one in gradients), gradients[0].new_full((1,), float(took_part))])
+    dist.all_reduce(flat)
+    means = (flat[:-1] / flat[-1]).split([one.numel() for one in parameters])
+    for parameter, mean in zip(parameters, means, strict=True):
+        parameter.grad = mean.view_as(parameter)

@@ -56,9 +56,6 @@ def spoken(command: Path, *words: str, place: Path) -> str:
 
 def test_an_installed_package_fuses_from_an_empty_folder(command: Path, tmp_path: Path) -> None:
     assert spoken(command, "--version", place=tmp_path) == f"fusionpl {fusionpl.__version__}\n"
-    listed = spoken(command, "fuse", "--list-presets", place=tmp_path).splitlines()
-    assert [line.split()[0] for line in listed] == ["default", "joint", "paper", "transport"]
-    assert all(len(line.split()) > 5 for line in listed)
     parents = [str(make_run(tmp_path / f"seed-{seed}", seed)) for seed in range(2)]
     words = ("fuse", "--parents", *parents, "--output", "fused", "--config", "transport", "--logger", "none")
     assert "fused: model/, report/report.html" in spoken(command, *words, place=tmp_path)
@@ -73,6 +70,14 @@ def test_the_wheel_has_every_package_and_preset(wheel: Path) -> None:
     inside |= {f"fusionpl/conf/{path.relative_to(CONF)}" for path in CONF.rglob("*.yaml")}
     assert inside <= names
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)
+
+
+def test_presets_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(["fuse", "--list-presets"])
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == ["default", "joint", "paper", "transport"]
+    assert all(len(line.split()) > 5 for line in listed)
 
 
 def test_every_command_is_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,7 @@ from fusionpl.datamodules import (
 from fusionpl.datamodules.corpora import corpus
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import Report, Row, continuation, evaluate, evaluate_ensemble, interpolation
+from fusionpl.families import bind
 from fusionpl.fusion import FuseConfig, vanilla
 from fusionpl.models import (
     ModelConfig,
@@ -313,8 +314,9 @@ def test_a_report_shows_how_models_go_on(folder: Path, tmp_path: Path) -> None:
     for seed in (1, 2):
         save_model(built("GPT2LMHeadModel", data, seed), tmp_path / f"seed-{seed}" / "model", tokenizer=data.tokenizer)
         parents[f"seed-{seed}"] = str(tmp_path / f"seed-{seed}")
+    model = load_model(parents["seed-1"])
     result: Any = SimpleNamespace(
-        config=FuseConfig(), refitted=None, warnings=[], matchings=[], notes=[], model=load_model(parents["seed-1"])
+        config=FuseConfig(), refitted=None, warnings=[], matchings=[], notes=[], model=model, binding=bind(model)
     )
     report = measure(
         list(parents), lambda name: load_model(parents[name]), result, Cost("unlabelled data", 1.0), {}, {}, data,

@@ -49,7 +49,7 @@ from fusionpl.fusion.result import FusionResult, InMemory, Sink
 from fusionpl.fusion.survey import Survey
 from fusionpl.fusion.sweep import Sweep, Team, look
 from fusionpl.fusion.teaching import Augment
-from fusionpl.fusion.units import TRIAL, candidates, knowledge, preferred, specialisation
+from fusionpl.fusion.units import APART, TRIAL, candidates, knowledge, preferred, specialisation
 from fusionpl.models import (
     NUMBERS,
     TAGS,
@@ -219,9 +219,10 @@ class Calibrated:
         look(
             self._team, list(dict.fromkeys(keys)), list(dict.fromkeys(magnitudes)), first.calibration.tokens, together
         )  # fmt: skip
-        asked = any(config.strategy == "joint" and config.units == "auto" for config in configs)
+        joint = any(config.strategy == "joint" for config in configs)
         classifies = "classes" in networks[anchor].binding.axes and kind_of(networks[anchor].module) != NUMBERS
-        self._specialised = specialisation(self._team) if asked and classifies else None
+        self._specialised = specialisation(self._team) if joint and classifies else None
+        self._team.apart = self._specialised is not None and self._specialised >= APART and self._team.kind != TAGS
         fitted = first.strategy == "head" or any(config.refit.method != "none" for config in configs)
         if self._team.kind == TAGS and (taught or fitted):
             self._team.known = knowledge(self._team)

@@ -4,7 +4,7 @@ gradients.
 Close relatives: RegMean (Jin et al., ICLR 2023, arXiv 2212.09849); Luenam et al. (arXiv 2507.00037).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -57,6 +57,7 @@ class Refit:
         flow: of the fused network, which stands before the section that is fitted next.
         parents: all of them, the anchor too.
         data: the calibration set, with the parents' targets of the section.
+        apart: whether the parents know other classes.
         tags: each parent's weights for tags, [tags] each, where classifiers give several at once.
         trial: whether nothing is fitted to the samples that are held out, so that a fusion can be judged by them.
     """
@@ -67,10 +68,11 @@ class Refit:
         parents: Sequence[AlignedParent],
         data: CalibrationSet,
         *,
+        apart: bool = False,
         tags: Sequence[Tensor] | None = None,
         trial: bool = False,
     ) -> None:
-        self.flow, self.data, self.tags, self.trial = flow, data, tags, trial
+        self.flow, self.data, self.apart, self.tags, self.trial = flow, data, apart, tags, trial
         self.binding, self._kind = flow.network.binding, kind_of(flow.network.module)
         self.parents = dict(enumerate(parents))
         self._penalties: dict[tuple[str, ...], float] = {}  # of the same stage in the block before
@@ -211,7 +213,11 @@ class Refit:
         return torch.cat(found, dim=-1) if len(found) > 1 else found[0]
 
     def _fit_predictions(self, section: str, stage: Stage, start: Tensor, states: Sequence[State]) -> Tensor:
-        """Fits what puts out predictions to the mean of the parents' probabilities: see `fit_softmax`."""
+        """Fits what puts out predictions to the mean of the parents' probabilities: see `fit_softmax`.
+
+        Of parents that know other classes, who are sure of a wrong one where they know none, the mean is half and half:
+        which of them is surer then decides, and that is in the log of the mean, which least squares fit.
+        """
         heads = {
             index: torch.cat([_LinearMap(parent.binding, states[index], one).matrix for one in stage.modules], dim=1)
             for index, parent in self.parents.items()
@@ -220,7 +226,7 @@ class Refit:
         weights: Sequence[float | Tensor] = self.tags or [parent.weight for parent in self.parents.values()]
         link: Link = "sigmoid" if self._kind == TAGS else "softmax"
 
-        def rows(part: int) -> Iterator[tuple[Tensor, Tensor]]:
+        def logs(part: int) -> Iterator[tuple[Tensor, Tensor]]:
             for batch in self.data:
                 x = self.data.kept["predicts", batch]
                 at = self._rows(stage, x, batch)[part]
@@ -228,15 +234,31 @@ class Refit:
                 for index in self.parents:
                     shown = self._target(section, index, stage, batch).flatten(0, -2)[at].float()
                     given.append(_outputs(shown, heads[index]) if stage.narrow else shown)
-                yield x.flatten(0, -2)[at], log_mean(given, weights, link).exp()
+                yield x.flatten(0, -2)[at], log_mean(given, weights, link)
 
-        found = fit_softmax(
-            lambda: rows(0), lambda: rows(1), start, link=link, both=not self.trial,
-            reduce=lambda sums: sum_over_ranks([*sums]),
-        )  # fmt: skip
+        def rows(part: int) -> Iterator[tuple[Tensor, Tensor]]:
+            return ((x, log.exp()) for x, log in logs(part))
+
+        if self.apart:
+            found = self._fit_logs(logs, start)
+        else:
+            found = fit_softmax(
+                lambda: rows(0), lambda: rows(1), start, link=link, both=not self.trial,
+                reduce=lambda sums: sum_over_ranks([*sums]),
+            ).matrix  # fmt: skip
         for batch in self.data:
             del self.data.kept["predicts", batch]
-        return found.matrix
+        return found
+
+    def _fit_logs(self, logs: Callable[[int], Iterator[tuple[Tensor, Tensor]]], start: Tensor) -> Tensor:
+        """Least squares of log-probabilities, less their means over the classes, which change no prediction."""
+        parts = [NormalEquations.zeros(len(start) - 1, start.shape[1], device=start.device) for _ in range(2)]
+        for part, equations in enumerate(parts):
+            for x, log in logs(part):
+                equations.update(x, log - log.mean(-1, keepdim=True))
+        sum_over_ranks([tensor for part in parts for tensor in part.tensors()])
+        fit, choose = parts
+        return fit_ridge(fit, choose, start - start.mean(1, keepdim=True), both=not self.trial)[0]
 
     def _lacking(self, passage: Passage, stage: Stage, like: Tensor) -> Tensor:
         """Minus what the fused stream already holds where the modules of a stage write into it, else zeros."""

@@ -77,6 +77,7 @@ class Team:
         self.bindings = [parent.binding for parent in parents]
         self.binding = self.bindings[anchor]
         self.kind, self.known = kind_of(parents[anchor].module), cast(Tensor | None, None)
+        self.apart = False
         self._data = data
         self.readers = [_Reader(parent) for parent in parents]
         # a calibration set of which this rank has no batch is empty, and still one
@@ -93,7 +94,7 @@ class Team:
     def head(self, samples: int) -> "Team":
         """The same parents over the first samples."""
         found = Team(self.parents, self.anchor, self.data.head(samples), self.survey, self.progress)
-        found.known = self.known
+        found.known, found.apart = self.known, self.apart
         return found
 
     def tag_weights(self, weights: Sequence[float]) -> list[Tensor] | None:
@@ -215,7 +216,7 @@ class Sweep:
         self._refit = None
         if plan.fits:
             flow, tags = Flow(self._fused, team.data, "fused"), team.tag_weights(weights)
-            self._refit = Refit(flow, self.aligned, team.data, tags=tags, trial=trial)
+            self._refit = Refit(flow, self.aligned, team.data, apart=team.apart, tags=tags, trial=trial)
 
     @property
     def fused(self) -> Flow:

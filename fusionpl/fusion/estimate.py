@@ -21,7 +21,7 @@ from fusionpl.families import Binding, State, boundary
 from fusionpl.fusion.config import RACE, FuseConfig
 from fusionpl.fusion.plan import Plan, SectionPlan
 from fusionpl.fusion.stages import Stage
-from fusionpl.transport import COMBINATIONS, cross_product, self_product
+from fusionpl.transport import COMBINATIONS, LARGEST, cross_product, self_product, spread
 
 # What is not known before a fusion, as it was in those measured: how often a map's solver iterates (times the
 # regularisation), how many penalties a fit tries, how many times a batch's rows are read and written beside products.
@@ -140,8 +140,8 @@ def estimate(
         columns = _columns(stage, shapes, bindings, anchor, goal.binding)
         work["products"] += 2 * rows * n * (n * _SYMMETRIC + columns)
         work["elementwise"] += 4 * _PASSES * rows * (n + columns)
-        if stage.predicts:
-            work["products"] += 4 * _EVALUATIONS * rows * n * m
+        if stage.predicts and n * m <= LARGEST:
+            work["products"] += 4 * _EVALUATIONS * rows // spread(rows, n * m) * n * m
         work["cholesky"] += (_PENALTIES + 1) * n**3 / 3
         work["solves"] += 4 * n * n * (m + _PENALTIES * min(m, COMBINATIONS))
     kept = _kept(plan, shapes, bindings, anchor, config, rows, fused, goal.binding)

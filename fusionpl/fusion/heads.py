@@ -12,7 +12,7 @@ from fusionpl.families import TAIL, VOCABULARY, Family, attribute, bind
 from fusionpl.fusion.goal import parted
 from fusionpl.fusion.refit import held_out, predicting
 from fusionpl.models import NUMBERS, TAGS, kind_of
-from fusionpl.transport import Fitted, Link, Reduce, fit_softmax, log_mean
+from fusionpl.transport import LARGEST, Fitted, Link, Reduce, fit_softmax, log_mean, spread
 
 
 def fit_head(
@@ -81,7 +81,12 @@ def can_fit_heads(models: Sequence[nn.Module], family: Family | None = None) -> 
         return False
     if any(kind_of(one) == NUMBERS for one in models):
         return False
-    sizes = {len(one.get_submodule(str(name)).get_parameter("weight")) for one, name in zip(models, names, strict=True)}
+    shapes = {
+        one.get_submodule(str(name)).get_parameter("weight").shape for one, name in zip(models, names, strict=True)
+    }
+    if any(shape.numel() > LARGEST for shape in shapes):
+        return False
+    sizes = {shape[0] for shape in shapes}
     return len(sizes) == 1 and (sizes != {1} or kind_of(models[0]) == TAGS)
 
 
@@ -110,11 +115,14 @@ class HeadFit:
         self._heads = [cast(nn.Linear, one.get_submodule(name)) for one, name in zip(models, self._names, strict=True)]
         mask = bind(models[0], family).family.stacks[-1].mask
         self._firsts: list[int] = []
+        count = 0
         with torch.no_grad(), eval_mode(*models):
             for index, (first, batch) in enumerate(samples):
                 self._firsts.append(first)
                 read_by = [read(one, head, batch) for one, head in zip(models, self._heads, strict=True)]
+                count += read_by[0][..., 0].numel()
                 kept["heads", index] = read_by, predicting(models[0], read_by[0], batch.get(mask))
+        self._step = spread(count, self._heads[0].weight.numel())
 
     def fitted(self, index: int, reduce: Reduce = lambda sums: None) -> tuple[nn.Module, Fitted]:
         """A copy of a model with its head fitted, and what the fit found.
@@ -143,7 +151,7 @@ class HeadFit:
             read_by, counts = self._kept["heads", batch]
             x = read_by[index]
             here = held_out(first, len(x)).view(-1, *[1] * (x.ndim - 2)) == bool(part)
-            at = (counts & here).flatten().nonzero()[:, 0].to(x.device)
+            at = (counts & here).flatten().nonzero()[:: self._step, 0].to(x.device)
             given = [head(one.flatten(0, -2)[at]) for head, one in zip(self._heads, read_by, strict=True)]
             yield x.flatten(0, -2)[at], log_mean(given, self._weights, self._link).exp()
 

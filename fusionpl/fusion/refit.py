@@ -16,7 +16,7 @@ from fusionpl.families import Binding, State, attribute
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.stages import Stage
 from fusionpl.models import NUMBERS, TAGS, kind_of
-from fusionpl.transport import Link, NormalEquations, fit_ridge, fit_softmax, log_mean
+from fusionpl.transport import LARGEST, Link, NormalEquations, fit_ridge, fit_softmax, log_mean, spread
 
 # Every fifth sample chooses the regularisation.
 HOLD_OUT = 5
@@ -89,7 +89,7 @@ class Refit:
         """
         if stage.norm:
             self._fit_norm(section, stage, state)
-        elif not (stage.predicts and self._beyond_a_fit()):
+        elif not (stage.predicts and self._beyond_a_fit(stage)):
             self._fit_linear(section, stage, state, states)
         if section in self.binding.blocks:
             self._done.setdefault(section, []).append(stage)
@@ -187,11 +187,14 @@ class Refit:
         state[f"{module}.weight"] = (gain * factor - offset).to(gain)
         state[f"{module}.bias"] = (shift * factor + (y - factor * x) / count).to(shift)
 
-    def _beyond_a_fit(self) -> bool:
+    def _beyond_a_fit(self, stage: Stage) -> bool:
         """Whether predictions are not what the last linear map puts out, or parents lack tokens, whose rows are the
-        anchor's."""
+        anchor's, or there are too many weights."""
         capped = attribute(self.flow.network.module, "config.final_logit_softcapping")
-        return bool(capped) or any(parent.network.absent is not None for parent in self.parents.values())
+        lacking = any(parent.network.absent is not None for parent in self.parents.values())
+        modules = (self.flow.network.module.get_submodule(one) for one in stage.modules)
+        entries = sum(one.get_parameter("weight").numel() for one in modules)
+        return bool(capped) or lacking or entries > LARGEST
 
     def _taking_part(self, section: str, stage: Stage) -> dict[int, AlignedParent]:
         """The parents that show what a stage puts out: the anchor stands in for those that have not the block, but
@@ -225,11 +228,13 @@ class Refit:
         }
         weights: Sequence[float | Tensor] = self.tags or [parent.weight for parent in self.parents.values()]
         link: Link = "sigmoid" if self._kind == TAGS else "softmax"
+        count = sum(self.data.kept["predicts", batch][..., 0].numel() for batch in self.data)
+        step = spread(count, start.numel())
 
         def logs(part: int) -> Iterator[tuple[Tensor, Tensor]]:
             for batch in self.data:
                 x = self.data.kept["predicts", batch]
-                at = self._rows(stage, x, batch)[part]
+                at = self._rows(stage, x, batch)[part][::step]
                 given = []
                 for index in self.parents:
                     shown = self._target(section, index, stage, batch).flatten(0, -2)[at].float()

@@ -4,11 +4,12 @@ from fusionpl.transport.costs import Gram, Metric, Normalize, gram, ground_metri
 from fusionpl.transport.least_squares import COMBINATIONS, NormalEquations, fit_ridge
 from fusionpl.transport.maps import Scaling, TransportMap, identity, permutation
 from fusionpl.transport.products import cross_product, full_float32, self_product
-from fusionpl.transport.softmax import Fitted, Link, Reduce, fit_softmax, log_mean
+from fusionpl.transport.softmax import LARGEST, Fitted, Link, Reduce, fit_softmax, log_mean, spread
 from fusionpl.transport.solvers import Solver, check_one_width, procrustes, procrustes_batch, solve
 
 __all__ = [
     "COMBINATIONS",
+    "LARGEST",
     "Fitted",
     "Gram",
     "Link",
@@ -33,4 +34,5 @@ __all__ = [
     "procrustes_batch",
     "self_product",
     "solve",
+    "spread",
 ]

@@ -32,6 +32,9 @@ HISTORY = 8
 TOLERANCE = 1e-9  # of the largest entry of the gradient
 HELD = 2**24  # entries of inputs and probabilities up to which they are computed once
 IN_FLOAT64 = 2**20  # entries of W up to which steps are added up in float64
+# Entries of W up to which a head is fitted, and products of rows and W up to which all rows are used: of a decoder of
+# many tokens a part, evenly spread, so that a fit takes minutes at most.
+LARGEST, MOST = 2**26, 2**35
 EXACT = 2**25  # products of rows and W up to which these are computed in float64 too
 
 
@@ -50,6 +53,11 @@ class Fitted:
     penalty: float
     before: float
     after: float
+
+
+def spread(rows: int, entries: int) -> int:
+    """Of how many rows each is used, by a fit of so many rows to a W of so many entries."""
+    return max(1, -(-rows * entries // MOST))
 
 
 def log_mean(logits: Sequence[Tensor], weights: Sequence[float | Tensor], link: Link = "softmax") -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fusionpl.calibration import CalibrationConfig, batches, logits
 from fusionpl.errors import FusionError
 from fusionpl.families import permuted
-from fusionpl.fusion import FuseConfig, fuse
+from fusionpl.fusion import FuseConfig, RefitConfig, fuse
 from fusionpl.fusion.heads import fit_head, head_of
 from fusionpl.fusion.refit import predicting
 from fusionpl.models import load_model, save_model
@@ -132,3 +132,24 @@ def test_what_strategy_head_does_not_take(changes: dict[str, Any], message: str)
     bare = [timm_vit(seed, num_classes=0) for seed in range(2)]
     with pytest.raises(FusionError, match="so there is no head to fit"):
         fuse(bare, [images(16)], FuseConfig(strategy="head"))
+
+
+def test_of_many_tokens_a_part_of_the_samples_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents = [gpt2(transformers.GPT2LMHeadModel, seed) for seed in range(2)]
+    monkeypatch.setattr("fusionpl.transport.softmax.MOST", 256 * 12 * 16 * 40 // 4)
+    found = fit_head(parents[0], parents, EVEN, SAMPLES)
+    assert found is not None
+    assert divergence(parents, found[0], texts(64, seed=3)) < divergence(parents, parents[0], texts(64, seed=3))
+
+
+def test_a_decoder_that_is_too_large_stays_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents = [gpt2(transformers.GPT2LMHeadModel, seed, tie_word_embeddings=False) for seed in range(2)]
+    config = FuseConfig(refit=RefitConfig("ridge"))
+    fitted = fuse(parents, [texts()], config).model.get_parameter("lm_head.weight")
+    for place in ("heads", "refit"):
+        monkeypatch.setattr(f"fusionpl.fusion.{place}.LARGEST", 100)
+    assert fit_head(parents[0], parents, EVEN, SAMPLES) is None
+    result = fuse(parents, [texts()], config)
+    left = result.model.get_parameter("lm_head.weight")
+    assert torch.equal(left, result.average().get_parameter("lm_head.weight"))
+    assert not torch.equal(left, fitted)

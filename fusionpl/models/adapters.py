@@ -44,10 +44,12 @@ def base_of(folder: Path) -> str:
     """The model that an adapter was trained on, as `load_model` takes it; a path may start at the adapter's folder."""
     settings = adapter_settings(folder)
     name, revision = settings["base_model_name_or_path"], settings.get("revision")
-    if Path(name).expanduser().exists():
-        return str(name)
-    if (folder / name).exists():
-        return str(folder / name)
+    places = [Path(name).expanduser(), folder / name]
+    # Something else may bear the name where the command is run.
+    of_models = [place for place in places if (place / "config.json").is_file() or (place / "model").is_dir()]
+    for place in (*of_models, *places):
+        if place.exists():
+            return str(place)
     return f"{name}@{revision}" if revision else str(name)
 
 

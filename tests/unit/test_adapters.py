@@ -78,8 +78,13 @@ def test_an_adapter_is_what_peft_makes_of_it(settings: dict[str, Any], base: Pat
 
 
 @pytest.mark.parametrize("place", ["../base", "base"])
-def test_the_base_may_be_named_from_the_adapters_folder(place: str, base: Path, tmp_path: Path) -> None:
+def test_the_base_may_be_named_from_the_adapters_folder(
+    place: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     where = tmp_path / "lora"
+    (tmp_path / "elsewhere" / "here" / "base").mkdir(parents=True)  # where the command is run, and no model
+    (tmp_path / "elsewhere" / "base").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere" / "here")
     wanted = logits_of(adapt(llama(), where, place))
     if place == "base":
         base.rename(where / "base")

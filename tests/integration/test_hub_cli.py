@@ -65,6 +65,7 @@ def test_a_revision_is_finetuned_and_swept(serve: Callable[..., hub.Hub]) -> Non
     assert Path("runs/sweep/sweep.csv").is_file()
 
 
+@pytest.mark.slow
 def test_pickles_need_an_option_in_every_command(
     serve: Callable[..., hub.Hub], capsys: pytest.CaptureFixture[str]
 ) -> None:

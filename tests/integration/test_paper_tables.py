@@ -132,7 +132,19 @@ COLUMNS = {
 
 
 # These measure in other combinations what the others measure, for minutes.
-LONG = ("bert", "families", "worth", "finetune", "parents", "beyond", "ablation", "widths", "depths", "shards")
+LONG = (
+    "bert",
+    "worth-text",
+    "families",
+    "worth",
+    "finetune",
+    "parents",
+    "beyond",
+    "ablation",
+    "widths",
+    "depths",
+    "shards",
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(one, marks=pytest.mark.slow) if one in LONG else one for one in TABLES])

@@ -54,6 +54,7 @@ def spoken(command: Path, *words: str, place: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_an_installed_package_fuses_from_an_empty_folder(command: Path, tmp_path: Path) -> None:
     assert spoken(command, "--version", place=tmp_path) == f"fusionpl {fusionpl.__version__}\n"
     parents = [str(make_run(tmp_path / f"seed-{seed}", seed)) for seed in range(2)]

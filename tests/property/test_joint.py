@@ -218,7 +218,7 @@ def test_the_share_of_classes_in_what_parents_disagree_about_is_told(name: str) 
     assert (asked.config.units, asked.notes) == ("anchor", [])
 
 
-@pytest.mark.parametrize("name", ["timm, DINOv2", "bert classifier"])
+@pytest.mark.parametrize("name", ["timm, DINOv2", pytest.param("bert classifier", marks=pytest.mark.slow)])
 def test_between_the_limits_a_trial_decides_whose_units(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A parent beside itself needs all of its own heads, half of them and their copies are less. Parents that have
     nothing in common do not."""

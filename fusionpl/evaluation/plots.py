@@ -196,7 +196,9 @@ def blocks_figure(matchings: Mapping[str, tuple[Tensor, Sequence[int]]]) -> Figu
 
 def colour_of(name: str) -> str:
     """The colour of a row or a curve of this name."""
-    return {"parent": GREY, "model": GREY, "ensemble": BLACK, "vanilla": RED}.get(name.split(" ")[0], BLUE)
+    return {"parent": GREY, "head-fitted": GREY, "model": GREY, "ensemble": BLACK, "vanilla": RED}.get(
+        name.split(" ")[0], BLUE
+    )
 
 
 def _note(

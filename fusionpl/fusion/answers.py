@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fusionpl.models import TAGS, Kind
+from fusionpl.transport import log_mean
 
 
 def log_probabilities(output: Tensor, kind: Kind) -> Tensor:
@@ -25,11 +26,4 @@ def log_odds(each: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tenso
         each: their logits [..., tags].
         weights: one number a model, or one for each of its tags [tags], summing to 1.
     """
-    logs = [
-        torch.as_tensor(weight).to(one.device, torch.float32).log() for weight, one in zip(weights, each, strict=True)
-    ]
-    holds, does_not = (
-        torch.stack([functional.logsigmoid(sign * one.float()) + log for one, log in zip(each, logs, strict=True)])
-        for sign in (1, -1)
-    )
-    return holds.logsumexp(0) - does_not.logsumexp(0)
+    return log_mean(each, weights, "sigmoid") - log_mean([-one for one in each], weights, "sigmoid")

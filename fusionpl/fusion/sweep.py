@@ -3,7 +3,6 @@
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -68,6 +67,7 @@ class Team:
     Attributes:
         kind: what the parents' outputs mean.
         known: how much each parent knows of each tag, [parents, tags]; None where nobody asked, or they give no tags.
+        apart: whether the parents know other classes.
     """
 
     def __init__(
@@ -76,7 +76,8 @@ class Team:
         self.parents, self.anchor, self.survey, self.progress = parents, anchor, survey, progress
         self.bindings = [parent.binding for parent in parents]
         self.binding = self.bindings[anchor]
-        self.kind, self.known = kind_of(parents[anchor].module), cast(Tensor | None, None)
+        self.kind = kind_of(parents[anchor].module)
+        self.known: Tensor | None = None
         self.apart = False
         self._data = data
         self.readers = [_Reader(parent) for parent in parents]

@@ -10,8 +10,8 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from fusionpl.errors import FusionError
-from fusionpl.families import Family, bind, with_parameters
-from fusionpl.models.resized import reshaped
+from fusionpl.families import Family, bind
+from fusionpl.models.resized import refilled, reshaped
 
 # What families call the places of an image's patches.
 _PLACES = ("patches", "positions")
@@ -87,10 +87,7 @@ def with_image_size(model: nn.Module, like: nn.Module, family: Family | None = N
     found = at_image_size(model, like, family)
     if found is None:
         return model
-    empty, moved = found
-    with torch.no_grad():
-        state = {name: moved(name, parameter.detach()) for name, parameter in model.named_parameters()}
-    return with_parameters(empty, state).train(model.training)
+    return refilled(model, *found)
 
 
 def told(name: str, model: nn.Module, anchor: str, like: nn.Module) -> str:

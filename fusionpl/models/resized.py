@@ -1,14 +1,17 @@
 """Models like another, whose parameters are still to come: of other width or depth, or with a decoder of their own."""
 
 import copy
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, cast
 
 import timm
+import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from fusionpl.errors import FusionError, reason
+from fusionpl.families import with_parameters
 from fusionpl.models.folders import parameters_on_meta
 from fusionpl.models.quiet import without_cache
 
@@ -72,6 +75,19 @@ def reshaped(model: nn.Module, config: Any) -> nn.Module:
     with parameters_on_meta():
         found = _new(model, config)
     return _like(found, model)
+
+
+def refilled(model: nn.Module, empty: nn.Module, moved: Callable[[str, Tensor], Tensor]) -> nn.Module:
+    """A model that holds another's parameters, changed.
+
+    Args:
+        model: the other; its mode is kept.
+        empty: what the model looks like; its parameters may be on the meta device.
+        moved: makes a parameter, by its name, of the other's.
+    """
+    with torch.no_grad():
+        state = {name: moved(name, parameter.detach()) for name, parameter in model.named_parameters()}
+    return with_parameters(empty, state).train(model.training)
 
 
 def _new(model: Any, config: Any) -> nn.Module:

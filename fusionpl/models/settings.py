@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from itertools import zip_longest
@@ -218,7 +218,7 @@ def _plain(module: nn.Module) -> dict[str, Any]:
             continue
         if isinstance(value, bool | int | float | str | tuple | list | type(None)):
             found[key] = value
-        elif isinstance(value, Callable) and not isinstance(value, nn.Module):  # type: ignore[arg-type]
+        elif callable(value) and not isinstance(value, nn.Module):
             found[key] = getattr(value, "__qualname__", type(value).__qualname__)
     return found
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusionpl.families import Family, bind, with_parameters
+from fusionpl.families import Family, bind
 from fusionpl.models.labels import TAGS, kind_of
-from fusionpl.models.resized import reshaped
+from fusionpl.models.resized import refilled, reshaped
 from fusionpl.models.save import class_names
 
 NEVER = -10.0  # the logit of a tag that a model has no output for
@@ -69,7 +69,4 @@ def with_tags_of(model: nn.Module, like: nn.Module, family: Family | None = None
     found = with_tags(model, names, family)
     if found is None:
         return model
-    empty, moved = found
-    with torch.no_grad():
-        state = {name: moved(name, parameter.detach()) for name, parameter in model.named_parameters()}
-    return with_parameters(empty, state).train(model.training)
+    return refilled(model, *found)

@@ -66,7 +66,8 @@ def best_head(
     """
     if not can_fit_heads(models, family):
         raise FusionError(
-            "these models have no linear map that puts out classes or tokens last, so there is no head to fit"
+            "these models have no linear map of their own that puts out classes or tokens last, so there is no head to "
+            "fit; fuse them as they are"
         )
     heads = HeadFit(models, weights, samples, Kept(budget(memory)), family)
     fits = [heads.fitted(index, reduce) for index in range(len(models))]

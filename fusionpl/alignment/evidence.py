@@ -18,13 +18,13 @@ class Evidence(Protocol):
     def needs(self, axis: str) -> tuple[str, ...]:
         """The axes whose maps must be known before the units of `axis` are compared."""
 
-    def alike(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:
+    def stacked(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:
         """One set of units described by all `axes` of one size together."""
 
-    def beside(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:
+    def concatenated(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:
         """The units of all `axes`, one after the other, as one set."""
 
-    def plain(self, axis: str, maps: Mapping[str, TransportMap]) -> Gram:
+    def raw(self, axis: str, maps: Mapping[str, TransportMap]) -> Gram:
         """The units of an axis without any scaling, about zero: what rotations of units keep."""
 
 
@@ -41,23 +41,23 @@ class ActivationEvidence:
     def __init__(self, moments: Mapping[Key, Moments], anchor: Binding, scale: Scale, *, centred: bool) -> None:
         self.moments, self.anchor = moments, anchor
         self.scale: Scale = "center" if centred and scale in ("none", "normalize") else scale
-        self.raw: Scale = "center" if centred else "none"
+        self._unscaled: Scale = "center" if centred else "none"
 
     def needs(self, axis: str) -> tuple[str, ...]:
         """None: activations are compared as they are."""
         return ()
 
-    def alike(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:
+    def stacked(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:
         """Activations of all `axes`, each scaled by itself, stacked along the samples."""
-        return reduce(Gram.__add__, (self.beside((axis,), maps) for axis in axes))
+        return reduce(Gram.__add__, (self.concatenated((axis,), maps) for axis in axes))
 
-    def beside(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:
+    def concatenated(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:
         """Activations of the units of all `axes` over the same samples."""
         tap = self.anchor.taps.get(axes[0])
         raw = tap is not None and tap.kind == "parameter"
-        return self.moments[tuple(axes)].gram(self.raw if raw else self.scale)
+        return self.moments[tuple(axes)].gram(self._unscaled if raw else self.scale)
 
-    def plain(self, axis: str, maps: Mapping[str, TransportMap]) -> Gram:
+    def raw(self, axis: str, maps: Mapping[str, TransportMap]) -> Gram:
         """Activations as they are."""
         return self.moments[axis,].gram("none")
 
@@ -99,15 +99,15 @@ class WeightEvidence:
         }
         return tuple(sorted(read))
 
-    def alike(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:
+    def stacked(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:
         """Each unit's rows of all `axes` side by side, then scaled as one vector."""
         return self._gram(self._rows((axis,), maps) for axis in axes)
 
-    def beside(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:
+    def concatenated(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:
         """The rows of all `axes`, one unit a row."""
         return self._gram([self._rows(axes, maps)])
 
-    def plain(self, axis: str, maps: Mapping[str, TransportMap]) -> Gram:
+    def raw(self, axis: str, maps: Mapping[str, TransportMap]) -> Gram:
         """The rows as they are."""
         return gram(*self._rows((axis,), maps))
 

@@ -6,16 +6,16 @@ what they compute: the inner products of their queries and keys after the best r
 of their values. Source of the symmetry: Su et al., "RoFormer" (arXiv 2104.09864), equation 34.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fusionpl.alignment.aligner import Aligner
 from fusionpl.alignment.config import AlignConfig
 from fusionpl.alignment.heads import assembled, head_map, pairs_of, unit_costs, used
-from fusionpl.alignment.problem import Problem, Size, seen_at
+from fusionpl.alignment.maps import Found, Pair
+from fusionpl.alignment.problem import Comparison, Pairwise, seen_at
 from fusionpl.alignment.rotation import dissimilarity, rotate_units
 from fusionpl.errors import FusionError
 from fusionpl.families import Axis, Binding
@@ -42,7 +42,7 @@ def grouped_heads(binding: Binding, group: Sequence[str], config: AlignConfig) -
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupedHeads(Problem):
+class GroupedHeads(Pairwise):
     """Groups of heads matched, then the queries inside each group, then the units of each head.
 
     Attributes:
@@ -57,27 +57,29 @@ class GroupedHeads(Problem):
     out: str | None
     rotation: bool
 
-    def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
+    def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
         """Rotary heads need one width and one share of it that is rotated."""
-        ours, theirs = (binding.axes[self.k] for binding in (parent, anchor))
+        ours, theirs = (binding.axes[self.k] for binding in (parent, target))
         if ours.pairs and (ours.width, ours.pairs) != (theirs.width, theirs.pairs):
             raise FusionError(
                 f"parents of different rotary heads: {ours.width} units with {ours.pairs} frequency pairs and "
                 f"{theirs.width} with {theirs.pairs}, whose angles differ; train parents of one head_dim"
             )
         if config.solver == "identity":
-            check_one_width("identity", parent.axes[self.q].size, anchor.axes[self.q].size)
+            check_one_width("identity", parent.axes[self.q].size, target.axes[self.q].size)
         if not self.rotation:
             for axis in (self.k, self.v):
-                check_one_width(config.solver, *(binding.axes[axis].width for binding in (parent, anchor)))
+                check_one_width(config.solver, *(binding.axes[axis].width for binding in (parent, target)))
 
-    def solve(self, work: Aligner) -> None:
+    def solve_for(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> Found:
         """Matches groups by the cost of their best alignment."""
-        scores = _Scores.of(work, self.q, self.k)
+        scores = _Scores.of(pair, maps, self.q, self.k)
         groups = scores.parent.groups, scores.anchor.groups
-        config = work.config
-        values = pairs_of(work.activations.unscaled((self.v,)) if self.rotation else work.alike((self.v,)), groups)
-        others = self._others(work, scores)
+        config = pair.config
+        values = pairs_of(
+            pair.activations.unscaled((self.v,)) if self.rotation else pair.evidence.stacked((self.v,), maps), groups
+        )
+        others = self._others(pair, maps, scores)
         if config.solver == "identity":
             plan = torch.eye(len(values), dtype=torch.float64, device=scores.k.device) / len(values)
             scores = scores.still()
@@ -86,30 +88,31 @@ class GroupedHeads(Problem):
             costs = [compare(pairs) for pairs in (values, *([others] if others else []))]
             plan = head_map([*costs, *([1 - scores.likeness] if scores.pairs else [])]).plan
         places = used(plan)
-        vo = dict(zip(places, self._units([values[i][j] for i, j in places], work), strict=True))
+        vo = dict(zip(places, self._units([values[i][j] for i, j in places], pair), strict=True))
         qk = None
         if others:
-            qk = dict(zip(places, self._units([others[i][j] for i, j in places], work), strict=True))
-        work.maps.give([self.v], assembled(plan, vo))
+            qk = dict(zip(places, self._units([others[i][j] for i, j in places], pair), strict=True))
+        found: dict[str | Pair, TransportMap] = {self.v: assembled(plan, vo)}
         if self.out is not None:
             members = plan[:, None, :, None] * scores.members.transpose(1, 2)
             n, m = (count * each for count, each in zip(plan.shape, scores.members.shape[2:], strict=True))
             whole = members.reshape(n, m)
             ours, theirs = scores.members.shape[2:]
-            work.maps.give([self.out], assembled(whole, {(i, j): vo[i // ours, j // theirs] for i, j in used(whole)}))
+            found[self.out] = assembled(whole, {(i, j): vo[i // ours, j // theirs] for i, j in used(whole)})
         for axis, keys in ((self.q, False), (self.k, True)):
-            work.maps.give([axis], scores.map_of(plan, qk, keys=keys))
+            found[axis] = scores.map_of(plan, qk, keys=keys)
+        return found
 
-    def _others(self, work: Aligner, scores: "_Scores") -> list[list[Gram]]:
+    def _others(self, pair: Comparison, maps: Mapping[str, TransportMap], scores: "_Scores") -> list[list[Gram]]:
         """The Gram of the units that no angle turns, of each pair of groups: keys with the matched queries."""
-        ours, theirs = (binding.axes[self.q] for binding in (work.parent, work.anchor))
+        ours, theirs = (binding.axes[self.q] for binding in (pair.parent, pair.target))
         first = 2 * ours.pairs
         if first >= ours.width:
             return []
         if self.rotation:
-            queries, keys = (work.activations.unscaled((axis,)) for axis in (self.q, self.k))
+            queries, keys = (pair.activations.unscaled((axis,)) for axis in (self.q, self.k))
         else:
-            queries, keys = (work.alike((axis,)) for axis in (self.q, self.k))
+            queries, keys = (pair.evidence.stacked((axis,), maps) for axis in (self.q, self.k))
         k, q = pairs_of(keys, (ours.groups, theirs.groups)), pairs_of(queries, (ours.heads, theirs.heads))
         free = slice(first, None)
 
@@ -121,13 +124,8 @@ class GroupedHeads(Problem):
 
         return [[together(i, j) for j in range(theirs.groups)] for i in range(ours.groups)]
 
-    def _units(self, pairs: list[Gram], work: Aligner) -> list[TransportMap]:
-        return rotate_units(pairs) if self.rotation else [work.solved(one) for one in pairs]
-
-    def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
-        """One a pair of groups for the values, and one for what is not rotary."""
-        ours, theirs = (one.axes[self.v] for one in (parent, anchor))
-        return [Size("svd" if self.rotation else "transport", ours.width, theirs.width)] * max(ours.heads, theirs.heads)
+    def _units(self, grams: list[Gram], pair: Comparison) -> list[TransportMap]:
+        return rotate_units(grams) if self.rotation else [pair.solved(gram) for gram in grams]
 
     def told(self, axis: str, binding: Binding) -> str:
         """Where the units are seen, and how heads are matched."""
@@ -173,12 +171,12 @@ class _Scores:
         return self.parent.pairs
 
     @classmethod
-    def of(cls, work: Aligner, q: str, k: str) -> "_Scores":
-        axes = work.parent.axes[q], work.anchor.axes[q]
-        queries, keys = work.plain(q), work.plain(k)
-        (zq, rest), (zk, _) = (_planes(inner, *(one.axes[name] for one in (work.parent, work.anchor)))
+    def of(cls, pair: Comparison, maps: Mapping[str, TransportMap], q: str, k: str) -> "_Scores":
+        axes = pair.parent.axes[q], pair.target.axes[q]
+        queries, keys = pair.evidence.raw(q, maps), pair.evidence.raw(k, maps)
+        (zq, rest), (zk, _) = (_planes(inner, *(one.axes[name] for one in (pair.parent, pair.target)))
                                for inner, name in ((queries, q), (keys, k)))  # fmt: skip
-        of_keys = _squares(keys.parent, work.parent.axes[k]), _squares(keys.anchor, work.anchor.axes[k])
+        of_keys = _squares(keys.parent, pair.parent.axes[k]), _squares(keys.anchor, pair.target.axes[k])
         sizes = (_squares(queries.parent, axes[0]), _squares(queries.anchor, axes[1]), *(one[:, 0] for one in of_keys))
         zk = zk[:, :, 0, 0]
         by_q, by_k = cls._weights(axes[0], sizes)

@@ -1,71 +1,98 @@
 """The maps of a parent, kept as they are found."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from fusionpl.calibration import Kept
+from fusionpl.calibration import Kept, bytes_of
+from fusionpl.errors import FusionError
 from fusionpl.transport import TransportMap
 
 Pair = tuple[str, str]
+Found = Mapping[str | Pair, TransportMap]
+
+
+class Plans:
+    """Transport plans, in memory up to the budget of `kept` and beyond it in its file; equal ones are kept once.
+
+    Args:
+        kept: where they are.
+    """
+
+    def __init__(self, kept: Kept) -> None:
+        self._kept = kept
+
+    def keep(self, plan: Tensor) -> bytes:
+        """Keeps a plan; what it is known by."""
+        key = hashlib.blake2b(bytes_of(plan.cpu().contiguous()), digest_size=16, key=repr(plan.shape).encode()).digest()
+        if key not in self._kept:
+            self._kept[key] = plan
+        return key
+
+    def __getitem__(self, key: bytes) -> Tensor:
+        plan: Tensor = self._kept[key]
+        return plan
+
+
+@dataclass(frozen=True)
+class _Entry:
+    bare: TransportMap  # without its plan
+    shape: torch.Size
+    key: bytes
 
 
 class Maps(Mapping[str, TransportMap]):
-    """Axis -> map. Plans beyond the budget of `kept` are read from its file each time; one that several axes share is
-    kept once.
+    """Axis -> map, of one parent. They never change: `joined` gives them with more.
 
     Args:
-        kept: where plans are kept.
-        owner: tells them from those of other parents.
+        plans: where the plans are.
+
+    Attributes:
+        joint: for `align.qk joint`, (q, k) -> one map over the units of both.
     """
 
-    def __init__(self, kept: Kept, owner: object) -> None:
-        self._kept, self._owner = kept, owner
-        self._found: dict[str, tuple[TransportMap, torch.Size, int]] = {}
-        self._count = 0
+    def __init__(self, plans: Plans) -> None:
+        self._plans = plans
+        self._entries: Mapping[str, _Entry] = {}
+        self.joint: Mapping[Pair, TransportMap] = {}
 
     def __getitem__(self, axis: str) -> TransportMap:
-        bare, _, number = self._found[axis]
-        return replace(bare, plan=self._kept[self._owner, number])
+        if axis not in self._entries:
+            raise FusionError(
+                f"no map was found for axis '{axis}', which would not move with the rest; this is a mistake of "
+                "fusionpl or of the family file"
+            )
+        entry = self._entries[axis]
+        return replace(entry.bare, plan=self._plans[entry.key])
+
+    def __contains__(self, axis: object) -> bool:
+        return axis in self._entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._entries)
 
-    def give(self, axes: Iterable[str], found: TransportMap) -> None:
-        """Gives all `axes` one map."""
-        self._kept[self._owner, self._count] = found.plan
-        bare = replace(found, plan=torch.empty(0))
-        self._found |= dict.fromkeys(axes, (bare, found.plan.shape, self._count))
-        self._count += 1
-
-    def share(self, axis: str, other: str) -> None:
-        """Gives `axis` the map of another."""
-        self._found[axis] = self._found[other]
+    def joined(self, found: Found) -> "Maps":
+        """These maps and those that were found."""
+        keys = {id(one.plan): self._plans.keep(one.plan) for axis, one in found.items() if isinstance(axis, str)}
+        more = Maps(self._plans)
+        more._entries = dict(self._entries) | {
+            axis: _Entry(replace(one, plan=torch.empty(0)), one.plan.shape, keys[id(one.plan)])
+            for axis, one in found.items()
+            if isinstance(axis, str)
+        }
+        more.joint = dict(self.joint) | {axis: one for axis, one in found.items() if isinstance(axis, tuple)}
+        return more
 
     def shape(self, axis: str) -> torch.Size:
         """The size of an axis' plan, which is not read."""
-        return self._found[axis][1]
+        return self._entries[axis].shape
 
     def unconverged(self) -> dict[str, TransportMap]:
         """The maps whose solver did not reach its optimum, without their plans."""
-        return {axis: bare for axis, (bare, _, _) in self._found.items() if not bare.converged}
-
-    def forget_all_but(self, axes: Collection[str]) -> None:
-        """Forgets the maps of all other axes, and the plans that none needs any longer."""
-        self._found = {axis: one for axis, one in self._found.items() if axis in axes}
-        needed = {number for *_, number in self._found.values()}
-        for number in range(self._count):
-            if number not in needed and (self._owner, number) in self._kept:
-                del self._kept[self._owner, number]
-
-
-@dataclass
-class Alignment:
-    """The maps of one parent: by axis, and, for `align.qk: joint`, by (q, k) over the units of both."""
-
-    maps: Maps
-    joint: dict[Pair, TransportMap] = field(default_factory=dict)
+        return {axis: entry.bare for axis, entry in self._entries.items() if not entry.bare.converged}

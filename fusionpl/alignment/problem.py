@@ -1,22 +1,109 @@
-"""What a problem of an alignment is: axes that take their maps together."""
+"""What a problem of an alignment is, and the order in which several are solved."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections import ChainMap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from graphlib import TopologicalSorter
 
-from fusionpl.alignment.aligner import Aligner
+import torch
+from torch import Tensor
+
 from fusionpl.alignment.config import AlignConfig
+from fusionpl.alignment.evidence import ActivationEvidence, Evidence
+from fusionpl.alignment.maps import Found, Maps
 from fusionpl.calibration import Key
-from fusionpl.families import Binding, section_of
+from fusionpl.families import Binding, State, section_of
+from fusionpl.transport import Gram, TransportMap, ground_metric, solve
 
 
-class Size(NamedTuple):
-    """A problem for a solver: a transport plan or a singular value decomposition, [n, m]."""
+@dataclass(frozen=True)
+class Comparison:
+    """A parent beside the fused network's units.
 
-    kind: Literal["transport", "svd"]
-    n: int
-    m: int
+    Attributes:
+        parent, target: bindings of one family and depth.
+        evidence: what describes the units of both.
+        config: solver, metric and policies.
+        device: where maps are.
+        magnitudes: target's axis -> mean absolute activation [n], for the weighted residual policies.
+        missing: blocks that the parent has not.
+        problems: axis -> the problem that gives it its map, of all sections.
+    """
+
+    parent: Binding
+    target: Binding
+    evidence: Evidence
+    config: AlignConfig
+    device: torch.device
+    magnitudes: Mapping[str, Tensor]
+    missing: frozenset[str]
+    problems: Mapping[str, "Problem"]
+
+    @property
+    def activations(self) -> ActivationEvidence:
+        """The evidence, which is activations."""
+        assert isinstance(self.evidence, ActivationEvidence)  # AlignConfig has refused weights
+        return self.evidence
+
+    def solved(self, inner: Gram) -> TransportMap:
+        """The transport map between units with these inner products."""
+        config = self.config
+        cost = ground_metric(inner, config.metric, config.normalize)
+        return solve(cost, config.solver, reg=config.reg, scaling=config.scaling)
+
+    def in_circuit(self, axis: str) -> bool:
+        """Whether the units of `axis` meet others in a product."""
+        return any(axis in circuit for circuit in self.parent.circuits)
+
+    def rescaled(self, axis: str, found: TransportMap) -> TransportMap:
+        """Keeps the scores of attention between heads of different width; the released code does not."""
+        if self.config.scaling == "source":
+            return found
+        ours, theirs = (binding.axes[axis].size / binding.axes[axis].heads for binding in (self.parent, self.target))
+        # A coupling splits or merges units, which changes inner products; a rotation between widths does not.
+        ratio = ours / theirs if found.scaling != "orthogonal" else theirs / ours
+        return replace(found, gain=ratio**0.25)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the problems of a section are solved from.
+
+    Attributes:
+        parents: their bindings.
+        target: the fused network's binding.
+        anchor: index of the anchor.
+        weights: the parents' shares.
+        config: how units are matched.
+        device: where maps are.
+        problems: axis -> the problem that gives it its map, of all sections.
+        missing: for each parent, the blocks that it has not.
+        states: each parent's parameters of the section; none for problems that look at whole networks.
+        evidence: what describes each parent's units beside the anchor's, where units are compared.
+        magnitudes: anchor's axis -> mean absolute activation, [n].
+        streams: first axis of a stream -> the products of its units with those of all parents', side by side.
+    """
+
+    parents: Sequence[Binding]
+    target: Binding
+    anchor: int
+    weights: Sequence[float]
+    config: AlignConfig
+    device: torch.device
+    problems: Mapping[str, "Problem"]
+    missing: Sequence[frozenset[str]]
+    states: Sequence[State] = ()
+    evidence: Sequence[Evidence] = ()
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
+    streams: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def compare(self, index: int) -> Comparison:
+        """One parent beside the fused network."""
+        return Comparison(
+            self.parents[index], self.target, self.evidence[index], self.config, self.device, self.magnitudes,
+            self.missing[index], self.problems,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,26 +131,117 @@ class Problem(ABC):
         """Whether it looks at the whole network, so that it must be solved before any section is fused."""
         return False
 
-    @abstractmethod
-    def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
-        """Raises FusionError where the options do not fit the widths or head counts."""
+    @property
+    def together(self) -> tuple[str, ...]:
+        """The joins whose units are multiplied with those of all parents."""
+        return ()
 
     @abstractmethod
-    def solve(self, work: Aligner) -> None:
-        """Gives the axes of `work` their maps."""
+    def check(self, observed: Observed) -> None:
+        """Raises FusionError where the options do not fit the widths or head counts; nothing has been seen yet."""
+
+    def needs(self, evidence: Evidence | None) -> tuple[str, ...]:
+        """The axes whose maps it starts from; `evidence` is None where units are not compared."""
+        return ()
 
     @abstractmethod
-    def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
-        """The problems that a solver is given."""
+    def solve(self, observed: Observed, maps: Sequence[Maps]) -> list[Found]:
+        """The maps of its axes, for each parent.
+
+        Args:
+            observed: what it is solved from.
+            maps: each parent's maps so far, among them those that it needs.
+        """
 
     @abstractmethod
     def told(self, axis: str, binding: Binding) -> str:
         """How `axis` gets its map, for a person."""
 
 
-def sizes_in(axes: Iterable[str], parent: Binding, anchor: Binding) -> tuple[int, int]:
-    """The number of units of all `axes` together, in a parent and in the anchor."""
-    n, m = (sum(one.axes[axis].size for axis in axes) for one in (parent, anchor))
+class Pairwise(Problem):
+    """A problem that each parent but the anchor has with the anchor alone."""
+
+    def needs(self, evidence: Evidence | None) -> tuple[str, ...]:
+        """What its units are described by: with weights as evidence, what these read."""
+        return tuple(axis for own in self.axes for axis in evidence.needs(own)) if evidence is not None else ()
+
+    def check(self, observed: Observed) -> None:
+        """Checks each parent with the anchor."""
+        for index, parent in enumerate(observed.parents):
+            if index != observed.anchor:
+                self.check_for(parent, observed.target, observed.config)
+
+    @abstractmethod
+    def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
+        """Raises FusionError where the options do not fit the widths or head counts of one parent."""
+
+    @abstractmethod
+    def solve_for(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> Found:
+        """The maps of its axes for one parent."""
+
+    def solve(self, observed: Observed, maps: Sequence[Maps]) -> list[Found]:
+        """Solves it for one parent after the other. A stream goes unchanged past a block that a parent has not."""
+        found: list[Found] = []
+        for index, known in enumerate(maps):
+            if index == observed.anchor:
+                found.append({})
+            elif self.whole or self.section not in observed.missing[index]:
+                found.append(self.solve_for(observed.compare(index), known))
+            else:
+                before = {axis: _before(axis, observed.parents[index], observed.missing[index]) for axis in self.axes}
+                found.append({axis: known[other] for axis, other in before.items() if other != axis})
+        return found
+
+
+def _before(axis: str, binding: Binding, missing: frozenset[str]) -> str:
+    """Of the stream behind blocks that are missing, the axis before them."""
+    while axis in binding.joins and section_of(axis) in missing:
+        axis = binding.joins[axis].skip
+    return axis
+
+
+def ordered(problems: Iterable[Problem], evidence: Evidence | None) -> list[Problem]:
+    """Problems in an order in which each comes behind those that it needs."""
+    of_axis = {axis: problem for problem in problems for axis in problem.axes}
+    needed = {
+        problem: [of_axis[axis] for axis in problem.needs(evidence) if of_axis.get(axis, problem) is not problem]
+        for problem in of_axis.values()
+    }
+    return list(TopologicalSorter(needed).static_order())
+
+
+def solve_all(problems: Sequence[Problem], observed: Observed, maps: Sequence[Maps]) -> list[Maps]:
+    """The parents' maps, with those of the axes of some problems.
+
+    Args:
+        problems: of one section, or of whole networks.
+        observed: what they are solved from.
+        maps: each parent's maps so far.
+    """
+    for problem in ordered(problems, next(iter(observed.evidence), None)):
+        maps = [known.joined(found) for known, found in zip(maps, problem.solve(observed, maps), strict=True)]
+    return list(maps)
+
+
+def solve_needed(axes: Iterable[str], pair: Comparison, maps: Mapping[str, TransportMap]) -> Mapping[str, TransportMap]:
+    """A parent's maps with those by which some axes are described, and those that these need."""
+    reached: dict[Problem, None] = {}
+    ahead = [needed for axis in axes for needed in pair.evidence.needs(axis)]
+    while ahead:
+        axis = ahead.pop()
+        if axis not in maps and (problem := pair.problems[axis]) not in reached:
+            reached[problem] = None
+            ahead += problem.needs(pair.evidence)
+    known = ChainMap[str, TransportMap]({}, maps)  # type: ignore[arg-type]  # of these it only reads
+    for problem in ordered(reached, pair.evidence):
+        assert isinstance(problem, Pairwise)  # one stream compares no weights
+        known.update({axis: one for axis, one in problem.solve_for(pair, known).items() if isinstance(axis, str)})
+    return known
+
+
+def sizes_in(axes: Iterable[str], parent: Binding, target: Binding) -> tuple[int, int]:
+    """The number of units of all `axes` together, in a parent and in the fused network."""
+    n, m = (sum(one.axes[axis].size for axis in axes) for one in (parent, target))
     return n, m
 
 

@@ -1,19 +1,18 @@
-"""What has to be solved for an alignment: which axes take their maps together, of which kind, from what evidence."""
+"""The kinds of problems that an alignment by transport or rotation is made of: how each gives its axes their maps."""
 
-from collections.abc import Iterable
+from collections import ChainMap
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fusionpl.alignment.aligner import Aligner
-from fusionpl.alignment.config import AlignConfig, Residual, residual_of
-from fusionpl.alignment.evidence import WeightEvidence
-from fusionpl.alignment.grouped import grouped_heads, needs_groups
+from fusionpl.alignment.config import AlignConfig, Residual
+from fusionpl.alignment.evidence import Evidence, WeightEvidence
 from fusionpl.alignment.heads import head_map, match_heads, pairs_of, unit_costs
-from fusionpl.alignment.problem import Problem, Size, seen_at, sizes_in
+from fusionpl.alignment.maps import Found, Pair
+from fusionpl.alignment.problem import Comparison, Pairwise, seen_at, sizes_in, solve_needed
 from fusionpl.alignment.rotation import dissimilarity, rotate_stream, rotate_units
-from fusionpl.calibration import Key
 from fusionpl.errors import FusionError
 from fusionpl.families import Binding, Join, section_of
 from fusionpl.transport import Gram, TransportMap, check_one_width, ground_metric, identity
@@ -22,22 +21,18 @@ from fusionpl.transport import Gram, TransportMap, check_one_width, ground_metri
 _TIE_ROUNDS = 3
 
 
-class Units(Problem):
+class Units(Pairwise):
     """One map from the units of one axis, or of all axes of a circuit together."""
 
-    def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
+    def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
         """Solvers that pair units one by one need as many on both sides; flat heads need equal numbers of heads."""
-        check_one_width(config.solver, parent.axes[self.axes[0]].size, anchor.axes[self.axes[0]].size)
-        _check_heads(self.axes[0], parent, anchor)
+        check_one_width(config.solver, parent.axes[self.axes[0]].size, target.axes[self.axes[0]].size)
+        _check_heads(self.axes[0], parent, target)
 
-    def solve(self, work: Aligner) -> None:
+    def solve_for(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> Found:
         """Compares the units by what describes them."""
-        found = work.solved(work.alike(self.axes))
-        work.maps.give(self.axes, work.rescaled(self.axes[0], found) if work.in_circuit(self.axes[0]) else found)
-
-    def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
-        """One."""
-        yield Size("transport", *sizes_in(self.axes[:1], parent, anchor))
+        found = pair.solved(pair.evidence.stacked(self.axes, maps))
+        return dict.fromkeys(self.axes, pair.rescaled(self.axes[0], found) if pair.in_circuit(self.axes[0]) else found)
 
     def told(self, axis: str, binding: Binding) -> str:
         """Where the units are seen."""
@@ -45,29 +40,25 @@ class Units(Problem):
         return seen_at(axis, binding, self.keys) + (f", shared with {' and '.join(others)}" if others else "")
 
 
-class Gated(Problem):
+class Gated(Pairwise):
     """A gate and what it multiplies, which move alike; the scale and the sign of what is multiplied are free."""
 
-    def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
+    def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
         """See Units."""
-        check_one_width(config.solver, parent.axes[self.axes[0]].size, anchor.axes[self.axes[0]].size)
+        check_one_width(config.solver, parent.axes[self.axes[0]].size, target.axes[self.axes[0]].size)
 
-    def solve(self, work: Aligner) -> None:
+    def solve_for(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> Found:
         """Compares gates, and what they multiply whatever its sign."""
         gate, partner = self.axes
-        first, second = work.alike([gate]), work.alike([partner])
-        found = work.solved(first + replace(second, cross=second.cross.abs()))
-        work.maps.give([gate], found)
-        if work.config.solver != "identity":
-            plain = work.plain(partner)
+        first, second = pair.evidence.stacked([gate], maps), pair.evidence.stacked([partner], maps)
+        found = pair.solved(first + replace(second, cross=second.cross.abs()))
+        signed = found
+        if pair.config.solver != "identity":
+            plain = pair.evidence.raw(partner, maps)
             ours, theirs = (torch.where(one > 0, one, 1.0).sqrt() for one in (plain.parent, plain.anchor))
             signs = torch.where(second.cross < 0, -1.0, 1.0)
-            found = replace(found, plan=found.plan * signs, sizes=(ours, theirs))
-        work.maps.give([partner], found)
-
-    def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
-        """One."""
-        yield Size("transport", *sizes_in(self.axes[:1], parent, anchor))
+            signed = replace(found, plan=found.plan * signs, sizes=(ours, theirs))
+        return {gate: found, partner: signed}
 
     def told(self, axis: str, binding: Binding) -> str:
         """Where the units are seen."""
@@ -77,28 +68,26 @@ class Gated(Problem):
         return f"{seen_at(axis, binding, self.keys)}, as {gate}, scaled and signed as the anchor's"
 
 
-class Joint(Problem):
+class Joint(Pairwise):
     """One map over the units of both axes of a circuit, which may exchange them."""
 
-    def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
+    def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
         """See Units."""
         check_one_width(
-            config.solver, *(sum(one.axes[axis].size for axis in self.axes) for one in (parent, anchor))
+            config.solver, *(sum(one.axes[axis].size for axis in self.axes) for one in (parent, target))
         )  # fmt: skip
-        _check_heads(self.axes[0], parent, anchor)
+        _check_heads(self.axes[0], parent, target)
 
-    def solve(self, work: Aligner) -> None:
+    def solve_for(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> Found:
         """Compares all units with all."""
         first, second = self.axes
-        found = work.rescaled(first, work.solved(work.beside(self.axes)))
-        work.alignment.joint[first, second] = found
-        n, m = work.parent.axes[first].size, work.anchor.axes[first].size
-        work.maps.give([first], found.block(slice(n), slice(m)))
-        work.maps.give([second], found.block(slice(n, None), slice(m, None)))
-
-    def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
-        """One over all units."""
-        yield Size("transport", *sizes_in(self.axes, parent, anchor))
+        found = pair.rescaled(first, pair.solved(pair.evidence.concatenated(self.axes, maps)))
+        n, m = pair.parent.axes[first].size, pair.target.axes[first].size
+        return {
+            (first, second): found,
+            first: found.block(slice(n), slice(m)),
+            second: found.block(slice(n, None), slice(m, None)),
+        }
 
     def told(self, axis: str, binding: Binding) -> str:
         """Where the units are seen, and with which."""
@@ -107,7 +96,7 @@ class Joint(Problem):
 
 
 @dataclass(frozen=True)
-class Heads(Problem):
+class Heads(Pairwise):
     """Heads matched first, then the units inside each pair: one map a circuit.
 
     Attributes:
@@ -120,41 +109,43 @@ class Heads(Problem):
     rotation: bool = False
     order: str | None = None
 
-    def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
+    def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
         """Solvers that pair units one by one need as many units in a head on both sides."""
         if not self.rotation:
-            sizes = (one.axes[self.axes[0]] for one in (parent, anchor))
+            sizes = (one.axes[self.axes[0]] for one in (parent, target))
             check_one_width(config.solver, *(axis.size // axis.heads for axis in sizes))
 
-    def solve(self, work: Aligner) -> None:
+    def solve_for(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> Found:
         """Assigns heads by the cost of their best alignment."""
-        heads, plan = self.heads(work), work.map_of(self.order).plan if self.order else None
+        heads, plan = self.heads(pair), maps[self.order].plan if self.order else None
         if self.rotation:
-            found = match_heads(self.grams(work), heads, compare=dissimilarity, solve_units=rotate_units, plan=plan)
-        else:
-            found = match_heads(
-                self.grams(work), heads, compare=lambda pairs: unit_costs(pairs, work.config),
-                solve_units=lambda pairs: [work.solved(pair) for pair in pairs], plan=plan,
+            units = match_heads(
+                self.grams(pair, maps), heads, compare=dissimilarity, solve_units=rotate_units, plan=plan
             )  # fmt: skip
+        else:
+            units = match_heads(
+                self.grams(pair, maps), heads, compare=lambda grams: unit_costs(grams, pair.config),
+                solve_units=lambda grams: [pair.solved(gram) for gram in grams], plan=plan,
+            )  # fmt: skip
+        found: dict[str | Pair, TransportMap] = {}
         for circuit in self.circuits:
-            one = found[circuit[0]]
-            work.maps.give(circuit, work.rescaled(circuit[0], one) if len(circuit) > 1 else one)
+            of_circuit = units[circuit[0]]
+            found |= dict.fromkeys(circuit, pair.rescaled(circuit[0], of_circuit) if len(circuit) > 1 else of_circuit)
+        return found
 
-    def heads(self, work: Aligner) -> tuple[int, int]:
+    def needs(self, evidence: Evidence | None) -> tuple[str, ...]:
+        """See Pairwise; and the order of the heads, where others have the same."""
+        return (*super().needs(evidence), *([self.order] if self.order else []))
+
+    def heads(self, pair: Comparison) -> tuple[int, int]:
         """The numbers of heads of the parent and of the anchor."""
-        return work.parent.axes[self.axes[0]].heads, work.anchor.axes[self.axes[0]].heads
+        return pair.parent.axes[self.axes[0]].heads, pair.target.axes[self.axes[0]].heads
 
-    def grams(self, work: Aligner) -> dict[str, Gram]:
+    def grams(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> dict[str, Gram]:
         """What describes the units of each circuit."""
         if self.rotation:
-            return {circuit[0]: work.activations.unscaled(circuit) for circuit in self.circuits}
-        return {circuit[0]: work.alike(circuit) for circuit in self.circuits}
-
-    def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
-        """One a circuit and pair of heads."""
-        heads = [one.axes[self.axes[0]].heads for one in (parent, anchor)]
-        n, m = (size // count for size, count in zip(sizes_in(self.axes[:1], parent, anchor), heads, strict=True))
-        return [Size("svd" if self.rotation else "transport", n, m)] * (max(heads) * len(self.circuits))
+            return {circuit[0]: pair.activations.unscaled(circuit) for circuit in self.circuits}
+        return {circuit[0]: pair.evidence.stacked(circuit, maps) for circuit in self.circuits}
 
     def told(self, axis: str, binding: Binding) -> str:
         """Where the units are seen, and with which."""
@@ -166,7 +157,7 @@ class Heads(Problem):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order(Problem):
+class Order(Pairwise):
     """One order of the heads of several attentions, which share a bias by position.
 
     Attributes:
@@ -181,26 +172,22 @@ class Order(Problem):
         """The attentions stand in all blocks of a stack."""
         return True
 
-    def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
+    def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
         """`identity` needs one number of heads."""
         if config.solver == "identity":
-            check_one_width(config.solver, *sizes_in(self.axes, parent, anchor))
+            check_one_width(config.solver, *sizes_in(self.axes, parent, target))
 
-    def solve(self, work: Aligner) -> None:
+    def solve_for(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> Found:
         """Adds up the costs of the bias and of the heads of each attention at their best alignment."""
         (axis,) = self.axes
-        if work.config.solver == "identity":
-            work.maps.give(self.axes, identity(work.anchor.axes[axis].size, device=work.device))
-            return
-        costs = [ground_metric(work.alike([axis]), work.config.metric, "none")]
-        for one in self.attentions if self.keys else ():
-            pairs = [pairs_of(gram, one.heads(work)) for gram in one.grams(work).values()]
-            costs += [dissimilarity(each) if one.rotation else unit_costs(each, work.config) for each in pairs]
-        work.maps.give(self.axes, head_map(costs))
-
-    def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
-        """One."""
-        yield Size("transport", *sizes_in(self.axes, parent, anchor))
+        if pair.config.solver == "identity":
+            return {axis: identity(pair.target.axes[axis].size, device=pair.device)}
+        costs = [ground_metric(pair.evidence.stacked([axis], maps), pair.config.metric, "none")]
+        for attention in self.attentions if self.keys else ():
+            for gram in attention.grams(pair, maps).values():
+                heads = pairs_of(gram, attention.heads(pair))
+                costs.append(dissimilarity(heads) if attention.rotation else unit_costs(heads, pair.config))
+        return {axis: head_map(costs)}
 
     def told(self, axis: str, binding: Binding) -> str:
         """What is compared."""
@@ -209,7 +196,7 @@ class Order(Problem):
 
 
 @dataclass(frozen=True)
-class Stream(Problem):
+class Stream(Pairwise):
     """One map for a whole residual stream, from all its joins (activations) or all its members (weights).
 
     Attributes:
@@ -225,51 +212,52 @@ class Stream(Problem):
         """The stream goes through all sections."""
         return True
 
-    def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
+    def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
         """Solvers that pair units one by one need as many units on both sides."""
         if not self.rotation:
-            check_one_width(config.solver, parent.axes[self.axes[0]].size, anchor.axes[self.axes[0]].size)
+            check_one_width(config.solver, parent.axes[self.axes[0]].size, target.axes[self.axes[0]].size)
 
-    def solve(self, work: Aligner) -> None:
+    def solve_for(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> Found:
         """Compares the units of the stream wherever it is seen."""
         if self.rotation:
-            centred = work.anchor.family.norm == "pre"
-            work.maps.give(self.axes, rotate_stream(work.activations.unscaled(self.joins), centred=centred))
-        elif isinstance(work.evidence, WeightEvidence):
-            written = [
-                axis for axis in self.axes if axis not in work.parent.joins and section_of(axis) not in work.idle
-            ]
-            known, joint = set(work.maps), dict(work.alignment.joint)
-            described = [axis for axis in written if not self._rests_on(axis, work)]
-            if not described:
-                raise FusionError(
-                    f"align.evidence weights: all that writes the stream of '{self.axes[0]}' reads it too, so that "
-                    "nothing can be compared first; use align.evidence activations"
-                )
-            for _ in range(_TIE_ROUNDS):
-                one = work.solved(work.alike(described))
-                work.maps.forget_all_but(known)  # what was found with an earlier map of this stream
-                work.alignment.joint = dict(joint)
-                work.maps.give(self.axes, one)
-                described = written
+            centred = pair.target.family.norm == "pre"
+            found = rotate_stream(pair.activations.unscaled(self.joins), centred=centred)
+        elif isinstance(pair.evidence, WeightEvidence):
+            found = self._from_weights(pair, maps)
         else:
-            work.maps.give(self.axes, work.solved(work.alike(self.joins)))
+            found = pair.solved(pair.evidence.stacked(self.joins, maps))
+        return dict.fromkeys(self.axes, found)
 
-    def _rests_on(self, axis: str, work: Aligner) -> bool:
+    def needs(self, evidence: Evidence | None) -> tuple[str, ...]:
+        """None: what reads the stream comes behind it."""
+        return ()
+
+    def _from_weights(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> TransportMap:
+        """From the rows that write the stream, once what they read has maps, which rest on the stream's: in rounds."""
+        written = [axis for axis in self.axes if axis not in pair.parent.joins and section_of(axis) not in pair.missing]
+        described = [axis for axis in written if not self._rests_on(axis, pair)]
+        if not described:
+            raise FusionError(
+                f"align.evidence weights: all that writes the stream of '{self.axes[0]}' reads it too, so that "
+                "nothing can be compared first; use align.evidence activations"
+            )
+        for _ in range(_TIE_ROUNDS):
+            found = pair.solved(pair.evidence.stacked(described, solve_needed(described, pair, maps)))
+            maps = ChainMap(dict.fromkeys(self.axes, found), maps)  # type: ignore[arg-type]  # it only reads
+            described = written
+        return found
+
+    def _rests_on(self, axis: str, pair: Comparison) -> bool:
         """Whether the rows of an axis can be compared only once the stream has a map."""
         reached, ahead = set[str](), [axis]
         while ahead:
-            for needed in work.evidence.needs(ahead.pop()):
+            for needed in pair.evidence.needs(ahead.pop()):
                 if needed in self.axes:
                     return True
-                fresh = {*work.problems[needed].axes, needed} - reached
+                fresh = {*pair.problems[needed].axes, needed} - reached
                 reached |= fresh
                 ahead += fresh
         return False
-
-    def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
-        """One for the whole stream."""
-        yield Size("svd" if self.rotation else "transport", *sizes_in(self.axes[:1], parent, anchor))
 
     def told(self, axis: str, binding: Binding) -> str:
         """One map for all."""
@@ -278,7 +266,7 @@ class Stream(Problem):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Joined(Problem):
+class Joined(Pairwise):
     """The map of a residual addition, from the maps of what is added.
 
     Attributes:
@@ -289,102 +277,40 @@ class Joined(Problem):
     join: Join
     policy: Residual = "average"
 
-    def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
+    def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
         """`identity` needs one width."""
         (axis,) = self.axes
-        n, m = parent.axes[axis].size, anchor.axes[axis].size
+        n, m = parent.axes[axis].size, target.axes[axis].size
         if self.policy == "identity" and n != m:
             raise FusionError(f"align.residual identity needs parents of one width; '{axis}' has {n} and {m} units")
 
-    def solve(self, work: Aligner) -> None:
+    def solve_for(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> Found:
         """Joins the maps of skip and branch."""
-        work.maps.give(self.axes, self._found(work))
-
-    def _found(self, work: Aligner) -> TransportMap:
+        (axis,) = self.axes
         if self.policy == "identity":
-            return identity(work.anchor.axes[self.axes[0]].size, device=work.device)
+            return {axis: identity(pair.target.axes[axis].size, device=pair.device)}
         if self.policy in ("skip", "branch"):
-            return work.map_of(self.join.skip if self.policy == "skip" else self.join.branch)
-        skip, branch = work.map_of(self.join.skip).plan, work.map_of(self.join.branch).plan
+            return {axis: maps[self.join.skip if self.policy == "skip" else self.join.branch]}
+        skip, branch = maps[self.join.skip].plan, maps[self.join.branch].plan
         share: float | Tensor = 0.5
         if self.policy in ("weighted_scalar", "weighted_matrix"):
-            s, b = (work.magnitudes[axis] for axis in (self.join.skip, self.join.branch))
+            s, b = (pair.magnitudes[added] for added in (self.join.skip, self.join.branch))
             if self.policy == "weighted_scalar":
                 s, b = s.mean(), b.mean()
             share = (s / (s + b).clamp_min(1e-300)).to(skip)
-        return TransportMap(share * skip + (1 - share) * branch, f"join:{self.policy}", work.config.scaling)
+        plan = share * skip + (1 - share) * branch
+        return {axis: TransportMap(plan, f"join:{self.policy}", pair.config.scaling)}
 
-    def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
-        """None."""
-        return ()
+    def needs(self, evidence: Evidence | None) -> tuple[str, ...]:
+        """What is added."""
+        if self.policy == "identity":
+            return ()
+        parts = {"skip": (self.join.skip,), "branch": (self.join.branch,)}
+        return parts.get(self.policy, (self.join.skip, self.join.branch))
 
     def told(self, axis: str, binding: Binding) -> str:
         """What is added."""
         return f"join ({self.policy}) of {self.join.skip} + {self.join.branch}"
-
-
-def problems(binding: Binding, config: AlignConfig) -> list[Problem]:
-    """All problems of an alignment with `config`, in the order of the axes; each free axis is in one of them.
-
-    This is where what a family allows meets what the configuration asks for.
-
-    Args:
-        binding: the anchor's; parents of one family and depth have the same problems.
-        config: solver, metric and policies.
-    """
-    seen = config.evidence == "activations"
-    residual = residual_of(config, binding)
-
-    def alone(*axes: str) -> tuple[Key, ...]:
-        return tuple((axis,) for axis in axes) if seen else ()
-
-    found: dict[str, Problem] = {}
-    if residual == "tie":  # a rotation of the stream is tied too
-        for members in binding.streams():
-            seen_at = [axis for axis in members if binding.on_boundary(axis) or axis in binding.taps]
-            joins = tuple(axis for axis in seen_at if axis in binding.joins)
-            stream = Stream(tuple(members), alone(*joins), joins=joins, rotation=config.stream == "rotation")
-            found |= dict.fromkeys(members, stream)
-    circuit_of = {axis: circuit for circuit in binding.circuits for axis in circuit}
-    group_of = {axis: group for group in binding.attention for axis in group}
-    gated = {axis: (gate, partner) for partner, gate in binding.gates.items() for axis in (gate, partner)}
-    ordered: dict[str, list[tuple[str, ...]]] = {}
-    for group in binding.attention:
-        ordered.setdefault(binding.axes[group[0]].order or "", []).append(group)
-
-    def matched(group: tuple[str, ...]) -> Heads:
-        circuits = tuple(dict.fromkeys(circuit_of.get(one, (one,)) for one in group))
-        rotation, order = config.stream == "rotation", binding.axes[group[0]].order
-        return Heads(group, alone(*group), circuits=circuits, rotation=rotation, order=order)
-
-    for axis in binding.free:
-        if axis in found:
-            continue
-        problem: Problem
-        circuit = circuit_of.get(axis, (axis,))
-        if axis in binding.joins:
-            join = binding.joins[axis]
-            weighted = residual in ("weighted_scalar", "weighted_matrix")
-            magnitudes = (join.skip, join.branch) if weighted else ()
-            problem = Joined(axes=(axis,), magnitudes=magnitudes, join=join, policy=residual)
-        elif axis in gated:
-            problem = Gated(gated[axis], alone(*gated[axis]))
-        elif axis in group_of and needs_groups(binding, group_of[axis]):
-            problem = grouped_heads(binding, group_of[axis], config)
-        elif axis in group_of and (config.heads == "matched" or binding.axes[axis].order):
-            problem = matched(group_of[axis])
-        elif axis in ordered:
-            attentions = tuple(matched(group) for group in ordered[axis])
-            keys = tuple(key for one in attentions for key in one.keys)
-            problem = Order((axis,), (*alone(axis), *keys), attentions=attentions)
-        elif config.qk == "joint" and len(circuit) > 1 and len({binding.runs_over[one] for one in circuit}) == 1:
-            problem = Joint(circuit, (circuit,) if seen else ())
-        elif config.qk != "separate":  # queries and keys of different tokens can't be one set
-            problem = Units(circuit, alone(*circuit))
-        else:
-            problem = Units((axis,), alone(axis))
-        found |= dict.fromkeys(problem.axes, problem)
-    return list({id(problem): problem for problem in found.values()}.values())
 
 
 def _check_heads(axis: str, parent: Binding, anchor: Binding) -> None:

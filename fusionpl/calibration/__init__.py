@@ -2,11 +2,10 @@
 
 from fusionpl.calibration.batches import Progress, batches, no_progress, unlabelled
 from fusionpl.calibration.config import CalibrationConfig, Scale
+from fusionpl.calibration.cursor import CalibrationSet, Cursor, Passage, or_zeros, places_of, sum_over_ranks
 from fusionpl.calibration.embeddings import Pooling, embed
-from fusionpl.calibration.flow import CalibrationSet, Flow, Passage, or_zeros, places_of, sum_over_ranks
 from fusionpl.calibration.forward import Batch, device_named, device_of, eval_mode, has_float64, inputs_of, logits
-from fusionpl.calibration.inputs import sources
-from fusionpl.calibration.kept import GIB, Kept, budget, bytes_of, free_memory
+from fusionpl.calibration.kept import GIB, Kept, Store, budget, bytes_of, free_memory
 from fusionpl.calibration.moments import Key, Moments
 from fusionpl.calibration.network import Network
 from fusionpl.calibration.observe import Statistics, Target, Wanted, observe
@@ -19,7 +18,7 @@ __all__ = [
     "Batch",
     "CalibrationConfig",
     "CalibrationSet",
-    "Flow",
+    "Cursor",
     "Kept",
     "Key",
     "Moments",
@@ -33,6 +32,7 @@ __all__ = [
     "Run",
     "Scale",
     "Statistics",
+    "Store",
     "Target",
     "Wanted",
     "batches",
@@ -53,7 +53,6 @@ __all__ = [
     "places_of",
     "recorded",
     "select",
-    "sources",
     "sum_over_ranks",
     "unlabelled",
     "window",

@@ -5,7 +5,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from fusionpl.errors import FusionError
 GIB = 2**30
 _SHARE = 0.25  # of the free memory, by default
 _KINDS = 2  # activations, maps
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 
 
 def free_memory(device: torch.device | str = "cpu") -> int:
@@ -131,6 +134,37 @@ class Kept:
         self._file.seek(place.start)
         self._file.readinto(bytes_of(tensor))  # type: ignore[attr-defined]
         return tensor.to(place.device)
+
+
+class Store(Generic[K, V]):
+    """Values of one kind among what is kept.
+
+    Args:
+        kept: where they are.
+        name: tells them from others there; a store of the same name holds the same.
+    """
+
+    def __init__(self, kept: Kept, name: Hashable) -> None:
+        self._kept, self._name = kept, name
+
+    def __setitem__(self, key: K, value: V) -> None:
+        """Keeps a value; see `Kept`."""
+        self._kept[self._name, key] = value
+
+    def __getitem__(self, key: K) -> V:
+        value: V = self._kept[self._name, key]
+        return value
+
+    def __delitem__(self, key: K) -> None:
+        del self._kept[self._name, key]
+
+    def __contains__(self, key: K) -> bool:
+        return (self._name, key) in self._kept
+
+    def clear(self) -> None:
+        """Forgets all of them."""
+        for key in [key for key in self._kept if isinstance(key, tuple) and key[0] == self._name]:
+            del self._kept[key]
 
 
 class _Spilled:

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from fusionpl.calibration.forward import Batch, arguments, device_of, scores
 from fusionpl.calibration.taps import Place, Reached, captured
-from fusionpl.families import TAIL, Binding, State, check_finite, in_float32, with_parameters
+from fusionpl.families import TAIL, Binding, State, bind, check_finite, in_float32, with_parameters
 
 _HIDDEN = "hidden_states"  # by which transformers name them
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with behind the hidden states
@@ -85,13 +85,24 @@ class Network:
         """The blocks that compute nothing: see `Restacked`."""
         return frozenset()
 
+    def but(self, **changes: Any) -> "Network":
+        """The same network with some of its arguments changed."""
+        names = ("module", "binding", "name", "read", "device", "float32", "prepare", "absent")
+        return Network(**{**{name: getattr(self, name) for name in names}, **changes})
+
     def prepared(self, prepare: Prepare | None) -> "Network":
         """The same model with other preparation."""
-        return Network(
-            self.module, self.binding, self.name,
-            read=self.read, device=self.device, float32=self.float32, prepare=prepare,
-            absent=self.absent,
-        )  # fmt: skip
+        return self.but(prepare=prepare)
+
+    def moved(self, module: nn.Module, move: Callable[[str, Tensor], Tensor]) -> "Network":
+        """A network of another module, whose parameters are made of this one's as they are read.
+
+        Args:
+            module: like this one's, but for some sizes.
+            move: (name, parameter) -> the parameter that the module has.
+        """
+        binding = bind(module, self.binding.family)
+        return self.but(module=module, binding=binding, read=lambda name: move(name, self.read(name)))
 
     def parameters(self, section: str) -> State:
         """The parameters that a section uses, prepared.

@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusionpl.calibration.flow import CalibrationSet, Flow, Passage, places_of, sum_over_ranks
-from fusionpl.calibration.inputs import InputMoments, Source, sources
+from fusionpl.calibration.cursor import CalibrationSet, Cursor, Passage, places_of, sum_over_ranks
 from fusionpl.calibration.moments import Key, Moments
 from fusionpl.calibration.taps import Place, parameter_units
 from fusionpl.calibration.tokens import select
@@ -33,7 +32,7 @@ class Target(NamedTuple):
 
     def key(self, section: str, index: int, batch: int) -> Hashable:
         """Under which it is kept, of a network and a batch; that of the next section takes its place."""
-        return "target", index, self.place.module.removeprefix(section), batch
+        return index, self.place.module.removeprefix(section), batch
 
 
 @dataclass(frozen=True)
@@ -73,19 +72,19 @@ class Statistics:
 
 
 def observe(
-    flows: Sequence[Flow], anchor: int, states: Sequence[State], data: CalibrationSet, wanted: Wanted
+    cursors: Sequence[Cursor], anchor: int, states: Sequence[State], data: CalibrationSet, wanted: Wanted
 ) -> Statistics:
     """Takes all batches through a section; behind it all networks stand at its end.
 
     Args:
-        flows: of the networks, which stand before the section.
+        cursors: of the networks, which stand before the section.
         anchor: index of the anchor.
         states: the networks' parameters of the section.
         data: the calibration set; targets are kept with it.
         wanted: what to collect. Moments and magnitudes are those of all ranks.
     """
-    bindings = [flow.network.binding for flow in flows]
-    device = flows[anchor].network.device
+    bindings = [cursor.network.binding for cursor in cursors]
+    device = cursors[anchor].network.device
     seen, values = _parted(wanted.keys, bindings[anchor])
     moments: list[dict[Key, Moments]] = [
         {} if index == anchor else {key: _empty(binding, bindings[anchor], key, device) for key in wanted.keys}
@@ -95,27 +94,21 @@ def observe(
     shown, raw = _parted([(axis,) for axis in wanted.magnitudes], bindings[anchor])
     sums = {axis: torch.zeros(bindings[anchor].axes[axis].size + 1, dtype=torch.float64, device=device)
             for (axis,) in shown}  # fmt: skip
-    derived = [InputMoments(one, bindings, anchor) for one in sources(bindings[anchor], wanted.section, seen)]
-    elsewhere = {key for one in derived for key in one.source.keys}
-    direct = [key for key in seen if key not in elsewhere]
-    axes = list(dict.fromkeys(axis for key in direct for axis in key))
+    axes = list(dict.fromkeys(axis for key in seen for axis in key))
     for axis in wanted.together:
         width = sum(binding.axes[axis].size for binding in bindings)
         found.together[axis] = torch.zeros(width, width, dtype=torch.float64, device=device)
-    order = [anchor, *(index for index in range(len(flows)) if index != anchor)]
+    order = [anchor, *(index for index in range(len(cursors)) if index != anchor)]
     tokens = data.meant(wanted.tokens)
     for batch in data:
         mask_of = partial(data.mask, batch, bindings[anchor])
         theirs: dict[str, Tensor] = {}
         joined: dict[int, dict[str, Tensor]] = {}
-        read: list[dict[int, Tensor]] = [{} for _ in derived]
         for index in order:
             looked_at = list(dict.fromkeys([*axes, *wanted.together, *(sums if index == anchor else ())]))
-            passage = _pass(flows[index], states[index], batch, looked_at, [one.source for one in derived], wanted)
+            passage = _pass(cursors[index], states[index], batch, looked_at, wanted)
             for target in wanted.targets:
-                data.keep(target.key(wanted.section, index, batch), _target(passage, target))
-            for one, inputs in zip(derived, read, strict=True):
-                inputs[index] = select(passage.seen[one.source.place], tokens, mask_of(one.source.keys[0][0]))
+                data.targets[target.key(wanted.section, index, batch)] = data.as_kept(_target(passage, target))
             rows = {axis: select(passage.units(axis), tokens, mask_of(axis)) for axis in looked_at}
             joined[index] = {axis: rows[axis] for axis in wanted.together}
             if index == anchor:
@@ -124,16 +117,10 @@ def observe(
                     total[:-1] += rows[axis].abs().sum(0)
                     total[-1] += len(rows[axis])
             else:
-                for key in direct:
+                for key in seen:
                     moments[index][key].update(_beside(rows, key), _beside(theirs, key))
-        for one, inputs in zip(derived, read, strict=True):
-            one.update(inputs)
         for axis, total in found.together.items():
-            total += self_product(torch.cat([joined[index][axis] for index in range(len(flows))], dim=-1))
-    for index, ours in enumerate(moments):
-        if index != anchor:
-            for one in derived:
-                ours |= one.moments(index, states)
+            total += self_product(torch.cat([joined[index][axis] for index in range(len(cursors))], dim=-1))
     _sum(found, seen, sums)
     for (axis,) in values:
         tap = bindings[anchor].taps[axis]
@@ -163,12 +150,11 @@ def _empty(binding: Binding, anchor: Binding, key: Key, device: torch.device) ->
     return Moments.zeros(n, m, device=device)
 
 
-def _pass(flow: Flow, state: State, batch: int, axes: Sequence[str], read: Sequence[Source], wanted: Wanted) -> Passage:
-    binding = flow.network.binding
+def _pass(cursor: Cursor, state: State, batch: int, axes: Sequence[str], wanted: Wanted) -> Passage:
+    binding = cursor.network.binding
     skips = [target.skip for target in wanted.targets if target.skip is not None]
     places = places_of(binding, (*axes, *skips)) | {target.place for target in wanted.targets}
-    places |= {one.place for one in read}
-    return flow.step(wanted.section, state, batch, places, stop=wanted.section == TAIL)
+    return cursor.step(wanted.section, state, batch, places, stop=wanted.section == TAIL)
 
 
 def _target(passage: Passage, target: Target) -> Tensor:

@@ -95,8 +95,11 @@ def canonical(state: Mapping[str, Tensor], binding: Binding, section: str, name:
     return state
 
 
-def without_scales(state: Mapping[str, Tensor], binding: Binding, section: str) -> State:
+def without_scales(state: Mapping[str, Tensor], binding: Binding, section: str, name: str = "") -> State:
     """The parameters of a section with every LayerScale at 1, folded into the map before it.
+
+    Args:
+        state, binding, section, name: see `canonical`; of any model.
 
     Returns:
         `state` itself where there is none, else tensors in float32 at least: half precision would round twice.

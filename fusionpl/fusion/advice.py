@@ -10,7 +10,8 @@ from fusionpl.calibration import eval_mode, logits
 from fusionpl.families import Family, bind
 from fusionpl.fusion.answers import log_probabilities
 from fusionpl.fusion.heads import best_head
-from fusionpl.fusion.units import APART, SPECIALISED, divergence
+from fusionpl.fusion.survey import APART, divergence
+from fusionpl.fusion.units import SPECIALISED
 from fusionpl.models import CLASSES, kind_of
 
 ADVISED = 300  # samples

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusionpl.alignment import likeness, matched, spread, telling
-from fusionpl.calibration import CalibrationSet, Flow, Network, Restacked, Run, eval_mode, select
+from fusionpl.calibration import CalibrationSet, Cursor, Network, Restacked, Run, eval_mode, select
 from fusionpl.errors import FusionError
 from fusionpl.families import TAIL, Binding, bind
 from fusionpl.fusion.config import FuseConfig
@@ -113,7 +113,7 @@ def depth_of(networks: Sequence[Network], anchor: int, config: FuseConfig) -> tu
     return (config.depth,)
 
 
-def levelled(
+def match_depths(
     networks: Sequence[Network], anchor: int, config: FuseConfig, data: CalibrationSet | None = None
 ) -> tuple[list[Network], list[Matching]]:
     """Brings parents to the depth of the fused network.
@@ -175,7 +175,7 @@ def levelled(
 
 def _streams(network: Network, data: CalibrationSet, index: int) -> list[Tensor]:
     """The hidden states at every boundary of a network's blocks, of some tokens, [rows, n]."""
-    flow = Flow(network, data, f"stream {index}")
+    cursor = Cursor(network, data, f"stream {index}")
     few = [batch for batch in data if data.firsts[batch] - data.firsts[0] < _SAMPLES]
     found = []
     with torch.no_grad(), eval_mode(network.module):
@@ -185,7 +185,7 @@ def _streams(network: Network, data: CalibrationSet, index: int) -> list[Tensor]
             state = network.states(section)
             rows = []
             for batch in few:
-                out = flow.step(section, state, batch).out
+                out = cursor.step(section, state, batch).out
                 assert out is not None
                 rows.append(select(out, "all", data.mask(batch, network.binding, f"{section}.out")))
             whole = torch.cat(rows)

@@ -10,7 +10,6 @@ from fusionpl.calibration import CalibrationSet, Network, eval_mode
 from fusionpl.errors import FusionError
 from fusionpl.families import (
     PROOF_TOLERANCE,
-    Binding,
     Family,
     State,
     bind,
@@ -20,24 +19,11 @@ from fusionpl.families import (
     without_scales,
 )
 from fusionpl.fusion.config import FuseConfig
-from fusionpl.fusion.goal import parted
+from fusionpl.fusion.target import untie
 from fusionpl.transport import full_float32
 
 # Of language models one text: it has many tokens, and each of them as many outputs as there are words.
 _SAMPLES, _TEXTS = 8, 1
-
-
-def formed(network: Network, configs: Sequence[FuseConfig]) -> Network:
-    """A network in the form in which `configs`, which agree about it, fuse it."""
-    if configs[0].canonical:
-        return network.prepared(canonical)
-    if any(config.refit.method != "none" for config in configs):
-        return network.prepared(_scaled)
-    return network
-
-
-def _scaled(state: Mapping[str, Tensor], binding: Binding, section: str, name: str) -> State:
-    return without_scales(state, binding, section)
 
 
 def check_forms(networks: Sequence[Network], config: FuseConfig, data: CalibrationSet) -> None:
@@ -45,7 +31,7 @@ def check_forms(networks: Sequence[Network], config: FuseConfig, data: Calibrati
     through both, section by section, with one section of one parent in memory at a time.
 
     Args:
-        networks: the parents: see `formed`.
+        networks: the parents, in the form that the method takes them in.
         config: what they are fused under.
         data: the calibration set; of several ranks the first one's samples decide for all.
 
@@ -67,7 +53,7 @@ def departure(network: Network, batch: Mapping[str, Tensor]) -> str | None:
     """Where a network in its form departs from the model that it is made of; None where it does not.
 
     Args:
-        network: see `formed`.
+        network: in the form in which it is fused.
         batch: model inputs, of which a few samples are taken.
     """
     form = network.original
@@ -107,8 +93,8 @@ def folding_error(
         The largest difference of outputs, the largest output, and what was folded.
     """
     changed = changed_a_little(model)
-    network = parted(Network(changed, bind(changed, family)))
-    form = network.prepared(_scaled if inseparable(network.binding) else canonical)
+    network = untie(Network(changed, bind(changed, family)))
+    form = network.prepared(without_scales if inseparable(network.binding) else canonical)
     with torch.inference_mode():
         before, after = run(changed), run(form.whole())
     return float((before - after).abs().max()), float(before.abs().max()), _folded(form)

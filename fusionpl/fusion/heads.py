@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from fusionpl.calibration import Kept, Network, budget, eval_mode, logits
 from fusionpl.errors import FusionError
 from fusionpl.families import TAIL, VOCABULARY, Family, attribute, bind
-from fusionpl.fusion.goal import parted
 from fusionpl.fusion.refit import held_out, predicting
+from fusionpl.fusion.target import untie
 from fusionpl.models import NUMBERS, TAGS, kind_of
 from fusionpl.transport import LARGEST, Fitted, Link, Reduce, fit_softmax, log_mean, spread
 
@@ -133,7 +133,7 @@ class HeadFit:
             reduce: adds up tensors over the processes, in place, where each has samples of its own.
         """
         model = self._models[index]
-        student = parted(Network(model, bind(model, self._family), "the model")).whole()
+        student = untie(Network(model, bind(model, self._family), "the model")).whole()
         head = cast(nn.Linear, student.get_submodule(self._names[index]))
         with torch.no_grad():
             bias = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
@@ -162,7 +162,7 @@ def head_of(model: nn.Module, family: Family | None = None) -> str | None:
     several."""
     names = {
         slot.parameter.rpartition(".")[0]
-        for slot in parted(Network(model, bind(model, family), "the model")).binding.slots
+        for slot in untie(Network(model, bind(model, family), "the model")).binding.slots
         if slot.section == TAIL and any(slot.reads) and {*slot.axes} & {"classes", VOCABULARY}
     }
     return names.pop() if len(names) == 1 else None

@@ -1,26 +1,106 @@
-"""What parents answer and how they are padded, brought to one before they are fused."""
+"""Brings parents to one: the anchor's size and preparation of images, its tokens, its padding, the tags of all.
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+Each step takes a team and gives one, whose `lines` say what it did.
+"""
+
+from collections.abc import Mapping
 
 from torch import nn
 
-from fusionpl.calibration import Network
 from fusionpl.errors import FusionError
-from fusionpl.families import bind
+from fusionpl.families import VOCABULARY, bind
+from fusionpl.fusion.pixels import match_pixels
+from fusionpl.fusion.team import Team
 from fusionpl.models import (
     IN_WORDS,
+    ImageProcessing,
     Kind,
-    ModelFolder,
+    Vocabulary,
+    adapter_beside,
+    at_image_size,
+    check_token_settings,
+    check_tokenizers,
     class_names,
     end_of,
     load_tokenizer,
     pad_with,
     padding_of,
     pads_text,
+    renumber,
+    told,
     united,
     with_tags,
 )
+
+
+def matched(team: Team, processing: ImageProcessing | None = None) -> Team:
+    """Parents that see images, tokens and tags alike.
+
+    Args:
+        team: the parents as they were opened.
+        processing: how images are prepared, in place of what the anchor's folder says.
+
+    Raises:
+        FusionError: parents that cut images into patches of different size, or can't take images as they are prepared;
+            see `check_tokenizers`, `match_padding` and `check_token_settings`.
+    """
+    team = team.told(
+        line for folder in team.folders if folder is not None and (line := adapter_beside(folder.path)) is not None
+    )
+    team = match_pixels(match_images(team), processing)
+    team = match_padding(match_tags(match_vocabularies(team)))
+    # The anchor first, whose settings the fused model has.
+    modules = {network.name: network.module for network in (team.reference, *team.networks)}
+    return team.told(check_token_settings(modules))
+
+
+def match_images(team: Team) -> Team:
+    """Gives parents the anchor's size of images, by resampled position embeddings."""
+    reference, family = team.reference, team.binding.family
+    networks, lines = list(team.networks), []
+    for index, network in enumerate(networks):
+        if network.binding.family.name != family.name:  # which is refused later
+            continue
+        names = network.name, reference.name
+        if (found := at_image_size(network.module, reference.module, family, names)) is not None:
+            networks[index] = network.moved(*found)
+            lines.append(told(network.name, network.module, reference.name, reference.module))
+    return team.of(networks, lines)
+
+
+def match_vocabularies(team: Team) -> Team:
+    """Gives parents that are named, and number the same tokens differently, the anchor's numbers.
+
+    Where the anchor is a model, or has no tokenizer, nothing is matched.
+
+    Raises:
+        FusionError: see `check_tokenizers`.
+    """
+    reference, source, family = team.reference, team.sources[team.anchor], team.binding.family
+    vocabulary = None if isinstance(source, nn.Module) else Vocabulary.of(source, reference.module, family)
+    networks, lines = list(team.networks), []
+    for index, (parent, network, folder) in enumerate(zip(team.sources, team.networks, team.folders, strict=True)):
+        if VOCABULARY not in network.binding.axes or isinstance(parent, nn.Module) or isinstance(source, nn.Module):
+            continue
+        tokenizer = load_tokenizer(parent)
+        if vocabulary is None or tokenizer is None:
+            if vocabulary is not None or tokenizer is not None:
+                has, lacks = (network, reference) if vocabulary is None else (reference, network)
+                lines.append(
+                    f"{lacks.name} has no tokenizer: its tokens are taken to be those of {has.name}, numbered and cut "
+                    "as there; copy its own beside it to have that checked"
+                )
+            continue
+        lines += check_tokenizers({reference.name: vocabulary.tokenizer, network.name: tokenizer})
+        found = vocabulary.renumbering(tokenizer, network.binding.axes[VOCABULARY].size)
+        if found is not None:
+            move = renumber(network.module, found, family, name=network.name)
+            # A parent that was loaded whole has been renumbered where it is.
+            moved = network.moved(network.module, move) if folder is not None else network
+            absent = found.absent if len(found.absent) else None
+            networks[index] = moved.but(binding=bind(network.module, family), absent=absent)
+            lines.append(found.told(network.name, reference.name))
+    return team.of(networks, lines)
 
 
 def check_kinds(kinds: Mapping[str, Kind]) -> None:
@@ -35,50 +115,40 @@ def check_kinds(kinds: Mapping[str, Kind]) -> None:
             )
 
 
-def match_tags(opened: list[tuple[Network, ModelFolder | None]], anchor: int) -> list[str]:
+def match_tags(team: Team) -> Team:
     """Gives parents of tags those of all of them, by their names."""
-    names = united({network.name: network.module for network, _ in opened}, opened[anchor][0].name)
-    lines = []
-    for index, (network, folder) in enumerate(opened):
-        family = network.binding.family
-        if names is None or (found := with_tags(network.module, names, family)) is None:
+    names = united({network.name: network.module for network in team.networks}, team.reference.name)
+    networks, lines = list(team.networks), []
+    for index, network in enumerate(networks):
+        if names is None or (found := with_tags(network.module, names, network.binding.family)) is None:
             continue
-        module, moved = found
-        own, read = class_names(network.module) or (), network.read
-        opened[index] = (
-            Network(
-                module, bind(module, family), network.name, device=network.device, absent=network.absent,
-                read=lambda name, read=read, moved=moved: moved(name, read(name)),  # type: ignore[misc]
-            ),
-            folder,
-        )  # fmt: skip
+        own = class_names(network.module) or ()
+        networks[index] = network.moved(*found)
         if set(own) < set(names):
             lines.append(f"{network.name} knows {len(own)} of the {len(names)} tags of all parents; it gives no other")
-    return lines
+    return team.of(networks, lines)
 
 
-def match_padding(parents: Sequence[nn.Module | str | Path], networks: Sequence[Network], anchor: int) -> list[str]:
+def match_padding(team: Team) -> Team:
     """Gives classifiers that are named, read their answer at the last token and have none for padding, that of the
     anchor, or of another parent, or the anchor's end of text; their tokens have the anchor's numbers.
-
-    Returns:
-        A line for each that got one.
 
     Raises:
         FusionError: one is a model in memory, which is left as it is, or has no end of text.
     """
     lacking = [
         (parent, network)
-        for parent, network in zip(parents, networks, strict=True)
+        for parent, network in zip(team.sources, team.networks, strict=True)
         if pads_text(network.module) and padding_of(network.module) is None
     ]
     if not lacking:
-        return []
-    known = [padding_of(network.module) for network in (networks[anchor], *networks) if pads_text(network.module)]
-    source = parents[anchor]
+        return team
+    networks = (team.reference, *team.networks)
+    known = [padding_of(network.module) for network in networks if pads_text(network.module)]
+    source = team.sources[team.anchor]
     tokenizer = None if isinstance(source, nn.Module) else load_tokenizer(source)
     ends = [getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)]
-    number = next((one for one in (*known, *ends, end_of(networks[anchor].module)) if one is not None), None)
+    number = next((one for one in (*known, *ends, end_of(team.reference.module)) if one is not None), None)
     for parent, network in lacking:
         if isinstance(parent, nn.Module) or number is None:
             raise FusionError(
@@ -86,4 +156,6 @@ def match_padding(parents: Sequence[nn.Module | str | Path], networks: Sequence[
                 "time; set pad_token_id in its config to the token that texts are padded with, such as its eos_token_id"
             )
         pad_with(network.module, number)
-    return [f"{network.name} has no pad_token_id: texts are padded with token {number}" for _, network in lacking]
+    return team.told(
+        f"{network.name} has no pad_token_id: texts are padded with token {number}" for _, network in lacking
+    )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusionpl.alignment import Alignment
+from fusionpl.alignment import Maps
 from fusionpl.calibration import Network
 from fusionpl.errors import FusionError
 from fusionpl.families import VOCABULARY, Binding, State, aligned_state, copy_rows
@@ -18,14 +18,14 @@ class AlignedParent:
 
     Attributes:
         network: the parent.
-        alignment: its maps; None for the anchor.
+        maps: its own; None for the anchor.
         weight: its share.
         idle: blocks of the fused network for which it has none: there it has the anchor's parameters, and writes
             nothing.
     """
 
     network: Network
-    alignment: Alignment | None
+    maps: Maps | None
     weight: float
     idle: frozenset[str] = frozenset()
 
@@ -41,13 +41,13 @@ class AlignedParent:
             seen: axis -> activations; with `align.qk joint` those of the whole circuit.
             axis: which of them.
         """
-        if self.alignment is None or axis not in self.alignment.maps:
+        if self.maps is None or axis not in self.maps:
             return seen[axis]
-        for circuit, plan in self.alignment.joint.items():
+        for circuit, plan in self.maps.joint.items():
             if axis in circuit:
                 both = torch.cat([seen[member] for member in circuit], dim=-1)
                 return (both @ plan.to_output.to(both)).chunk(2, dim=-1)[circuit.index(axis)]
-        return seen[axis] @ self.alignment.maps[axis].to_output.to(seen[axis])
+        return seen[axis] @ self.maps[axis].to_output.to(seen[axis])
 
     def aligned(self, state: State, target: State, anchor: Binding) -> State:
         """Parameters in the anchor's units; tokens that the parent has not have the anchor's rows.
@@ -57,7 +57,7 @@ class AlignedParent:
             target: the anchor's of the same names.
             anchor: the anchor's binding.
         """
-        if self.alignment is None:
+        if self.maps is None:
             return state
         # A post-LN norm is part of the stream, which is the parent's own.
         away = {
@@ -67,7 +67,7 @@ class AlignedParent:
         }
         state = {name: tensor for name, tensor in state.items() if name not in away}
         self._check_maps(state)
-        found = aligned_state(state, self.binding, target, anchor, self.alignment.maps, self.alignment.joint)
+        found = aligned_state(state, self.binding, target, anchor, self.maps, self.maps.joint)
         if self.network.absent is not None:
             copy_rows(found, target, anchor, VOCABULARY, self.network.absent)
         branches = {join.branch for join in anchor.joins.values()}
@@ -80,10 +80,10 @@ class AlignedParent:
 
     def _check_maps(self, state: State) -> None:
         """Raises FusionError where a parameter would stay as it is because an axis of it has no map."""
-        assert self.alignment is not None
+        assert self.maps is not None
         for slot in self.binding.slots:
             for axis in slot.axes if slot.parameter in state else ():
-                if axis and not self.binding.axes[axis].fixed and axis not in self.alignment.maps:
+                if axis and not self.binding.axes[axis].fixed and axis not in self.maps:
                     raise FusionError(
                         f"{self.network.name}: no map was found for axis '{axis}' of '{slot.parameter}', which would "
                         "not move with the rest; this is a mistake of fusionpl or of the family file"

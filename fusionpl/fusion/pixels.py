@@ -1,11 +1,11 @@
 """Parents whose images were prepared differently: all are given the anchor's."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
 
 from fusionpl.calibration import Network
+from fusionpl.fusion.team import Team
 from fusionpl.models import (
     ImageProcessing,
     for_pixels,
@@ -23,57 +23,49 @@ def said(parent: nn.Module | str | Path, network: Network) -> ImageProcessing | 
     return None if isinstance(parent, nn.Module) or grid_of(network.module) is None else image_processing(parent)
 
 
-def match_pixels(
-    parents: Sequence[nn.Module | str | Path],
-    networks: Sequence[Network],
-    anchor: int,
-    processing: ImageProcessing | None,
-) -> list[str]:
+def match_pixels(team: Team, processing: ImageProcessing | None) -> Team:
     """Rewrites, as it is read, the patch embedding of a named parent that sees a pixel as another number.
 
     Args:
-        parents: see `fuse`.
-        networks: the same, opened.
-        anchor: index of the anchor.
+        team: the parents; a model in memory is taken as it is, and a line says where its `pretrained_cfg` wants other
+            images.
         processing: how images are prepared; by default as the anchor's folder says.
-
-    Returns:
-        What a reader should know, a line each. A model in memory is taken as it is; a line says where its
-        `pretrained_cfg` wants other images.
 
     Raises:
         FusionError: see `for_pixels`.
     """
-    reference = networks[anchor]
+    reference = team.reference
     if processing is not None and processing.decreed:
-        return []
-    found = {network.name: said(parent, network) for parent, network in zip(parents, networks, strict=True)}
-    whole = {network.name: timm_processing(network.module) for network in networks}
-    given = processing or found[reference.name] or whole[reference.name]
-    if given is None and not any(found.values()):
-        return []
-    lines = told_differences(found, reference.name)
+        return team
+    both = list(zip(team.sources, team.networks, strict=True))
+    of_folder = {network.name: said(parent, network) for parent, network in both}
+    of_model = {network.name: timm_processing(network.module) for network in team.networks}
+    given = processing or of_folder[reference.name] or of_model[reference.name]
+    if given is None and not any(of_folder.values()):
+        return team
+    lines = told_differences(of_folder, reference.name)
     given = given or ImageProcessing()
-    if found[reference.name] is None and any(found.values()) and not isinstance(parents[anchor], nn.Module):
+    if of_folder[reference.name] is None and any(of_folder.values()) and not team.in_memory(team.anchor):
         lines.append(
             f"{reference.name}: its folder does not say how images are prepared; it is taken to see them with "
             f"{ImageProcessing().told()}"
         )
-    for parent, network in zip(parents, networks, strict=True):
-        own, name = found[network.name], network.name
+    networks = list(team.networks)
+    for index, (parent, network) in enumerate(both):
+        own, name = of_folder[network.name], network.name
         if isinstance(parent, nn.Module):
-            stated = whole[name]
+            stated = of_model[name]
             if stated is not None and not stated.sees_as(given):
                 lines.append(
                     f"{name}: its pretrained_cfg wants images of {stated.told()}, and it is given {reference.name}'s, "
                     f"{given.told()}, as it is"
                 )
             continue
-        moved = for_pixels(network.module, own, given, network.read, network.binding.family, (name, reference.name))
-        if moved is not None:
-            network.read = lambda key, read=network.read, moved=moved: moved(key, read(key))  # type: ignore[misc]
+        move = for_pixels(network.module, own, given, network.read, network.binding.family, (name, reference.name))
+        if move is not None:
+            networks[index] = network.moved(network.module, move)
             lines.append(told_pixels(name, own, reference.name, given))
-    return lines
+    return team.of(networks, lines)
 
 
 def keep_pixels(folder: Path, model: nn.Module, processing: ImageProcessing) -> None:

@@ -1,20 +1,17 @@
-"""What a fusion will do, before any weight is read: `fuse.py --dry-run` prints it, the sweep carries it out."""
+"""What a fusion will do, before any weight is read: `fuse.py --dry-run` prints it, `fuse` carries it out."""
 
-from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
-from fusionpl.alignment import AlignConfig, ChosenUnits, JointStream, Problem, check_choice, joint_problems, problems
-from fusionpl.calibration import Key
+from fusionpl.alignment import AlignConfig, Observed, Problem
+from fusionpl.calibration import Key, Network
 from fusionpl.errors import FusionError
-from fusionpl.families import TAIL, Axis, Binding, Slot, inseparable, section_of, unrotatable
+from fusionpl.families import TAIL, Binding, Slot, section_of
+from fusionpl.fusion.average import mixing_weights
 from fusionpl.fusion.config import FuseConfig
-from fusionpl.fusion.stages import Stage, stages
-
-# What to use where a stream may not be rotated.
-_INSTEAD = {
-    "transport": "align.stream transport with align.residual tie and align.solver assignment",
-    "joint": "strategy transport",
-}
+from fusionpl.fusion.groups import LinearGroup, groups_of
+from fusionpl.fusion.methods import METHODS
+from fusionpl.fusion.target import target_of
+from fusionpl.fusion.team import Team
 
 
 @dataclass(frozen=True)
@@ -26,19 +23,19 @@ class SectionPlan:
         problems: the alignment problems that are solved here.
         keys: the activations that they compare.
         magnitudes: the anchor's axes whose mean absolute activation is needed.
-        stages: what is fitted afterwards.
+        groups: what is fitted afterwards.
     """
 
     name: str
     problems: tuple[Problem, ...]
     keys: tuple[Key, ...]
     magnitudes: tuple[str, ...]
-    stages: tuple[Stage, ...]
+    groups: tuple[LinearGroup, ...]
 
     @property
     def observes(self) -> bool:
         """Whether the parents have to be run through the section for what they show there."""
-        return bool(self.keys or self.magnitudes or self.stages)
+        return bool(self.keys or self.magnitudes or self.groups)
 
 
 @dataclass(frozen=True)
@@ -46,11 +43,17 @@ class Plan:
     """The work of a fusion, in order.
 
     Attributes:
+        config: what is asked for, with nothing left to `auto` but `units`, which the data decide.
+        weights: one number a parent, summing to 1.
+        target: the network that is made: the anchor, or one whose parameters are still to come.
         whole: problems that look at all sections; they are solved first.
         sections: stem, blocks, tail.
         keep: parameters that stay the anchor's.
     """
 
+    config: FuseConfig
+    weights: tuple[float, ...]
+    target: Network
     whole: tuple[Problem, ...]
     sections: tuple[SectionPlan, ...]
     keep: frozenset[str]
@@ -68,8 +71,7 @@ class Plan:
     @property
     def together(self) -> dict[str, str]:
         """Joins whose units are multiplied with those of all parents -> the first axis of their stream."""
-        streams = [problem for problem in self.whole if isinstance(problem, JointStream)]
-        return {join: stream.axes[0] for stream in streams for join in stream.joins}
+        return {join: problem.axes[0] for problem in self.whole for join in problem.together}
 
     @property
     def looks(self) -> bool:
@@ -79,7 +81,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether anything is fitted, so that the fused network is run."""
-        return any(section.stages for section in self.sections)
+        return any(section.groups for section in self.sections)
 
     @property
     def observes(self) -> bool:
@@ -87,92 +89,61 @@ class Plan:
         return self.looks or any(section.observes for section in self.sections)
 
 
-def make_plan(
-    bindings: Sequence[Binding],
-    anchor: int,
-    config: FuseConfig,
-    names: Sequence[str],
-    goal: Binding | None = None,
-    idle: Sequence[Set[str]] | None = None,
-) -> Plan:
+def make_plan(team: Team, config: FuseConfig) -> Plan:
     """The plan of a fusion.
 
     Args:
-        bindings: of the parents, which fit together.
-        anchor: index of the anchor.
-        config: what is asked for.
-        names: how messages call the parents.
-        goal: of the fused network, where it is not like the anchor.
-        idle: for each parent, the blocks that it has not; None where all have all.
+        team: parents that fit together, in the form in which the method takes them.
+        config: what is asked for: see `resolve`.
 
     Raises:
         FusionError: options that don't fit the family, the widths or the head counts.
     """
-    reference = goal or bindings[anchor]
+    weights = tuple(mixing_weights(config.weights, len(team)))
     if config.strategy == "head":  # which looks at whole models
-        return Plan((), (), frozenset())
-    if config.canonical:
-        hindered = inseparable if config.strategy == "joint" else unrotatable
-        for binding, name in zip(bindings, names, strict=True):
-            if reason := hindered(binding):
-                raise FusionError(f"{name}: {reason}; use {_INSTEAD[config.strategy]}")
-    if config.strategy == "joint":
-        found = joint_problems(reference, even=config.units == "even")
-    else:
-        found = problems(reference, config.align)
-    for problem in found:
-        if isinstance(problem, ChosenUnits):
-            there = [problem.section not in blocks for blocks in idle] if idle else [True] * len(bindings)
-            check_choice(problem, bindings, anchor, reference, there)
-        for index, binding in enumerate(bindings):
-            if index != anchor:
-                problem.check(binding, reference, config.align)
-    keep = anchor_only(reference, config.align)
+        return Plan(config, weights, team.reference, (), (), frozenset())
+    method = METHODS[config.strategy]
+    for binding, name in zip(team.bindings, team.names, strict=True):
+        if reason := method.hindrance(binding, config):
+            raise FusionError(f"{name}: {reason}; use {method.instead}")
+    target = target_of(team.reference, config)
+    problems = method.problems(target.binding, config)
+    keep = anchor_only(target.binding, config.align)
     sections = []
-    for name in reference.sections:
-        own = tuple(problem for problem in found if not problem.whole and problem.section == name)
+    for name in target.binding.sections:
+        own = tuple(problem for problem in problems if not problem.whole and problem.section == name)
+        magnitudes = (axis for problem in problems for axis in problem.magnitudes if section_of(axis) == name)
         sections.append(
             SectionPlan(
                 name,
                 own,
                 keys=tuple(dict.fromkeys(key for problem in own for key in problem.keys)),
-                magnitudes=tuple(
-                    dict.fromkeys(axis for problem in found for axis in problem.magnitudes if section_of(axis) == name)
-                ),
-                stages=stages(reference, name, keep) if config.refit.method != "none" else (),
+                magnitudes=tuple(dict.fromkeys(magnitudes)),
+                groups=groups_of(target.binding, name, keep) if config.refit.method != "none" else (),
             )
         )
-    return Plan(tuple(problem for problem in found if problem.whole), tuple(sections), keep)
+    whole = tuple(problem for problem in problems if problem.whole)
+    plan = Plan(config, weights, target, whole, tuple(sections), keep)
+    for problem in plan.problems:
+        problem.check(observed_of(team, plan))
+    return plan
 
 
-def left_out(
-    plan: Plan, bindings: Sequence[Binding], goal: Binding, names: Sequence[str], idle: Sequence[Set[str]]
-) -> list[str]:
-    """A line for each parent none of whose heads can be taken: fusion into one stream takes heads as they are.
-
-    Args:
-        plan: of the fusion.
-        bindings, names, idle: see `make_plan`.
-        goal: the fused network's binding.
-    """
-    choices = [problem for problem in plan.problems if isinstance(problem, ChosenUnits) and problem.heads]
-    lines = []
-    for binding, name, blocks in zip(bindings, names, idle, strict=True):
-        here = [problem for problem in choices if problem.section not in blocks]
-        out = [problem for problem in here if not problem.gives(binding, goal)]
-        if out:
-            theirs, ours = (_heads_of(one.axes[out[0].axes[0]]) for one in (binding, goal))
-            where = "" if len(out) == len(here) else f" in {len(out)} of {len(here)} blocks"
-            lines.append(
-                f"{name} has heads of {theirs}, the fused model of {ours}: its stream and its other units are taken, "
-                f"and none of its heads{where}"
-            )
-    return lines
+def observed_of(team: Team, plan: Plan) -> Observed:
+    """The parents beside the network that is made, before anything has been seen of them."""
+    return Observed(
+        parents=team.bindings, target=plan.target.binding, anchor=team.anchor, weights=plan.weights,
+        config=plan.config.align, device=team.reference.device, missing=team.missing,
+        problems={axis: problem for problem in plan.problems for axis in problem.axes},
+    )  # fmt: skip
 
 
-def _heads_of(axis: Axis) -> str:
-    rotated = f", {2 * axis.pairs} of them rotated" if axis.pairs else ""
-    return f"{axis.width} units{rotated}" + (f", {axis.members} to a key-value head" if axis.members > 1 else "")
+def remarks(team: Team, plan: Plan) -> list[str]:
+    """What a reader should know of how these parents are fused, a line each."""
+    if plan.config.strategy == "head":
+        return []
+    parents = dict(zip(team.names, team.bindings, strict=True))
+    return METHODS[plan.config.strategy].remarks(plan.problems, parents, observed_of(team, plan))
 
 
 def anchor_only(binding: Binding, config: AlignConfig) -> frozenset[str]:
@@ -193,17 +164,11 @@ def _within(binding: Binding, slot: Slot) -> bool:
     return all(binding.stack_of.get(section_of(axis), own) == own for axis in slot.axes if axis)
 
 
-def describe(
-    plan: Plan,
-    bindings: Sequence[Binding],
-    anchor: int,
-    config: FuseConfig,
-    names: Sequence[str],
-    goal: Binding | None = None,
-) -> str:
+def describe(plan: Plan, team: Team) -> str:
     """A table of axes with their sizes (parents in order, and of the fused network where it is not like the anchor),
     and how each gets its map."""
-    reference = goal or bindings[anchor]
+    config, reference, anchor = plan.config, plan.target.binding, team.reference
+    bindings = team.bindings
     how = "one stream for all parents"
     if config.units == "auto":
         how += "; whose units, the calibration set decides"
@@ -213,14 +178,14 @@ def describe(
         how = f"{_solver(config.align)}, {config.align.metric} cost / {config.align.normalize}"
     header = (
         f"{reference.family.name}, {reference.depth} blocks, {len(reference.slots)} parameter slots on "
-        f"{len(reference.free)} free axes; anchor: {names[anchor]}; {how}"
+        f"{len(reference.free)} free axes; anchor: {anchor.name}; {how}"
         + (f"; refit: {config.refit.method}" if config.refit.method != "none" else "")
     )
     problem_of = {axis: problem for problem in plan.problems for axis in problem.axes}
     rows = [("axis", "units", "heads", "map")]
     for name in reference.free:
         axes = [binding.axes[name] for binding in bindings]
-        own, like = reference.axes[name], bindings[anchor].axes[name]
+        own, like = reference.axes[name], anchor.binding.axes[name]
         sizes = " / ".join(dict.fromkeys(str(axis.size) for axis in axes))
         heads = " / ".join(dict.fromkeys(str(axis.heads) for axis in axes))
         if own.size != like.size:

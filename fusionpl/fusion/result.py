@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,8 +11,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from fusionpl.alignment import Alignment
-from fusionpl.calibration import Kept, Network
+from fusionpl.alignment import Maps
+from fusionpl.calibration import Kept, Network, Store
 from fusionpl.families import Binding, State, with_parameters
 from fusionpl.fusion.average import averaged
 from fusionpl.fusion.config import FuseConfig
@@ -24,7 +25,7 @@ from fusionpl.transport import TransportMap
 MAPS = "maps.safetensors"
 
 
-class Sink(Protocol):
+class Writer(Protocol):
     """Takes the fused parameters, section by section, and makes the model of them."""
 
     def write(self, state: State) -> None:
@@ -44,27 +45,27 @@ class Sink(Protocol):
 
 
 class InMemory:
-    """A sink that keeps the parameters and makes a model of them.
+    """A writer that keeps the parameters and makes a model of them.
 
     Args:
-        goal: what it looks like.
+        target: what it looks like.
         kept: where they are kept.
     """
 
-    def __init__(self, goal: Network, kept: Kept) -> None:
-        self._goal, self._kept = goal, kept
+    def __init__(self, target: Network, kept: Kept) -> None:
+        self._target = target
+        self._parameters = Store[str, Tensor](kept, "parameters")
         self._names: list[str] = []
 
     def write(self, state: State) -> None:
         """Keeps the parameters of a section."""
         for name, tensor in state.items():
             self._names.append(name)
-            self._kept[name] = tensor
+            self._parameters[name] = tensor
 
     def read(self, name: str) -> Tensor:
         """A parameter that was written."""
-        found: Tensor = self._kept[name]
-        return found
+        return self._parameters[name]
 
     def finish(self) -> None:
         """Nothing is left to do."""
@@ -74,44 +75,36 @@ class InMemory:
 
     def model(self) -> nn.Module:
         """A new model, which owns what was written."""
-        return with_parameters(self._goal.module, {name: self._kept[name] for name in self._names}).eval()
+        return with_parameters(self._target.module, {name: self._parameters[name] for name in self._names}).eval()
 
 
+@dataclass(frozen=True)
 class FusionResult:
     """What a fusion made.
 
-    Args:
-        sink: holds the fused parameters.
-        parents: in order, each with its alignment; for a rotation and one stream they are in canonical form.
+    Attributes:
+        writer: holds the fused parameters.
+        parents: in order, each with its maps; for a rotation and one stream they are in canonical form.
         anchor: index of the anchor.
-        goal: what the fused network looks like.
+        target: what the fused network looks like.
         config: what was asked for.
         kept: parameters that stayed the anchor's.
-
-    Attributes:
-        refitted: the fused model before it was refined, where it was; else None.
-        teaching: what was chosen then, and what it started from.
+        teaching: what learned refinement made, where it was asked for.
         matchings: for parents of another depth than the fused model's, which of their blocks stand for which of its.
         notes: what was decided on the calibration set: which blocks and whose units were taken, a line each.
         warnings: what a reader should know, for example solvers that did not converge, by axis.
     """
 
-    def __init__(
-        self,
-        sink: Sink,
-        parents: Sequence[AlignedParent],
-        anchor: int,
-        goal: Network,
-        config: FuseConfig,
-        kept: frozenset[str],
-    ) -> None:
-        self._sink, self.parents, self.anchor, self.config, self._kept = sink, list(parents), anchor, config, kept
-        self._goal = goal
-        self.refitted: nn.Module | None = None
-        self.teaching: Taught | None = None
-        self.warnings: list[str] = []
-        self.matchings: Sequence[Matching] = ()
-        self.notes: list[str] = []
+    writer: Writer
+    parents: Sequence[AlignedParent]
+    anchor: int
+    target: Network
+    config: FuseConfig
+    kept: frozenset[str] = frozenset()
+    teaching: Taught | None = None
+    matchings: Sequence[Matching] = ()
+    notes: Sequence[str] = ()
+    warnings: Sequence[str] = ()
 
     @cached_property
     def model(self) -> nn.Module:
@@ -119,47 +112,50 @@ class FusionResult:
 
         Refined from a parent it has that parent's architecture.
         """
-        return self._sink.model()
-
-    def taught(self, found: Taught) -> None:
-        """Puts what was refined into the place of the fused model, which stays as `refitted`."""
-        self.refitted, self.teaching = self.model, found
-        self.model = found.model
-        self.notes.append(found.told)
+        return self._fused if self.teaching is None else self.teaching.model
 
     @property
-    def alignments(self) -> list[Alignment | None]:
-        """One a parent, in order; None for the anchor, whose units stay (but for `strategy joint`)."""
-        return [parent.alignment for parent in self.parents]
+    def refitted(self) -> nn.Module | None:
+        """The fused model before it was refined, where it was; else None."""
+        return None if self.teaching is None else self._fused
+
+    @cached_property
+    def _fused(self) -> nn.Module:
+        return self.writer.model()
+
+    @property
+    def alignments(self) -> list[Maps | None]:
+        """The maps of each parent, in order; None for the anchor, whose units stay (but for `strategy joint`)."""
+        return [parent.maps for parent in self.parents]
 
     @property
     def binding(self) -> Binding:
         """The fused network's."""
-        return self._goal.binding
+        return self.target.binding
 
     @property
     def maps(self) -> Mapping[str, TransportMap]:
         """Axis -> map of the first parent that is not the anchor."""
-        others = (alignment for index, alignment in enumerate(self.alignments) if index != self.anchor)
-        return next((alignment.maps for alignment in others if alignment), {})
+        others = (maps for index, maps in enumerate(self.alignments) if index != self.anchor)
+        return next((maps for maps in others if maps is not None), {})
 
     def aligned(self, index: int) -> State:
         """The parameters of parent `index` in the anchor's units, made anew at each call."""
         parent = self.parents[index]
         with torch.no_grad():
-            return parent.aligned(parent.network.state(), self._goal.state(), self._goal.binding)
+            return parent.aligned(parent.network.state(), self.target.state(), self.target.binding)
 
     def aligned_parent(self, index: int) -> nn.Module:
         """Parent `index` in the anchor's units, as a model of its own; with `strategy joint`, its share of the average,
         which is none."""
-        return with_parameters(self._goal.module, self.aligned(index)).eval()
+        return with_parameters(self.target.module, self.aligned(index)).eval()
 
     def average(self) -> nn.Module:
         """The mean of the aligned parents, without refit and refinement; made anew at each call."""
         with torch.no_grad():
             states = [parent.network.state() for parent in self.parents]
-            found = averaged(self.parents, self.anchor, states, self._kept, self._goal.state(), self._goal.binding)
-            return with_parameters(self._goal.module, found).eval()
+            found = averaged(self.parents, self.anchor, states, self.kept, self.target.state(), self.target.binding)
+            return with_parameters(self.target.module, found).eval()
 
     def save(self, folder: str | Path, *, tokenizer: Any = None, card: str = "") -> None:
         """Writes model/ (the fused model in its own library's format), maps.safetensors and config.yaml.
@@ -177,13 +173,28 @@ class FusionResult:
     def save_maps(self, folder: Path) -> None:
         """Writes maps.safetensors (`parent0/AXIS` -> plan [n_parent, n_anchor]) and config.yaml."""
         maps = {
-            f"parent{index}/{axis}": (alignment.maps, axis)
-            for index, alignment in enumerate(self.alignments)
-            if alignment
-            for axis in alignment.maps
+            f"parent{index}/{axis}": (own, axis)
+            for index, own in enumerate(self.alignments)
+            if own is not None
+            for axis in own
         }
         layout = {name: (found.shape(axis), torch.float32) for name, (found, axis) in maps.items()}
         file = TensorFile(folder / MAPS, layout)
         for name, (found, axis) in maps.items():
             file.write(name, found[axis].plan)
         (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
+
+
+def unconverged(parents: Sequence[AlignedParent]) -> list[str]:
+    """A line for each parent some of whose maps' solvers did not reach their optimum."""
+    lines = []
+    for parent in parents:
+        bad = parent.maps.unconverged() if parent.maps is not None else {}
+        if parent.maps is not None and bad:
+            axis, worst = max(bad.items(), key=lambda item: item[1].marginal_error)
+            lines.append(
+                f"{parent.network.name}: {worst.solver} did not converge on {len(bad)} of {len(parent.maps)} axes, "
+                f"worst '{axis}' (marginal error {worst.marginal_error:.1e} after {worst.iterations} iterations); "
+                "raise align.reg or use align.solver emd"
+            )
+    return lines

@@ -1,20 +1,26 @@
 """One stream for all parents: it holds as much of their streams, side by side, as fits into its width.
 
-For networks in canonical form. Relatives: the rotation and deletion of Ashkboos et al., "SliceGPT", ICLR 2024 (arXiv
-2401.15024), of one network; Stoica et al., "ZipIt!", ICLR 2024.
+With the parents' streams A_p [rows, n_p] in canonical form, and their weights w_p, C is the mean over all joins of the
+products of [w_1^1/2 A_1, w_2^1/2 A_2, ...] with itself. V, the eigenvectors of C with the largest eigenvalues, is cut
+into one part V_p [n_p, n] a parent. The one stream is T = sum over p of w_p^1/2 A_p V_p, and parent p's own is read
+from it as w_p^-1/2 T V_p^T. Heads and hidden units stay whole: they are chosen among those of all parents. What writes
+the stream, and what reads it, is then refitted.
+
+Relatives: the rotation and deletion of Ashkboos et al., "SliceGPT", ICLR 2024 (arXiv 2401.15024), of one network;
+Stoica et al., "ZipIt!", ICLR 2024.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fusionpl.alignment.aligner import Aligner
-from fusionpl.alignment.config import AlignConfig
-from fusionpl.alignment.problem import Problem, Size, seen_at, sizes_in
+from fusionpl.alignment import Found, Maps, Observed, Problem, seen_at, sizes_in
 from fusionpl.errors import FusionError
-from fusionpl.families import TAIL, Axis, Binding, State
+from fusionpl.families import TAIL, Axis, Binding, State, canonical, inseparable
+from fusionpl.fusion.config import FuseConfig
+from fusionpl.fusion.methods.method import Method
 from fusionpl.transport import TransportMap
 
 
@@ -33,17 +39,26 @@ class JointStream(Problem):
         """The stream goes through all sections."""
         return True
 
-    def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
+    @property
+    def together(self) -> tuple[str, ...]:
+        """Where it is seen."""
+        return self.joins
+
+    def check(self, observed: Observed) -> None:
         """Nothing: widths may differ."""
 
-    def solve(self, work: Aligner) -> None:
-        """The map was found with those of the other parents."""
-        work.maps.give(self.axes, work.streams[self.axes[0]])
-
-    def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
-        """Its part of one decomposition of the streams side by side."""
-        n, m = sizes_in(self.axes[:1], parent, anchor)
-        yield Size("svd", n + m, n + m)
+    def solve(self, observed: Observed, maps: Sequence[Maps]) -> list[Found]:
+        """One basis for all: see `joint_stream`."""
+        first = self.axes[0]
+        streams = joint_stream(
+            observed.streams[first],
+            [binding.axes[first].size for binding in observed.parents],
+            observed.weights,
+            observed.target.axes[first].size,
+            centred=observed.target.family.norm != "rms",
+            anchor=observed.anchor,
+        )
+        return [dict.fromkeys(self.axes, own) for own in streams]
 
     def told(self, axis: str, binding: Binding) -> str:
         """One basis for all."""
@@ -71,38 +86,48 @@ class ChosenUnits(Problem):
         axis = binding.axes[self.axes[0]]
         return axis.groups if self.heads else axis.size
 
-    def gives(self, parent: Binding, goal: Binding) -> int:
+    def gives(self, parent: Binding, target: Binding) -> int:
         """How much of a parent may be chosen: nothing where its heads are built otherwise."""
-        ours, theirs = ([_built(one.axes[axis], self.count(one)) for axis in self.axes] for one in (parent, goal))
+        ours, theirs = ([_built(one.axes[axis], self.count(one)) for axis in self.axes] for one in (parent, target))
         return self.count(parent) if ours == theirs else 0
 
-    def check(self, parent: Binding, anchor: Binding, config: AlignConfig) -> None:
-        """Nothing: widths and heads may differ."""
-
-    def solve(self, work: Aligner) -> None:
-        """Axes that have the same places for the same units share one map."""
-        units, places = work.chosen[self.axes[0]]
-        for axis in self.axes:
-            n, m = sizes_in([axis], work.parent, work.anchor)
-            key = self.section == TAIL, n, m, *units.tolist(), *places.tolist()
-            if key in work.given:
-                work.maps.share(axis, work.given[key])
-                continue
-            work.given[key] = axis
-            width = m // self.count(work.anchor)
-            rows, columns = ((at[:, None] * width + torch.arange(width)).to(work.device) for at in (units, places))
-            plan = torch.zeros(n, m, dtype=torch.float64, device=work.device)
-            plan[rows.flatten(), columns.flatten()] = 1
-            # A mean over the parents must leave a unit as it is. In the tail, where nothing refits a decoder, what it
-            # reads stands for as many units as its parent has.
-            read_gain = n / m / work.weight if self.section == TAIL else 1.0
-            work.maps.give(
-                [axis], TransportMap(plan, "chosen", "orthogonal", gain=1 / work.weight, read_gain=read_gain)
+    def check(self, observed: Observed) -> None:
+        """The parents together must have as many units as the fused network wants, and the anchor's must be built as
+        the fused network's are."""
+        there = [self.section not in missing for missing in observed.missing]
+        given = [self.gives(parent, observed.target) for parent in observed.parents]
+        wanted, what = self.count(observed.target), "heads" if self.heads else "units"
+        if not all(there):
+            return  # places that nobody fills stay empty
+        if not given[observed.anchor]:
+            raise FusionError(f"'{self.axes[0]}' of the fused network has other heads than the anchor; leave width out")
+        if sum(given) < wanted:
+            raise FusionError(
+                f"'{self.axes[0]}' would have {wanted} {what} and the parents have {sum(given)} of that kind together; "
+                f"choose a width of at most {sum(given) / given[observed.anchor]:g} times the anchor's"
             )
 
-    def solves(self, parent: Binding, anchor: Binding) -> Iterable[Size]:
-        """None."""
-        return ()
+    def solve(self, observed: Observed, maps: Sequence[Maps]) -> list[Found]:
+        """Chooses among the units of all parents: see `choose`."""
+        there = [self.section not in missing for missing in observed.missing]
+        chosen = choose(self, observed.parents, observed.states, observed.anchor, observed.target, there)
+        return [
+            {axis: self._map(axis, observed, index, *places) for axis in self.axes}
+            for index, places in enumerate(chosen)
+        ]
+
+    def _map(self, axis: str, observed: Observed, index: int, units: Tensor, places: Tensor) -> TransportMap:
+        """A parent's units at the places that they are given."""
+        weight = observed.weights[index]
+        n, m = sizes_in([axis], observed.parents[index], observed.target)
+        width = m // self.count(observed.target)
+        rows, columns = ((at[:, None] * width + torch.arange(width)).to(observed.device) for at in (units, places))
+        plan = torch.zeros(n, m, dtype=torch.float64, device=observed.device)
+        plan[rows.flatten(), columns.flatten()] = 1
+        # A mean over the parents must leave a unit as it is. In the tail, where nothing refits a decoder, what it
+        # reads stands for as many units as its parent has.
+        read_gain = n / m / weight if self.section == TAIL else 1.0
+        return TransportMap(plan, "chosen", "orthogonal", gain=1 / weight, read_gain=read_gain)
 
     def told(self, axis: str, binding: Binding) -> str:
         """Where the units are seen."""
@@ -115,42 +140,25 @@ def _built(axis: Axis, count: int) -> tuple[int, int, int]:
     return axis.size // count, axis.members, axis.pairs
 
 
-def joint_problems(binding: Binding, *, even: bool = False) -> list[Problem]:
+def joint_problems(target: Binding, config: FuseConfig) -> list[Problem]:
     """All problems of a fusion into one stream; each free axis is in one of them.
 
     Args:
-        binding: the fused network's.
-        even: see ChosenUnits.
+        target: the fused network's binding.
+        config: its `units` says which are chosen.
     """
+    even = config.units == "even"
     found: list[Problem] = []
-    for members in binding.streams():
-        seen = (axis for axis in members if binding.on_boundary(axis) or axis in binding.taps)
-        found.append(JointStream(tuple(members), joins=tuple(axis for axis in seen if axis in binding.joins)))
-    found += [ChosenUnits(group, heads=True, even=even) for group in binding.attention]
+    for members in target.streams():
+        seen = (axis for axis in members if target.on_boundary(axis) or axis in target.taps)
+        found.append(JointStream(tuple(members), joins=tuple(axis for axis in seen if axis in target.joins)))
+    found += [ChosenUnits(group, heads=True, even=even) for group in target.attention]
     held = {axis for problem in found for axis in problem.axes}
-    alike: dict[str, list[str]] = {}
-    for axis, root in binding.tied().items():
+    tied: dict[str, list[str]] = {}
+    for axis, root in target.tied().items():
         if axis not in held:
-            alike.setdefault(root, []).append(axis)
-    return [*found, *(ChosenUnits(tuple(axes), even=even) for axes in alike.values())]
-
-
-def check_choice(
-    problem: ChosenUnits, parents: Sequence[Binding], anchor: int, goal: Binding, there: Sequence[bool]
-) -> None:
-    """Raises FusionError where the parents together have fewer units than the fused network wants, or the anchor's are
-    built otherwise than the fused network's; `there` says which parents have the block at all."""
-    given = [problem.gives(parent, goal) for parent in parents]
-    wanted, what = problem.count(goal), "heads" if problem.heads else "units"
-    if not all(there):
-        return  # places that nobody fills stay empty
-    if not given[anchor]:
-        raise FusionError(f"'{problem.axes[0]}' of the fused network has other heads than the anchor; leave width out")
-    if sum(given) < wanted:
-        raise FusionError(
-            f"'{problem.axes[0]}' would have {wanted} {what} and the parents have {sum(given)} of that kind together; "
-            f"choose a width of at most {sum(given) / given[anchor]:g} times the anchor's"
-        )
+            tied.setdefault(root, []).append(axis)
+    return [*found, *(ChosenUnits(tuple(axes), even=even) for axes in tied.values())]
 
 
 def choose(
@@ -158,7 +166,7 @@ def choose(
     parents: Sequence[Binding],
     states: Sequence[State],
     anchor: int,
-    goal: Binding,
+    target: Binding,
     there: Sequence[bool],
 ) -> list[tuple[Tensor, Tensor]]:
     """Chooses units of the parents.
@@ -168,15 +176,15 @@ def choose(
         parents: their bindings.
         states: their parameters of the section, in canonical form.
         anchor: index of the anchor.
-        goal: the fused network's binding.
+        target: the fused network's binding.
         there: whether each parent has the block at all.
 
     Returns:
         For each parent the numbers of its units (or groups of heads) that are taken, and their places, both int64 [n].
     """
-    wanted = problem.count(goal)
+    wanted = problem.count(target)
     use = [
-        _use(problem, parent, state) if has and problem.gives(parent, goal) else torch.empty(0, dtype=torch.float64)
+        _use(problem, parent, state) if has and problem.gives(parent, target) else torch.empty(0, dtype=torch.float64)
         for parent, state, has in zip(parents, states, there, strict=True)
     ]
     order = [one.sort(descending=True, stable=True).indices.tolist() for one in use]
@@ -274,3 +282,40 @@ def joint_stream(
         TransportMap(part, "joint", "orthogonal", gain=w**-0.5, read_gain=w**-0.5, norm_gain=ratio)
         for part, w in zip(basis.split(list(widths)), weights, strict=True)
     ]
+
+
+def heads_left_out(problems: Sequence[Problem], parents: Mapping[str, Binding], observed: Observed) -> list[str]:
+    """A line for each parent none of whose heads can be taken: they are taken as they are.
+
+    Args:
+        problems: of the fusion.
+        parents: name -> binding.
+        observed: the same parents beside the fused network.
+    """
+    choices = [problem for problem in problems if isinstance(problem, ChosenUnits) and problem.heads]
+    lines = []
+    for (name, binding), missing in zip(parents.items(), observed.missing, strict=True):
+        here = [problem for problem in choices if problem.section not in missing]
+        out = [problem for problem in here if not problem.gives(binding, observed.target)]
+        if out:
+            theirs, ours = (_heads_of(each.axes[out[0].axes[0]]) for each in (binding, observed.target))
+            where = "" if len(out) == len(here) else f" in {len(out)} of {len(here)} blocks"
+            lines.append(
+                f"{name} has heads of {theirs}, the fused model of {ours}: its stream and its other units are taken, "
+                f"and none of its heads{where}"
+            )
+    return lines
+
+
+def _heads_of(axis: Axis) -> str:
+    rotated = f", {2 * axis.pairs} of them rotated" if axis.pairs else ""
+    return f"{axis.width} units{rotated}" + (f", {axis.members} to a key-value head" if axis.members > 1 else "")
+
+
+ONE_STREAM = Method(
+    problems=joint_problems,
+    form=lambda config: canonical,
+    hindrance=lambda binding, config: inseparable(binding),
+    instead="strategy transport",
+    remarks=heads_left_out,
+)

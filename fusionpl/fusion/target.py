@@ -1,7 +1,6 @@
-"""What a fusion aims at: the strategy that `auto` stands for, and a network like the anchor or of another width."""
+"""What is to be made: what `auto` stands for, and a network like the anchor or of another width."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
@@ -12,45 +11,46 @@ from fusionpl.calibration import Network
 from fusionpl.errors import FusionError
 from fusionpl.families import Binding, bind, inseparable
 from fusionpl.fusion.config import FuseConfig, changed
+from fusionpl.fusion.team import Team
 from fusionpl.models import resized, untied
 
 # The largest number that is meant as a factor: no stream has so few units.
 LARGEST_FACTOR = 8
 
 
-def settled(config: FuseConfig, networks: Sequence[Network], anchor: int) -> FuseConfig:
+def resolve(config: FuseConfig, team: Team) -> FuseConfig:
     """The configuration, with `joint` or `transport` in the place of `strategy auto`.
-
-    Args:
-        config: what is asked for.
-        networks: the parents.
-        anchor: index of the anchor.
 
     Raises:
         FusionError: one stream is asked for of parents that lack tokens, a width or units where only transport will do.
     """
-    lacking = [f"{one.name} lacks tokens of {networks[anchor].name}" for one in networks if one.absent is not None]
+    anchor = team.reference
+    lacking = [
+        f"{network.name} lacks tokens of {anchor.name}" for network in team.networks if network.absent is not None
+    ]
     if config.strategy in ("joint", "head") and lacking:
         raise FusionError(
             f"{lacking[0]}, and strategy {config.strategy} has nothing to put in their places; use strategy transport"
         )
     if config.strategy != "auto":
         return config
-    reasons = [f"{one.name}: {reason}" for one in networks if (reason := inseparable(parted(one).binding))]
+    reasons = [
+        f"{network.name}: {reason}" for network in team.networks if (reason := inseparable(untie(network).binding))
+    ]
     reasons += lacking
     reasons += [f"align.{name} asks for strategy transport" for name in changed(config.align)]
     if config.refit.method == "none":
         reasons.append("refit.method none asks for strategy transport")
     if config.weights and min(config.weights) <= 0:
         reasons.append("a weight of 0 leaves a parent's stream out")
-    deeper = config.depth not in (None, networks[anchor].binding.depth)
+    deeper = config.depth not in (None, anchor.binding.depth)
     for option, asked in {"width": config.width is not None, "depth": deeper, "units": config.units != "auto"}.items():
         if reasons and asked:
             raise FusionError(f"{option} needs strategy joint, and {reasons[0]}")
     return replace(config, strategy="transport" if reasons else "joint")
 
 
-def parted(network: Network) -> Network:
+def untie(network: Network) -> Network:
     """The same network with a decoder of its own, where its decoder is its embedding: what stands at one end of the
     stream alone may move with it. T5, which scales by the tie, stays."""
     if not network.binding.closed or len(network.binding.stacks) > 1:
@@ -59,20 +59,32 @@ def parted(network: Network) -> Network:
     if found is None:
         return network
     module, sources = found
-    return Network(
-        module, bind(module, network.binding.family), network.name,
-        read=lambda name: network.read(sources.get(name, name)), device=network.device, absent=network.absent,
+    return network.but(
+        module=module, binding=bind(module, network.binding.family),
+        read=lambda name: network.read(sources[name] if name in sources else name),
     )  # fmt: skip
 
 
-def tied_alike(networks: Sequence[Network]) -> list[Network]:
-    """The same networks; where the decoder is the embedding in some and not in others, it comes apart in all that
-    allow it: see `parted`."""
-    apart = len({bool(network.binding.closed) for network in networks}) > 1
-    return [parted(network) if apart else network for network in networks]
+def untie_all(team: Team) -> Team:
+    """The same parents, their decoders apart from their embeddings: see `untie`."""
+    networks = [untie(network) for network in team.networks]
+    return team.of(
+        networks,
+        (
+            f"'{name}' is no longer embedding and decoder in one: the fused model's decoder has parameters of its own, "
+            "because what writes the stream and what reads it are moved apart"
+            for name in team.binding.closed - networks[team.anchor].binding.closed
+        ),
+    )
 
 
-def goal_of(network: Network, config: FuseConfig) -> Network:
+def tie_alike(team: Team) -> Team:
+    """The same parents; where the decoder is the embedding in some and not in others, it comes apart in all that
+    allow it: see `untie`."""
+    return untie_all(team) if len({bool(binding.closed) for binding in team.bindings}) > 1 else team
+
+
+def target_of(network: Network, config: FuseConfig) -> Network:
     """The network that a fusion gives: the anchor, or one whose parameters are still to come, and are 0.
 
     Args:

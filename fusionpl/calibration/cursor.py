@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fusionpl.calibration.batches import batches
 from fusionpl.calibration.config import CalibrationConfig
-from fusionpl.calibration.kept import Kept
-from fusionpl.calibration.network import Network, Seen
+from fusionpl.calibration.kept import Kept, Store
+from fusionpl.calibration.network import Call, Network, Seen
 from fusionpl.calibration.taps import Place, place_of, units_of
 from fusionpl.families import STEM, TAIL, Binding, State, boundary
 
@@ -28,6 +28,9 @@ class CalibrationSet:
     Attributes:
         firsts: the number of each batch's first sample.
         grid: whether samples are images, cut into a grid of patches.
+        targets: what a network shows of what a refit fits to: see `Target`.
+        outputs: (module without its block, batch) -> what it puts out in the fused network.
+        predicting: batch -> what a head reads in the fused network.
 
     Raises:
         FusionError: the iterable is empty.
@@ -38,13 +41,17 @@ class CalibrationSet:
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.grid = False
         self.firsts: list[int] = []
+        self.targets = Store[Hashable, Tensor](kept, "targets")
+        self.outputs = Store[tuple[str, int], Tensor](kept, "outputs")
+        self.predicting = Store[int, Tensor](kept, "predicting")
+        self._batches = Store[int, dict[str, Tensor]](kept, "batches")
         self._masks: list[dict[str, Tensor]] = []
         for index, (first, batch) in enumerate(batches(calibration, config)):
             self.grid = "pixel_values" in batch and "input_ids" not in batch
             self.firsts.append(first)
             self._masks.append({key: value.bool().clone() for key, value in batch.items() if key.endswith("mask")})
             # Whoever made the batch may write the next one into the same memory.
-            kept["batch", index] = {key: value.clone() for key, value in batch.items()}
+            self._batches[index] = {key: value.clone() for key, value in batch.items()}
 
     def head(self, samples: int) -> "CalibrationSet":
         """The batches that begin within the first samples of all ranks; what is kept of them is kept here."""
@@ -57,8 +64,7 @@ class CalibrationSet:
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """The model inputs of a batch."""
-        batch: dict[str, Tensor] = self.kept["batch", index]
-        return batch
+        return self._batches[index]
 
     def mask(self, batch: int, binding: Binding, axis: str) -> Tensor | None:
         """True for real tokens among those that an axis is computed for, [B, T]; None where all are."""
@@ -68,10 +74,11 @@ class CalibrationSet:
         """The tokens that `calibration.tokens` asks for: a window is all of them where there is no grid."""
         return "all" if tokens.startswith("window:") and not self.grid else tokens
 
-    def keep(self, key: Hashable, tensor: Tensor) -> None:
-        """Keeps activations, in the type that was asked for; float64 stays what it is where that is float32."""
-        kind = self.dtype if self.dtype != torch.float32 else torch.promote_types(tensor.dtype, torch.float32)
-        self.kept[key] = tensor.to(kind)
+    def as_kept(self, tensor: Tensor) -> Tensor:
+        """Activations in the type that was asked for; float64 stays what it is where that is float32."""
+        return tensor.to(
+            self.dtype if self.dtype != torch.float32 else torch.promote_types(tensor.dtype, torch.float32)
+        )
 
     def __iter__(self) -> Iterator[int]:
         """The numbers of this rank's batches."""
@@ -120,7 +127,7 @@ def places_of(binding: Binding, axes: Iterable[str]) -> set[Place]:
     return wanted
 
 
-class Flow:
+class Cursor:
     """The hidden states of a network over a calibration set, kept at the boundary that it has reached.
 
     Args:
@@ -130,7 +137,10 @@ class Flow:
     """
 
     def __init__(self, network: Network, data: CalibrationSet, name: str) -> None:
-        self.network, self.data, self.name = network, data, name
+        self.network, self.data = network, data
+        self._hidden = Store[tuple[int, int], Tensor](data.kept, (name, "hidden"))  # (stack, batch)
+        self._calls = Store[int, list[Call]](data.kept, (name, "calls"))
+        self._carried = Store[int, dict[str, Any]](data.kept, (name, "carried"))
 
     def step(
         self,
@@ -152,32 +162,35 @@ class Flow:
             stop: go no further than the last of `places`; the batch then still stands before the section.
             given: what modules of a block put out, who are not run then.
         """
-        kept, binding = self.data.kept, self.network.binding
-        key = self.name, "hidden", index
-        entry: Tensor | None = kept[key] if section != STEM else None
+        binding = self.network.binding
+        stack = binding.ends.index(section) - 1 if section in binding.ends else binding.stack_of[section]
+        entry = self._hidden[stack, index] if section != STEM else None
         out: Tensor | None = None
-        carried: dict[str, Any] = {}
         if section in binding.blocks:
             assert entry is not None
-            args, keywords = kept[self.name, "calls", index][binding.stacks[binding.stack_of[section]].index(section)]
-            call = args, keywords | kept[self.name, "carried", index]
+            args, keywords = self._calls[index][binding.stacks[stack].index(section)]
+            call = args, keywords | self._carried[index]
             out, carried, seen, entry = self.network.through(
                 section, state, entry, call, places, stop=stop, given=given
             )
+            if out is not None and not stop:
+                self._arrive(stack, index, out, carried)
+        elif section == TAIL:
+            _, seen = self.network.leave(state, self.data[index], self._ends(index, stack), places, stop=stop)
         else:
-            done = binding.ends.index(section)  # stacks
-            ends: list[Any] = [kept[*key, stack] if stack < done - 1 else entry for stack in range(done)]
-            if section == TAIL:
-                _, seen = self.network.leave(state, self.data[index], ends, places, stop=stop)
-            else:
-                out, calls, seen = self.network.enter(state, self.data[index], ends, places)
-                kept[self.name, "calls", index] = calls
-                if done:
-                    kept[*key, done - 1] = entry
-        if out is not None and not stop:
-            kept[self.name, "carried", index] = carried
-            self.data.keep(key, out)
+            out, calls, seen = self.network.enter(state, self.data[index], self._ends(index, stack), places)
+            self._calls[index] = calls
+            if not stop:
+                self._arrive(stack + 1, index, out, {})
         return Passage(binding, section, seen, entry, out)
+
+    def _arrive(self, stack: int, index: int, out: Tensor, carried: dict[str, Any]) -> None:
+        self._hidden[stack, index] = self.data.as_kept(out)
+        self._carried[index] = carried
+
+    def _ends(self, index: int, last: int) -> list[Tensor]:
+        """The hidden states behind the stacks up to one."""
+        return [self._hidden[stack, index] for stack in range(last + 1)]
 
     def logits(self, state: State, index: int) -> Tensor:
         """What the network puts out for a batch, which stands before the tail.
@@ -186,8 +199,7 @@ class Flow:
             state: the parameters that the tail takes.
             index: the batch.
         """
-        key, kept = (self.name, "hidden", index), self.data.kept
-        ends = [*(kept[*key, stack] for stack in range(len(self.network.binding.stacks) - 1)), kept[key]]
+        ends = self._ends(index, len(self.network.binding.stacks) - 1)
         found, _ = self.network.leave(state, self.data[index], ends)
         assert found is not None
         return found

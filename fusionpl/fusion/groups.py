@@ -1,4 +1,4 @@
-"""What the least-squares refit fits, in forward order; known before any weight is read."""
+"""What the least-squares refit fits: groups of linear maps, in forward order; known before any weight is read."""
 
 import itertools
 from collections import defaultdict
@@ -11,13 +11,14 @@ from fusionpl.families import TAIL, VOCABULARY, Binding, Index, Slot, boundary, 
 
 
 @dataclass(frozen=True)
-class Stage:
+class LinearGroup:
     """Linear modules that read the same tensor, or one norm that writes the stream: fitted together.
 
     Attributes:
         modules: module -> the axes that it writes, in the order of its output.
         norm: whether the module is a norm.
-        narrow: whether the modules read fewer units than they write: what they put out is then known by what they read.
+        decodes: whether it puts out a number for each entry of the vocabulary, which is too much to keep: what it puts
+            out is then known by what it reads.
         last: whether the module is a norm whose output is that of an encoder without a head.
         predicts: whether what it puts out are the logits of classes or tokens.
         skips: axis that is added to the stream -> (axis of the sum, axis of the stream that it is added to).
@@ -25,7 +26,7 @@ class Stage:
 
     modules: Mapping[str, tuple[str, ...]]
     norm: bool
-    narrow: bool
+    decodes: bool
     skips: Mapping[str, tuple[str, str]]
     last: bool = False
     predicts: bool = False
@@ -51,7 +52,7 @@ class Stage:
     @property
     def targets(self) -> tuple[Target, ...]:
         """What a parent shows that is fitted to."""
-        if self.narrow:
+        if self.decodes:
             return (Target(Place(self.first, "input")),)
         if self.norm:
             total = None if self.last else self.axes[0]
@@ -68,13 +69,12 @@ class Stage:
         return places_of(binding, (skip for _, skip in self.skips.values()))
 
 
-def stages(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Stage, ...]:
-    """The stages of a section, in forward order.
+def groups_of(binding: Binding, section: str, keep: frozenset[str]) -> tuple[LinearGroup, ...]:
+    """The groups of a section, in forward order.
 
     A stem has none but the norm behind it in post-LN networks: the rest reads the same input in every parent, so its
     average is its least-squares solution. Modules of a block that read one axis read one tensor; in the tail one may
-    read all tokens and another the first. What a decoder puts out, a number for each entry of the vocabulary, would be
-    too much to keep: what it reads is kept. One that is the embedding stays.
+    read all tokens and another the first. A decoder that is the embedding stays.
 
     Args:
         binding: the anchor's.
@@ -83,7 +83,7 @@ def stages(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Stage,
     """
     if section in binding.ends and section != TAIL:
         behind = binding.end_norm(section) if binding.family.norm == "post" else None
-        return (Stage({behind: (boundary(section),)}, norm=True, narrow=False, skips={}),) if behind else ()
+        return (LinearGroup({behind: (boundary(section),)}, norm=True, decodes=False, skips={}),) if behind else ()
     # What a post-LN head puts out goes through a norm too.
     norms = {
         tap.target: axis
@@ -120,14 +120,10 @@ def stages(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Stage,
         norm = next(iter(modules)) in norms
         written = [axis for axes in modules.values() for axis in axes]
         skips = {} if norm else {axis: branches[axis] for axis in written if axis in branches}
-        narrow = False
-        if section in binding.blocks and not norm and not skips:
-            read = {axis for module in modules for axis in _axes(linear[module][0], reads=True)}
-            narrow = sum(binding.axes[axis].size for axis in read) < sum(binding.axes[axis].size for axis in written)
         decodes = VOCABULARY in written
         predicts = section == TAIL and (decodes or written == ["classes"])
         last = next(iter(modules)) in binding.last_norms
-        found.append(Stage(modules, norm, narrow or decodes, skips, last=last, predicts=predicts))
+        found.append(LinearGroup(modules, norm, decodes, skips, last=last, predicts=predicts))
     return tuple(found)
 
 

@@ -1,0 +1,80 @@
+"""Parents made ready for a fusion, with no weight read where their library allows that."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fusionpl.calibration import CalibrationSet
+from fusionpl.errors import FusionError
+from fusionpl.families import Family, check_compatible, check_tied, is_bare, read_family
+from fusionpl.fusion.average import mixing_weights
+from fusionpl.fusion.config import FuseConfig
+from fusionpl.fusion.depth import Matching, match_depths
+from fusionpl.fusion.kin import kinship
+from fusionpl.fusion.matching import check_kinds, matched
+from fusionpl.fusion.methods import METHODS
+from fusionpl.fusion.refine import check_start
+from fusionpl.fusion.target import tie_alike, untie_all
+from fusionpl.fusion.team import (
+    Parent,
+    Team,
+    check_classes,
+    check_count,
+    check_devices,
+    differing_settings,
+    open_parents,
+    resolve_anchor,
+)
+from fusionpl.models import ImageProcessing, kind_of
+
+
+def open_team(
+    parents: Sequence[Parent],
+    config: FuseConfig,
+    *,
+    names: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+    processing: ImageProcessing | None = None,
+    allow_pickle: bool = False,
+    family: Family | str | Path | None = None,
+) -> Team:
+    """Opens parents, brings them to one numbering of tokens and one preparation of images, and compares them.
+
+    Raises:
+        FusionError: see `fuse`.
+    """
+    check_count(len(parents))
+    anchor = resolve_anchor(config.anchor, len(parents))
+    mixing_weights(config.weights, len(parents))
+    names = list(names or (f"parent {index}" for index in range(len(parents))))
+    opened = open_parents(parents, names, anchor, device, allow_pickle=allow_pickle, family=read_family(family))
+    team = tie_alike(matched(opened, processing))
+    check_devices(team)
+    check_kinds({network.name: kind_of(network.module) for network in team.networks})
+    check_compatible(dict(zip(team.names, team.bindings, strict=True)))
+    check_classes(team)
+    team = team.told(differing_settings(team)).told(kinship(team.networks, team.sources, anchor))
+    if config.refine.asked and is_bare(team.reference.module):
+        raise FusionError("encoders without a head have no outputs to be taught; leave refine.method at none")
+    check_start(config, [network.module for network in team.networks], team.binding)
+    return team
+
+
+def in_form(team: Team, config: FuseConfig, data: CalibrationSet | None = None) -> tuple[Team, list[Matching]]:
+    """Parents in the form in which their method takes them, all of one depth.
+
+    Args:
+        team: the parents, or what this made of them before.
+        config: see `resolve`.
+        data: what blocks are matched by; without it they are matched evenly.
+
+    Returns:
+        The parents, and a matching for each of another depth than the fused model's.
+    """
+    team = team.of(network.original.prepared(None) for network in team.networks)
+    team = untie_all(team) if config.canonical else team
+    networks, matchings = match_depths(team.networks, team.anchor, config, data)
+    check_tied({network.name: network.binding for network in networks})
+    form = METHODS[config.strategy].form(config) if config.strategy in METHODS else None
+    return team.of(network.prepared(form) for network in networks), matchings

@@ -1,0 +1,187 @@
+"""The parents of a fusion, opened once."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fusionpl.calibration import Network, device_named, device_of, has_float64
+from fusionpl.errors import FusionError
+from fusionpl.families import Binding, Family, bind
+from fusionpl.models import NUMBERS, Kind, ModelFolder, class_names, compare_settings, kind_of, load_model, open_model
+
+Parent = nn.Module | str | Path
+
+
+@dataclass(frozen=True)
+class Team:
+    """Parents and what is known of them before anything is run.
+
+    Attributes:
+        networks: the parents, read and run section by section.
+        anchor: index of the one whose units the others are brought to.
+        sources: where each comes from.
+        folders: for each, the folder that its weights are read from as they are needed; None for a model in memory.
+        lines: what a reader should know of them.
+    """
+
+    networks: tuple[Network, ...]
+    anchor: int
+    sources: tuple[Parent, ...]
+    folders: tuple[ModelFolder | None, ...]
+    lines: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.networks)
+
+    @property
+    def names(self) -> list[str]:
+        """How messages call the parents."""
+        return [network.name for network in self.networks]
+
+    @property
+    def reference(self) -> Network:
+        """The anchor."""
+        return self.networks[self.anchor]
+
+    @property
+    def bindings(self) -> list[Binding]:
+        """The parents'."""
+        return [network.binding for network in self.networks]
+
+    @property
+    def binding(self) -> Binding:
+        """The anchor's."""
+        return self.reference.binding
+
+    @property
+    def missing(self) -> list[frozenset[str]]:
+        """For each parent, the blocks of the fused network that it has not."""
+        return [network.idle for network in self.networks]
+
+    @property
+    def kind(self) -> Kind:
+        """What the parents' outputs mean."""
+        return kind_of(self.reference.module)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the parents tell classes, or tags, from each other."""
+        return "classes" in self.binding.axes and self.kind != NUMBERS
+
+    def in_memory(self, index: int) -> bool:
+        """Whether a parent was given as a model."""
+        return isinstance(self.sources[index], nn.Module)
+
+    def of(self, networks: Iterable[Network], lines: Iterable[str] = ()) -> "Team":
+        """The same parents in another form, and more to say of them."""
+        return replace(self, networks=tuple(networks), lines=(*self.lines, *lines))
+
+    def told(self, lines: Iterable[str]) -> "Team":
+        """The same parents, and more to say of them."""
+        return replace(self, lines=(*self.lines, *lines))
+
+    def to(self, device: torch.device) -> "Team":
+        """The parents that are named, on a device; models in memory stay where they are."""
+        return self.of(
+            network if self.in_memory(index) else _on(network, device) for index, network in enumerate(self.networks)
+        )
+
+
+def open_parents(
+    parents: Sequence[Parent],
+    names: Sequence[str],
+    anchor: int = 0,
+    device: torch.device | str | None = None,
+    *,
+    allow_pickle: bool = False,
+    family: Family | None = None,
+) -> Team:
+    """Binds each parent; of one that is named no weight is read where its library allows that.
+
+    Args:
+        parents: models, or anything `load_model` takes.
+        names: how messages call them.
+        anchor: index of the anchor.
+        device: where those that are named go; by default where the first model is, or the CPU.
+        allow_pickle: see `load_model`.
+        family: see `bind`.
+
+    Raises:
+        FusionError: see `load_model` and `bind`; there is no such device.
+    """
+    homes = [device_of(parent) for parent in parents if isinstance(parent, nn.Module)]
+    home = next(iter(homes), torch.device("cpu")) if device is None else device_named(device)
+    networks: list[Network] = []
+    folders: list[ModelFolder | None] = []
+    for parent, name in zip(parents, names, strict=True):
+        folder = None
+        if isinstance(parent, nn.Module):
+            networks.append(Network(parent, bind(parent, family), name))
+        elif (folder := open_model(parent, allow_pickle=allow_pickle)) is not None:
+            network = Network(folder.module, bind(folder.module, family), name, read=folder.read, device=home)
+            networks.append(_on(network, home))
+        else:
+            model = load_model(parent, allow_pickle=allow_pickle).to(home)
+            networks.append(Network(model, bind(model, family), name))
+        folders.append(folder)
+    return Team(tuple(networks), anchor, tuple(parents), tuple(folders))
+
+
+def _on(network: Network, device: torch.device) -> Network:
+    """A network whose parameters are read to a device, or lie on it; its buffers go there."""
+    for module in network.module.modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            module._buffers[key] = buffer.to(device)
+    if not next(network.module.parameters()).is_meta:
+        network.module.to(device)
+    return network.but(device=device, float32=False)  # the CPU's need not be another device's
+
+
+def check_classes(team: Team) -> None:
+    """Raises FusionError where parents name their classes differently."""
+    classes = {network.name: labels for network in team.networks if (labels := class_names(network.module))}
+    named, reference = next(iter(classes.items()), ("", ()))
+    for name, labels in classes.items():
+        if labels != reference:
+            ours, theirs = next((a, b) for a, b in zip_longest(reference, labels) if a != b)
+            raise FusionError(
+                f"parents of different class names: where {named} has '{ours}', {name} has '{theirs}'; "
+                "train both on the same classes"
+            )
+
+
+def check_devices(team: Team) -> None:
+    """Raises FusionError where parents are on several devices, or on one without float64."""
+    first = team.networks[0]
+    for network in team.networks:
+        if network.device != first.device:
+            raise FusionError(
+                f"{first.name} is on {first.device}, {network.name} on {network.device}; move them to one with "
+                "parent.to(device)"
+            )
+    if not has_float64(first.device):
+        raise FusionError(
+            f"the parents are on {first.device}, which has no float64; fuse them on the CPU: parent.to('cpu')"
+        )
+
+
+def differing_settings(team: Team) -> list[str]:
+    """A line for each setting that no tensor shows and that differs; see `compare_settings`."""
+    return compare_settings({network.name: network.module for network in team.networks}, team.reference.name)
+
+
+def check_count(count: int) -> None:
+    """Raises FusionError for fewer than two parents."""
+    if count < 2:
+        raise FusionError(f"fusion needs at least two parents, not {count}; give --parents A B")
+
+
+def resolve_anchor(anchor: int, count: int) -> int:
+    """The anchor's index, from 0. Raises FusionError when out of range."""
+    if not -count <= anchor < count:
+        raise FusionError(f"anchor {anchor} is not an index into {count} parents; use 0 to {count - 1}")
+    return anchor % count

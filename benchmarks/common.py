@@ -15,11 +15,15 @@ from torch import nn
 
 from fusionpl.cli import train
 from fusionpl.cli.common import settings_in
-from fusionpl.datamodules import FixedSplits
-from fusionpl.fusion import vanilla
-from fusionpl.models import load_model, load_tokenizer, with_classifier
+from fusionpl.datamodules.base import FixedSplits
+from fusionpl.fusion.average import vanilla
+from fusionpl.models.heads import with_classifier
+from fusionpl.models.load import load_model
+from fusionpl.models.tokenizers import load_tokenizer
 from fusionpl.presets import CONF
-from fusionpl.training import TASKS, ClassificationModule, OptimConfig, TaskName, fit
+from fusionpl.training.fit import fit
+from fusionpl.training.module import ClassificationModule, OptimConfig
+from fusionpl.training.tasks import TASKS, TaskName
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Figures = Mapping[str, float]  # column -> figure

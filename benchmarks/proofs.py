@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import markdown
 from benchmarks.origin import Origin, footer, here
-from fusionpl.calibration import logits
+from fusionpl.calibration.forward import logits
 from fusionpl.cli.common import main as run_command
 from fusionpl.cli.common import quiet
 from fusionpl.families import bind, permutation_error

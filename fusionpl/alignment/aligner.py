@@ -10,9 +10,11 @@ from torch import Tensor
 from fusionpl.alignment.config import AlignConfig
 from fusionpl.alignment.evidence import ActivationEvidence, Evidence
 from fusionpl.alignment.maps import Alignment, Maps
-from fusionpl.calibration import Kept
+from fusionpl.calibration.kept import Kept
 from fusionpl.families import Binding, section_of
-from fusionpl.transport import Gram, TransportMap, ground_metric, solve
+from fusionpl.transport.costs import Gram, ground_metric
+from fusionpl.transport.maps import TransportMap
+from fusionpl.transport.solvers import solve
 
 
 class Solvable(Protocol):

@@ -6,7 +6,9 @@ from typing import Literal
 
 from fusionpl.errors import FusionError, check_choices
 from fusionpl.families import Binding
-from fusionpl.transport import Metric, Normalize, Scaling, Solver
+from fusionpl.transport.costs import Metric, Normalize
+from fusionpl.transport.maps import Scaling
+from fusionpl.transport.solvers import Solver
 
 Residual = Literal["auto", "average", "branch", "skip", "identity", "weighted_scalar", "weighted_matrix", "tie"]
 

@@ -7,9 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fusionpl.calibration import Key, Moments, Scale
+from fusionpl.calibration.config import Scale
+from fusionpl.calibration.moments import Key, Moments
 from fusionpl.families import Binding, Slot, State, move, section_of
-from fusionpl.transport import Gram, TransportMap, gram
+from fusionpl.transport.costs import Gram, gram
+from fusionpl.transport.maps import TransportMap
 
 
 class Evidence(Protocol):

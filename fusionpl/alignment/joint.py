@@ -15,7 +15,7 @@ from fusionpl.alignment.config import AlignConfig
 from fusionpl.alignment.problem import Problem, Size, seen_at, sizes_in
 from fusionpl.errors import FusionError
 from fusionpl.families import TAIL, Axis, Binding, State
-from fusionpl.transport import TransportMap
+from fusionpl.transport.maps import TransportMap
 
 
 @dataclass(frozen=True)

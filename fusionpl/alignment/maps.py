@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fusionpl.calibration import Kept
-from fusionpl.transport import TransportMap
+from fusionpl.calibration.kept import Kept
+from fusionpl.transport.maps import TransportMap
 
 Pair = tuple[str, str]
 

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from fusionpl.alignment.aligner import Aligner
 from fusionpl.alignment.config import AlignConfig
-from fusionpl.calibration import Key
+from fusionpl.calibration.moments import Key
 from fusionpl.families import Binding, section_of
 
 

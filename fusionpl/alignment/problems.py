@@ -13,10 +13,12 @@ from fusionpl.alignment.grouped import grouped_heads, needs_groups
 from fusionpl.alignment.heads import head_map, match_heads, pairs_of, unit_costs
 from fusionpl.alignment.problem import Problem, Size, seen_at, sizes_in
 from fusionpl.alignment.rotation import dissimilarity, rotate_stream, rotate_units
-from fusionpl.calibration import Key
+from fusionpl.calibration.moments import Key
 from fusionpl.errors import FusionError
 from fusionpl.families import Binding, Join, section_of
-from fusionpl.transport import Gram, TransportMap, check_one_width, ground_metric, identity
+from fusionpl.transport.costs import Gram, ground_metric
+from fusionpl.transport.maps import TransportMap, identity
+from fusionpl.transport.solvers import check_one_width
 
 # With weights as evidence a tied stream needs the maps that depend on it: rounds of coordinate descent.
 _TIE_ROUNDS = 3

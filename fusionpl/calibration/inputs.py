@@ -9,7 +9,7 @@ from torch import Tensor
 from fusionpl.calibration.moments import Key, Moments
 from fusionpl.calibration.taps import Place
 from fusionpl.families import Binding, State
-from fusionpl.transport import cross_product, self_product
+from fusionpl.transport.products import cross_product, self_product
 
 # Products of the outputs' weights are added to those of the inputs: from this ratio of widths on there is a gain.
 _WIDER = 2

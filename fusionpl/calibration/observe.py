@@ -15,7 +15,7 @@ from fusionpl.calibration.moments import Key, Moments
 from fusionpl.calibration.taps import Place, parameter_units
 from fusionpl.calibration.tokens import select
 from fusionpl.families import TAIL, Binding, State
-from fusionpl.transport import self_product
+from fusionpl.transport.products import self_product
 
 
 class Target(NamedTuple):

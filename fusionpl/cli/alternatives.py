@@ -8,11 +8,13 @@ import torch
 import yaml
 from torch import nn
 
-from fusionpl.datamodules import FixedSplits
+from fusionpl.datamodules.base import FixedSplits
 from fusionpl.errors import FusionError, nearest
-from fusionpl.fusion import FuseConfig, load_config
+from fusionpl.fusion.config import FuseConfig, load_config
 from fusionpl.presets import CONF, preset, presets
-from fusionpl.training import ClassificationModule, Distillation, OptimConfig, Trained, UnlabelledData, train_for
+from fusionpl.training.budget import Trained, train_for
+from fusionpl.training.distillation import Distillation, UnlabelledData
+from fusionpl.training.module import ClassificationModule, OptimConfig
 
 DISTILLED, TRAINED_ON = "distilled", "trained-on"
 ALTERNATIVES = (DISTILLED, TRAINED_ON)

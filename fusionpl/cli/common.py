@@ -22,9 +22,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fusionpl.cli.outputs import is_main_process
-from fusionpl.datamodules import BUILT_IN, PIXELS, FixedSplits
+from fusionpl.datamodules.base import PIXELS, FixedSplits
+from fusionpl.datamodules.sources import BUILT_IN
 from fusionpl.errors import FusionError, reason
-from fusionpl.models import check_pooling, image_processing, model_config, model_folder, sentence_pooling
+from fusionpl.models.folders import model_config, model_folder
+from fusionpl.models.processors import image_processing
+from fusionpl.models.sentence import check_pooling, sentence_pooling
 from fusionpl.options import check_sections, explain, read_yaml
 from fusionpl.presets import preset, presets
 from fusionpl.training.loggers import LoggerName

@@ -8,7 +8,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-from fusionpl.calibration import device_named
+from fusionpl.calibration.forward import device_named
 from fusionpl.cli.common import (
     add_logger_option,
     add_reading_options,
@@ -24,26 +24,18 @@ from fusionpl.cli.common import (
 from fusionpl.cli.fuse import common_tokenizer, named
 from fusionpl.cli.measuring import measure_models
 from fusionpl.cli.outputs import check_output, staged
-from fusionpl.datamodules import AUTO, PIXELS
+from fusionpl.datamodules.base import PIXELS
+from fusionpl.datamodules.images import AUTO
 from fusionpl.errors import FusionError
-from fusionpl.models import (
-    check_tokenizers,
-    image_processing,
-    load_model,
-    load_tokenizer,
-    told_differences,
-    with_pixels,
-)
-from fusionpl.training import (
-    TASKS,
-    TaskName,
-    finish_loggers,
-    group_of,
-    log_models,
-    log_report,
-    make_loggers,
-    task_named,
-)
+from fusionpl.models.load import load_model
+from fusionpl.models.pipelines import check_tokenizers
+from fusionpl.models.pixels import told_differences, with_pixels
+from fusionpl.models.processors import image_processing
+from fusionpl.models.tokenizers import load_tokenizer
+from fusionpl.training.dashboard import log_models, log_report
+from fusionpl.training.loggers import finish_loggers, make_loggers
+from fusionpl.training.tasks import TASKS, TaskName, task_named
+from fusionpl.training.weights_and_biases import group_of
 
 
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:

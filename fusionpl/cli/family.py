@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
-from fusionpl.calibration import logits
+from fusionpl.calibration.forward import logits
 from fusionpl.cli.common import add_reading_options, main, parse_options, quiet
 from fusionpl.errors import FusionError, reason
 from fusionpl.families import (
@@ -27,8 +27,8 @@ from fusionpl.families import (
     permutation_error,
     read_family,
 )
-from fusionpl.fusion import folding_error
-from fusionpl.models import load_model
+from fusionpl.fusion.forms import folding_error
+from fusionpl.models.load import load_model
 
 TOKENS = 12
 

@@ -35,7 +35,7 @@ from fusionpl.cli.common import (
 )
 from fusionpl.cli.outputs import is_main_process, resumed, run_folder, write_json
 from fusionpl.cli.push import add_push_options, check_push_options, push_run
-from fusionpl.datamodules import AUTO
+from fusionpl.datamodules.images import AUTO
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import (
     Outcomes,
@@ -49,39 +49,24 @@ from fusionpl.evaluation import (
     save_outcomes,
 )
 from fusionpl.families import read_family
-from fusionpl.fusion import mixing_weights, vanilla
-from fusionpl.models import (
-    Vocabulary,
-    add_to_card,
-    ancestor,
-    grid_of,
-    image_processing,
-    inherited,
-    lineage,
-    load_model,
-    load_parent,
-    load_tokenizer,
-    parents_section,
-    save_model,
-    short_name,
-    with_classifier,
-)
+from fusionpl.fusion.average import mixing_weights, vanilla
+from fusionpl.models.heads import with_classifier
+from fusionpl.models.hub import short_name
+from fusionpl.models.images import grid_of
+from fusionpl.models.lineage import ancestor, inherited, lineage, parents_section
+from fusionpl.models.load import load_model
+from fusionpl.models.processors import image_processing
+from fusionpl.models.save import add_to_card, save_model
+from fusionpl.models.tokenizers import load_tokenizer
+from fusionpl.models.vocabulary import Vocabulary, load_parent
 from fusionpl.paths import public
 from fusionpl.presets import CONF
-from fusionpl.training import (
-    TASKS,
-    OptimConfig,
-    TaskName,
-    finish_loggers,
-    fit,
-    group_of,
-    in_sweep,
-    log_models,
-    log_report,
-    make_loggers,
-    shrunk,
-    task_named,
-)
+from fusionpl.training.dashboard import log_models, log_report
+from fusionpl.training.fit import fit
+from fusionpl.training.loggers import finish_loggers, make_loggers
+from fusionpl.training.module import OptimConfig, shrunk
+from fusionpl.training.tasks import TASKS, TaskName, task_named
+from fusionpl.training.weights_and_biases import group_of, in_sweep
 
 PRESET = CONF / "finetune" / "default.yaml"
 Shrink = restricted_number_type("Shrink", float, [(">", 0), ("<=", 1)])

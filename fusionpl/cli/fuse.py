@@ -16,7 +16,12 @@ from jsonargparse.typing import NonNegativeInt
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fusionpl.calibration import CalibrationSet, Kept, Network, batches, budget, embed, logits
+from fusionpl.calibration.batches import batches
+from fusionpl.calibration.embeddings import embed
+from fusionpl.calibration.flow import CalibrationSet
+from fusionpl.calibration.forward import logits
+from fusionpl.calibration.kept import Kept, budget
+from fusionpl.calibration.network import Network
 from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON, alternative, compared
 from fusionpl.cli.cards import command_section, fused_card, metadata
 from fusionpl.cli.common import (
@@ -36,63 +41,35 @@ from fusionpl.cli.common import (
 from fusionpl.cli.measuring import Cost, Depth, Made, measure
 from fusionpl.cli.outputs import check_output, is_main_process, staged
 from fusionpl.cli.push import add_push_options, check_push_options, push_run
-from fusionpl.datamodules import AUTO, FixedSplits
+from fusionpl.datamodules.base import FixedSplits
+from fusionpl.datamodules.images import AUTO
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import Needs, Report
 from fusionpl.families import PROOF_TOLERANCE, VOCABULARY, Family, allowed, permutation_error, read_family
-from fusionpl.fusion import (
-    ADVISED,
-    ALIKE,
-    Advice,
-    Estimate,
-    FuseConfig,
-    FusionResult,
-    Plan,
-    advise,
-    check_parents,
-    describe,
-    estimate,
-    folding_error,
-    match_parents,
-    mixing_weights,
-    open_parents,
-    plan_of,
-    ready,
-    resolve_anchor,
-    settled,
-    tied_alike,
-    trial_of,
-    weights_alike,
-)
-from fusionpl.models import (
-    Ancestor,
-    ImageProcessing,
-    Vocabulary,
-    ancestor,
-    check_tokenizers,
-    forget_places,
-    library_of,
-    lineage,
-    load_parent,
-    load_tokenizer,
-    parents_section,
-    short_name,
-    write_card,
-)
+from fusionpl.fusion.advice import ADVISED, Advice, advise
+from fusionpl.fusion.average import mixing_weights
+from fusionpl.fusion.config import FuseConfig
+from fusionpl.fusion.estimate import Estimate, estimate
+from fusionpl.fusion.forms import folding_error
+from fusionpl.fusion.fuse import check_parents, match_parents, open_parents, plan_of, ready, resolve_anchor
+from fusionpl.fusion.goal import settled, tied_alike
+from fusionpl.fusion.kin import ALIKE, weights_alike
+from fusionpl.fusion.plan import Plan, describe
+from fusionpl.fusion.result import FusionResult
+from fusionpl.fusion.units import trial_of
+from fusionpl.models.hub import short_name
+from fusionpl.models.lineage import Ancestor, ancestor, lineage, parents_section
+from fusionpl.models.pipelines import check_tokenizers
+from fusionpl.models.preprocessing import ImageProcessing
+from fusionpl.models.save import forget_places, library_of, write_card
+from fusionpl.models.tokenizers import load_tokenizer
+from fusionpl.models.vocabulary import Vocabulary, load_parent
 from fusionpl.presets import CONF
-from fusionpl.training import (
-    TASKS,
-    OTFusion,
-    TaskName,
-    dashboard_name,
-    finish_loggers,
-    in_sweep,
-    log_models,
-    log_report,
-    make_loggers,
-    open_run,
-    task_named,
-)
+from fusionpl.training.dashboard import log_models, log_report
+from fusionpl.training.fusion_callback import OTFusion
+from fusionpl.training.loggers import finish_loggers, make_loggers
+from fusionpl.training.tasks import TASKS, TaskName, task_named
+from fusionpl.training.weights_and_biases import dashboard_name, in_sweep, open_run
 
 PRESET = CONF / "fuse" / "default.yaml"
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fusionpl.calibration import batches
-from fusionpl.datamodules import FixedSplits
+from fusionpl.calibration.batches import batches
+from fusionpl.datamodules.base import FixedSplits
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import (
     HEAD_FITTED,
@@ -35,8 +35,10 @@ from fusionpl.evaluation import (
     probe,
     similarities,
 )
-from fusionpl.fusion import FusionResult, fit_head, mixing_weights, vanilla
-from fusionpl.models import CLASSES
+from fusionpl.fusion.average import mixing_weights, vanilla
+from fusionpl.fusion.heads import fit_head
+from fusionpl.fusion.result import FusionResult
+from fusionpl.models.labels import CLASSES
 
 Depth = Literal["full", "rows", "none"]
 CURVE_BATCHES = 4

@@ -15,7 +15,7 @@ from fusionpl.cli.common import main, new_parser, parse_options, quiet, settings
 from fusionpl.cli.outputs import is_main_process, staged
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import CAPTIONS
-from fusionpl.models import check_push, push
+from fusionpl.models.push import check_push, push
 
 PICTURES = "## Pictures"
 

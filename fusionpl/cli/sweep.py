@@ -22,9 +22,17 @@ from fusionpl.cli.outputs import check_output, staged
 from fusionpl.errors import FusionError, flattened
 from fusionpl.evaluation import Report, Row, evaluate
 from fusionpl.families import read_family
-from fusionpl.fusion import Calibrated, FuseConfig, load_config, mixing_weights, resolve_anchor
-from fusionpl.models import check_tokenizers, load_model, load_tokenizer, with_image_size, with_pixels
-from fusionpl.training import TaskName, finish_loggers, log_models, log_report, make_loggers
+from fusionpl.fusion.average import mixing_weights
+from fusionpl.fusion.config import FuseConfig, load_config
+from fusionpl.fusion.fuse import Calibrated, resolve_anchor
+from fusionpl.models.images import with_image_size
+from fusionpl.models.load import load_model
+from fusionpl.models.pipelines import check_tokenizers
+from fusionpl.models.pixels import with_pixels
+from fusionpl.models.tokenizers import load_tokenizer
+from fusionpl.training.dashboard import log_models, log_report
+from fusionpl.training.loggers import finish_loggers, make_loggers
+from fusionpl.training.tasks import TaskName
 
 Cell = dict[str, Any]
 

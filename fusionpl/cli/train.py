@@ -24,25 +24,19 @@ from fusionpl.cli.common import (
     with_presets,
 )
 from fusionpl.cli.outputs import is_main_process, resumed, run_folder, write_json
-from fusionpl.datamodules import FixedSplits
+from fusionpl.datamodules.base import FixedSplits
 from fusionpl.errors import FusionError, flattened
 from fusionpl.evaluation import readable
-from fusionpl.models import ModelConfig, build_model, save_model
+from fusionpl.models.build import ModelConfig, build_model
+from fusionpl.models.save import save_model
 from fusionpl.paths import public_settings
 from fusionpl.presets import CONF
-from fusionpl.training import (
-    TASKS,
-    ClassificationModule,
-    FitResult,
-    OptimConfig,
-    TaskName,
-    finish_loggers,
-    fit,
-    in_sweep,
-    log_models,
-    make_loggers,
-    task_named,
-)
+from fusionpl.training.dashboard import log_models
+from fusionpl.training.fit import FitResult, fit
+from fusionpl.training.loggers import finish_loggers, make_loggers
+from fusionpl.training.module import ClassificationModule, OptimConfig
+from fusionpl.training.tasks import TASKS, TaskName, task_named
+from fusionpl.training.weights_and_biases import in_sweep
 
 PRESET = CONF / "train" / "vit-digits.yaml"
 LAST = "checkpoints/last.ckpt"

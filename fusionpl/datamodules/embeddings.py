@@ -7,7 +7,8 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from fusionpl.calibration import Pooling, embed, eval_mode
+from fusionpl.calibration.embeddings import Pooling, embed
+from fusionpl.calibration.forward import eval_mode
 from fusionpl.datamodules.base import FixedSplits, Run
 from fusionpl.datamodules.images import DataConfig, ImageDataModule
 from fusionpl.datamodules.labels import Labels

@@ -14,7 +14,7 @@ from fusionpl.datamodules.base import FixedSplits, Run
 from fusionpl.datamodules.sources import Source, digits, hub_or_folder
 from fusionpl.datamodules.splits import Indices, labelled_parts
 from fusionpl.errors import FusionError, nearest
-from fusionpl.models import NORMALIZATIONS, ImageProcessing
+from fusionpl.models.preprocessing import NORMALIZATIONS, ImageProcessing
 
 AUTO = "auto"
 DEFAULT_SIZE = 32  # where neither options nor a model say one

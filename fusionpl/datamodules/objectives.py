@@ -12,7 +12,7 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBas
 
 from fusionpl.datamodules.corpora import Frame
 from fusionpl.errors import FusionError
-from fusionpl.models import train_bpe, train_wordpiece
+from fusionpl.models.tokenizers import train_bpe, train_wordpiece
 
 SENTINEL = "<extra_id_{}>"  # T5's
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from fusionpl.datamodules.files import check_any, file_arguments, folder_arguments, kind_of, unread
 from fusionpl.datamodules.splits import Indices, SplitConfig, check_classes, class_numbers, flawed, tell
 from fusionpl.errors import FusionError, reason
-from fusionpl.models import ImageProcessing
+from fusionpl.models.preprocessing import ImageProcessing
 
 BUILT_IN = ("digits", "pydoc")
 EMPTY = ("SchemaInferenceError", "EmptyDataError")  # what datasets and pandas raise for files without a row

@@ -27,17 +27,10 @@ from fusionpl.datamodules.splits import (
 )
 from fusionpl.datamodules.text import check_length
 from fusionpl.errors import FusionError
-from fusionpl.models import (
-    CLASSES,
-    NUMBERS,
-    TAGS,
-    ImageProcessing,
-    Kind,
-    class_names,
-    pad_with,
-    padding_of,
-    pads_text,
-)
+from fusionpl.models.labels import CLASSES, NUMBERS, TAGS, Kind
+from fusionpl.models.preprocessing import ImageProcessing
+from fusionpl.models.save import class_names
+from fusionpl.models.token_settings import pad_with, padding_of, pads_text
 
 METRICS_OF: Mapping[Kind, list[str]] = {
     CLASSES: ["accuracy"],

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from fusionpl.alignment import AlignConfig
-from fusionpl.calibration import CalibrationConfig
+from fusionpl.alignment.config import AlignConfig
+from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.errors import FusionError, check_choices, flattened
 from fusionpl.options import check_sections, explain, read_yaml
 from fusionpl.presets import preset

@@ -15,13 +15,20 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusionpl.calibration import GIB, Batch, Key, Network, budget, eval_mode, free_memory, inputs_of, sources, window
+from fusionpl.calibration.forward import Batch, eval_mode, inputs_of
+from fusionpl.calibration.inputs import sources
+from fusionpl.calibration.kept import GIB, budget, free_memory
+from fusionpl.calibration.moments import Key
+from fusionpl.calibration.network import Network
+from fusionpl.calibration.tokens import window
 from fusionpl.errors import FusionError
 from fusionpl.families import Binding, State, boundary
 from fusionpl.fusion.config import RACE, FuseConfig
 from fusionpl.fusion.plan import Plan, SectionPlan
 from fusionpl.fusion.stages import Stage
-from fusionpl.transport import COMBINATIONS, LARGEST, cross_product, self_product, spread
+from fusionpl.transport.least_squares import COMBINATIONS
+from fusionpl.transport.products import cross_product, self_product
+from fusionpl.transport.softmax import LARGEST, spread
 
 # What is not known before a fusion, as it was in those measured: how often a map's solver iterates (times the
 # regularisation), how many penalties a fit tries, how many times a batch's rows are read and written beside products.

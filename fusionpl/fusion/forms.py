@@ -6,7 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fusionpl.calibration import CalibrationSet, Network, eval_mode
+from fusionpl.calibration.flow import CalibrationSet
+from fusionpl.calibration.forward import eval_mode
+from fusionpl.calibration.network import Network
 from fusionpl.errors import FusionError
 from fusionpl.families import (
     PROOF_TOLERANCE,
@@ -21,7 +23,7 @@ from fusionpl.families import (
 )
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.goal import parted
-from fusionpl.transport import full_float32
+from fusionpl.transport.products import full_float32
 
 # Of language models one text: it has many tokens, and each of them as many outputs as there are words.
 _SAMPLES, _TEXTS = 8, 1

@@ -10,18 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusionpl.calibration import (
-    CalibrationSet,
-    Kept,
-    Network,
-    Progress,
-    budget,
-    device_named,
-    device_of,
-    has_float64,
-    no_progress,
-    sum_over_ranks,
-)
+from fusionpl.calibration.batches import Progress, no_progress
+from fusionpl.calibration.flow import CalibrationSet, sum_over_ranks
+from fusionpl.calibration.forward import device_named, device_of, has_float64
+from fusionpl.calibration.kept import Kept, budget
+from fusionpl.calibration.network import Network
 from fusionpl.errors import FusionError
 from fusionpl.families import (
     VOCABULARY,
@@ -50,29 +43,20 @@ from fusionpl.fusion.survey import Survey
 from fusionpl.fusion.sweep import Sweep, Team, look
 from fusionpl.fusion.teaching import Augment
 from fusionpl.fusion.units import APART, TRIAL, candidates, knowledge, preferred, specialisation
-from fusionpl.models import (
-    NUMBERS,
-    TAGS,
-    ImageProcessing,
-    ModelFolder,
-    ModelWriter,
-    Vocabulary,
-    adapter_beside,
-    at_image_size,
-    check_token_settings,
-    check_tokenizers,
-    class_names,
-    compare_settings,
-    copy_modules,
-    kind_of,
-    load_model,
-    load_tokenizer,
-    open_model,
-    renumber,
-    save_model,
-    told,
-    width_of,
-)
+from fusionpl.models.adapters import adapter_beside
+from fusionpl.models.folders import ModelFolder, open_model
+from fusionpl.models.images import at_image_size, told
+from fusionpl.models.labels import NUMBERS, TAGS, kind_of
+from fusionpl.models.load import load_model
+from fusionpl.models.pipelines import check_tokenizers
+from fusionpl.models.preprocessing import ImageProcessing
+from fusionpl.models.save import class_names, save_model
+from fusionpl.models.sentence import copy_modules, width_of
+from fusionpl.models.settings import compare_settings
+from fusionpl.models.token_settings import check_token_settings
+from fusionpl.models.tokenizers import load_tokenizer
+from fusionpl.models.vocabulary import Vocabulary, renumber
+from fusionpl.models.writer import ModelWriter
 
 Parent = nn.Module | str | Path
 

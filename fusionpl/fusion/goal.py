@@ -8,11 +8,11 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from fusionpl.calibration import Network
+from fusionpl.calibration.network import Network
 from fusionpl.errors import FusionError
 from fusionpl.families import Binding, bind, inseparable
 from fusionpl.fusion.config import FuseConfig, changed
-from fusionpl.models import resized, untied
+from fusionpl.models.resized import resized, untied
 
 # The largest number that is meant as a factor: no stream has so few units.
 LARGEST_FACTOR = 8

@@ -5,22 +5,15 @@ from pathlib import Path
 
 from torch import nn
 
-from fusionpl.calibration import Network
+from fusionpl.calibration.network import Network
 from fusionpl.errors import FusionError
 from fusionpl.families import bind
-from fusionpl.models import (
-    IN_WORDS,
-    Kind,
-    ModelFolder,
-    class_names,
-    end_of,
-    load_tokenizer,
-    pad_with,
-    padding_of,
-    pads_text,
-    united,
-    with_tags,
-)
+from fusionpl.models.folders import ModelFolder
+from fusionpl.models.labels import IN_WORDS, Kind
+from fusionpl.models.save import class_names
+from fusionpl.models.tags import united, with_tags
+from fusionpl.models.token_settings import end_of, pad_with, padding_of, pads_text
+from fusionpl.models.tokenizers import load_tokenizer
 
 
 def check_kinds(kinds: Mapping[str, Kind]) -> None:

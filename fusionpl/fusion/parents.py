@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusionpl.alignment import Alignment
-from fusionpl.calibration import Network
+from fusionpl.alignment.maps import Alignment
+from fusionpl.calibration.network import Network
 from fusionpl.errors import FusionError
 from fusionpl.families import VOCABULARY, Binding, State, aligned_state, copy_rows
 

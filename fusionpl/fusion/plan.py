@@ -3,8 +3,11 @@
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
-from fusionpl.alignment import AlignConfig, ChosenUnits, JointStream, Problem, check_choice, joint_problems, problems
-from fusionpl.calibration import Key
+from fusionpl.alignment.config import AlignConfig
+from fusionpl.alignment.joint import ChosenUnits, JointStream, check_choice, joint_problems
+from fusionpl.alignment.problem import Problem
+from fusionpl.alignment.problems import problems
+from fusionpl.calibration.moments import Key
 from fusionpl.errors import FusionError
 from fusionpl.families import TAIL, Axis, Binding, Slot, inseparable, section_of, unrotatable
 from fusionpl.fusion.config import FuseConfig

@@ -17,7 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fusionpl.calibration import CalibrationSet, Kept, Progress, budget, device_of, no_progress, sum_over_ranks
+from fusionpl.calibration.batches import Progress, no_progress
+from fusionpl.calibration.flow import CalibrationSet, sum_over_ranks
+from fusionpl.calibration.forward import device_of
+from fusionpl.calibration.kept import Kept, budget
 from fusionpl.errors import FusionError
 from fusionpl.families import Binding
 from fusionpl.fusion.config import RACE, FuseConfig, RefineConfig

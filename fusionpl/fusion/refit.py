@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fusionpl.calibration import CalibrationSet, Flow, Passage, Place, sum_over_ranks
+from fusionpl.calibration.flow import CalibrationSet, Flow, Passage, sum_over_ranks
+from fusionpl.calibration.taps import Place
 from fusionpl.families import Binding, State, attribute
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.stages import Stage
-from fusionpl.models import NUMBERS, TAGS, kind_of
-from fusionpl.transport import LARGEST, Link, NormalEquations, fit_ridge, fit_softmax, log_mean, spread
+from fusionpl.models.labels import NUMBERS, TAGS, kind_of
+from fusionpl.transport.least_squares import NormalEquations, fit_ridge
+from fusionpl.transport.softmax import LARGEST, Link, fit_softmax, log_mean, spread
 
 # Every fifth sample chooses the regularisation.
 HOLD_OUT = 5

@@ -10,16 +10,18 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from fusionpl.alignment import Alignment
-from fusionpl.calibration import Kept, Network
+from fusionpl.alignment.maps import Alignment
+from fusionpl.calibration.kept import Kept
+from fusionpl.calibration.network import Network
 from fusionpl.families import Binding, State, with_parameters
 from fusionpl.fusion.average import averaged
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.depth import Matching
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.refine import Taught
-from fusionpl.models import TensorFile, save_model
-from fusionpl.transport import TransportMap
+from fusionpl.models.save import save_model
+from fusionpl.models.tensors import TensorFile
+from fusionpl.transport.maps import TransportMap
 
 MAPS = "maps.safetensors"
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fusionpl.calibration import Place, Target, places_of
+from fusionpl.calibration.flow import places_of
+from fusionpl.calibration.observe import Target
+from fusionpl.calibration.taps import Place
 from fusionpl.families import TAIL, VOCABULARY, Binding, Index, Slot, boundary, section_of
 
 

@@ -4,7 +4,9 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from fusionpl.calibration import Kept, Key, Moments, Statistics
+from fusionpl.calibration.kept import Kept
+from fusionpl.calibration.moments import Key, Moments
+from fusionpl.calibration.observe import Statistics
 
 
 class Survey:

@@ -7,28 +7,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fusionpl.alignment import (
-    ActivationEvidence,
-    Aligner,
-    ChosenUnits,
-    Evidence,
-    Problem,
-    WeightEvidence,
-    choose,
-    joint_stream,
-)
-from fusionpl.calibration import (
-    CalibrationSet,
-    Flow,
-    Kept,
-    Key,
-    Network,
-    Progress,
-    Statistics,
-    Wanted,
-    eval_mode,
-    observe,
-)
+from fusionpl.alignment.aligner import Aligner
+from fusionpl.alignment.evidence import ActivationEvidence, Evidence, WeightEvidence
+from fusionpl.alignment.joint import ChosenUnits, choose, joint_stream
+from fusionpl.alignment.problem import Problem
+from fusionpl.calibration.batches import Progress
+from fusionpl.calibration.flow import CalibrationSet, Flow
+from fusionpl.calibration.forward import eval_mode
+from fusionpl.calibration.kept import Kept
+from fusionpl.calibration.moments import Key
+from fusionpl.calibration.network import Network
+from fusionpl.calibration.observe import Statistics, Wanted, observe
 from fusionpl.families import VOCABULARY, State, copy_rows, in_float32, section_of
 from fusionpl.fusion.average import averaged
 from fusionpl.fusion.config import FuseConfig
@@ -37,8 +26,8 @@ from fusionpl.fusion.plan import Plan, SectionPlan
 from fusionpl.fusion.refit import Refit
 from fusionpl.fusion.result import Sink
 from fusionpl.fusion.survey import Survey
-from fusionpl.models import kind_of
-from fusionpl.transport import full_float32
+from fusionpl.models.labels import kind_of
+from fusionpl.transport.products import full_float32
 
 
 class _Reader:

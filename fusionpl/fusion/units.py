@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fusionpl.calibration import or_zeros, sum_over_ranks
+from fusionpl.calibration.flow import or_zeros, sum_over_ranks
 from fusionpl.families import TAIL
 from fusionpl.fusion.answers import log_probabilities
 from fusionpl.fusion.config import FuseConfig, RefineConfig

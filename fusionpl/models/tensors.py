@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fusionpl.calibration import bytes_of
+from fusionpl.calibration.kept import bytes_of
 from fusionpl.errors import FusionError, reason
 
 CODES = {

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from fusionpl.datamodules import FixedSplits
+from fusionpl.datamodules.base import FixedSplits
 from fusionpl.errors import FusionError, reason
 from fusionpl.evaluation import Outcomes
 from fusionpl.training.callbacks import OwnSignals, RunProgress, SeedEpochs

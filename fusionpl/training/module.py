@@ -30,11 +30,11 @@ from torchmetrics.text import Perplexity
 from transformers import get_cosine_schedule_with_warmup
 
 from fusionpl.calibration.forward import logits
-from fusionpl.datamodules import IGNORED
+from fusionpl.datamodules.base import IGNORED
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import Outcomes, are_tags, scored
 from fusionpl.families import bind
-from fusionpl.models import TAGS, kind_of
+from fusionpl.models.labels import TAGS, kind_of
 from fusionpl.schedule import Clock, warmup_cosine
 
 

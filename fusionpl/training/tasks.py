@@ -4,23 +4,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from fusionpl.datamodules import (
-    CausalTextDataModule,
-    DataConfig,
-    FixedSplits,
-    ImageDataModule,
+from fusionpl.datamodules.base import FixedSplits
+from fusionpl.datamodules.embeddings import (
     ImageEmbeddingConfig,
     ImageEmbeddingDataModule,
-    MaskedTextConfig,
-    MaskedTextDataModule,
-    SpanTextConfig,
-    SpanTextDataModule,
-    TextClassificationConfig,
-    TextClassificationDataModule,
-    TextConfig,
     TextEmbeddingConfig,
     TextEmbeddingDataModule,
 )
+from fusionpl.datamodules.images import DataConfig, ImageDataModule
+from fusionpl.datamodules.objectives import MaskedTextConfig, SpanTextConfig, TextConfig
+from fusionpl.datamodules.text import CausalTextDataModule, MaskedTextDataModule, SpanTextDataModule
+from fusionpl.datamodules.text_classification import TextClassificationConfig, TextClassificationDataModule
 from fusionpl.errors import FusionError, nearest
 
 TaskName = Literal[

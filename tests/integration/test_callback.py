@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fusionpl
-from fusionpl.datamodules import DataConfig, ImageDataModule
-from fusionpl.training import ClassificationModule, OptimConfig
+from fusionpl.datamodules.images import DataConfig, ImageDataModule
+from fusionpl.training.module import ClassificationModule, OptimConfig
 from tests.integration.runs import DATA, make_run
 
 

@@ -10,12 +10,12 @@ import yaml
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
 
-from fusionpl.calibration import logits
+from fusionpl.calibration.forward import logits
 from fusionpl.cli import family, fuse, sweep
 from fusionpl.cli.common import main
 from fusionpl.errors import FusionError
 from fusionpl.families import Binding, bind, draft, parse_family, permutation_error
-from fusionpl.models import save_model
+from fusionpl.models.save import save_model
 from tests.integration.runs import make_run
 from tests.models_for_tests import (
     CAUSAL,

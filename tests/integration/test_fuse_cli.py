@@ -21,7 +21,7 @@ from fusionpl.cli import evaluate, finetune, fuse, sweep, train
 from fusionpl.cli.common import main
 from fusionpl.evaluation import Report, evaluate_samples
 from fusionpl.families import bind
-from fusionpl.training import TASKS
+from fusionpl.training.tasks import TASKS
 from tests.integration.runs import hears_ctrl_c, make_run
 
 ROOT = Path(__file__).parents[2]
@@ -327,7 +327,7 @@ def test_sweep_shares_calibration_and_writes_a_table(parents: list[str], tmp_pat
 
 
 def test_sweep_calibrates_once_for_cells_that_share_tokens() -> None:
-    from fusionpl.fusion import load_config
+    from fusionpl.fusion.config import load_config
 
     cells = sweep.grid(["align.reg=0.02,0.08", "calibration.tokens=all,class"])
     configs = {sweep.label(cell): load_config(None, cell) for cell in cells}

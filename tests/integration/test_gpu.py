@@ -10,10 +10,10 @@ from torch import nn
 
 import fusionpl
 from benchmarks.common import EXACT
-from fusionpl.calibration import logits
+from fusionpl.calibration.forward import logits
 from fusionpl.cli.alternatives import alternative
-from fusionpl.datamodules import DataConfig, ImageDataModule
-from fusionpl.models import ModelConfig, build_model
+from fusionpl.datamodules.images import DataConfig, ImageDataModule
+from fusionpl.models.build import ModelConfig, build_model
 from fusionpl.presets import CONF
 from tests.models_for_tests import hf_vit, images, sentences, text_model, timm_vit
 

@@ -8,13 +8,14 @@ import pytest
 from torch import nn
 
 from fusionpl import fuse, load_config
-from fusionpl.alignment import AlignConfig
-from fusionpl.calibration import CalibrationConfig
+from fusionpl.alignment.config import AlignConfig
+from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.cli import fuse as command
 from fusionpl.cli import sweep
 from fusionpl.cli.common import main
 from fusionpl.errors import FusionError
-from fusionpl.fusion import Calibrated, FuseConfig, RefineConfig
+from fusionpl.fusion.config import FuseConfig, RefineConfig
+from fusionpl.fusion.fuse import Calibrated
 from fusionpl.models.tensors import Tensors
 from tests.integration.runs import make_run
 from tests.models_for_tests import hf_vit, images, text_model, timm_vit

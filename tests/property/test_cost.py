@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import fusionpl
-from fusionpl.calibration import Kept, Moments
+from fusionpl.calibration.kept import Kept
+from fusionpl.calibration.moments import Moments
 from fusionpl.families import STEM, bind
-from fusionpl.fusion import Calibrated, make_plan, sweep
-from fusionpl.models import save_model
+from fusionpl.fusion import sweep
+from fusionpl.fusion.fuse import Calibrated
+from fusionpl.fusion.plan import make_plan
+from fusionpl.models.save import save_model
 from fusionpl.models.tensors import Tensors
 from fusionpl.presets import CONF
 from tests.integration.runs import make_run

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import fusionpl
 from benchmarks.common import EXACT
-from fusionpl.calibration import Network, has_float64
+from fusionpl.calibration.forward import has_float64
+from fusionpl.calibration.network import Network
 from fusionpl.cli.common import main
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import evaluate, evaluate_ensemble

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from fusionpl import fuse, load_config
-from fusionpl.calibration import embed
+from fusionpl.calibration.embeddings import embed
 from fusionpl.evaluation import agreement, similarities
 from fusionpl.families import bind, permutation_error, unrotatable
 from tests.models_for_tests import redrawn

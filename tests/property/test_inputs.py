@@ -10,8 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import fusionpl
-from fusionpl.calibration import CalibrationConfig, CalibrationSet, Kept, Moments, Network, no_progress, sources
-from fusionpl.calibration.inputs import InputMoments
+from fusionpl.calibration.batches import no_progress
+from fusionpl.calibration.config import CalibrationConfig
+from fusionpl.calibration.flow import CalibrationSet
+from fusionpl.calibration.inputs import InputMoments, sources
+from fusionpl.calibration.kept import Kept
+from fusionpl.calibration.moments import Moments
+from fusionpl.calibration.network import Network
 from fusionpl.families import bind
 from fusionpl.fusion import plan
 from fusionpl.fusion.survey import Survey

@@ -7,10 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusionpl.calibration import Network, Place, captured, eval_mode, logits, places_of
+from fusionpl.calibration.flow import places_of
+from fusionpl.calibration.forward import eval_mode, logits
+from fusionpl.calibration.network import Network
+from fusionpl.calibration.taps import Place, captured
 from fusionpl.errors import FusionError
 from fusionpl.families import STEM, TAIL, Tap, bind, canonical, section_of, without_scales
-from fusionpl.models import load_model, open_model, save_model
+from fusionpl.models.folders import open_model
+from fusionpl.models.load import load_model
+from fusionpl.models.save import save_model
 from tests.integration.runs import make_run
 from tests.models_for_tests import FAMILIES, TEXT_MODELS, images, sentences, text_model, timm_vit
 

@@ -5,11 +5,11 @@ import pytest
 import yaml
 
 import fusionpl
-from fusionpl.alignment import AlignConfig
+from fusionpl.alignment.config import AlignConfig
 from fusionpl.cli import finetune, fuse, train
 from fusionpl.cli.common import parse, task_of, with_presets
 from fusionpl.errors import FusionError
-from fusionpl.fusion import FuseConfig, RefitConfig
+from fusionpl.fusion.config import FuseConfig, RefitConfig
 
 CONF = Path(__file__).parents[2] / "conf"
 PARSERS = {"train": train.build_parser, "fuse": fuse.build_parser, "finetune": finetune.build_parser}

@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from fusionpl.datamodules import DataConfig, ImageDataModule
 from fusionpl.datamodules.base import ShareSampler
-from fusionpl.datamodules.images import augment, channels_of, size_of
+from fusionpl.datamodules.images import DataConfig, ImageDataModule, augment, channels_of, size_of
 from fusionpl.errors import FusionError
-from fusionpl.models import ModelConfig, build_model
+from fusionpl.models.build import ModelConfig, build_model
 from tests.models_for_tests import hf_vit, text_model, timm_vit
 
 PARTS = ("train", "validation", "calibration", "test")

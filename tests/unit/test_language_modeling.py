@@ -15,30 +15,21 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForMaskedLM
 
-from fusionpl.calibration import logits
+from fusionpl.calibration.forward import logits
 from fusionpl.cli.measuring import Cost, measure
-from fusionpl.datamodules import (
-    CausalTextDataModule,
-    MaskedTextConfig,
-    MaskedTextDataModule,
-    SpanTextConfig,
-    SpanTextDataModule,
-    TextConfig,
-)
 from fusionpl.datamodules.corpora import corpus
+from fusionpl.datamodules.objectives import MaskedTextConfig, SpanTextConfig, TextConfig
+from fusionpl.datamodules.text import CausalTextDataModule, MaskedTextDataModule, SpanTextDataModule
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import Report, Row, continuation, evaluate, evaluate_ensemble, interpolation
 from fusionpl.families import bind
-from fusionpl.fusion import FuseConfig, vanilla
-from fusionpl.models import (
-    ModelConfig,
-    build_model,
-    load_model,
-    save_model,
-    train_bpe,
-    train_wordpiece,
-    with_classifier,
-)
+from fusionpl.fusion.average import vanilla
+from fusionpl.fusion.config import FuseConfig
+from fusionpl.models.build import ModelConfig, build_model
+from fusionpl.models.heads import with_classifier
+from fusionpl.models.load import load_model
+from fusionpl.models.save import save_model
+from fusionpl.models.tokenizers import train_bpe, train_wordpiece
 from tests.integration.runs import make_corpus
 
 COMMON = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2}

@@ -13,7 +13,7 @@ import torch
 
 from fusionpl.evaluation import Curve, MatchedAxis, Outcomes, Report, Row
 from fusionpl.evaluation.html import page
-from fusionpl.transport import TransportMap
+from fusionpl.transport.maps import TransportMap
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "</script><script>document.title='broken'</script>"

@@ -12,7 +12,9 @@ from scipy.spatial.distance import cdist
 from torch import Tensor
 
 from fusionpl.errors import FusionError
-from fusionpl.transport import Metric, Solver, TransportMap, gram, ground_metric, identity, permutation, solve
+from fusionpl.transport.costs import Metric, gram, ground_metric
+from fusionpl.transport.maps import TransportMap, identity, permutation
+from fusionpl.transport.solvers import Solver, solve
 
 SCIPY = {"euclidean": "euclidean", "sqeuclidean": "sqeuclidean", "cosine": "cosine", "correlation": "correlation"}
 

@@ -22,7 +22,8 @@ from benchmarks.common import (
     plain_average,
 )
 from fusionpl.datamodules.base import FixedSplits
-from fusionpl.datamodules.text_classification import TextClassificationConfig, TextClassificationDataModule
+from fusionpl.datamodules.config import TextClassificationConfig
+from fusionpl.datamodules.text_classification import TextClassificationDataModule
 from fusionpl.evaluation import evaluate, evaluate_ensemble
 from fusionpl.fusion.config import FuseConfig, load_config
 from fusionpl.fusion.fuse import fuse

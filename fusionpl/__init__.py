@@ -20,13 +20,13 @@ __all__ = ["FuseConfig", "FusionError", "FusionResult", "OTFusion", "fuse", "loa
 __version__ = "0.1.0"
 
 _HOMES = {
-    "FuseConfig": "fusionpl.fusion",
+    "FuseConfig": "fusionpl.fusion.config",
     "FusionError": "fusionpl.errors",
-    "FusionResult": "fusionpl.fusion",
-    "OTFusion": "fusionpl.training",
-    "fuse": "fusionpl.fusion",
-    "load_config": "fusionpl.fusion",
-    "load_model": "fusionpl.models",
+    "FusionResult": "fusionpl.fusion.result",
+    "OTFusion": "fusionpl.training.fusion_callback",
+    "fuse": "fusionpl.fusion.fuse",
+    "load_config": "fusionpl.fusion.config",
+    "load_model": "fusionpl.models.load",
 }
 
 

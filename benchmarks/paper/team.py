@@ -17,7 +17,8 @@ from benchmarks.paper.choices import ALL, VARIANTS
 from benchmarks.paper.scales import Subject
 from fusionpl.calibration.batches import batches
 from fusionpl.calibration.config import CalibrationConfig
-from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON, alternative
+from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON
+from fusionpl.cli.jobs.alternative import alternative
 from fusionpl.evaluation import evaluate, evaluate_ensemble
 from fusionpl.fusion.config import FuseConfig, load_config
 from fusionpl.fusion.fuse import fuse

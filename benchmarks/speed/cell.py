@@ -21,9 +21,9 @@ from benchmarks.speed.pairs import Shape, write_folder
 from benchmarks.speed.plain import plain_fusion
 from fusionpl.calibration.forward import Batch, logits
 from fusionpl.errors import FusionError
-from fusionpl.fusion.config import FuseConfig, load_config
+from fusionpl.fusion.config import FuseConfig, load_config, resolve_anchor
 from fusionpl.fusion.estimate import estimate
-from fusionpl.fusion.fuse import open_parents, plan_of, ready, resolve_anchor
+from fusionpl.fusion.fuse import open_parents, plan_of, ready
 
 _ROOT = Path(__file__).resolve().parents[2]
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

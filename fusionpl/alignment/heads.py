@@ -9,7 +9,8 @@ from torch import Tensor
 from fusionpl.alignment.config import AlignConfig
 from fusionpl.transport.costs import Gram, ground_metric
 from fusionpl.transport.maps import TransportMap
-from fusionpl.transport.solvers import Solver, solve
+from fusionpl.transport.names import Solver
+from fusionpl.transport.solvers import solve
 
 Pairs = list[list[Gram]]  # of each head of the parent with each of the anchor
 

@@ -26,8 +26,7 @@ from fusionpl.families import (
     own_state,
     read_family,
 )
-from fusionpl.fusion.average import mixing_weights
-from fusionpl.fusion.config import FuseConfig
+from fusionpl.fusion.config import FuseConfig, mixing_weights, resolve_anchor
 from fusionpl.fusion.depth import Matching, levelled
 from fusionpl.fusion.forms import check_forms, formed
 from fusionpl.fusion.goal import goal_of, parted, settled, tied_alike
@@ -44,10 +43,10 @@ from fusionpl.fusion.sweep import Sweep, Team, look
 from fusionpl.fusion.teaching import Augment
 from fusionpl.fusion.units import APART, TRIAL, candidates, knowledge, preferred, specialisation
 from fusionpl.models.adapters import adapter_beside
-from fusionpl.models.folders import ModelFolder, open_model
 from fusionpl.models.images import at_image_size, told
 from fusionpl.models.labels import NUMBERS, TAGS, kind_of
 from fusionpl.models.load import load_model
+from fusionpl.models.opened import ModelFolder, open_model
 from fusionpl.models.pipelines import check_tokenizers
 from fusionpl.models.preprocessing import ImageProcessing
 from fusionpl.models.save import class_names, save_model
@@ -494,13 +493,6 @@ def check_parents(networks: Sequence[Network], sources: Sequence[Parent], anchor
             )
     differing = compare_settings({network.name: network.module for network in networks}, networks[anchor].name)
     return [*differing, *kinship(networks, sources, anchor)]
-
-
-def resolve_anchor(config: FuseConfig, count: int) -> int:
-    """The anchor's index, from 0. Raises FusionError when out of range."""
-    if not -count <= config.anchor < count:
-        raise FusionError(f"anchor {config.anchor} is not an index into {count} parents; use 0 to {count - 1}")
-    return config.anchor % count
 
 
 def _unconverged(result: FusionResult, names: Sequence[str]) -> list[str]:

@@ -8,8 +8,8 @@ from torch import nn
 from fusionpl.calibration.network import Network
 from fusionpl.errors import FusionError
 from fusionpl.families import bind
-from fusionpl.models.folders import ModelFolder
 from fusionpl.models.labels import IN_WORDS, Kind
+from fusionpl.models.opened import ModelFolder
 from fusionpl.models.save import class_names
 from fusionpl.models.tags import united, with_tags
 from fusionpl.models.token_settings import end_of, pad_with, padding_of, pads_text

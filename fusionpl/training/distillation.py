@@ -12,7 +12,8 @@ from fusionpl.calibration.forward import eval_mode, logits
 from fusionpl.datamodules.base import FixedSplits
 from fusionpl.fusion.teaching import loss_to_mean
 from fusionpl.models.labels import TAGS, kind_of
-from fusionpl.training.module import ClassificationModule, OptimConfig, loss_of
+from fusionpl.training.config import OptimConfig
+from fusionpl.training.module import ClassificationModule, loss_of
 
 
 class Distillation(ClassificationModule):

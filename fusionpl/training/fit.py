@@ -21,7 +21,8 @@ from fusionpl.errors import FusionError, reason
 from fusionpl.evaluation import Outcomes
 from fusionpl.training.callbacks import OwnSignals, RunProgress, SeedEpochs
 from fusionpl.training.checkpoints import WholeCheckpoints
-from fusionpl.training.module import ClassificationModule, OptimConfig
+from fusionpl.training.config import OptimConfig
+from fusionpl.training.module import ClassificationModule
 
 
 @dataclass(frozen=True)

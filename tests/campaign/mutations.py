@@ -13,8 +13,8 @@ import torch
 from fusionpl.cli import train
 from fusionpl.cli.common import settings_in, task_of, with_presets
 from fusionpl.cli.fuse import arguments, build_parser, fuse_config
-from fusionpl.datamodules.images import DataConfig, ImageDataModule
-from fusionpl.datamodules.objectives import MaskedTextConfig
+from fusionpl.datamodules.config import DataConfig, MaskedTextConfig
+from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.datamodules.text import MaskedTextDataModule
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import Report, Row

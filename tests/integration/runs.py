@@ -7,7 +7,8 @@ import datasets
 import torch
 import yaml
 
-from fusionpl.models.build import ModelConfig, build_model
+from fusionpl.models.build import build_model
+from fusionpl.models.config import ModelConfig
 from fusionpl.models.save import save_model
 
 DATA = {"path": "digits", "image_size": 16, "channels": 1, "batch_size": 50, "train_limit": 100}

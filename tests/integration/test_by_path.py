@@ -22,8 +22,8 @@ from fusionpl.errors import FusionError
 from fusionpl.fusion import sweep
 from fusionpl.fusion.refit import Refit
 from fusionpl.fusion.result import FusionResult
-from fusionpl.models.folders import open_model
 from fusionpl.models.load import load_model
+from fusionpl.models.opened import open_model
 from fusionpl.models.save import save_model
 from fusionpl.models.tensors import TensorFile
 from fusionpl.presets import CONF

@@ -7,7 +7,8 @@ import pytest
 
 from fusionpl.cli import evaluate as command
 from fusionpl.cli.common import main
-from fusionpl.datamodules.images import DataConfig, ImageDataModule
+from fusionpl.datamodules.config import DataConfig
+from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.evaluation import evaluate, evaluate_ensemble
 from fusionpl.fusion.average import vanilla
 from fusionpl.models.load import load_model

@@ -17,7 +17,8 @@ from fusionpl import load_model
 from fusionpl.calibration.forward import logits
 from fusionpl.cli import evaluate, finetune, fuse, sweep, train
 from fusionpl.cli.common import main
-from fusionpl.datamodules.images import DataConfig, ImageDataModule
+from fusionpl.datamodules.config import DataConfig
+from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.evaluation import Report
 from fusionpl.models.processors import image_processing
 

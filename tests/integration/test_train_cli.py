@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from fusionpl.cli import train
 from fusionpl.cli.common import main
 from fusionpl.cli.outputs import resumed, run_folder, staged
-from fusionpl.datamodules.images import DataConfig, ImageDataModule
+from fusionpl.datamodules.config import DataConfig
+from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import evaluate
 from fusionpl.models.load import load_model

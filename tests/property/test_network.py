@@ -13,8 +13,8 @@ from fusionpl.calibration.network import Network
 from fusionpl.calibration.taps import Place, captured
 from fusionpl.errors import FusionError
 from fusionpl.families import STEM, TAIL, Tap, bind, canonical, section_of, without_scales
-from fusionpl.models.folders import open_model
 from fusionpl.models.load import load_model
+from fusionpl.models.opened import open_model
 from fusionpl.models.save import save_model
 from tests.integration.runs import make_run
 from tests.models_for_tests import FAMILIES, TEXT_MODELS, images, sentences, text_model, timm_vit

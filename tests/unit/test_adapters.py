@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fusionpl import fuse, load_config, load_model
 from fusionpl.errors import FusionError
-from fusionpl.models.folders import open_model
+from fusionpl.models.opened import open_model
 from fusionpl.models.save import save_model
 from fusionpl.models.tokenizers import load_tokenizer, train_wordpiece
 from tests import hub

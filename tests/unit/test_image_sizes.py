@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from fusionpl import fuse, load_config, load_model
 from fusionpl.calibration.forward import logits
 from fusionpl.errors import FusionError
-from fusionpl.models.build import ModelConfig, build_model
-from fusionpl.models.folders import open_model
+from fusionpl.models.build import build_model
+from fusionpl.models.config import ModelConfig
 from fusionpl.models.images import with_image_size
+from fusionpl.models.opened import open_model
 from fusionpl.models.save import save_model
 from fusionpl.models.vocabulary import load_parent
 from tests.models_for_tests import largest_difference, redrawn, text_model

@@ -16,16 +16,17 @@ from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForMaskedLM
 
 from fusionpl.calibration.forward import logits
-from fusionpl.cli.measuring import Cost, measure
+from fusionpl.cli.jobs.measuring import Cost, measure
+from fusionpl.datamodules.config import MaskedTextConfig, SpanTextConfig, TextConfig
 from fusionpl.datamodules.corpora import corpus
-from fusionpl.datamodules.objectives import MaskedTextConfig, SpanTextConfig, TextConfig
 from fusionpl.datamodules.text import CausalTextDataModule, MaskedTextDataModule, SpanTextDataModule
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import Report, Row, continuation, evaluate, evaluate_ensemble, interpolation
 from fusionpl.families import bind
 from fusionpl.fusion.average import vanilla
 from fusionpl.fusion.config import FuseConfig
-from fusionpl.models.build import ModelConfig, build_model
+from fusionpl.models.build import build_model
+from fusionpl.models.config import ModelConfig
 from fusionpl.models.heads import with_classifier
 from fusionpl.models.load import load_model
 from fusionpl.models.save import save_model
@@ -171,7 +172,7 @@ def test_bits_per_byte_of_predicting_bytes_alike(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_tokenizers_are_the_same_in_every_process() -> None:
     code = (
-        "from fusionpl.datamodules import *;"
+        "from fusionpl.datamodules.config import *; from fusionpl.datamodules.text import *;"
         "made = [CausalTextDataModule(TextConfig(vocab_size=500))];"
         "made += [MaskedTextDataModule(MaskedTextConfig(vocab_size=500))];"
         "print(*(one.tokenizer.backend_tokenizer.to_str() for one in made), sep='\\n')"

@@ -12,7 +12,8 @@ from torch import nn
 
 from fusionpl.calibration.forward import logits
 from fusionpl.errors import FusionError
-from fusionpl.models.build import ModelConfig, build_model
+from fusionpl.models.build import build_model
+from fusionpl.models.config import ModelConfig
 from fusionpl.models.load import load_model
 from fusionpl.models.save import class_names, save_model
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from fusionpl import fuse, load_config, load_model
 from fusionpl.calibration.forward import logits
-from fusionpl.datamodules.images import DataConfig, ImageDataModule
+from fusionpl.datamodules.config import DataConfig
+from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.errors import FusionError
 from fusionpl.models.pixels import for_pixels
 from fusionpl.models.preprocessing import NORMALIZATIONS, ImageProcessing

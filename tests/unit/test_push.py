@@ -4,7 +4,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from fusionpl.cli.push import push_run
+from fusionpl.cli.jobs.push import push_run
 from fusionpl.errors import FusionError
 from fusionpl.models.hub import HubId
 from fusionpl.models.lineage import Ancestor, lineage, parents_section

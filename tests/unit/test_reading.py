@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from fusionpl import fuse, load_config, load_model
 from fusionpl.errors import FusionError
 from fusionpl.families import bind
-from fusionpl.models.build import ModelConfig, build_model
-from fusionpl.models.folders import open_model
+from fusionpl.models.build import build_model
+from fusionpl.models.config import ModelConfig
 from fusionpl.models.heads import with_classifier
+from fusionpl.models.opened import open_model
 from fusionpl.models.save import save_model
 from tests.models_for_tests import largest_difference, redrawn, sentences, text_model
 

@@ -18,8 +18,8 @@ import fusionpl
 from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.calibration.flow import CalibrationSet
 from fusionpl.calibration.kept import Kept
-from fusionpl.datamodules.images import DataConfig, ImageDataModule
-from fusionpl.datamodules.objectives import MaskedTextConfig
+from fusionpl.datamodules.config import DataConfig, MaskedTextConfig
+from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.datamodules.text import MaskedTextDataModule
 from fusionpl.errors import FusionError
 from fusionpl.fusion.config import FuseConfig, RefineConfig, load_config

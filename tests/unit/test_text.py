@@ -12,8 +12,8 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from fusionpl.datamodules.base import IGNORED
+from fusionpl.datamodules.config import MaskedTextConfig
 from fusionpl.datamodules.corpora import corpus
-from fusionpl.datamodules.objectives import MaskedTextConfig
 from fusionpl.datamodules.text import MaskedTextDataModule, check_length
 from fusionpl.errors import FusionError
 from fusionpl.models.pipelines import check_tokenizers

@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult
 
 from fusionpl import __version__
 from fusionpl.cli.common import configs_in
-from fusionpl.datamodules.sources import BUILT_IN
+from fusionpl.datamodules.config import BUILT_IN
 from fusionpl.evaluation import FIGURES, Report
 from fusionpl.models.hub import hub_id
 from fusionpl.paths import public, public_command

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusionpl.calibration.batches import batches
+from fusionpl.cli.fuse import Depth
 from fusionpl.datamodules.base import FixedSplits
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import (
@@ -35,12 +36,12 @@ from fusionpl.evaluation import (
     probe,
     similarities,
 )
-from fusionpl.fusion.average import mixing_weights, vanilla
+from fusionpl.fusion.average import vanilla
+from fusionpl.fusion.config import mixing_weights
 from fusionpl.fusion.heads import fit_head
 from fusionpl.fusion.result import FusionResult
 from fusionpl.models.labels import CLASSES
 
-Depth = Literal["full", "rows", "none"]
 CURVE_BATCHES = 4
 COMPARED = 2000  # samples whose neighbours are compared
 PROBED = 2000  # samples that a linear probe is fitted to

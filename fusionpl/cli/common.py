@@ -298,7 +298,8 @@ def add_reading_options(parser: ArgumentParser) -> None:
 
 
 def quiet() -> None:
-    """Silences what libraries tell their developers; errors still show."""
+    """Silences what libraries tell their developers; errors still show. What is loaded later sets its own levels and
+    filters, so jobs call this again."""
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning|torch|timm|transformers|datasets")

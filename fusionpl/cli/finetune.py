@@ -94,7 +94,9 @@ def run(argv: Sequence[str]) -> None:
         job.finish(chosen, settings, origin, folder, rows, made_of, [word for word in given if word != "--resume"])
         print(f"{folder}: model/, baselines/; {time.monotonic() - started:.0f} s")
         if options.push_to is not None:
-            job.push_run(folder, options.push_to, private=options.push_private)
+            from fusionpl.cli.jobs.push import push_run
+
+            push_run(folder, options.push_to, private=options.push_private)
 
 
 def _model_in(argv: Sequence[str]) -> str:

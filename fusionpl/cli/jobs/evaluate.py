@@ -8,6 +8,7 @@ import yaml
 from jsonargparse import Namespace
 
 from fusionpl.calibration.forward import device_named
+from fusionpl.cli.common import quiet
 from fusionpl.cli.fuse import named
 from fusionpl.cli.jobs.data import common_tokenizer, data_module, follow
 from fusionpl.cli.jobs.measuring import measure_models
@@ -34,6 +35,7 @@ def evaluate(options: Namespace, settings: dict[str, Any]) -> None:
     Raises:
         FusionError: a user's mistake.
     """
+    quiet()
     models = named(options.models)
     tokenizers = {name: load_tokenizer(path) for name, path in models.items()}
     data = data_module(options.task, options.data, 0, common_tokenizer(tokenizers, 0, renumbered=False), options.models)

@@ -9,6 +9,7 @@ from jsonargparse import Namespace
 from torch import Tensor, nn
 
 from fusionpl.calibration.forward import logits
+from fusionpl.cli.common import quiet
 from fusionpl.errors import FusionError, reason
 from fusionpl.families import (
     PROOF_TOLERANCE,
@@ -36,6 +37,7 @@ def draft_and_prove(args: Namespace, output: Path | None) -> None:
     Raises:
         FusionError: what is wrong with the model or the family.
     """
+    quiet()
     family = read_family(args.family)
     model = load_model(args.model, allow_pickle=args.allow_pickle)
     batch = random_batch(model)

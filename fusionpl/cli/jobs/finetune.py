@@ -12,11 +12,10 @@ from jsonargparse import Namespace
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
-from fusionpl.cli.common import settings_in
+from fusionpl.cli.common import quiet, settings_in
 from fusionpl.cli.finetune import PRESET
 from fusionpl.cli.jobs.cards import command_section, metadata
 from fusionpl.cli.jobs.data import data_module, follow
-from fusionpl.cli.jobs.push import push_run as push_run
 from fusionpl.cli.outputs import is_main_process, write_json
 from fusionpl.datamodules.config import AUTO
 from fusionpl.errors import FusionError
@@ -93,7 +92,7 @@ def _candidates(source: str, origin: dict[str, Any], options: Namespace, *, ever
     allowed = options.allow_pickle or origin.get("allow_pickle", False)
     family = read_family(origin.get("family"))
     vocabulary = Vocabulary.of(source, fused, family)
-    paths, decreed = origin["parents"], options.data.get("normalize", AUTO) != AUTO
+    paths, decreed = origin["parents"], getattr(options.data, "normalize", AUTO) != AUTO
     processing = None if decreed or grid_of(fused) is None else image_processing(source)
     reading = {"processing": processing, "allow_pickle": allowed, "family": family}
     parents = [load_parent(path, vocabulary, fused, **reading) for path in paths]
@@ -130,6 +129,7 @@ def finetune(
     Raises:
         FusionError: a user's mistake.
     """
+    quiet()
     made_of = _made_of(options.model, origin) if is_main_process() else ("", {})
     candidates = _candidates(options.model, origin, options, every_parent=_elsewhere(options, origin))
     if is_main_process():

@@ -22,6 +22,7 @@ from fusionpl.calibration.forward import logits
 from fusionpl.calibration.kept import Kept, budget
 from fusionpl.calibration.network import Network
 from fusionpl.cli.alternatives import TRAINED_ON
+from fusionpl.cli.common import quiet
 from fusionpl.cli.fuse import PRESET, Asked
 from fusionpl.cli.jobs.alternative import alternative
 from fusionpl.cli.jobs.cards import command_section, fused_card, metadata
@@ -152,6 +153,7 @@ def fuse(asked: Asked) -> None:
     Raises:
         FusionError: a user's mistake.
     """
+    quiet()
     started = time.monotonic()
     job = Job.of(asked)
     names, args = list(job.parents), job.args

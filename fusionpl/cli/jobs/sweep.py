@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
+from fusionpl.cli.common import quiet
 from fusionpl.cli.fuse import named
 from fusionpl.cli.jobs.data import common_tokenizer, data_module, follow
 from fusionpl.cli.jobs.fuse import progress_bar
@@ -38,6 +39,7 @@ def sweep(args: Namespace, settings: dict[str, Any], groups: Sequence[Mapping[st
     Raises:
         FusionError: a user's mistake.
     """
+    quiet()
     parents, family = named(args.parents), read_family(args.family)
     count = sum(map(len, groups))
     models = [load_model(path, allow_pickle=args.allow_pickle) for path in parents.values()]

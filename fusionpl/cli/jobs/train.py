@@ -8,6 +8,7 @@ import lightning as L
 import yaml
 from jsonargparse import Namespace
 
+from fusionpl.cli.common import quiet
 from fusionpl.cli.jobs.cards import metadata
 from fusionpl.cli.outputs import is_main_process, write_json
 from fusionpl.datamodules.base import FixedSplits
@@ -34,6 +35,7 @@ def train(options: Namespace, settings: dict[str, Any], folder: Path) -> None:
     Raises:
         FusionError: a user's mistake.
     """
+    quiet()
     L.seed_everything(options.seed, workers=True, verbose=False)
     task = TASKS[options.task]
     data = DATA_MODULES[options.task](options.data, options.seed, None)

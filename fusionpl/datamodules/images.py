@@ -62,9 +62,6 @@ class ImageDataModule(FixedSplits):
         config: which images, and how they are served.
         seed: decides, with the epoch, the order of the training images. Augmentation draws from torch's global
             RNG.
-
-    Raises:
-        FusionError: options out of range.
     """
 
     def __init__(self, config: DataConfig, seed: int = 0) -> None:

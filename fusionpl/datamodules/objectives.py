@@ -54,11 +54,7 @@ class Objective(ABC):
     @property
     @abstractmethod
     def frame(self) -> Frame:
-        """How blocks are cut.
-
-        Raises:
-            FusionError: `data.block_size` leaves no text in a block.
-        """
+        """How blocks are cut."""
 
     @abstractmethod
     def examples(self, ids: Tensor) -> dict[str, Tensor]:

@@ -114,7 +114,7 @@ def labelled_parts(labels: Mapping[str, NDArray[Any]], config: SplitConfig) -> d
         config: sizes of the parts that are taken; smaller ones of few samples, see `_sizes`.
 
     Raises:
-        FusionError: no split to train on, or a size below 0.
+        FusionError: no split to train on.
     """
     whole = {split: (split, np.flatnonzero(_is_labelled(found))) for split, found in labels.items()}
     source = _divided(list(labels), config)

@@ -1,7 +1,6 @@
 """What a linear module writes may be described by what it reads: the same moments, the same refit."""
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fusionpl
+from fusionpl.calibration import observe
 from fusionpl.calibration.batches import no_progress
 from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.calibration.flow import CalibrationSet
@@ -35,7 +35,6 @@ from tests.models_for_tests import (
     timm_vit,
 )
 
-OBSERVE = sys.modules["fusionpl.calibration.observe"]  # the package shows the function of that name
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     **FAMILIES,
     **{name: lambda seed, name=name: text_model(name, seed) for name in TEXT_MODELS},
@@ -76,7 +75,7 @@ def test_moments_of_outputs_follow_from_those_of_inputs(name: str, monkeypatch: 
     monkeypatch.setattr(InputMoments, "moments", spy)
     derived = moments(models)
     assert any(key[0].endswith(".q") for key in used)
-    monkeypatch.setattr(OBSERVE, "sources", lambda *_: [])
+    monkeypatch.setattr(observe, "sources", lambda *_: [])
     direct = moments(models)
     for key in used:
         for scale in ("standardize", "none"):

@@ -27,7 +27,7 @@ def data_module(task: TaskName, config: Any, seed: int, tokenizer: Any, models: 
         models: that are for it.
 
     Raises:
-        FusionError: nothing says which data they are; options out of range; sentence encoders that pool differently.
+        FusionError: nothing says which data they are; sentence encoders that pool differently.
     """
     if config.path == NOT_SAID or (config.path == "glue" and config.name is None):
         raise FusionError(

@@ -15,11 +15,17 @@ from torch import nn
 
 from fusionpl.cli import train
 from fusionpl.cli.common import settings_in
-from fusionpl.datamodules import FixedSplits
-from fusionpl.fusion import vanilla
-from fusionpl.models import load_model, load_tokenizer, with_classifier
+from fusionpl.datamodules.base import FixedSplits
+from fusionpl.fusion.average import vanilla
+from fusionpl.models.heads import with_classifier
+from fusionpl.models.load import load_model
+from fusionpl.models.tokenizers import load_tokenizer
 from fusionpl.presets import CONF
-from fusionpl.training import TASKS, ClassificationModule, OptimConfig, TaskName, fit
+from fusionpl.training.config import OptimConfig
+from fusionpl.training.data import DATA_MODULES
+from fusionpl.training.fit import fit
+from fusionpl.training.module import ClassificationModule
+from fusionpl.training.tasks import TASKS, TaskName, task_named
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Figures = Mapping[str, float]  # column -> figure
@@ -65,8 +71,9 @@ class Parents:
         """The data that the parents were trained on, with the tokenizer they share."""
         run = self.folder(seed)
         settings = settings_in(run)
-        task = TASKS[settings.get("task", "image-classification")]
-        return task.datamodule(task.data(**settings["data"] | changes), seed, load_tokenizer(run))
+        task = task_named(settings.get("task", "image-classification"))
+        options = TASKS[task].data(**settings["data"] | changes)
+        return DATA_MODULES[task](options, seed, load_tokenizer(run))
 
 
 def plain_average(models: Sequence[nn.Module]) -> nn.Module:

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from benchmarks.common import markdown
 from benchmarks.origin import Origin, footer, here
-from fusionpl.calibration import logits
+from fusionpl.calibration.forward import logits
 from fusionpl.cli.common import main as run_command
 from fusionpl.cli.common import quiet
-from fusionpl.families import bind, permutation_error
+from fusionpl.families.binding import bind
+from fusionpl.families.proof import permutation_error
 
 WIDTH, DEPTH, HEADS, HIDDEN, VOCABULARY, TOKENS, SAMPLES = 256, 6, 4, 1024, 1000, 64, 16
 COMMON: dict[str, Any] = {

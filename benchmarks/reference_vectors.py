@@ -21,12 +21,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fusionpl.alignment import AlignConfig
-from fusionpl.calibration import CalibrationConfig
+from fusionpl.alignment.config import AlignConfig
+from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.errors import FusionError
-from fusionpl.fusion import FuseConfig, FusionResult, fuse
-from fusionpl.models import load_model
-from fusionpl.transport import solve
+from fusionpl.fusion.config import FuseConfig
+from fusionpl.fusion.fuse import fuse
+from fusionpl.fusion.result import FusionResult
+from fusionpl.models.load import load_model
+from fusionpl.transport.solvers import solve
 
 CLASS_TOKEN = "stem.cls"
 RESIDUAL = {"mean": "average", "no_resid": "branch", "only_resid": "skip", "resid_as_identity": "identity"}

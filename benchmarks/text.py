@@ -21,11 +21,14 @@ from benchmarks.common import (
     finetuned,
     plain_average,
 )
-from fusionpl.datamodules import FixedSplits, TextClassificationConfig, TextClassificationDataModule
-from fusionpl.evaluation import evaluate, evaluate_ensemble
-from fusionpl.fusion import FuseConfig, fuse, load_config
-from fusionpl.models import load_tokenizer
-from fusionpl.training import TaskName
+from fusionpl.datamodules.base import FixedSplits
+from fusionpl.datamodules.config import TextClassificationConfig
+from fusionpl.datamodules.text_classification import TextClassificationDataModule
+from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble
+from fusionpl.fusion.config import FuseConfig, load_config
+from fusionpl.fusion.fuse import fuse
+from fusionpl.models.tokenizers import load_tokenizer
+from fusionpl.training.tasks import TaskName
 
 Measure = Callable[[], Figures]
 TEXT: dict[str, Any] = {"calibration.tokens": "all", "anchor": 0}

@@ -9,22 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fusionpl.errors import FusionError
-    from fusionpl.fusion import FuseConfig, FusionResult, fuse, load_config
-    from fusionpl.models import load_model
-    from fusionpl.training import OTFusion
+    from fusionpl.fusion.config import FuseConfig, load_config
+    from fusionpl.fusion.fuse import fuse
+    from fusionpl.fusion.result import FusionResult
+    from fusionpl.models.load import load_model
+    from fusionpl.training.fusion_callback import OTFusion
 
 __all__ = ["FuseConfig", "FusionError", "FusionResult", "OTFusion", "fuse", "load_config", "load_model"]
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "FuseConfig": "fusionpl.fusion",
+    "FuseConfig": "fusionpl.fusion.config",
     "FusionError": "fusionpl.errors",
-    "FusionResult": "fusionpl.fusion",
-    "OTFusion": "fusionpl.training",
-    "fuse": "fusionpl.fusion",
-    "load_config": "fusionpl.fusion",
-    "load_model": "fusionpl.models",
+    "FusionResult": "fusionpl.fusion.result",
+    "OTFusion": "fusionpl.training.fusion_callback",
+    "fuse": "fusionpl.fusion.fuse",
+    "load_config": "fusionpl.fusion.config",
+    "load_model": "fusionpl.models.load",
 }
 
 

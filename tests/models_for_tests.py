@@ -53,7 +53,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from fusionpl.calibration import logits
+from fusionpl.calibration.forward import logits
 
 SIZE, CHANNELS, CLASSES = 16, 3, 5
 STD = 0.2

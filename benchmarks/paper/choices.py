@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.common import EXACT, JOINT, PAPER, TRANSPORT, WEIGHTS
-from fusionpl.fusion import FuseConfig, load_config
+from fusionpl.fusion.config import FuseConfig, load_config
 
 VARIANTS: dict[str, FuseConfig] = {
     "OT weights soft": load_config(PAPER, WEIGHTS),

@@ -6,15 +6,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from fusionpl.fusion.goal import goal_of
+
 from benchmarks import text
 from benchmarks.common import PAIRS, Parents
-from fusionpl.calibration import Network
-from fusionpl.datamodules import FixedSplits
-from fusionpl.evaluation import flops
-from fusionpl.families import bind
-from fusionpl.fusion import FuseConfig, RefitConfig
-from fusionpl.fusion.goal import goal_of
-from fusionpl.training import TASKS, Task, TaskName
+from fusionpl.calibration.network import Network
+from fusionpl.datamodules.base import FixedSplits
+from fusionpl.evaluation.cost import flops
+from fusionpl.families.binding import bind
+from fusionpl.fusion.config import FuseConfig, RefitConfig
+from fusionpl.training.tasks import TASKS, Task, TaskName
 
 SEEDS = (1, 2, 3, 4, 5)
 

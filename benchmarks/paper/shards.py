@@ -9,8 +9,9 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 
-from fusionpl.datamodules import FixedSplits, ImageDataModule
+from fusionpl.datamodules.base import FixedSplits
 from fusionpl.datamodules.corpora import corpus
+from fusionpl.datamodules.images import ImageDataModule
 
 Splits = Callable[[str], datasets.Dataset]
 

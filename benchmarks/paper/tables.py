@@ -11,7 +11,7 @@ from benchmarks.paper.choices import ALIGNMENTS, BLOCKS
 from benchmarks.paper.scales import SEEDS, Lab, Subject
 from benchmarks.paper.shards import SHARES, places, write_shards
 from benchmarks.paper.team import SHRINK, Team
-from fusionpl.fusion import load_config
+from fusionpl.fusion.config import load_config
 
 
 def of_seeds(subject: Subject, seeds: Sequence[int]) -> Team:

@@ -15,14 +15,18 @@ from benchmarks.common import DEVICE, JOINT, TRANSPORT, Figures, Maker, Parents,
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.choices import ALL, VARIANTS
 from benchmarks.paper.scales import Subject
-from fusionpl.calibration import CalibrationConfig, batches
-from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON, alternative
-from fusionpl.evaluation import evaluate, evaluate_ensemble
-from fusionpl.fusion import FuseConfig, fit_head, fuse, load_config
-from fusionpl.fusion.heads import head_of, read
+from fusionpl.calibration.batches import batches
+from fusionpl.calibration.config import CalibrationConfig
+from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON
+from fusionpl.cli.jobs.alternative import alternative
+from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble
+from fusionpl.fusion.config import FuseConfig, load_config
+from fusionpl.fusion.fuse import fuse
+from fusionpl.fusion.heads import fit_head, head_of, read
 from fusionpl.fusion.refit import held_out
-from fusionpl.training import ClassificationModule, Distillation, shrunk
-from fusionpl.transport import fit_softmax, log_mean
+from fusionpl.training.distillation import Distillation
+from fusionpl.training.module import ClassificationModule, shrunk
+from fusionpl.transport.softmax import fit_softmax, log_mean
 
 SHRINK = 0.7
 ONE_SHOT, FINETUNED = "one-shot", "finetuned"

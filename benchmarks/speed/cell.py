@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fusionpl.fusion.estimate import estimate
 from torch import nn
 
 import fusionpl
@@ -19,9 +20,11 @@ from benchmarks.common import DEVICE
 from benchmarks.speed.memory import watched
 from benchmarks.speed.pairs import Shape, write_folder
 from benchmarks.speed.plain import plain_fusion
-from fusionpl.calibration import Batch, logits
+from fusionpl.calibration.forward import Batch, logits
 from fusionpl.errors import FusionError
-from fusionpl.fusion import FuseConfig, estimate, load_config, open_parents, plan_of, ready, resolve_anchor
+from fusionpl.fusion.config import FuseConfig, load_config, resolve_anchor
+from fusionpl.fusion.fuse import plan_of, ready
+from fusionpl.fusion.team import open_parents
 
 _ROOT = Path(__file__).resolve().parents[2]
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

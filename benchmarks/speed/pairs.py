@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
-from fusionpl.calibration import Batch
+from fusionpl.calibration.forward import Batch
 
 TOKENS = 64  # of a sequence
 _STD = 0.02

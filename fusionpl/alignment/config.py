@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fusionpl.errors import FusionError, check_choices
-from fusionpl.families import Binding
-from fusionpl.transport import Metric, Normalize, Scaling, Solver
+from fusionpl.transport.names import Metric, Normalize, Scaling, Solver
+
+if TYPE_CHECKING:
+    from fusionpl.families.axes import Binding
 
 Residual = Literal["auto", "average", "branch", "skip", "identity", "weighted_scalar", "weighted_matrix", "tie"]
 
@@ -66,7 +68,7 @@ class AlignConfig:
             )
 
 
-def residual_of(config: AlignConfig, binding: Binding) -> Residual:
+def residual_of(config: AlignConfig, binding: "Binding") -> Residual:
     """The residual policy for a model: what `auto` stands for."""
     if config.residual != "auto":
         return config.residual

@@ -7,9 +7,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fusionpl.calibration import Key, Moments, Scale
-from fusionpl.families import Binding, Slot, State, move, section_of
-from fusionpl.transport import Gram, TransportMap, gram
+from fusionpl.calibration.config import Scale
+from fusionpl.calibration.moments import Key, Moments
+from fusionpl.families.apply import State, move
+from fusionpl.families.axes import Binding, Slot, section_of
+from fusionpl.transport.costs import Gram, gram
+from fusionpl.transport.maps import TransportMap
 
 
 class Evidence(Protocol):

@@ -18,8 +18,10 @@ from fusionpl.alignment.maps import Found, Pair
 from fusionpl.alignment.problem import Comparison, Pairwise, seen_at
 from fusionpl.alignment.rotation import dissimilarity, rotate_units
 from fusionpl.errors import FusionError
-from fusionpl.families import Axis, Binding
-from fusionpl.transport import Gram, TransportMap, check_one_width, solve
+from fusionpl.families.axes import Axis, Binding
+from fusionpl.transport.costs import Gram
+from fusionpl.transport.maps import TransportMap
+from fusionpl.transport.solvers import check_one_width, solve
 
 _TINY = 1e-300
 _ROUNDS = 3  # of matching the queries of a group and turning their pairs

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from fusionpl.alignment.config import AlignConfig
-from fusionpl.transport import Gram, Solver, TransportMap, ground_metric, solve
+from fusionpl.transport.costs import Gram, ground_metric
+from fusionpl.transport.maps import TransportMap
+from fusionpl.transport.names import Solver
+from fusionpl.transport.solvers import solve
 
 Pairs = list[list[Gram]]  # of each head of the parent with each of the anchor
 

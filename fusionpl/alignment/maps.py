@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fusionpl.calibration import Kept, bytes_of
+from fusionpl.calibration.kept import Kept, bytes_of
 from fusionpl.errors import FusionError
-from fusionpl.transport import TransportMap
+from fusionpl.transport.maps import TransportMap
 
 Pair = tuple[str, str]
 Found = Mapping[str | Pair, TransportMap]

@@ -12,9 +12,12 @@ from torch import Tensor
 from fusionpl.alignment.config import AlignConfig
 from fusionpl.alignment.evidence import ActivationEvidence, Evidence
 from fusionpl.alignment.maps import Found, Maps
-from fusionpl.calibration import Key
-from fusionpl.families import Binding, State, section_of
-from fusionpl.transport import Gram, TransportMap, ground_metric, solve
+from fusionpl.calibration.moments import Key
+from fusionpl.families.apply import State
+from fusionpl.families.axes import Binding, section_of
+from fusionpl.transport.costs import Gram, ground_metric
+from fusionpl.transport.maps import TransportMap
+from fusionpl.transport.solvers import solve
 
 
 @dataclass(frozen=True)

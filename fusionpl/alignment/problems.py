@@ -14,8 +14,10 @@ from fusionpl.alignment.maps import Found, Pair
 from fusionpl.alignment.problem import Comparison, Pairwise, seen_at, sizes_in, solve_needed
 from fusionpl.alignment.rotation import dissimilarity, rotate_stream, rotate_units
 from fusionpl.errors import FusionError
-from fusionpl.families import Binding, Join, section_of
-from fusionpl.transport import Gram, TransportMap, check_one_width, ground_metric, identity
+from fusionpl.families.axes import Binding, Join, section_of
+from fusionpl.transport.costs import Gram, ground_metric
+from fusionpl.transport.maps import TransportMap, identity
+from fusionpl.transport.solvers import check_one_width
 
 # With weights as evidence a tied stream needs the maps that depend on it: rounds of coordinate descent.
 _TIE_ROUNDS = 3

@@ -8,7 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fusionpl.transport import Gram, TransportMap, procrustes, procrustes_batch
+from fusionpl.transport.costs import Gram
+from fusionpl.transport.maps import TransportMap
+from fusionpl.transport.solvers import procrustes, procrustes_batch
 
 
 def rotate_stream(inner: Gram, *, centred: bool) -> TransportMap:

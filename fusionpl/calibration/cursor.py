@@ -14,7 +14,9 @@ from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.calibration.kept import Kept, Store
 from fusionpl.calibration.network import Call, Network, Seen
 from fusionpl.calibration.taps import Place, place_of, units_of
-from fusionpl.families import STEM, TAIL, Binding, State, boundary
+from fusionpl.families.apply import State
+from fusionpl.families.axes import Binding, boundary
+from fusionpl.families.family import STEM, TAIL
 
 
 class CalibrationSet:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fusionpl.calibration.config import Scale
-from fusionpl.transport import Gram, cross_product
+from fusionpl.transport.costs import Gram
+from fusionpl.transport.products import cross_product
 
 STD_FLOOR = 1e-9
 

@@ -12,7 +12,11 @@ from torch.func import functional_call
 
 from fusionpl.calibration.forward import Batch, arguments, device_of, scores
 from fusionpl.calibration.taps import Place, Reached, captured
-from fusionpl.families import TAIL, Binding, State, bind, check_finite, in_float32, with_parameters
+from fusionpl.families.apply import State, in_float32, with_parameters
+from fusionpl.families.axes import Binding
+from fusionpl.families.binding import bind
+from fusionpl.families.compatible import check_finite
+from fusionpl.families.family import TAIL
 
 _HIDDEN = "hidden_states"  # by which transformers name them
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with behind the hidden states

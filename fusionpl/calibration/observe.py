@@ -13,8 +13,10 @@ from fusionpl.calibration.cursor import CalibrationSet, Cursor, Passage, places_
 from fusionpl.calibration.moments import Key, Moments
 from fusionpl.calibration.taps import Place, parameter_units
 from fusionpl.calibration.tokens import select
-from fusionpl.families import TAIL, Binding, State
-from fusionpl.transport import self_product
+from fusionpl.families.apply import State
+from fusionpl.families.axes import Binding
+from fusionpl.families.family import TAIL
+from fusionpl.transport.products import self_product
 
 
 class Target(NamedTuple):

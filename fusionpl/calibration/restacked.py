@@ -11,7 +11,8 @@ from fusionpl.calibration.forward import Batch
 from fusionpl.calibration.network import Call, Network, Passed, Prepare, Seen
 from fusionpl.calibration.taps import Place
 from fusionpl.errors import FusionError
-from fusionpl.families import Binding, State
+from fusionpl.families.apply import State
+from fusionpl.families.axes import Binding
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from fusionpl.families import Binding, Tap
+from fusionpl.families.axes import Binding, Tap
 
 _CHUNKS = "chunk_size_feed_forward"  # of the blocks of transformers' BERT and its relatives
 

@@ -1,4 +1,7 @@
-"""What the commands share: one clear line for a mistake, presets, the options of models, data and Lightning."""
+"""What the commands share: one clear line for a mistake, presets, the options of models, data and Lightning.
+
+Options are read, and mistakes in them answered, before anything is loaded that takes seconds: see `fusionpl.cli.jobs`.
+"""
 
 import argparse
 import errno
@@ -11,7 +14,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,14 @@ import yaml
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from safetensors import SafetensorError
-from torch import nn
 
 from fusionpl.cli.outputs import is_main_process
-from fusionpl.datamodules import BUILT_IN, PIXELS, FixedSplits
+from fusionpl.datamodules.config import BUILT_IN
 from fusionpl.errors import FusionError, reason
-from fusionpl.models import check_pooling, image_processing, model_config, model_folder, sentence_pooling
+from fusionpl.models.folders import model_config, model_folder
 from fusionpl.options import check_sections, explain, read_yaml
 from fusionpl.presets import preset, presets
-from fusionpl.training.loggers import LoggerName
+from fusionpl.training.config import LoggerName, TrainerConfig
 from fusionpl.training.tasks import TASKS, TaskName, task_named, task_of_model
 
 MISTAKE, INTERRUPT = 2, 130
@@ -263,39 +264,6 @@ def parser_like(
     return parser
 
 
-def data_module(task: TaskName, config: Any, seed: int, tokenizer: Any, models: Sequence[str]) -> FixedSplits:
-    """The data of a task.
-
-    Args:
-        task: which.
-        config: the options under `data`.
-        seed, tokenizer: see `Task`.
-        models: that are for it.
-
-    Raises:
-        FusionError: nothing says which data they are; options out of range; sentence encoders that pool differently.
-    """
-    if config.path == NOT_SAID or (config.path == "glue" and config.name is None):
-        raise FusionError(
-            f"nothing says which data {models[0]} is for; give --data.path: a file, a folder or a hub id of samples "
-            "like those that it was trained on"
-        )
-    if task == "feature-extraction" and config.pooling == "auto":
-        poolings = {model: sentence_pooling(model_folder(model, weights=False)) for model in models}
-        check_pooling(poolings)
-        config = replace(config, pooling=poolings[models[0]] or "auto")
-    return TASKS[task].datamodule(config, seed, tokenizer)
-
-
-def follow(data: FixedSplits, model: nn.Module, source: str) -> None:
-    """Lets data take from a model, and from what its folder says of images, what the options leave open.
-
-    Raises:
-        FusionError: see `image_processing`.
-    """
-    data.follow(model, image_processing(source) if data.reads == PIXELS else None)
-
-
 def check_trains(task: TaskName) -> None:
     """Raises FusionError for a task in which nothing is learned."""
     if not TASKS[task].trains:
@@ -313,24 +281,7 @@ def settings_in(run: str | Path) -> dict[str, Any]:
 
 def add_trainer_options(parser: ArgumentParser) -> None:
     """Adds `--trainer.KEY` for the arguments of Lightning's Trainer that are a user's to choose."""
-    import lightning as L
-
-    parser.add_class_arguments(
-        L.Trainer,
-        "trainer",
-        instantiate=False,
-        skip={
-            "barebones",
-            "callbacks",
-            "default_root_dir",
-            "enable_checkpointing",
-            "logger",
-            "model_registry",
-            "plugins",
-            "reload_dataloaders_every_n_epochs",
-            "use_distributed_sampler",
-        },
-    )
+    parser.add_class_arguments(TrainerConfig, "trainer", instantiate=False)
 
 
 def add_logger_option(parser: ArgumentParser, default: LoggerName = "wandb") -> None:
@@ -347,7 +298,8 @@ def add_reading_options(parser: ArgumentParser) -> None:
 
 
 def quiet() -> None:
-    """Silences what libraries tell their developers; errors still show."""
+    """Silences what libraries tell their developers; errors still show. What is loaded later sets its own levels and
+    filters, so jobs call this again."""
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning|torch|timm|transformers|datasets")

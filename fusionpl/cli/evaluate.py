@@ -4,16 +4,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-import yaml
 from jsonargparse import ArgumentParser
 
-from fusionpl.calibration import device_named
 from fusionpl.cli.common import (
     add_logger_option,
     add_reading_options,
-    data_module,
-    follow,
     main,
     new_parser,
     parse_options,
@@ -21,29 +16,10 @@ from fusionpl.cli.common import (
     quiet,
     settings_of,
 )
-from fusionpl.cli.fuse import common_tokenizer, named
-from fusionpl.cli.measuring import measure_models
-from fusionpl.cli.outputs import check_output, staged
-from fusionpl.datamodules import AUTO, PIXELS
+from fusionpl.cli.outputs import check_output
 from fusionpl.errors import FusionError
-from fusionpl.models import (
-    check_tokenizers,
-    image_processing,
-    load_model,
-    load_tokenizer,
-    told_differences,
-    with_pixels,
-)
-from fusionpl.training import (
-    TASKS,
-    TaskName,
-    finish_loggers,
-    group_of,
-    log_models,
-    log_report,
-    make_loggers,
-    task_named,
-)
+from fusionpl.models.folders import check_there
+from fusionpl.training.tasks import TASKS, TaskName, task_named
 
 
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
@@ -72,49 +48,13 @@ def run(argv: Sequence[str]) -> None:
     options = parse_options(parser, argv)
     if not options.models:
         raise FusionError("nothing to evaluate; give --models RUN_A RUN_B")
-    settings, chosen = settings_of(parser, options), parser.instantiate(options)
-    models = named(options.models)
-    tokenizers = {name: load_tokenizer(path) for name, path in models.items()}
-    data = data_module(options.task, chosen.data, 0, common_tokenizer(tokenizers, 0, renumbered=False), options.models)
-    device = device_named(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen, settings = parser.instantiate(options), settings_of(parser, options)
+    check_there(options.models)
     if options.output is not None:
         check_output(Path(options.output), options.overwrite)
+    from fusionpl.cli.jobs.evaluate import evaluate
 
-    for line in check_tokenizers(tokenizers, renumbered=False, texts=data.texts()):
-        print(f"warning: {line}")
-
-    def load(name: str) -> torch.nn.Module:
-        model = load_model(models[name], allow_pickle=options.allow_pickle)
-        follow(data, model, options.models[0])
-        model = with_pixels(model, models[name], data.processing)
-        data.check_model(model)
-        return model
-
-    if data.reads == PIXELS and chosen.data.normalize == AUTO:
-        said = {name: image_processing(path) for name, path in models.items()}
-        for line in told_differences(said, next(iter(said))):
-            print(f"warning: {line}")
-
-    report = measure_models(list(models), load, data, device, settings)
-    print(report.table())
-    if options.output is None:
-        return
-    output = Path(options.output)
-    with staged(output, options.overwrite) as folder:
-        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-        report.save(folder / "report")
-    loggers = make_loggers(
-        options.logger,
-        output,
-        name=f"evaluate {output.name}",
-        job="evaluate",
-        group=group_of(options.models),
-        config=settings,
-    )
-    log_report(loggers, report, output / "report")
-    log_models(loggers, used=options.models)
-    finish_loggers(loggers)
-    print(f"\n{output}: report/report.html, report/report.md")
+    evaluate(chosen, settings)
 
 
 if __name__ == "__main__":

@@ -7,30 +7,12 @@ The draft is bound to the model and put to the proof, so that a person only mend
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-import yaml
 from jsonargparse import ArgumentParser
-from torch import Tensor, nn
 
-from fusionpl.calibration import logits
 from fusionpl.cli.common import add_reading_options, main, parse_options, quiet
-from fusionpl.errors import FusionError, reason
-from fusionpl.families import (
-    PROOF_TOLERANCE,
-    Family,
-    bind,
-    changed_a_little,
-    draft,
-    parse_family,
-    permutation_error,
-    read_family,
-)
-from fusionpl.fusion import folding_error
-from fusionpl.models import load_model
-
-TOKENS = 12
+from fusionpl.errors import FusionError
+from fusionpl.models.folders import check_there
 
 
 def run(argv: Sequence[str]) -> None:
@@ -41,26 +23,13 @@ def run(argv: Sequence[str]) -> None:
     """
     quiet()
     args = parse_options(build_parser(), argv)
-    family, output = read_family(args.family), Path(args.output) if args.output else None
+    output = Path(args.output) if args.output else None
     if output is not None and output.exists() and not args.overwrite:
         raise FusionError(f"{output} exists; replace it with --overwrite, or choose another file with --output")
-    model = load_model(args.model, allow_pickle=args.allow_pickle)
-    batch = random_batch(model)
-    source = str(args.family)
-    if family is None:
-        source = str(output or "the draft")
-        text = drafted(model, batch)
-        if output is None:
-            print(text)
-        else:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(text)
-            print(f"{output}: {text.count('# guess')} guesses to look at")
-        try:
-            family = parse_family(text)
-        except (yaml.YAMLError, FusionError) as error:
-            raise FusionError(f"{source}: {error}") from error
-    print(("" if output or args.family else "# ") + proof(model, family, batch, source))
+    check_there([args.model])
+    from fusionpl.cli.jobs.family import draft_and_prove
+
+    draft_and_prove(args, output)
 
 
 def build_parser() -> ArgumentParser:
@@ -72,90 +41,6 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--family", type=str | None, help="prove this file, and draft nothing")
     add_reading_options(parser)
     return parser
-
-
-def drafted(model: nn.Module, batch: Any) -> str:
-    """A draft for a model.
-
-    Raises:
-        FusionError: the model does not run, or its tree is one that nothing can be guessed of.
-    """
-    _scores(model, batch)
-    try:
-        return draft(model, lambda one: logits(one, batch))
-    except FusionError:
-        raise
-    except Exception as error:  # guesses about a tree that nobody has foreseen
-        raise FusionError(
-            f"no draft for {type(model).__name__}: {type(error).__name__} {reason(error)}; write the file by hand, see "
-            "docs/families.md"
-        ) from error
-
-
-def proof(model: nn.Module, family: Family, batch: Any, source: str) -> str:
-    """Binds a family and moves all units at random; what it shows, in one line.
-
-    Norms and biases that nobody has trained would hide a mistake, so all weights are first changed a little.
-
-    Raises:
-        FusionError: what is wrong with the family.
-    """
-    try:
-        binding = bind(model, family)
-    except FusionError as error:
-        raise FusionError(f"{source}: {error}") from error
-    changed = changed_a_little(model)
-    size = float(_scores(changed, batch).abs().max())
-    difference = permutation_error(changed, lambda one: logits(one, batch), family=family)
-    if not difference <= PROOF_TOLERANCE * size:
-        raise FusionError(
-            f"{source}: all parameters are described, but moving units at random changes outputs by {difference:.1e} "
-            f"(outputs up to {size:.1f}); look at its guesses, at joins, maps and gates, and at the order of q, k and v"
-        )
-    change, size, what = folding_error(model, lambda one: logits(one, batch), family=family)
-    if not change <= PROOF_TOLERANCE * size:
-        raise FusionError(
-            f"{source}: its units move freely, but folding {what} changes outputs by {change:.1e} "
-            f"(outputs up to {size:.1f}); a norm with an empty list of readers is let alone"
-        )
-    return (
-        f"{source} holds: {len(binding.free)} axes in {binding.depth} blocks; moving their units at random changes "
-        f"outputs by {difference:.1e} (outputs up to {size:.1f})"
-    )
-
-
-def random_batch(model: Any) -> Any:
-    """A few random images, or sentences, as the model takes them.
-
-    Raises:
-        FusionError: it takes something else.
-    """
-    generator = torch.Generator().manual_seed(0)
-    config = getattr(model, "config", None)
-    kind = getattr(model, "main_input_name", "pixel_values")
-    if kind == "input_ids":
-        count = 4 if getattr(config, "pad_token_id", None) is not None else 1
-        rows = int(getattr(config, "vocab_size", 2))
-        ids = torch.randint(min(5, rows - 1), rows, (count, TOKENS), generator=generator)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if kind != "pixel_values":
-        raise FusionError(f"{type(model).__name__} takes {kind}; only images and tokens can be made up")
-    cut = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    owners = (getattr(model, "patch_embed", None), "img_size"), (config, "image_size"), (model, "image_size")
-    size = next((found for owner, name in owners if (found := getattr(owner, name, None))), 224)
-    height, width = (size, size) if isinstance(size, int) else size
-    images = torch.randn(4, cut.in_channels if cut else 3, height, width, generator=generator)
-    return images if config is None or not hasattr(model, "config_class") else {"pixel_values": images}
-
-
-def _scores(model: nn.Module, batch: Any) -> Tensor:
-    try:
-        with torch.inference_mode():
-            return logits(model, batch)
-    except Exception as error:  # whatever a model raises that wants other inputs
-        raise FusionError(
-            f"{type(model).__name__} gives no logits for random inputs: {type(error).__name__} {reason(error)}"
-        ) from error
 
 
 if __name__ == "__main__":

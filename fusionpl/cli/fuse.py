@@ -1,31 +1,19 @@
 """`python fuse.py --parents A B`: align, average, evaluate, report."""
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import lightning as L
-import torch
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt
-from torch import Tensor, nn
-from tqdm import tqdm
 
-from fusionpl.calibration import CalibrationSet, Kept, Network, batches, budget, embed, logits
-from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON, alternative, compared
-from fusionpl.cli.cards import command_section, fused_card, metadata
+from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON, compared
 from fusionpl.cli.common import (
     add_logger_option,
     add_reading_options,
     add_trainer_options,
     check_trains,
-    data_module,
-    follow,
     new_parser,
     parse,
     parser_for,
@@ -33,105 +21,46 @@ from fusionpl.cli.common import (
     settings_of,
     with_presets,
 )
-from fusionpl.cli.measuring import Cost, Depth, Made, measure
-from fusionpl.cli.outputs import check_output, is_main_process, staged
-from fusionpl.cli.push import add_push_options, check_push_options, push_run
-from fusionpl.datamodules import AUTO, FixedSplits
+from fusionpl.cli.outputs import check_output, in_sweep
+from fusionpl.cli.push import add_push_options, check_push_options
 from fusionpl.errors import FusionError
-from fusionpl.evaluation import Needs, Report
-from fusionpl.families import PROOF_TOLERANCE, VOCABULARY, Family, allowed, permutation_error, read_family
-from fusionpl.fusion import (
-    ADVISED,
-    ALIKE,
-    Advice,
-    Estimate,
-    FuseConfig,
-    FusionResult,
-    Plan,
-    advise,
-    check_parents,
-    describe,
-    estimate,
-    folding_error,
-    match_parents,
-    mixing_weights,
-    open_parents,
-    plan_of,
-    ready,
-    resolve_anchor,
-    settled,
-    tied_alike,
-    trial_of,
-    weights_alike,
-)
-from fusionpl.models import (
-    Ancestor,
-    ImageProcessing,
-    Vocabulary,
-    ancestor,
-    check_tokenizers,
-    forget_places,
-    library_of,
-    lineage,
-    load_parent,
-    load_tokenizer,
-    parents_section,
-    short_name,
-    write_card,
-)
+from fusionpl.fusion.config import FuseConfig, mixing_weights, resolve_anchor
+from fusionpl.models.folders import check_there
+from fusionpl.models.hub import short_name
 from fusionpl.presets import CONF
-from fusionpl.training import (
-    TASKS,
-    OTFusion,
-    TaskName,
-    dashboard_name,
-    finish_loggers,
-    in_sweep,
-    log_models,
-    log_report,
-    make_loggers,
-    open_run,
-    task_named,
-)
+from fusionpl.training.tasks import TASKS, TaskName, task_named
 
 PRESET = CONF / "fuse" / "default.yaml"
+Depth = Literal["full", "rows", "none"]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a command line asks for, checked, with no weight read.
+class Asked:
+    """What a command line asks for, checked as far as that needs no model.
 
     Attributes:
-        args: the options.
+        argv: the command line.
+        args: its options, those of data as their class.
         settings: those that decide the result, as plain values.
         config: how to fuse.
         parents: short name -> where the parent comes from.
-        networks: the parents.
-        anchor: index of the anchor.
-        lines: what a reader should know of the parents.
-        data: to calibrate and test on.
-        tokenizer: that the parents share, or None.
-        family: the user's own, or None.
         presets: row -> another configuration to compare with.
         alternatives: what else to compare with, of ALTERNATIVES.
+        output: where the fused model goes.
     """
 
+    argv: Sequence[str]
     args: Namespace
     settings: dict[str, Any]
     config: FuseConfig
     parents: Mapping[str, str]
-    networks: Sequence[Network]
-    anchor: int
-    lines: Sequence[str]
-    data: FixedSplits
-    tokenizer: Any
-    family: Family | None
     presets: Mapping[str, FuseConfig]
     alternatives: Sequence[str]
+    output: Path
 
     @classmethod
-    def of(cls, argv: Sequence[str]) -> "Job":
-        """Reads a command line: options first, then configurations of models.
+    def of(cls, argv: Sequence[str]) -> "Asked":
+        """Reads a command line.
 
         Raises:
             FusionError: a user's mistake.
@@ -141,218 +70,34 @@ class Job:
             key: value for key, value in settings_of(parser, args).items() if key not in ("advise", "check", "dry_run")
         }
         chosen = parser.instantiate(args)
-        config, parents, family = fuse_config(chosen), named(args.parents), read_family(args.family)
+        config, parents = fuse_config(chosen), named(args.parents)
         presets, alternatives = compared(args.compare)
         if args.compare and args.report == "none":
             raise FusionError("--compare adds rows to the report, and --report none makes none; leave one of them out")
         if alternatives:
             check_trains(args.task)
-        anchor = resolve_anchor(config, len(parents))
         for one in (config, *presets.values()):
             mixing_weights(one.weights, len(parents))
             resolve_anchor(one, len(parents))
-        reading = {"allow_pickle": args.allow_pickle, "family": family}
-        opened = open_parents(list(parents.values()), list(parents), **reading)
-        tokenizers = {name: load_tokenizer(path) for name, path in parents.items()}
-        tokenizer = common_tokenizer(tokenizers, anchor)
-        decreed = ImageProcessing(decreed=True) if getattr(chosen.data, "normalize", AUTO) != AUTO else None
-        lines = match_parents(list(parents.values()), opened, anchor, decreed)
-        networks = tied_alike([network for network, _ in opened])
-        lines += check_parents(networks, list(parents.values()), anchor)
-        config = settled(config, networks, anchor)
-        presets = {name: settled(one, networks, resolve_anchor(one, len(parents))) for name, one in presets.items()}
-        data = data_module(args.task, chosen.data, 0, tokenizer, args.parents)
-        follow(data, networks[anchor].module, list(parents.values())[anchor])
-        check_tokenizers(tokenizers, texts=data.texts())
-        return cls(
-            args, settings, config, parents, networks, anchor, lines, data, tokenizer, family, presets, alternatives
-        )  # fmt: skip
-
-    def load(self, name: str) -> nn.Module:
-        """A whole parent, with the anchor's vocabulary and its size and preparation of images."""
-        axis = self.networks[self.anchor].binding.axes.get(VOCABULARY)
-        vocabulary = Vocabulary(self.tokenizer, axis.size) if axis and self.tokenizer is not None else None
-        like = self.networks[self.anchor].module
-        model = load_parent(
-            self.parents[name], vocabulary, like, processing=self.data.processing,
-            allow_pickle=self.args.allow_pickle, family=self.family,
-        )  # fmt: skip
-        self.data.follow(model)
-        return model
-
-    def calibration(self) -> CalibrationSet:
-        """The calibration set, in this process."""
-        config = self.config.calibration
-        return CalibrationSet(self.data.calibration_dataloader(config.batch_size), config, Kept(budget(config.memory)))
-
-    def estimate(
-        self, config: FuseConfig, plan: Plan, networks: Sequence[Network], goal: Network, device: torch.device
-    ) -> Estimate:
-        """What a fusion will take."""
-        calibration, anchor = self.data.calibration_dataloader(config.calibration.batch_size), self.anchor_of(config)
-        batch, samples = next(iter(calibration)), len(calibration.dataset)  # type: ignore[arg-type]  # all have a length
-        return estimate(plan, networks, anchor, config, batch, samples, device, goal)
-
-    def anchor_of(self, config: FuseConfig) -> int:
-        """The anchor's index, from 0."""
-        return resolve_anchor(config, len(self.parents))
+        check_there(args.parents)
+        output = Path(args.output or in_sweep(_default_output(args.parents)))
+        if not (args.dry_run or args.check or args.advise):
+            check_output(output, args.overwrite)
+            check_push_options(args.push_to, args.push_private)
+        return cls(argv, chosen, settings, config, parents, presets, alternatives, output)
 
 
 def run(argv: Sequence[str]) -> None:
-    """The command; see `--help`."""
+    """The command; see `--help`.
+
+    Raises:
+        FusionError: a user's mistake.
+    """
     quiet()
-    started = time.monotonic()
-    job = Job.of(argv)
-    names, args = list(job.parents), job.args
-    networks, matchings = ready(job.networks, job.anchor, job.config)
-    goal, plan = plan_of(networks, job.anchor, job.config, names)
-    device, output = _device(args.trainer), Path(args.output or in_sweep(_default_output(args.parents)))
-    job.data.check_reads(job.networks[job.anchor].module)
-    for other in job.presets.values():
-        anchor = job.anchor_of(other)
-        level = ready(job.networks, anchor, other)[0]
-        other_goal, other_plan = plan_of(level, anchor, other, names)
-        needed = job.estimate(other, other_plan, level, other_goal, device)
-        if not args.dry_run:
-            needed.check(device, None)
-    if not args.dry_run:
-        job.data.check_model(job.networks[job.anchor].module, job.networks[job.anchor].logits)
-    if args.dry_run and matchings:
-        networks, matchings = ready(job.networks, job.anchor, job.config, job.calibration())
-        goal, plan = plan_of(networks, job.anchor, job.config, names)
-    bindings = [network.binding for network in networks]
-    expected = job.estimate(job.config, plan, networks, goal, device)
-    if args.dry_run:
-        table = describe(plan, bindings, job.anchor, job.config, names, goal.binding)
-        trial = trial_of(job.config, "classes" in bindings[job.anchor].axes)
-        tried = job.estimate(trial, plan, networks, goal, device) if trial else None
-        warned = [f"warning: {line}" for line in job.lines]
-        print(table, *(one.told for one in matchings), expected.told(device, tried), *warned, sep="\n")
-        return
-    if args.check:
-        _check(job)
-        return
-    if args.advise:
-        print(*_advised(job).lines, sep="\n")
-        return
-    check_output(output, args.overwrite)
-    check_push_options(args.push_to, args.push_private)
-    expected.check(device, output)
-    ancestors: list[Ancestor] = []
-    if is_main_process():
-        print(
-            f"parents: {', '.join(names)} ({bindings[0].family.name}, {_depths(job.networks)} blocks); "
-            f"anchor: {names[job.anchor]}"
-        )
-        # Now, so that the card tells of the commits that are fused; a branch may move.
-        ancestors = [ancestor(name, path) for name, path in job.parents.items()]
-    loggers = make_loggers(
-        args.logger, output, name=f"fuse {output.name}", job="fuse", group=dashboard_name(output), config=job.settings
-    )
-    with staged(output, args.overwrite) if is_main_process() else nullcontext(output) as folder:
-        reading = {"names": names, "seed": args.seed, "allow_pickle": args.allow_pickle, "family": job.family}
-        fusion = _Fusion(list(job.parents.values()), job.config, output=folder, progress=progress_bar, **reading)
-        trainer = L.Trainer(callbacks=[fusion], **_launching(args.trainer))
-        if job.alternatives and trainer.world_size > 1:
-            raise FusionError(
-                f"--compare {' '.join(job.alternatives)} trains in one process, not in {trainer.world_size}; "
-                "add --trainer.devices 1"
-            )
-        open_run(loggers, folder)  # whose system metrics then show the fusion
-        trainer.test(_Nothing(), datamodule=job.data, verbose=False)
-        assert fusion.result is not None
-        device = trainer.strategy.root_device
-        others: dict[str, Made] = {}
-        for name, other in job.presets.items():
-            result, cost = _fused(OTFusion(fusion.parents, other, **reading), trainer)
-            others[name] = result.model, cost
-        if not trainer.is_global_zero:
-            return
-        job.data.trainer = None  # whose test data are shared out among the processes
-        (folder / "config.yaml").write_text(yaml.safe_dump(job.settings, sort_keys=False))
-        if job.tokenizer is not None:
-            job.tokenizer.save_pretrained(folder / "model")
-            forget_places(folder / "model")
-        alternatives = {name: partial(_alternative, job, name, fusion.cost.seconds) for name in job.alternatives}
-        report = measure(
-            names, job.load, fusion.result, fusion.cost, others, alternatives, job.data, device, job.settings,
-            args.report,
-        )  # fmt: skip
-        report.save(folder / "report")
-        _write_card(folder / "model", job, ancestors, report, command_section("fuse", argv, PRESET), output.name)
-    for line in fusion.result.warnings:
-        print(f"warning: {line}")
-    for line in fusion.result.notes:
-        print(line)
-    print(f"\n{report.table()}\n")
-    log_report(loggers, report, output / "report")
-    log_models(loggers, used=args.parents, made=output)
-    finish_loggers(loggers)
-    print(f"{output}: model/, report/report.html, maps.safetensors; {time.monotonic() - started:.0f} s")
-    if args.push_to is not None:
-        push_run(output, args.push_to, private=args.push_private)
-    if TASKS[args.task].trains:
-        print(f"next: python finetune.py --model {output}")
+    asked = Asked.of(argv)
+    from fusionpl.cli.jobs.fuse import fuse
 
-
-def _write_card(folder: Path, job: Job, ancestors: Sequence[Ancestor], report: Report, command: str, name: str) -> None:
-    figures = next((row.as_dict() for row in report.rows if row.name == "fused"), {})
-    data = metadata(job.settings, figures, name) | lineage(ancestors, "merge") | {"tags": ["fusionpl", "merge"]}
-    body = fused_card(report, list(job.parents), job.config.strategy, parents_section(ancestors), command)
-    write_card(folder, library_of(job.networks[job.anchor].module), body, data)
-
-
-class _Fusion(OTFusion):
-    """Fuses in the processes that a Trainer starts, and leaves the result on disk."""
-
-    cost: Cost
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Fuses."""
-        self.result, self.cost = _fused(self, trainer)
-
-
-def _fused(fusion: OTFusion, trainer: L.Trainer) -> tuple[FusionResult, Cost]:
-    """Fuses, and says what it took."""
-    started = time.monotonic()
-    result = fusion.fuse(trainer)
-    reads_nothing = fusion.config.align.evidence == "weights" and fusion.config.refit.method == "none"
-    blind = reads_nothing and not fusion.config.refine.asked
-    return result, Cost(None if blind else "unlabelled data", time.monotonic() - started)
-
-
-def _alternative(job: Job, name: str, seconds: float, best: nn.Module, parents: Sequence[nn.Module]) -> Made:
-    """What the fusion's time is good for otherwise."""
-    print(f"{name}: the best parent for {seconds:.0f} s")
-    given = {key: job.args.trainer[key] for key in ("accelerator", "precision")}
-    trained = alternative(
-        name, best, parents, job.data, samples=job.config.calibration.samples, seconds=seconds, trainer_args=given
-    )
-    needs: Needs = "labels" if name == TRAINED_ON else "unlabelled data"
-    return trained.model, Cost(needs, trained.seconds, trained.steps)
-
-
-class _Nothing(L.LightningModule):
-    """A module that a Trainer has nothing to do with."""
-
-    def test_step(self, batch: Any, index: int) -> None:
-        """Is never called."""
-
-
-def _launching(options: Namespace) -> dict[str, Any]:
-    """Trainer arguments that start the processes and then run no batch."""
-    quietly = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-    found = {**options.as_dict(), **quietly, "limit_test_batches": 0}
-    return {**found, "strategy": "ddp"} if options.strategy == "fsdp" else found  # no weights to shard
-
-
-def _depths(networks: Sequence[Network]) -> str:
-    return " and ".join(dict.fromkeys(str(network.binding.depth) for network in networks))
-
-
-def _device(options: Namespace) -> torch.device:
-    """Where a Trainer with these options fuses: on a GPU if there is one, and the options don't name the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() and options.accelerator != "cpu" else "cpu")
+    fuse(asked)
 
 
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
@@ -422,71 +167,6 @@ def named(paths: Sequence[str]) -> dict[str, str]:
     return dict(zip(names, paths, strict=True))
 
 
-def common_tokenizer(tokenizers: Mapping[str, Any], anchor: int, *, renumbered: bool = True) -> Any:
-    """The anchor's tokenizer, or None; before there are data that could show more.
-
-    Args:
-        tokenizers: of the parents, by their names.
-        anchor: index of the anchor.
-        renumbered: see `check_tokenizers`.
-
-    Raises:
-        FusionError: other parents read text otherwise.
-    """
-    check_tokenizers(tokenizers, renumbered=renumbered)
-    return list(tokenizers.values())[anchor]
-
-
 def _default_output(parents: Sequence[str]) -> Path:
     folders = {Path(path).resolve().parent if Path(path).is_dir() else None for path in parents}
     return (Path(parents[0]).parent if len(folders) == 1 and None not in folders else Path("runs")) / "fused"
-
-
-def progress_bar(steps: Iterable[Any], label: str) -> Iterable[Any]:
-    """A bar on a terminal, nothing elsewhere."""
-    bar: Iterable[Any] = tqdm(steps, desc=label, leave=False, dynamic_ncols=True, disable=None)
-    return bar
-
-
-def _advised(job: Job) -> Advice:
-    names, size = list(job.parents), job.config.calibration.batch_size
-    few = replace(job.config.calibration, samples=min(ADVISED, job.config.calibration.samples))
-    samples = list(batches(job.data.calibration_dataloader(size), few))
-    alike = max(
-        weights_alike(job.networks[job.anchor], other) or 0.0
-        for at, other in enumerate(job.networks)
-        if at != job.anchor
-    )
-    weights = mixing_weights(job.config.weights, len(names))
-    return advise([job.load(name) for name in names], names, weights, samples, base=alike >= ALIKE, family=job.family)
-
-
-def _check(job: Job) -> None:
-    batch, pooling = next(iter(job.data.calibration_dataloader(16))), job.data.pooling
-
-    def shown(model: nn.Module) -> Tensor:
-        """Its outputs, or the inner products of its embeddings, whose units may be renumbered."""
-        if pooling is None:
-            return logits(model, batch)
-        embedded = embed(model, batch, pooling)
-        return embedded @ embedded.T
-
-    print(f"what may be done to the units of {job.networks[job.anchor].name}, and keeps its function:\n")
-    print(allowed(job.networks[job.anchor].binding), end="\n\n")
-    for name in job.parents:
-        model = job.load(name)
-        with torch.inference_mode():
-            size = float(shown(model).abs().max())
-        error = permutation_error(model, shown, family=job.family)
-        if not error <= PROOF_TOLERANCE * size:
-            raise FusionError(
-                f"{name}: moving its units at random changes outputs by {error:.1e} (outputs are up to {size:.1f}); "
-                "its family file does not describe this model"
-            )
-        change, size, what = folding_error(model, shown, family=job.family)
-        if not change <= PROOF_TOLERANCE * size:
-            raise FusionError(
-                f"{name}: folding {what} changes outputs by {change:.1e} (outputs are up to {size:.1f}), so its "
-                "canonical form is not the same function; use strategy transport, or mend its family file"
-            )
-        print(f"{name}: ok; renumbering all units at random changes outputs by {error:.1e} (outputs up to {size:.1f})")

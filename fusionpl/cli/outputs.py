@@ -19,6 +19,12 @@ def is_main_process() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def in_sweep(folder: Path) -> Path:
+    """A default output, with the run's id in its name under `wandb agent`: every run of a sweep has its own."""
+    run = os.environ.get("WANDB_RUN_ID")
+    return folder.with_name(f"{folder.name}-{run}") if run and "WANDB_SWEEP_ID" in os.environ else folder
+
+
 def check_output(folder: Path, overwrite: bool) -> None:
     """Refuses an output folder that is taken.
 

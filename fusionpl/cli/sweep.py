@@ -3,10 +3,8 @@
 All cells that look at the same tokens of the same samples share one calibration pass.
 """
 
-import csv
 import itertools
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -16,15 +14,13 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from fusionpl.cli.common import data_module, follow, main, quiet, settings_of
-from fusionpl.cli.fuse import arguments, common_tokenizer, fuse_config, fusing_parser, named, progress_bar
-from fusionpl.cli.outputs import check_output, staged
+from fusionpl.cli.common import main, quiet, settings_of
+from fusionpl.cli.fuse import arguments, fuse_config, fusing_parser
+from fusionpl.cli.outputs import check_output
 from fusionpl.errors import FusionError, flattened
-from fusionpl.evaluation import Report, Row, evaluate
-from fusionpl.families import read_family
-from fusionpl.fusion import Calibrated, FuseConfig, load_config, mixing_weights, resolve_anchor
-from fusionpl.models import check_tokenizers, load_model, load_tokenizer, with_image_size, with_pixels
-from fusionpl.training import TaskName, finish_loggers, log_models, log_report, make_loggers
+from fusionpl.fusion.config import FuseConfig, load_config, mixing_weights, resolve_anchor
+from fusionpl.models.folders import check_there
+from fusionpl.training.tasks import TaskName
 
 Cell = dict[str, Any]
 
@@ -39,7 +35,7 @@ def run(argv: Sequence[str]) -> None:
     parser, args = arguments(argv, build_parser)
     settings = {key: value for key, value in settings_of(parser, args).items() if key not in ("check", "dry_run")}
     chosen = parser.instantiate(args)
-    base, family = asdict(fuse_config(chosen)), read_family(args.family)
+    base = asdict(fuse_config(chosen))
     cells = grid(args.sweep)
     if base["strategy"] == "auto" and any(key.startswith("align.") for key in cells[0]):
         base["strategy"] = "transport"
@@ -50,47 +46,10 @@ def run(argv: Sequence[str]) -> None:
     first = Path(args.parents[0])
     output = Path(args.output or (first.parent if first.is_dir() else Path("runs")) / "sweep")
     check_output(output, args.overwrite)
-    parents = named(args.parents)
-    models = [load_model(path, allow_pickle=args.allow_pickle) for path in parents.values()]
-    # Cells may have other anchors, but the data are cut into tokens, and images prepared, once.
-    tokenizers = {name: load_tokenizer(path) for name, path in parents.items()}
-    data = data_module(args.task, chosen.data, 0, common_tokenizer(tokenizers, 0, renumbered=False), args.parents)
-    for line in check_tokenizers(tokenizers, renumbered=False, texts=data.texts()):
-        print(f"warning: {line}")
-    follow(data, models[0], args.parents[0])
-    models = [
-        with_pixels(with_image_size(model, models[0], family), path, data.processing, family)
-        for model, path in zip(models, args.parents, strict=True)
-    ]
-    for model in models:
-        data.follow(model)
-    data.check_model(models[0])
-    test = list(data.test_dataloader())
-    report = Report(config=settings)
-    for name, model in zip(parents, models, strict=True):
-        report.add(Row(f"parent {name}", **_scores(evaluate(model, test))))
-    for group in groups:
-        calibrated = Calibrated(
-            models, data.calibration_dataloader(), list(group.values()), names=list(parents), augment=data.augmented,
-            seed=args.seed, family=family, progress=progress_bar,
-        )  # fmt: skip
-        for name, config in progress_bar(group.items(), f"sweep, {len(configs)} cells"):
-            started = time.monotonic()
-            result = calibrated.fuse(config)
-            seconds = round(time.monotonic() - started, 2)
-            report.add(Row(name, **_scores(evaluate(result.model, test)), seconds=seconds))
-    with staged(output, args.overwrite) as folder:
-        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-        report.save(folder / "report")
-        columns, rows = report.rows_as_table()
-        with (folder / "sweep.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([columns, *rows])
-    print(report.table())
-    loggers = make_loggers(args.logger, output, name=f"sweep {output.name}", job="sweep", config=settings)
-    log_report(loggers, report, output / "report")
-    log_models(loggers, used=args.parents)
-    finish_loggers(loggers)
-    print(f"\n{output}: sweep.csv, report/report.html, report/report.md")
+    check_there(args.parents)
+    from fusionpl.cli.jobs.sweep import sweep
+
+    sweep(chosen, settings, groups, output)
 
 
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
@@ -130,10 +89,6 @@ def passes(configs: Mapping[str, FuseConfig], count: int) -> list[dict[str, Fuse
         collected = replace(config.calibration, scale="none"), config.align.stream, config.strategy, config.depth
         groups[anchor, *collected][name] = config
     return list(groups.values())
-
-
-def _scores(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {key: metrics[key] for key in ("accuracy", "loss", "perplexity") if key in metrics}
 
 
 if __name__ == "__main__":

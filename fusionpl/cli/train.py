@@ -1,17 +1,14 @@
 """`python train.py --seed 1`: trains one parent."""
 
-import functools
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt
 
-from fusionpl.cli.cards import metadata
 from fusionpl.cli.common import (
     add_logger_option,
     add_trainer_options,
@@ -23,26 +20,12 @@ from fusionpl.cli.common import (
     task_of,
     with_presets,
 )
-from fusionpl.cli.outputs import is_main_process, resumed, run_folder, write_json
-from fusionpl.datamodules import FixedSplits
+from fusionpl.cli.outputs import in_sweep, resumed, run_folder
 from fusionpl.errors import FusionError, flattened
-from fusionpl.evaluation import readable
-from fusionpl.models import ModelConfig, build_model, save_model
-from fusionpl.paths import public_settings
+from fusionpl.models.config import ModelConfig
 from fusionpl.presets import CONF
-from fusionpl.training import (
-    TASKS,
-    ClassificationModule,
-    FitResult,
-    OptimConfig,
-    TaskName,
-    finish_loggers,
-    fit,
-    in_sweep,
-    log_models,
-    make_loggers,
-    task_named,
-)
+from fusionpl.training.config import OptimConfig
+from fusionpl.training.tasks import TASKS, TaskName, task_named
 
 PRESET = CONF / "train" / "vit-digits.yaml"
 LAST = "checkpoints/last.ckpt"
@@ -87,97 +70,17 @@ def run(argv: Sequence[str]) -> None:
     parser = build_parser(task_of(argv))
     options = parse(parser, argv, PRESET)
     check_trains(options.task)
+    chosen, settings = parser.instantiate(options), settings_of(parser, options)
     folder = Path(options.output or in_sweep(Path(f"runs/{options.name}/seed-{options.seed}")))
     try:
-        if options.resume:
-            with resumed(folder):
-                _check_same(folder, settings_of(parser, options))
-                _train(parser, options, folder)
-        else:
-            with run_folder(folder, options.overwrite, keep=LAST):
-                _train(parser, options, folder)
+        with resumed(folder) if options.resume else run_folder(folder, options.overwrite, keep=LAST):
+            if options.resume:
+                _check_same(folder, settings)
+            from fusionpl.cli.jobs.train import train
+
+            train(chosen, settings, folder)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(_how_to_go_on(folder, argv)) from stop
-
-
-def _train(parser: ArgumentParser, options: Namespace, folder: Path) -> None:
-    chosen = parser.instantiate(options)
-    settings = settings_of(parser, options)
-    L.seed_everything(options.seed, workers=True, verbose=False)
-    task = TASKS[options.task]
-    data = task.datamodule(chosen.data, options.seed, None)
-    model = build_model(
-        chosen.model, num_classes=data.num_classes, class_names=data.class_names, args=data.model_args()
-    )
-    name = f"{options.name}/seed-{options.seed}"
-    loggers = make_loggers(options.logger, folder, name=name, job="train", config=settings, resume=options.resume)
-    if is_main_process():
-        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-        size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        print(
-            f"training {chosen.model.architecture} ({size:.2f} M parameters) on {data.describe()} of"
-            f" {chosen.data.path}, seed {options.seed}, into {folder}"
-        )
-    result = fit(
-        model,
-        data,
-        chosen.optim,
-        options.trainer.as_dict(),
-        folder,
-        seed=options.seed,
-        loggers=loggers,
-        resume=options.resume,
-        monitor=task.monitor,
-        mode=task.mode,
-        module=functools.partial(ClassificationModule, compiled=options.compile),
-    )
-    if is_main_process():
-        _export(result, data, settings, folder)
-        log_models(loggers, made=folder)
-    finish_loggers(loggers)
-
-
-def _export(result: FitResult, data: FixedSplits, settings: dict[str, Any], folder: Path) -> None:
-    """Writes metrics.json and model/, and prints the result."""
-    tested = {**result.figures, **data.derived(result.figures), **data.baseline()}
-    figures = {
-        **tested,
-        "best_epoch": result.best_epoch,
-        "epochs": result.epochs,
-        "seconds": round(result.seconds, 1),
-    }
-    write_json(folder / "metrics.json", figures)
-    save_model(
-        result.model,
-        folder / "model",
-        tokenizer=data.tokenizer,
-        processing=data.processing,
-        card=_card(result, tested, public_settings(settings)),
-        metadata=metadata(settings, tested, f"{settings['name']}-seed-{settings['seed']}"),
-    )
-    print(
-        f"test {', '.join(f'{name} {readable(name, value)}' for name, value in tested.items())}"
-        f" (epoch {result.best_epoch} of {result.epochs}, the best in validation); {result.seconds:.0f} s of training"
-    )
-    print(f"model: {folder / 'model'}")
-
-
-def _card(result: FitResult, tested: dict[str, float], settings: dict[str, Any]) -> str:
-    figures = "\n".join(f"| {name} | {value:.4f} |" for name, value in tested.items())
-    return f"""# {settings["name"]}, seed {settings["seed"]}
-
-{settings["model"]["architecture"]} trained from random weights on `{settings["data"]["path"]}`. The weights are those
-of epoch {result.best_epoch} of {result.epochs}, the best in validation.
-
-| on the test split | |
-|---|---|
-{figures}
-
-The run's settings:
-
-```yaml
-{yaml.safe_dump(settings, sort_keys=False).strip()}
-```"""
 
 
 def _check_same(folder: Path, settings: dict[str, Any]) -> None:

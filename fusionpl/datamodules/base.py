@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from fusionpl.calibration import Pooling, eval_mode, logits
+from fusionpl.calibration.embeddings import Pooling
+from fusionpl.calibration.forward import eval_mode, logits
 from fusionpl.errors import FusionError, reason
-from fusionpl.models import CLASSES, IN_WORDS, NUMBERS, TAGS, ImageProcessing, Kind, kind_of
+from fusionpl.models.labels import CLASSES, IN_WORDS, NUMBERS, TAGS, Kind, kind_of
+from fusionpl.models.preprocessing import ImageProcessing
 
 EVALUATION_BATCH = 256
 IGNORED = -100  # the label of a token that is not scored, as in transformers and cross_entropy

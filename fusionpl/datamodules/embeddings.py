@@ -1,48 +1,23 @@
 """Images and sentences for encoders without a head: labels are welcome and not needed."""
 
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from fusionpl.calibration import Pooling, embed, eval_mode
+from fusionpl.calibration.embeddings import Pooling, embed
+from fusionpl.calibration.forward import eval_mode
 from fusionpl.datamodules.base import FixedSplits, Run
-from fusionpl.datamodules.images import DataConfig, ImageDataModule
+from fusionpl.datamodules.config import ImageEmbeddingConfig, TextEmbeddingConfig
+from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.datamodules.labels import Labels
 from fusionpl.datamodules.text import check_length
-from fusionpl.datamodules.text_classification import TextClassificationConfig, TextClassificationDataModule
+from fusionpl.datamodules.text_classification import TextClassificationDataModule
 from fusionpl.errors import FusionError, reason
-from fusionpl.families import is_bare
+from fusionpl.families.family import is_bare
 
 NO_LABELS = ""
-
-
-@dataclass(frozen=True)
-class ImageEmbeddingConfig(DataConfig):
-    """Which images, and how they are served.
-
-    Args:
-        pooling: how the tokens of an image become one embedding: mean, cls (the class token), max or lasttoken; auto is
-            cls.
-    """
-
-    pooling: Literal["auto", "mean", "cls", "max", "lasttoken"] = "auto"
-
-
-@dataclass(frozen=True)
-class TextEmbeddingConfig(TextClassificationConfig):
-    """Which sentences, and how they are served; labels are only read for a linear probe.
-
-    Args:
-        path: a file or folder of text (a sentence or a short passage a line), CSV, JSON lines or parquet, or a hub id.
-        pooling: how the tokens of a sentence become one embedding: mean, cls, max or lasttoken; auto is what the
-            model's folder says to sentence-transformers, else mean.
-    """
-
-    path: str = ""
-    pooling: Literal["auto", "mean", "cls", "max", "lasttoken"] = "auto"
 
 
 class _Embedded(FixedSplits):

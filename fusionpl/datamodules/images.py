@@ -1,9 +1,8 @@
 """Images with labels: fixed splits, batched fetch, batched augmentation."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from math import isfinite
 from typing import Any
 
 import torch
@@ -11,54 +10,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fusionpl.datamodules.base import FixedSplits, Run
+from fusionpl.datamodules.config import AUTO, DataConfig
 from fusionpl.datamodules.sources import Source, digits, hub_or_folder
 from fusionpl.datamodules.splits import Indices, labelled_parts
-from fusionpl.errors import FusionError, nearest
-from fusionpl.models import NORMALIZATIONS, ImageProcessing
+from fusionpl.errors import FusionError
+from fusionpl.models.preprocessing import NORMALIZATIONS, ImageProcessing
 
-AUTO = "auto"
 DEFAULT_SIZE = 32  # where neither options nor a model say one
-LARGEST = 2**13  # pixels of a side: no model takes more, and a slip of the pen would ask for all memory
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which images, and how they are served.
-
-    Args:
-        path: `digits` (ships with scikit-learn), a hub id, a data file (.parquet), a folder of them, or a folder of
-            images by class: images/train/cat/1.png, or images/cat/1.png.
-        image_size: height and width in pixels; others are resized. Null for the model's.
-        channels: 1 (grey) or 3 (RGB); null for the model's. A model that is built then has as many as the images:
-            1 where all are grey.
-        normalize: mean and deviation that pixels between 0 and 1 are normalised by: `imagenet`, `clip`, `half` (they
-            are -1..1 then), `none` (they stay), or `{mean: [0.5], std: [0.25]}`, one for each channel or for all; auto
-            is what the model's folder says, else half. What is said here is taken for all models.
-        batch_size: training images a step and process.
-        train_limit: train on at most this many images; null for all. The other splits stay as they are.
-        validation: images taken from the training split for validation, if the data set has no such split; of few
-            images a share.
-        calibration: images taken from the training split for calibration; of few images a share.
-        shift: training images are shifted by up to this many pixels both ways.
-        flip: training images are mirrored with probability 1/2.
-        num_workers: processes that fetch training batches; 0 fetches in the main one.
-        on_device: training images live on the accelerator as one uint8 tensor, so that a batch costs no transfer.
-        skip_corrupt: leave out rows whose image can't be read or whose label is none, and count them.
-    """
-
-    path: str = "digits"
-    image_size: int | None = None
-    channels: int | None = None
-    normalize: str | dict[str, float | list[float]] = AUTO
-    batch_size: int = 16
-    train_limit: int | None = None
-    validation: int = 200
-    calibration: int = 197
-    shift: int = 0
-    flip: bool = False
-    num_workers: int = 0
-    on_device: bool = False
-    skip_corrupt: bool = False
 
 
 class ImageSet(Dataset[dict[str, Tensor]]):
@@ -104,22 +62,11 @@ class ImageDataModule(FixedSplits):
         config: which images, and how they are served.
         seed: decides, with the epoch, the order of the training images. Augmentation draws from torch's global
             RNG.
-
-    Raises:
-        FusionError: options out of range.
     """
 
     def __init__(self, config: DataConfig, seed: int = 0) -> None:
         super().__init__(seed)
         self.config = config
-        for name, least in {"image_size": 1, "batch_size": 1, "shift": 0, "num_workers": 0}.items():
-            value = getattr(config, name)
-            if value is not None and value < least:
-                raise FusionError(f"data.{name} must be at least {least}, not {value}")
-        if config.image_size is not None and config.image_size > LARGEST:
-            raise FusionError(f"data.image_size must be at most {LARGEST}, not {config.image_size:.3g}")
-        if config.channels not in (None, 1, 3):
-            raise FusionError(f"data.channels must be 1 or 3, not {config.channels}")
         self._size = None if config.image_size is None else (config.image_size, config.image_size)
         self._channels, self._normalization = config.channels, normalization(config.normalize)
         self._processing: ImageProcessing | None = None
@@ -203,16 +150,9 @@ class ImageDataModule(FixedSplits):
         return self._sets[part]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Training batches, gathered on the accelerator if `data.on_device` says so.
-
-        Raises:
-            FusionError: on_device with worker processes, which can't share an accelerator's memory.
-        """
-        if self.config.on_device:
-            if self.config.num_workers:
-                raise FusionError(f"data.on_device needs data.num_workers 0, not {self.config.num_workers}")
-            if self.trainer is not None:
-                self._sets["train"] = self.dataset("train").to(self.trainer.strategy.root_device)
+        """Training batches, gathered on the accelerator if `data.on_device` says so."""
+        if self.config.on_device and self.trainer is not None:
+            self._sets["train"] = self.dataset("train").to(self.trainer.strategy.root_device)
         return super().train_dataloader()
 
     def augmented(self, batch: Any) -> Any:
@@ -232,29 +172,12 @@ class ImageDataModule(FixedSplits):
 
 
 def normalization(given: str | Mapping[str, Any]) -> ImageProcessing | None:
-    """The mean and deviation that `data.normalize` names or holds; None for auto.
-
-    Raises:
-        FusionError: there is no such name; mean and deviation are not there, are no numbers, or don't fit together.
-    """
+    """The mean and deviation that `data.normalize` names or holds; None for auto."""
     if given == AUTO:
         return None
     if isinstance(given, str):
-        if given not in NORMALIZATIONS:
-            known = (AUTO, *NORMALIZATIONS)
-            raise FusionError(
-                f"data.normalize: there is no '{given}'{nearest(given, known)}; use {', '.join(known)}, or "
-                "{mean: [0.5], std: [0.25]}"
-            )
         return NORMALIZATIONS[given]
-    mean, std = (one if isinstance(one, list) else [one] for one in (given.get(key, []) for key in ("mean", "std")))
-    if given.keys() != {"mean", "std"} or len(mean) != len(std) or len(mean) not in (1, 3):
-        raise FusionError(
-            f"data.normalize is {dict(given)}; give mean and std, of one number or of one for each channel: "
-            "{mean: [0.5], std: [0.25]}"
-        )
-    if not all(isfinite(one) for one in mean) or not all(isfinite(one) and one > 0 for one in std):
-        raise FusionError(f"data.normalize: std must be above 0, and all of {dict(given)} finite")
+    mean, std = (one if isinstance(one, list) else [one] for one in (given[key] for key in ("mean", "std")))
     return ImageProcessing(tuple(mean), tuple(std))
 
 

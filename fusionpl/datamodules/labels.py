@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fusionpl.datamodules.splits import SplitConfig, flawed
 from fusionpl.errors import FusionError
-from fusionpl.models import CLASSES, TAGS, Kind
+from fusionpl.models.labels import CLASSES, TAGS, Kind
 
 LISTS = ("List", "LargeList", "Sequence")  # as versions of `datasets` call them
 

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -10,65 +9,12 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
+from fusionpl.datamodules.config import SpanTextConfig
 from fusionpl.datamodules.corpora import Frame
 from fusionpl.errors import FusionError
-from fusionpl.models import train_bpe, train_wordpiece
+from fusionpl.models.tokenizers import train_bpe, train_wordpiece
 
 SENTINEL = "<extra_id_{}>"  # T5's
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """Which text, and how it is served.
-
-    Args:
-        path: `pydoc` (the Python Language Reference, which every Python carries), a hub id, a data file (.txt, .csv,
-            .tsv, .json, .jsonl, .parquet), or a folder of such files.
-        name: a configuration of the hub's data set, such as `wikitext-2-raw-v1`.
-        text_column: the column of text; null for the one called text, or the only one of strings.
-        streaming: read training text as it goes, for corpora larger than memory; needs `trainer.limit_train_batches`.
-        tokenizer: a model folder or hub id to take it from; null trains one on the training text.
-        vocab_size: entries of a tokenizer that is trained, at most.
-        block_size: tokens a block, of masked text [CLS] and [SEP] among them.
-        batch_size: blocks a step and process.
-        train_limit: train on at most this many blocks; null for all.
-        num_workers: processes that fetch training batches; 0 fetches in the main one.
-    """
-
-    path: str = "pydoc"
-    name: str | None = None
-    text_column: str | None = None
-    streaming: bool = False
-    tokenizer: str | None = None
-    vocab_size: int = 2000
-    block_size: int = 64
-    batch_size: int = 32
-    train_limit: int | None = None
-    num_workers: int = 0
-
-
-@dataclass(frozen=True)
-class MaskedTextConfig(TextConfig):
-    """Which text, and how much of it is masked.
-
-    Args:
-        mask_probability: share of the tokens to predict; 80 % of these are masked, 10 % replaced, 10 % kept.
-    """
-
-    mask_probability: float = 0.15
-
-
-@dataclass(frozen=True)
-class SpanTextConfig(TextConfig):
-    """Which text, and how much of it is cut out.
-
-    Args:
-        noise: share of the tokens that are cut out.
-        span_length: tokens of a span that is cut out, on average.
-    """
-
-    noise: float = 0.15
-    span_length: float = 3.0
 
 
 class Objective(ABC):
@@ -108,11 +54,7 @@ class Objective(ABC):
     @property
     @abstractmethod
     def frame(self) -> Frame:
-        """How blocks are cut.
-
-        Raises:
-            FusionError: `data.block_size` leaves no text in a block.
-        """
+        """How blocks are cut."""
 
     @abstractmethod
     def examples(self, ids: Tensor) -> dict[str, Tensor]:
@@ -145,10 +87,7 @@ class MaskedTokens(Objective):
     @property
     def frame(self) -> Frame:
         """[CLS], text, [SEP]."""
-        size = self.config.block_size
-        if size < 3:
-            raise FusionError(f"data.block_size is {size}; a block is [CLS], text and [SEP], so at least 3 tokens")
-        return Frame(size - 2, (self.tokenizer.cls_token_id,), (self.tokenizer.sep_token_id,))
+        return Frame(self.config.block_size - 2, (self.tokenizer.cls_token_id,), (self.tokenizer.sep_token_id,))
 
     def examples(self, ids: Tensor) -> dict[str, Tensor]:
         """The blocks, masked."""
@@ -188,10 +127,7 @@ class NextTokens(Objective):
     @property
     def frame(self) -> Frame:
         """Text alone."""
-        size = self.config.block_size
-        if size < 1:
-            raise FusionError(f"data.block_size is {size}; a block has at least 1 token")
-        return Frame(size + 1, shared=1, lines=True)
+        return Frame(self.config.block_size + 1, shared=1, lines=True)
 
     def examples(self, ids: Tensor) -> dict[str, Tensor]:
         """The blocks but for their last token, and but for their first one."""
@@ -212,7 +148,7 @@ class Spans(Objective):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: SpanTextConfig) -> None:
         super().__init__(tokenizer, config)
-        self._cut, self._spans = _spans(config)
+        self._cut, self._spans = config.cut, config.spans
         names = [SENTINEL.format(index) for index in range(self._spans)]
         known = tokenizer.get_vocab()
         lacking = [name for name in names if name not in known]
@@ -226,7 +162,7 @@ class Spans(Objective):
     @staticmethod
     def train_tokenizer(texts: Iterable[str], config: Any) -> PreTrainedTokenizerBase:
         """A BPE of bytes with T5's special tokens, and as many sentinels as a block has spans."""
-        sentinels = [SENTINEL.format(index) for index in range(_spans(config)[1])]
+        sentinels = [SENTINEL.format(index) for index in range(config.spans)]
         special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
         return train_bpe(texts, config.vocab_size, special, sentinels)
 
@@ -275,16 +211,6 @@ class Spans(Objective):
         number = (first.cumsum(1) - 1).clamp_min(0)
         marked = torch.where(first, self._sentinels[number], ids)[stays | first].view(len(ids), -1)
         return torch.cat([marked, torch.full_like(marked[:, :1], self.tokenizer.eos_token_id)], 1)
-
-
-def _spans(config: SpanTextConfig) -> tuple[int, int]:
-    """How many tokens of a block are cut out, and in how many spans."""
-    size = config.block_size
-    cut = min(max(round(size * config.noise), 1), size - 1)
-    spans = min(max(round(cut / config.span_length), 1), cut, size - cut)
-    if spans < 1:
-        raise FusionError(f"data.block_size is {size}; of a block something is cut out and something stays")
-    return cut, spans
 
 
 def _parts(count: int, total: int, parts: int) -> Tensor:

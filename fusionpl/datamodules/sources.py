@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from fusionpl.datamodules.config import BUILT_IN
 from fusionpl.datamodules.files import check_any, file_arguments, folder_arguments, kind_of, unread
 from fusionpl.datamodules.splits import Indices, SplitConfig, check_classes, class_numbers, flawed, tell
 from fusionpl.errors import FusionError, reason
-from fusionpl.models import ImageProcessing
+from fusionpl.models.preprocessing import ImageProcessing
 
-BUILT_IN = ("digits", "pydoc")
 EMPTY = ("SchemaInferenceError", "EmptyDataError")  # what datasets and pandas raise for files without a row
 DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # 16 bits a pixel, as PIL calls them
 GREY = ("1", "L", "LA", "La", "F", *DEEP_GREY)

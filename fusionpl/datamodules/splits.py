@@ -114,7 +114,7 @@ def labelled_parts(labels: Mapping[str, NDArray[Any]], config: SplitConfig) -> d
         config: sizes of the parts that are taken; smaller ones of few samples, see `_sizes`.
 
     Raises:
-        FusionError: no split to train on, or a size below 0.
+        FusionError: no split to train on.
     """
     whole = {split: (split, np.flatnonzero(_is_labelled(found))) for split, found in labels.items()}
     source = _divided(list(labels), config)
@@ -155,9 +155,6 @@ def _divided(splits: Sequence[str], config: SplitConfig) -> str:
 def _sizes(asked: Mapping[str, int], count: int, config: SplitConfig) -> Mapping[str, int]:
     """How many samples each part takes of `count`: as many as asked for, or, where the defaults are more than half or
     what was asked for is all, a fifth at most."""
-    for part, size in asked.items():
-        if size < 0:
-            raise FusionError(f"data.{part} is {size}; it must be 0 or more")
     chosen = any(size != getattr(type(config), part) for part, size in asked.items())
     total = sum(asked.values())
     if total <= (count - 1 if chosen else count // 2):

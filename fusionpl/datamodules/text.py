@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fusionpl.calibration import eval_mode, logits
+from fusionpl.calibration.forward import eval_mode, logits
 from fusionpl.datamodules.base import IGNORED, Collate, FixedSplits, Run, as_it_is
+from fusionpl.datamodules.config import TextConfig
 from fusionpl.datamodules.corpora import blocks_of, corpus
-from fusionpl.datamodules.objectives import MaskedTokens, NextTokens, Objective, Spans, TextConfig
+from fusionpl.datamodules.objectives import MaskedTokens, NextTokens, Objective, Spans
 from fusionpl.datamodules.splits import tell
 from fusionpl.errors import FusionError
-from fusionpl.models import load_tokenizer
+from fusionpl.models.tokenizers import load_tokenizer
 
 EXAMPLE_SEED = 0
 SHUFFLE_BUFFER = 10_000

@@ -1,7 +1,6 @@
 """Sentences, or pairs of them, with a class or a number: SST-2, TREC, GLUE's tasks, any data set of that kind."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fusionpl.datamodules.base import Collate, FixedSplits, Run
+from fusionpl.datamodules.config import TextClassificationConfig
 from fusionpl.datamodules.labels import Labels, is_list, joined, tags_of
 from fusionpl.datamodules.sources import load
 from fusionpl.datamodules.splits import (
@@ -27,17 +27,10 @@ from fusionpl.datamodules.splits import (
 )
 from fusionpl.datamodules.text import check_length
 from fusionpl.errors import FusionError
-from fusionpl.models import (
-    CLASSES,
-    NUMBERS,
-    TAGS,
-    ImageProcessing,
-    Kind,
-    class_names,
-    pad_with,
-    padding_of,
-    pads_text,
-)
+from fusionpl.models.labels import CLASSES, NUMBERS, TAGS, Kind
+from fusionpl.models.preprocessing import ImageProcessing
+from fusionpl.models.save import class_names
+from fusionpl.models.token_settings import pad_with, padding_of, pads_text
 
 METRICS_OF: Mapping[Kind, list[str]] = {
     CLASSES: ["accuracy"],
@@ -45,45 +38,6 @@ METRICS_OF: Mapping[Kind, list[str]] = {
     NUMBERS: ["pearson", "spearman"],
 }
 HIDDEN = -1  # GLUE's label of a test sentence whose answer is kept back
-
-
-@dataclass(frozen=True)
-class TextClassificationConfig:
-    """Which sentences, and how they are served.
-
-    Args:
-        path: a hub id, a data file (.csv, .tsv, .json, .jsonl, .parquet) or a folder of them; `glue` with a task's
-            name.
-        name: a configuration of the hub's data set, such as `sst2` of `glue`.
-        text_columns: one or two columns of text; null for the first one or two of strings.
-        label_column: the column of labels: classes by name or number (`ClassLabel`, integers, strings, booleans), or
-            floating-point numbers, which are regressed; or of tags, of which several may hold: lists of names or
-            numbers, or of 0 and 1, or several columns of 0 and 1, such as `toxic,insult`. Null for `label`, else
-            `coarse_label`, else the one ClassLabel, else `labels`.
-        metrics: what is measured besides the loss: accuracy, f1, matthews, pearson, spearman; null for accuracy, for
-            pearson and spearman of a regression, or for accuracy and f1 of tags, which have no others.
-        max_length: longer sentences are cut, in tokens; a batch is padded to its longest.
-        batch_size: training sentences a step and process.
-        train_limit: train on at most this many; null for all.
-        validation: taken from the training split for validation, if the data set has no such split; of few sentences
-            a share.
-        calibration: taken from the training split for calibration; of few sentences a share.
-        num_workers: processes that fetch training batches; 0 fetches in the main one.
-        skip_corrupt: leave out rows without text or whose label is none, and count them.
-    """
-
-    path: str = "glue"
-    name: str | None = None
-    text_columns: list[str] | None = None
-    label_column: str | None = None
-    metrics: list[str] | None = None
-    max_length: int = 64
-    batch_size: int = 32
-    train_limit: int | None = None
-    validation: int = 400
-    calibration: int = 400
-    num_workers: int = 0
-    skip_corrupt: bool = False
 
 
 class Sentences(Dataset[dict[str, Any]]):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusionpl.calibration import device_of, eval_mode
+from fusionpl.calibration.forward import device_of, eval_mode
 from fusionpl.errors import FusionError
 
 NEW_TOKENS = 20

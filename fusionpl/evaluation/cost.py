@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusionpl.calibration import Batch, eval_mode, inputs_of, logits
+from fusionpl.calibration.forward import Batch, eval_mode, inputs_of, logits
 
 
 def parameters(model: nn.Module) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
 from fusionpl.evaluation.rows import known, readable
-from fusionpl.transport import TransportMap
+from fusionpl.transport.maps import TransportMap
 
 MOST_CELLS = 96  # larger maps are max-pooled: a permutation's single entries would vanish
 

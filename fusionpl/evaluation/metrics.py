@@ -10,10 +10,10 @@ from torch.nn import functional
 from torchmetrics.functional.classification import binary_f1_score
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 
-from fusionpl.calibration import device_of, eval_mode, logits
+from fusionpl.calibration.forward import device_of, eval_mode, logits
 from fusionpl.errors import FusionError
 from fusionpl.evaluation.outcomes import Outcomes, are_tags, scored
-from fusionpl.fusion import log_odds
+from fusionpl.fusion.answers import log_odds
 
 
 def evaluate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:

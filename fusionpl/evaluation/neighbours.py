@@ -10,7 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fusionpl.calibration import Pooling, embed, eval_mode
+from fusionpl.calibration.embeddings import Pooling, embed
+from fusionpl.calibration.forward import eval_mode
 from fusionpl.evaluation.outcomes import Outcomes
 
 NEIGHBOURS = 10

@@ -13,7 +13,7 @@ from scipy.stats import t as student
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from fusionpl.datamodules import IGNORED
+from fusionpl.datamodules.base import IGNORED
 from fusionpl.errors import FusionError, reason
 
 SHARES = ("accuracy", "agreement")  # of what is right; more is better

@@ -29,7 +29,7 @@ from fusionpl.evaluation.rows import (
 )
 from fusionpl.evaluation.text import CONTINUED, EQUAL_COST, markdown_table, quoted, text_table
 from fusionpl.evaluation.verdict import Verdict, compared_cells, verdict_cells, verdicts
-from fusionpl.models import beside
+from fusionpl.models.save import beside
 from fusionpl.paths import public_settings
 
 SAMPLES, PICTURES = "samples.safetensors", "pictures.safetensors"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionpl.families.axes import Binding, Slot
-from fusionpl.transport import TransportMap
+from fusionpl.transport.maps import TransportMap
 
 State = dict[str, Tensor]
 

@@ -12,7 +12,7 @@ from fusionpl.families.axes import Axis, Binding
 from fusionpl.families.binding import bind
 from fusionpl.families.canonical import unrotatable
 from fusionpl.families.family import Family
-from fusionpl.transport import TransportMap, permutation
+from fusionpl.transport.maps import TransportMap, permutation
 
 PROOF_TOLERANCE = 1e-3  # as a share of the outputs
 

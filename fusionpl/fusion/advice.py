@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fusionpl.calibration import eval_mode, logits
-from fusionpl.families import Family, bind
+from fusionpl.calibration.forward import eval_mode, logits
+from fusionpl.families.binding import bind
+from fusionpl.families.family import Family
 from fusionpl.fusion.answers import log_probabilities
 from fusionpl.fusion.heads import best_head
 from fusionpl.fusion.survey import APART, divergence
 from fusionpl.fusion.units import SPECIALISED
-from fusionpl.models import CLASSES, kind_of
+from fusionpl.models.labels import CLASSES, kind_of
 
 ADVISED = 300  # samples
 # Nats of divergence from the ensemble below which a head-fitted parent all but is the ensemble.

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fusionpl.models import TAGS, Kind
-from fusionpl.transport import log_mean
+from fusionpl.models.labels import TAGS, Kind
+from fusionpl.transport.softmax import log_mean
 
 
 def log_probabilities(output: Tensor, kind: Kind) -> Tensor:

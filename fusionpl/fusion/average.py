@@ -5,20 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fusionpl.errors import FusionError
-from fusionpl.families import Binding, State, own_state, with_parameters
+from fusionpl.families.apply import State, own_state, with_parameters
+from fusionpl.families.axes import Binding
 from fusionpl.fusion.parents import AlignedParent
-
-
-def mixing_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """One weight a parent; None is uniform. Raises FusionError unless there are `count` of them that sum to 1."""
-    if weights is None:
-        return [1 / count] * count
-    if len(weights) != count:
-        raise FusionError(f"weights: {len(weights)} numbers for {count} parents; give one a parent")
-    if not abs(sum(weights) - 1) <= 1e-6:
-        raise FusionError(f"weights must sum to 1, {list(weights)} sum to {sum(weights):g}")
-    return list(weights)
 
 
 def average(

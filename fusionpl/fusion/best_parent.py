@@ -2,8 +2,11 @@
 
 import sys
 
-from fusionpl.calibration import Kept, Network, sum_over_ranks
-from fusionpl.families import bind, own_state
+from fusionpl.calibration.cursor import sum_over_ranks
+from fusionpl.calibration.kept import Kept
+from fusionpl.calibration.network import Network
+from fusionpl.families.apply import own_state
+from fusionpl.families.binding import bind
 from fusionpl.fusion.heads import best_head
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.plan import Plan

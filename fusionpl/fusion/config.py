@@ -1,15 +1,15 @@
 """The configuration of a fusion: `conf/fuse/*.yaml`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from fusionpl.alignment import AlignConfig
-from fusionpl.calibration import CalibrationConfig
+from fusionpl.alignment.config import AlignConfig
+from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.errors import FusionError, check_choices, flattened
 from fusionpl.options import check_sections, explain, read_yaml
 from fusionpl.presets import preset
@@ -207,3 +207,21 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     except ArgumentError as error:
         raise FusionError(explain(str(error), parser)) from error
     return FuseConfig(**{field.name: chosen[field.name] for field in fields(FuseConfig)})
+
+
+def resolve_anchor(config: FuseConfig, count: int) -> int:
+    """The anchor's index, from 0. Raises FusionError when out of range."""
+    if not -count <= config.anchor < count:
+        raise FusionError(f"anchor {config.anchor} is not an index into {count} parents; use 0 to {count - 1}")
+    return config.anchor % count
+
+
+def mixing_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """One weight a parent; None is uniform. Raises FusionError unless there are `count` of them that sum to 1."""
+    if weights is None:
+        return [1 / count] * count
+    if len(weights) != count:
+        raise FusionError(f"weights: {len(weights)} numbers for {count} parents; give one a parent")
+    if not abs(sum(weights) - 1) <= 1e-6:
+        raise FusionError(f"weights must sum to 1, {list(weights)} sum to {sum(weights):g}")
+    return list(weights)

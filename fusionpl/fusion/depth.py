@@ -9,12 +9,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusionpl.alignment import likeness, matched, spread, telling
-from fusionpl.calibration import CalibrationSet, Cursor, Network, Restacked, Run, eval_mode, select
+from fusionpl.alignment.blocks import likeness, matched, spread, telling
+from fusionpl.calibration.cursor import CalibrationSet, Cursor
+from fusionpl.calibration.forward import eval_mode
+from fusionpl.calibration.network import Network
+from fusionpl.calibration.restacked import Restacked, Run
+from fusionpl.calibration.tokens import select
 from fusionpl.errors import FusionError
-from fusionpl.families import TAIL, Binding, bind
+from fusionpl.families.axes import Binding
+from fusionpl.families.binding import bind
+from fusionpl.families.family import TAIL
 from fusionpl.fusion.config import FuseConfig
-from fusionpl.models import resized
+from fusionpl.models.resized import resized
 
 # Streams are compared on this many samples and tokens at most, whatever the calibration set has.
 _SAMPLES, _ROWS = 256, 2048

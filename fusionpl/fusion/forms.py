@@ -6,21 +6,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fusionpl.calibration import CalibrationSet, Network, eval_mode
+from fusionpl.calibration.cursor import CalibrationSet
+from fusionpl.calibration.forward import eval_mode
+from fusionpl.calibration.network import Network
 from fusionpl.errors import FusionError
-from fusionpl.families import (
-    PROOF_TOLERANCE,
-    Family,
-    State,
-    bind,
-    canonical,
-    changed_a_little,
-    inseparable,
-    without_scales,
-)
+from fusionpl.families import canonical
+from fusionpl.families.apply import State
+from fusionpl.families.binding import bind
+from fusionpl.families.canonical import inseparable, without_scales
+from fusionpl.families.family import Family
+from fusionpl.families.proof import PROOF_TOLERANCE, changed_a_little
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.target import untie
-from fusionpl.transport import full_float32
+from fusionpl.transport.products import full_float32
 
 # Of language models one text: it has many tokens, and each of them as many outputs as there are words.
 _SAMPLES, _TEXTS = 8, 1

@@ -14,9 +14,13 @@ from typing import Any
 
 import torch
 
-from fusionpl.alignment import Maps, Plans, solve_all
-from fusionpl.calibration import CalibrationSet, Cursor, Kept, Network, Progress, budget, no_progress
-from fusionpl.families import Family
+from fusionpl.alignment.maps import Maps, Plans
+from fusionpl.alignment.problem import solve_all
+from fusionpl.calibration.batches import Progress, no_progress
+from fusionpl.calibration.cursor import CalibrationSet, Cursor
+from fusionpl.calibration.kept import Kept, budget
+from fusionpl.calibration.network import Network
+from fusionpl.families.family import Family
 from fusionpl.fusion import units
 from fusionpl.fusion.best_parent import keep_best_parent
 from fusionpl.fusion.config import FuseConfig
@@ -36,7 +40,7 @@ from fusionpl.fusion.target import resolve
 from fusionpl.fusion.teaching import Augment
 from fusionpl.fusion.team import Parent, Team
 from fusionpl.fusion.walk import Walk
-from fusionpl.models import ImageProcessing
+from fusionpl.models.preprocessing import ImageProcessing
 
 
 def fuse(

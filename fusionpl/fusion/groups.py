@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fusionpl.calibration import Place, Target, places_of
-from fusionpl.families import TAIL, VOCABULARY, Binding, Index, Slot, boundary, section_of
+from fusionpl.calibration.cursor import places_of
+from fusionpl.calibration.observe import Target
+from fusionpl.calibration.taps import Place
+from fusionpl.families.axes import Binding, Index, Slot, boundary, section_of
+from fusionpl.families.family import TAIL, VOCABULARY
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fusionpl.calibration import Kept, Network, budget, eval_mode, logits
+from fusionpl.calibration.forward import eval_mode, logits
+from fusionpl.calibration.kept import Kept, budget
+from fusionpl.calibration.network import Network
 from fusionpl.errors import FusionError
-from fusionpl.families import TAIL, VOCABULARY, Family, attribute, bind
+from fusionpl.families.binding import bind
+from fusionpl.families.family import TAIL, VOCABULARY, Family, attribute
 from fusionpl.fusion.refit import held_out, predicting
 from fusionpl.fusion.target import untie
-from fusionpl.models import NUMBERS, TAGS, kind_of
-from fusionpl.transport import LARGEST, Fitted, Link, Reduce, fit_softmax, log_mean, spread
+from fusionpl.models.labels import NUMBERS, TAGS, kind_of
+from fusionpl.transport.softmax import LARGEST, Fitted, Link, Reduce, fit_softmax, log_mean, spread
 
 
 def fit_head(

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fusionpl.calibration import Network
-from fusionpl.models import base_models
+from fusionpl.calibration.network import Network
+from fusionpl.models.lineage import base_models
 
 # Matrices that are compared, spread over all blocks. Those of independent seeds have cosines of about 0.
 MATRICES, ALIKE = 8, 0.5

@@ -8,29 +8,20 @@ from collections.abc import Mapping
 from torch import nn
 
 from fusionpl.errors import FusionError
-from fusionpl.families import VOCABULARY, bind
+from fusionpl.families.binding import bind
+from fusionpl.families.family import VOCABULARY
 from fusionpl.fusion.pixels import match_pixels
 from fusionpl.fusion.team import Team
-from fusionpl.models import (
-    IN_WORDS,
-    ImageProcessing,
-    Kind,
-    Vocabulary,
-    adapter_beside,
-    at_image_size,
-    check_token_settings,
-    check_tokenizers,
-    class_names,
-    end_of,
-    load_tokenizer,
-    pad_with,
-    padding_of,
-    pads_text,
-    renumber,
-    told,
-    united,
-    with_tags,
-)
+from fusionpl.models.adapters import adapter_beside
+from fusionpl.models.images import at_image_size, told
+from fusionpl.models.labels import IN_WORDS, Kind
+from fusionpl.models.pipelines import check_tokenizers
+from fusionpl.models.preprocessing import ImageProcessing
+from fusionpl.models.save import class_names
+from fusionpl.models.tags import united, with_tags
+from fusionpl.models.token_settings import check_token_settings, end_of, pad_with, padding_of, pads_text
+from fusionpl.models.tokenizers import load_tokenizer
+from fusionpl.models.vocabulary import Vocabulary, renumber
 
 
 def matched(team: Team, processing: ImageProcessing | None = None) -> Team:

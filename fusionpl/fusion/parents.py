@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusionpl.alignment import Maps
-from fusionpl.calibration import Network
+from fusionpl.alignment.maps import Maps
+from fusionpl.calibration.network import Network
 from fusionpl.errors import FusionError
-from fusionpl.families import VOCABULARY, Binding, State, aligned_state, copy_rows
+from fusionpl.families.apply import State, aligned_state, copy_rows
+from fusionpl.families.axes import Binding
+from fusionpl.families.family import VOCABULARY
 
 
 @dataclass(frozen=True)

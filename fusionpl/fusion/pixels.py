@@ -4,18 +4,12 @@ from pathlib import Path
 
 from torch import nn
 
-from fusionpl.calibration import Network
+from fusionpl.calibration.network import Network
 from fusionpl.fusion.team import Team
-from fusionpl.models import (
-    ImageProcessing,
-    for_pixels,
-    grid_of,
-    image_processing,
-    save_image_processing,
-    timm_processing,
-    told_differences,
-    told_pixels,
-)
+from fusionpl.models.images import grid_of
+from fusionpl.models.pixels import for_pixels, told_differences, told_pixels
+from fusionpl.models.preprocessing import ImageProcessing
+from fusionpl.models.processors import image_processing, save_image_processing, timm_processing
 
 
 def said(parent: nn.Module | str | Path, network: Network) -> ImageProcessing | None:

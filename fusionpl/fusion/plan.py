@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
-from fusionpl.alignment import AlignConfig, Observed, Problem
-from fusionpl.calibration import Key, Network
+from fusionpl.alignment.config import AlignConfig
+from fusionpl.alignment.problem import Observed, Problem
+from fusionpl.calibration.moments import Key
+from fusionpl.calibration.network import Network
 from fusionpl.errors import FusionError
-from fusionpl.families import TAIL, Binding, Slot, section_of
-from fusionpl.fusion.average import mixing_weights
-from fusionpl.fusion.config import FuseConfig
+from fusionpl.families.axes import Binding, Slot, section_of
+from fusionpl.families.family import TAIL
+from fusionpl.fusion.config import FuseConfig, mixing_weights
 from fusionpl.fusion.groups import LinearGroup, groups_of
 from fusionpl.fusion.methods import METHODS
 from fusionpl.fusion.target import target_of

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from fusionpl.calibration import CalibrationSet
+from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.errors import FusionError
-from fusionpl.families import Family, check_compatible, check_tied, is_bare, read_family
-from fusionpl.fusion.average import mixing_weights
-from fusionpl.fusion.config import FuseConfig
+from fusionpl.families.compatible import check_compatible, check_tied
+from fusionpl.families.family import Family, is_bare, read_family
+from fusionpl.fusion.config import FuseConfig, mixing_weights
 from fusionpl.fusion.depth import Matching, match_depths
 from fusionpl.fusion.kin import kinship
 from fusionpl.fusion.matching import check_kinds, matched
@@ -26,7 +26,8 @@ from fusionpl.fusion.team import (
     open_parents,
     resolve_anchor,
 )
-from fusionpl.models import ImageProcessing, kind_of
+from fusionpl.models.labels import kind_of
+from fusionpl.models.preprocessing import ImageProcessing
 
 
 def open_team(

@@ -17,9 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fusionpl.calibration import CalibrationSet, Kept, Progress, budget, device_of, no_progress, sum_over_ranks
+from fusionpl.calibration.batches import Progress, no_progress
+from fusionpl.calibration.cursor import CalibrationSet, sum_over_ranks
+from fusionpl.calibration.forward import device_of
+from fusionpl.calibration.kept import Kept, budget
 from fusionpl.errors import FusionError
-from fusionpl.families import Binding
+from fusionpl.families.axes import Binding
 from fusionpl.fusion.config import RACE, FuseConfig, RefineConfig
 from fusionpl.fusion.heads import HeadFit, can_fit_heads
 from fusionpl.fusion.parents import AlignedParent

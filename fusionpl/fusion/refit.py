@@ -22,12 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fusionpl.calibration import CalibrationSet, Cursor, Passage, Place, sum_over_ranks
-from fusionpl.families import Binding, State, attribute
+from fusionpl.calibration.cursor import CalibrationSet, Cursor, Passage, sum_over_ranks
+from fusionpl.calibration.taps import Place
+from fusionpl.families.apply import State
+from fusionpl.families.axes import Binding
+from fusionpl.families.family import attribute
 from fusionpl.fusion.groups import LinearGroup
 from fusionpl.fusion.parents import AlignedParent
-from fusionpl.models import NUMBERS, TAGS, Kind, kind_of
-from fusionpl.transport import LARGEST, Link, NormalEquations, fit_ridge, fit_softmax, log_mean, spread
+from fusionpl.models.labels import NUMBERS, TAGS, Kind, kind_of
+from fusionpl.transport.least_squares import NormalEquations, fit_ridge
+from fusionpl.transport.softmax import LARGEST, Link, fit_softmax, log_mean, spread
 
 # Every fifth sample chooses the regularisation.
 HOLD_OUT = 5

@@ -11,16 +11,19 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from fusionpl.alignment import Maps
-from fusionpl.calibration import Kept, Network, Store
-from fusionpl.families import Binding, State, with_parameters
+from fusionpl.alignment.maps import Maps
+from fusionpl.calibration.kept import Kept, Store
+from fusionpl.calibration.network import Network
+from fusionpl.families.apply import State, with_parameters
+from fusionpl.families.axes import Binding
 from fusionpl.fusion.average import averaged
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.depth import Matching
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.refine import Taught
-from fusionpl.models import TensorFile, save_model
-from fusionpl.transport import TransportMap
+from fusionpl.models.save import save_model
+from fusionpl.models.tensors import TensorFile
+from fusionpl.transport.maps import TransportMap
 
 MAPS = "maps.safetensors"
 

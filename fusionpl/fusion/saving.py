@@ -5,20 +5,18 @@ from pathlib import Path
 
 from torch import nn
 
-from fusionpl.calibration import Kept, Network
+from fusionpl.calibration.kept import Kept
+from fusionpl.calibration.network import Network
 from fusionpl.fusion.pixels import keep_pixels
 from fusionpl.fusion.plan import Plan
 from fusionpl.fusion.result import FusionResult, InMemory, Writer
 from fusionpl.fusion.team import Team
-from fusionpl.models import (
-    ImageProcessing,
-    ModelFolder,
-    ModelWriter,
-    copy_modules,
-    load_tokenizer,
-    save_model,
-    width_of,
-)
+from fusionpl.models.opened import ModelFolder
+from fusionpl.models.preprocessing import ImageProcessing
+from fusionpl.models.save import save_model
+from fusionpl.models.sentence import copy_modules, width_of
+from fusionpl.models.tokenizers import load_tokenizer
+from fusionpl.models.writer import ModelWriter
 
 
 def writer_of(team: Team, plan: Plan, output: Path | None, kept: Kept) -> Writer:

@@ -6,9 +6,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from fusionpl.alignment import ActivationEvidence, Evidence, Maps, Observed, WeightEvidence
-from fusionpl.calibration import Network, Statistics, Wanted
-from fusionpl.families import VOCABULARY, State, copy_rows, in_float32
+from fusionpl.alignment.evidence import ActivationEvidence, Evidence, WeightEvidence
+from fusionpl.alignment.maps import Maps
+from fusionpl.alignment.problem import Observed
+from fusionpl.calibration.network import Network
+from fusionpl.calibration.observe import Statistics, Wanted
+from fusionpl.families.apply import State, copy_rows, in_float32
+from fusionpl.families.family import VOCABULARY
 from fusionpl.fusion.average import averaged
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.plan import Plan, SectionPlan, observed_of

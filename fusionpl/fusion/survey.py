@@ -6,12 +6,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fusionpl.calibration import Kept, Key, Moments, Progress, Wanted, no_progress, or_zeros, sum_over_ranks
-from fusionpl.families import TAIL, section_of
+from fusionpl.calibration.batches import Progress, no_progress
+from fusionpl.calibration.cursor import or_zeros, sum_over_ranks
+from fusionpl.calibration.kept import Kept
+from fusionpl.calibration.moments import Key, Moments
+from fusionpl.calibration.observe import Wanted
+from fusionpl.families.axes import section_of
+from fusionpl.families.family import TAIL
 from fusionpl.fusion.answers import log_probabilities
 from fusionpl.fusion.plan import Plan
 from fusionpl.fusion.walk import Walk
-from fusionpl.models import TAGS
+from fusionpl.models.labels import TAGS
 
 # Classifiers that saw other classes had 99 % and more, those of 80 % of half the classes at most 68 %.
 APART = 0.9

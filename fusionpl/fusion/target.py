@@ -7,12 +7,15 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from fusionpl.calibration import Network
+from fusionpl.calibration.network import Network
 from fusionpl.errors import FusionError
-from fusionpl.families import Binding, bind, inseparable
+from fusionpl.families.axes import Binding
+from fusionpl.families.binding import bind
+from fusionpl.families.canonical import inseparable
 from fusionpl.fusion.config import FuseConfig, changed
 from fusionpl.fusion.team import Team
-from fusionpl.models import resized, untied
+from fusionpl.models.resized import resized
+from fusionpl.models.resized import untied
 
 # The largest number that is meant as a factor: no stream has so few units.
 LARGEST_FACTOR = 8
@@ -61,7 +64,7 @@ def untie(network: Network) -> Network:
     module, sources = found
     return network.but(
         module=module, binding=bind(module, network.binding.family),
-        read=lambda name: network.read(sources[name] if name in sources else name),
+        read=lambda name: network.read(str(sources.get(name, name))),
     )  # fmt: skip
 
 

@@ -8,9 +8,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fusionpl.calibration import device_of, eval_mode, logits, sum_over_ranks
+from fusionpl.calibration.cursor import sum_over_ranks
+from fusionpl.calibration.forward import device_of, eval_mode, logits
 from fusionpl.fusion.unlabelled import Inputs, Unlabelled
-from fusionpl.models import CLASSES, NUMBERS, TAGS, Kind, kind_of
+from fusionpl.models.labels import CLASSES, NUMBERS, TAGS, Kind, kind_of
 from fusionpl.schedule import warmup_cosine
 
 WARMUP = 0.1

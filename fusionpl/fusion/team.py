@@ -8,10 +8,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fusionpl.calibration import Network, device_named, device_of, has_float64
+from fusionpl.calibration.forward import device_named, device_of, has_float64
+from fusionpl.calibration.network import Network
 from fusionpl.errors import FusionError
-from fusionpl.families import Binding, Family, bind
-from fusionpl.models import NUMBERS, Kind, ModelFolder, class_names, compare_settings, kind_of, load_model, open_model
+from fusionpl.families.axes import Binding
+from fusionpl.families.binding import bind
+from fusionpl.families.family import Family
+from fusionpl.models.labels import NUMBERS, Kind, kind_of
+from fusionpl.models.load import load_model
+from fusionpl.models.opened import ModelFolder, open_model
+from fusionpl.models.save import class_names
+from fusionpl.models.settings import compare_settings
 
 Parent = nn.Module | str | Path
 

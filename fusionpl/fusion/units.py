@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fusionpl.calibration import Cursor, sum_over_ranks
-from fusionpl.families import TAIL
+from fusionpl.calibration.cursor import Cursor, sum_over_ranks
+from fusionpl.families.family import TAIL
 from fusionpl.fusion.answers import log_probabilities
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.refit import held_out

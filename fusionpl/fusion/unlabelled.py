@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from fusionpl.calibration import CalibrationSet, sum_over_ranks, unlabelled
+from fusionpl.calibration.batches import unlabelled
+from fusionpl.calibration.cursor import CalibrationSet, sum_over_ranks
 from fusionpl.errors import FusionError
 from fusionpl.fusion.refit import HOLD_OUT, held_out
 

@@ -5,10 +5,14 @@ from contextlib import contextmanager
 
 import torch
 
-from fusionpl.calibration import CalibrationSet, Cursor, Network, Statistics, Wanted, eval_mode, observe
-from fusionpl.families import State
+from fusionpl.calibration.observe import observe
+from fusionpl.calibration.cursor import CalibrationSet, Cursor
+from fusionpl.calibration.forward import eval_mode
+from fusionpl.calibration.network import Network
+from fusionpl.calibration.observe import Statistics, Wanted
+from fusionpl.families.apply import State
 from fusionpl.fusion.team import Team
-from fusionpl.transport import full_float32
+from fusionpl.transport.products import full_float32
 
 
 class Walk:

@@ -6,13 +6,15 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
-
-from torch import nn
-from transformers.models.auto import modeling_auto
+from typing import TYPE_CHECKING, Any, cast
 
 from fusionpl.errors import FusionError, reason
-from fusionpl.models.tensors import ADAPTERS, PICKLES, SAFETENSORS, Tensors
+from fusionpl.models.layouts import ADAPTERS, PICKLES, SAFETENSORS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fusionpl.models.tensors import Tensors
 
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."  # of all names in an adapter's file
@@ -60,6 +62,8 @@ def class_with_head(folder: Path, config: Mapping[str, Any]) -> str | None:
         folder: the adapter's.
         config: what the base's config.json says.
     """
+    from transformers.models.auto import modeling_auto
+
     settings = adapter_settings(folder)
     if settings.get("task_type") == "SEQ_CLS":
         known: Mapping[str, Any] = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -73,12 +77,12 @@ def class_with_head(folder: Path, config: Mapping[str, Any]) -> str | None:
     return (own if own in found else found[0]) if isinstance(found, tuple) else found
 
 
-def given_by(tensors: Tensors) -> dict[str, str]:
+def given_by(tensors: "Tensors") -> dict[str, str]:
     """The parameters of the base that an adapter replaces as a whole: name -> name in the adapter's file."""
     return {name.removeprefix(_PREFIX): name for name in tensors if "lora_" not in name}
 
 
-def labels_of(tensors: Tensors) -> int | None:
+def labels_of(tensors: "Tensors") -> int | None:
     """The number of labels of the head that an adapter brings; None where it brings none."""
     return next((entry.shape[0] for name, entry in tensors.entries.items() if _HEAD.search(name)), None)
 
@@ -96,7 +100,7 @@ def check_mergeable(folder: Path) -> None:
         raise FusionError(f"{folder}: {kind} changes no weights, so it can't be merged; name a LoRA's folder")
 
 
-def merged(folder: Path, base: nn.Module, tensors: Tensors) -> nn.Module:
+def merged(folder: Path, base: "nn.Module", tensors: "Tensors") -> "nn.Module":
     """The base with the adapter in its weights.
 
     Args:
@@ -128,7 +132,7 @@ def merged(folder: Path, base: nn.Module, tensors: Tensors) -> nn.Module:
         kind = adapter_settings(folder).get("peft_type")
         raise FusionError(f"{folder}: peft can't merge an adapter of kind {kind}: {reason(error)}") from error
     vars(whole).pop("peft_config", None)
-    return cast(nn.Module, whole.requires_grad_(True))
+    return cast("nn.Module", whole.requires_grad_(True))
 
 
 def adapter_beside(folder: Path) -> str | None:

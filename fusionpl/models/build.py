@@ -2,8 +2,8 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from dataclasses import replace
+from typing import Any, cast
 
 import timm
 import torch
@@ -12,30 +12,12 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from fusionpl.errors import FusionError, nearest, reason
+from fusionpl.models.config import ModelConfig
 from fusionpl.models.quiet import without_cache
 
 KEPT_CFG = ("architecture", "input_size", "fixed_input_size", "pool_size", "first_conv", "classifier")
 CHANNELS = {"timm": "in_chans", "transformers": "num_channels"}
 EMBEDDINGS = ("pos_embed", "cls_token", "position_embeddings", "cls_embedding")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What `build_model` builds.
-
-    Args:
-        library: who implements the architecture.
-        architecture: a timm model name (`vit_tiny_patch16_224`) or a transformers class
-            (`ViTForImageClassification`).
-        args: keywords of timm's `create_model`, or of the transformers config.
-        initializer_range: standard deviation of the truncated normal all weights are drawn from;
-            null leaves the library's own initialisation.
-    """
-
-    library: Literal["timm", "transformers"] = "timm"
-    architecture: str = "vit_tiny_patch16_224"
-    args: dict[str, Any] = field(default_factory=dict)
-    initializer_range: float | None = None
 
 
 def build_model(

@@ -10,7 +10,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from fusionpl.errors import FusionError, nearest, reason
 from fusionpl.models.adapters import CONFIG
-from fusionpl.models.tensors import ADAPTERS, PICKLES, SAFETENSORS, Layout, pickle_hint
+from fusionpl.models.layouts import ADAPTERS, PICKLES, SAFETENSORS, Layout, pickle_hint
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^\s@]+))?")
 # What makes a model besides its weights: configuration, tokenizer, templates.

@@ -10,7 +10,8 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from fusionpl.errors import FusionError
-from fusionpl.families import Family, bind
+from fusionpl.families.binding import bind
+from fusionpl.families.family import Family
 from fusionpl.models.resized import refilled, reshaped
 
 # What families call the places of an image's patches.

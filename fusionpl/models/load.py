@@ -7,21 +7,14 @@ from typing import Any, cast
 from torch import nn
 
 from fusionpl.errors import FusionError, reason
-from fusionpl.families import with_parameters
+from fusionpl.families.apply import with_parameters
 from fusionpl.models.adapters import CONFIG, check_mergeable, given_by, is_adapter, labels_of, merged
 from fusionpl.models.build import transformers_class
-from fusionpl.models.folders import (
-    base_folder,
-    check_numbers,
-    left_out,
-    misfit,
-    model_config,
-    model_folder,
-    open_model,
-    tell_of_adapter,
-)
+from fusionpl.models.folders import base_folder, model_config, model_folder, tell_of_adapter
+from fusionpl.models.layouts import ADAPTERS
+from fusionpl.models.opened import check_numbers, left_out, misfit, open_model
 from fusionpl.models.quiet import quiet_transformers, without_cache
-from fusionpl.models.tensors import ADAPTERS, Tensors
+from fusionpl.models.tensors import Tensors
 
 
 def load_model(source: str | Path, *, allow_pickle: bool = False) -> nn.Module:

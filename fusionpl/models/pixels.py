@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionpl.errors import FusionError
-from fusionpl.families import Family
+from fusionpl.families.family import Family
 from fusionpl.models.hub import short_name
 from fusionpl.models.images import Moved, grid_of, places_of
 from fusionpl.models.preprocessing import ImageProcessing

@@ -11,8 +11,8 @@ import transformers
 from torch import Tensor, nn
 
 from fusionpl.errors import FusionError, reason
-from fusionpl.families import with_parameters
-from fusionpl.models.folders import parameters_on_meta
+from fusionpl.families.apply import with_parameters
+from fusionpl.models.opened import parameters_on_meta
 from fusionpl.models.quiet import without_cache
 
 # What configs of transformers call the number of hidden units of an MLP, where it is no multiple of the width.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from fusionpl.calibration import Pooling
+from fusionpl.calibration.embeddings import Pooling
 from fusionpl.errors import FusionError, reason
 
 MODULES = "modules.json"

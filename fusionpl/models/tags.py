@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusionpl.families import Family, bind
+from fusionpl.families.binding import bind
+from fusionpl.families.family import Family
 from fusionpl.models.labels import TAGS, kind_of
 from fusionpl.models.resized import refilled, reshaped
 from fusionpl.models.save import class_names

@@ -1,12 +1,10 @@
 """Tensors in safetensors files: read one at a time, written one at a time."""
 
-import fnmatch
 import json
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,44 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fusionpl.calibration import bytes_of
+from fusionpl.calibration.kept import bytes_of
 from fusionpl.errors import FusionError, reason
+from fusionpl.models.layouts import MODELS, Layout, pickle_hint
 
 CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How transformers names files of weights: one file, or shards and an index of them."""
-
-    stem: str
-    suffix: str
-
-    @property
-    def whole(self) -> str:
-        """The name of a single file."""
-        return f"{self.stem}.{self.suffix}"
-
-    @property
-    def index(self) -> str:
-        """The name of the index of shards."""
-        return f"{self.whole}.index.json"
-
-    @property
-    def patterns(self) -> tuple[str, str]:
-        """Names of files of weights, as glob patterns."""
-        return self.whole, f"{self.stem}-*.{self.suffix}"
-
-    def held(self, names: Iterable[str]) -> list[str]:
-        """Those of some names that are weights in this layout."""
-        return sorted(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns))
-
-
-SAFETENSORS, PICKLES = Layout("model", "safetensors"), Layout("pytorch_model", "bin")
-MODELS, ADAPTERS = (SAFETENSORS, PICKLES), (Layout("adapter_model", "safetensors"), Layout("adapter_model", "bin"))
 
 
 class Entry(NamedTuple):
@@ -139,11 +107,6 @@ class Tensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.entries)
-
-
-def pickle_hint(name: str) -> str:
-    """What to do about a pickle."""
-    return f"{name} is a pickle: --allow-pickle (allow_pickle=True) reads the tensors in it and nothing else"
 
 
 def _files(folder: Path, layout: Layout) -> tuple[Path, dict[Path, set[str] | None]] | None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from fusionpl.families import VOCABULARY, Family, bind
+from fusionpl.families.binding import bind
+from fusionpl.families.family import VOCABULARY, Family
 from fusionpl.models.images import with_image_size
 from fusionpl.models.load import load_model
 from fusionpl.models.pixels import with_pixels

@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fusionpl.models.adapters import CONFIG
-from fusionpl.models.folders import ModelFolder
 from fusionpl.models.hub import SMALL_FILES
 from fusionpl.models.load import load_model
+from fusionpl.models.opened import ModelFolder
 from fusionpl.models.save import forget_places, library_of, put_in_place, write_card
 from fusionpl.models.sentence import copy_modules, width_of
 from fusionpl.models.tensors import TensorFile

@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Timer
 from torch import nn
 
-from fusionpl.calibration import device_of
+from fusionpl.calibration.forward import device_of
 from fusionpl.errors import FusionError
 from fusionpl.training.callbacks import SeedEpochs
 from fusionpl.training.module import ClassificationModule

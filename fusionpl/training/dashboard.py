@@ -9,7 +9,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
-from fusionpl.evaluation import Report
+from fusionpl.evaluation.report import Report
 from fusionpl.training.weights_and_biases import dashboard_name
 
 if TYPE_CHECKING:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from fusionpl.calibration import eval_mode, logits
-from fusionpl.datamodules import FixedSplits
-from fusionpl.fusion import loss_to_mean
-from fusionpl.models import TAGS, kind_of
-from fusionpl.training.module import ClassificationModule, OptimConfig, loss_of
+from fusionpl.calibration.forward import eval_mode, logits
+from fusionpl.datamodules.base import FixedSplits
+from fusionpl.fusion.teaching import loss_to_mean
+from fusionpl.models.labels import TAGS, kind_of
+from fusionpl.training.config import OptimConfig
+from fusionpl.training.module import ClassificationModule, loss_of
 
 
 class Distillation(ClassificationModule):

@@ -16,12 +16,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from fusionpl.datamodules import FixedSplits
+from fusionpl.datamodules.base import FixedSplits
 from fusionpl.errors import FusionError, reason
-from fusionpl.evaluation import Outcomes
+from fusionpl.evaluation.outcomes import Outcomes
 from fusionpl.training.callbacks import OwnSignals, RunProgress, SeedEpochs
 from fusionpl.training.checkpoints import WholeCheckpoints
-from fusionpl.training.module import ClassificationModule, OptimConfig
+from fusionpl.training.config import OptimConfig
+from fusionpl.training.module import ClassificationModule
 
 
 @dataclass(frozen=True)

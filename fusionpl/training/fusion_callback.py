@@ -7,11 +7,14 @@ import lightning as L
 import torch
 from torch import nn
 
-from fusionpl.calibration import Progress, device_of, has_float64, no_progress
+from fusionpl.calibration.batches import Progress, no_progress
+from fusionpl.calibration.forward import device_of, has_float64
 from fusionpl.errors import FusionError
-from fusionpl.families import Family
-from fusionpl.fusion import FuseConfig, FusionResult, fuse
-from fusionpl.models import ImageProcessing
+from fusionpl.families.family import Family
+from fusionpl.fusion.config import FuseConfig
+from fusionpl.fusion.fuse import fuse
+from fusionpl.fusion.result import FusionResult
+from fusionpl.models.preprocessing import ImageProcessing
 
 
 class OTFusion(L.Callback):

@@ -5,15 +5,14 @@ import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from fusionpl.paths import public_settings
+from fusionpl.training.config import LoggerName
 from fusionpl.training.weights_and_biases import FolderRun, Job, finish_run
-
-LoggerName = Literal["wandb", "tensorboard", "csv", "none"]
 
 
 class MetricsFile(Logger):

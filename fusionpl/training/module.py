@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, cast
 
 import lightning as L
@@ -30,29 +29,13 @@ from torchmetrics.text import Perplexity
 from transformers import get_cosine_schedule_with_warmup
 
 from fusionpl.calibration.forward import logits
-from fusionpl.datamodules import IGNORED
+from fusionpl.datamodules.base import IGNORED
 from fusionpl.errors import FusionError
-from fusionpl.evaluation import Outcomes, are_tags, scored
-from fusionpl.families import bind
-from fusionpl.models import TAGS, kind_of
+from fusionpl.evaluation.outcomes import Outcomes, are_tags, scored
+from fusionpl.families.binding import bind
+from fusionpl.models.labels import TAGS, kind_of
 from fusionpl.schedule import Clock, warmup_cosine
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW with a linear warm-up and a cosine to zero.
-
-    Args:
-        lr: the largest learning rate.
-        weight_decay: for weight matrices; biases and norms have none.
-        warmup: share of all steps the learning rate rises in.
-        label_smoothing: share of the target spread over all classes; 0 for none. Only training uses it.
-    """
-
-    lr: float = 1.2e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.1
-    label_smoothing: float = 0.0
+from fusionpl.training.config import OptimConfig
 
 
 class ClassificationModule(L.LightningModule):

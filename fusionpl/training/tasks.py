@@ -1,25 +1,17 @@
-"""Tasks: which options, data and metric belong to a kind of training."""
+"""Tasks: which options and metric belong to a kind of training."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from fusionpl.datamodules import (
-    CausalTextDataModule,
+from fusionpl.datamodules.config import (
     DataConfig,
-    FixedSplits,
-    ImageDataModule,
     ImageEmbeddingConfig,
-    ImageEmbeddingDataModule,
     MaskedTextConfig,
-    MaskedTextDataModule,
     SpanTextConfig,
-    SpanTextDataModule,
     TextClassificationConfig,
-    TextClassificationDataModule,
     TextConfig,
     TextEmbeddingConfig,
-    TextEmbeddingDataModule,
 )
 from fusionpl.errors import FusionError, nearest
 
@@ -40,7 +32,6 @@ class Task:
 
     Attributes:
         data: the options under `data`.
-        datamodule: makes the data module of options, a seed and the tokenizer of an existing model (None for none).
         pipeline: transformers' and the hub's name of the task.
         heads: what the classes of its models are called in transformers.
         monitor: the validation metric that the best checkpoint is chosen by.
@@ -50,7 +41,6 @@ class Task:
     """
 
     data: type
-    datamodule: Callable[[Any, int, Any], FixedSplits]
     pipeline: str
     heads: tuple[str, ...]
     monitor: str
@@ -62,36 +52,25 @@ class Task:
 TASKS: Mapping[TaskName, Task] = {
     "image-classification": Task(
         DataConfig,
-        lambda config, seed, _: ImageDataModule(config, seed),
         "image-classification",
         ("ForImageClassification",),
         "val/accuracy",
         "max",
     ),
-    "masked-lm": Task(
-        MaskedTextConfig, MaskedTextDataModule, "fill-mask", ("ForMaskedLM", "ForPreTraining"), "val/loss", "min"
-    ),
-    "causal-language-modeling": Task(
-        TextConfig, CausalTextDataModule, "text-generation", ("ForCausalLM", "LMHeadModel"), "val/loss", "min"
-    ),
-    "span-corruption": Task(
-        SpanTextConfig, SpanTextDataModule, "text2text-generation", ("ForConditionalGeneration",), "val/loss", "min"
-    ),
+    "masked-lm": Task(MaskedTextConfig, "fill-mask", ("ForMaskedLM", "ForPreTraining"), "val/loss", "min"),
+    "causal-language-modeling": Task(TextConfig, "text-generation", ("ForCausalLM", "LMHeadModel"), "val/loss", "min"),
+    "span-corruption": Task(SpanTextConfig, "text2text-generation", ("ForConditionalGeneration",), "val/loss", "min"),
     "text-classification": Task(
         TextClassificationConfig,
-        TextClassificationDataModule,
         "text-classification",
         ("ForSequenceClassification",),
         "val/loss",
         "min",
         new_head=True,
     ),
-    "feature-extraction": Task(
-        TextEmbeddingConfig, TextEmbeddingDataModule, "feature-extraction", (), "val/loss", "min", trains=False
-    ),
+    "feature-extraction": Task(TextEmbeddingConfig, "feature-extraction", (), "val/loss", "min", trains=False),
     "image-feature-extraction": Task(
         ImageEmbeddingConfig,
-        lambda config, seed, _: ImageEmbeddingDataModule(config, seed),
         "image-feature-extraction",
         (),
         "val/loss",

@@ -126,12 +126,6 @@ def dashboard_name(folder: str | Path) -> str:
     return f"{readable}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
 
 
-def in_sweep(folder: Path) -> Path:
-    """A default output, with the run's id in its name under `wandb agent`: every run of a sweep has its own."""
-    run = os.environ.get("WANDB_RUN_ID")
-    return folder.with_name(f"{folder.name}-{run}") if run and "WANDB_SWEEP_ID" in os.environ else folder
-
-
 def has_wandb_key() -> bool:
     """Whether Weights & Biases would find an API key: in the environment or in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY"):

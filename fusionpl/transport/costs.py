@@ -6,13 +6,11 @@ the rows and the inner products between them, so the rows themselves never have 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Metric = Literal["euclidean", "sqeuclidean", "cosine", "correlation"]
-Normalize = Literal["max", "mean", "median", "log", "none"]
+from fusionpl.transport.names import Metric, Normalize
 
 _TINY = 1e-300
 

@@ -6,8 +6,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Scaling = Literal["two_sided", "source"]
-
 _TINY = 1e-300
 
 

@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import ot
 import torch
@@ -10,9 +10,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fusionpl.errors import FusionError
-from fusionpl.transport.maps import Scaling, TransportMap, identity
-
-Solver = Literal["sinkhorn", "emd", "assignment", "identity"]
+from fusionpl.transport.maps import TransportMap, identity
+from fusionpl.transport.names import Scaling, Solver
 
 SINKHORN_ITERATIONS = 1000
 SINKHORN_TOLERANCE = 1e-9

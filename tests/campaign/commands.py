@@ -112,7 +112,7 @@ class Running:
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    [*(f"fusionpl.cli.{name}" for name in ("train", "fuse", "finetune", "sweep", "evaluate")), "matplotlib.pyplot",
+    [*(f"fusionpl.cli.jobs.{name}" for name in ("train", "fuse", "finetune", "sweep", "evaluate")), "matplotlib.pyplot",
      "sklearn.datasets"]
 )  # fmt: skip
 

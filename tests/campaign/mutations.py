@@ -13,13 +13,16 @@ import torch
 from fusionpl.cli import train
 from fusionpl.cli.common import settings_in, task_of, with_presets
 from fusionpl.cli.fuse import arguments, build_parser, fuse_config
-from fusionpl.datamodules import DataConfig, ImageDataModule, MaskedTextConfig, MaskedTextDataModule
+from fusionpl.datamodules.config import DataConfig, MaskedTextConfig
+from fusionpl.datamodules.images import ImageDataModule
+from fusionpl.datamodules.text import MaskedTextDataModule
 from fusionpl.errors import FusionError
-from fusionpl.evaluation import Report, Row
-from fusionpl.families import read_family
-from fusionpl.families.family import library
-from fusionpl.fusion import load_config
-from fusionpl.models import load_model, load_tokenizer
+from fusionpl.evaluation.report import Report
+from fusionpl.evaluation.rows import Row
+from fusionpl.families.family import library, read_family
+from fusionpl.fusion.config import load_config
+from fusionpl.models.load import load_model
+from fusionpl.models.tokenizers import load_tokenizer
 from fusionpl.presets import CONF
 from fusionpl.training.fit import read_checkpoint
 

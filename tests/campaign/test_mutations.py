@@ -8,7 +8,8 @@ import datasets
 import pytest
 import torch
 
-from fusionpl.models import save_model, train_wordpiece
+from fusionpl.models.save import save_model
+from fusionpl.models.tokenizers import train_wordpiece
 from tests.campaign.mutations import Target, targets, tried
 from tests.integration.runs import make_run
 from tests.models_for_tests import text_model

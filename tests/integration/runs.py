@@ -7,7 +7,9 @@ import datasets
 import torch
 import yaml
 
-from fusionpl.models import ModelConfig, build_model, save_model
+from fusionpl.models.build import build_model
+from fusionpl.models.config import ModelConfig
+from fusionpl.models.save import save_model
 
 DATA = {"path": "digits", "image_size": 16, "channels": 1, "batch_size": 50, "train_limit": 100}
 ARGS = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2}

@@ -17,11 +17,15 @@ from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
 import fusionpl
-from fusionpl.calibration import logits
+from fusionpl.calibration.forward import logits
+from fusionpl.cli.jobs.sweep import sweep
 from fusionpl.errors import FusionError
-from fusionpl.fusion import FusionResult, sweep
 from fusionpl.fusion.refit import Refit
-from fusionpl.models import TensorFile, load_model, open_model, save_model
+from fusionpl.fusion.result import FusionResult
+from fusionpl.models.load import load_model
+from fusionpl.models.opened import open_model
+from fusionpl.models.save import save_model
+from fusionpl.models.tensors import TensorFile
 from fusionpl.presets import CONF
 from tests.integration.runs import make_run
 from tests.models_for_tests import TEXT_MODELS, hf_vit, images, sentences, text_model

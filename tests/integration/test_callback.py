@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import fusionpl
-from fusionpl.datamodules import DataConfig, ImageDataModule
-from fusionpl.training import ClassificationModule, OptimConfig
+from fusionpl.datamodules.config import DataConfig
+from fusionpl.datamodules.images import ImageDataModule
+from fusionpl.training.config import OptimConfig
+from fusionpl.training.module import ClassificationModule
 from tests.integration.runs import DATA, make_run
 
 
@@ -71,9 +73,11 @@ import torch
 
 import fusionpl
 from fusionpl import schedule
-from fusionpl.datamodules import DataConfig, ImageDataModule
-from fusionpl.fusion import FuseConfig, RefineConfig
-from fusionpl.training import ClassificationModule, OptimConfig
+from fusionpl.datamodules.config import DataConfig
+from fusionpl.datamodules.images import ImageDataModule
+from fusionpl.fusion.config import FuseConfig, RefineConfig
+from fusionpl.training.config import OptimConfig
+from fusionpl.training.module import ClassificationModule
 from tests.integration.runs import DATA
 
 
@@ -126,8 +130,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule
 
 import fusionpl
-from fusionpl.datamodules import DataConfig, ImageDataModule
-from fusionpl.training import ClassificationModule, OptimConfig
+from fusionpl.datamodules.config import DataConfig
+from fusionpl.datamodules.images import ImageDataModule
+from fusionpl.training.config import OptimConfig
+from fusionpl.training.module import ClassificationModule
 from tests.integration.runs import DATA
 
 callback = fusionpl.OTFusion({runs})

@@ -13,9 +13,11 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from fusionpl.cli import evaluate, finetune, fuse
 from fusionpl.cli.common import main, parse
+from fusionpl.cli.outputs import in_sweep
 from fusionpl.presets import CONF
-from fusionpl.training import dashboard_name, finish_loggers, group_of, in_sweep, log_models, make_loggers
-from fusionpl.training.weights_and_biases import KEPT
+from fusionpl.training.dashboard import log_models
+from fusionpl.training.loggers import finish_loggers, make_loggers
+from fusionpl.training.weights_and_biases import KEPT, dashboard_name, group_of
 from tests.integration.runs import make_run
 
 VARIABLES = ("API_KEY", "MODE", "PROJECT", "RUN_GROUP", "RUN_ID", "SWEEP_ID", "DIR", "NAME", "JOB_TYPE")

@@ -9,9 +9,9 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
+from fusionpl.fusion.estimate import Estimate
 
 from fusionpl.cli import fuse
-from fusionpl.fusion import Estimate
 from fusionpl.presets import CONF
 from tests.integration.runs import make_run
 from tests.unit.test_documented_commands import ROOT, commands, subcommand

@@ -7,10 +7,11 @@ import pytest
 
 from fusionpl.cli import evaluate as command
 from fusionpl.cli.common import main
-from fusionpl.datamodules import DataConfig, ImageDataModule
-from fusionpl.evaluation import evaluate, evaluate_ensemble
-from fusionpl.fusion import vanilla
-from fusionpl.models import load_model
+from fusionpl.datamodules.config import DataConfig
+from fusionpl.datamodules.images import ImageDataModule
+from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble
+from fusionpl.fusion.average import vanilla
+from fusionpl.models.load import load_model
 from tests.integration.runs import DATA, make_run
 
 

@@ -10,12 +10,17 @@ import yaml
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
 
-from fusionpl.calibration import logits
+from fusionpl.calibration.forward import logits
 from fusionpl.cli import family, fuse, sweep
 from fusionpl.cli.common import main
+from fusionpl.cli.jobs import family as job
 from fusionpl.errors import FusionError
-from fusionpl.families import Binding, bind, draft, parse_family, permutation_error
-from fusionpl.models import save_model
+from fusionpl.families import draft
+from fusionpl.families.axes import Binding
+from fusionpl.families.binding import bind
+from fusionpl.families.family import parse_family
+from fusionpl.families.proof import permutation_error
+from fusionpl.models.save import save_model
 from tests.integration.runs import make_run
 from tests.models_for_tests import (
     CAUSAL,
@@ -221,12 +226,12 @@ def test_blocks_with_names_of_their_own() -> None:
     ).eval()
     words = "'encoder.layers.encoder_layer_0.self_attention' is torch's MultiheadAttention"
     with pytest.raises(FusionError, match=words):
-        family.drafted(model, family.random_batch(model))
+        job.drafted(model, job.random_batch(model))
     vit = timm_vit()
     vit.blocks = nn.Sequential(OrderedDict((f"block_{index}", one) for index, one in enumerate(vit.blocks)))  # type: ignore[arg-type]
-    text = family.drafted(vit, images(4))
+    text = job.drafted(vit, images(4))
     assert "path: blocks.block_{l}" in text
-    assert "holds" in family.proof(vit, parse_family(text), images(4), "draft")
+    assert "holds" in job.proof(vit, parse_family(text), images(4), "draft")
     vit.blocks = nn.Sequential(OrderedDict(zip("ab", vit.blocks, strict=True)))  # type: ignore[arg-type]
     with pytest.raises(FusionError, match="the blocks of blocks are called a, b, and a family tells them apart by"):
-        family.drafted(vit, images(4))
+        job.drafted(vit, images(4))

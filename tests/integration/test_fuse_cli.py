@@ -19,9 +19,12 @@ from safetensors import safe_open
 from fusionpl import load_model
 from fusionpl.cli import evaluate, finetune, fuse, sweep, train
 from fusionpl.cli.common import main
-from fusionpl.evaluation import Report, evaluate_samples
-from fusionpl.families import bind
-from fusionpl.training import TASKS
+from fusionpl.cli.jobs import fuse as job
+from fusionpl.datamodules.config import DataConfig
+from fusionpl.datamodules.images import ImageDataModule
+from fusionpl.evaluation.metrics import evaluate_samples
+from fusionpl.evaluation.report import Report
+from fusionpl.families.binding import bind
 from tests.integration.runs import hears_ctrl_c, make_run
 
 ROOT = Path(__file__).parents[2]
@@ -250,8 +253,8 @@ def check_alike(fused: Path, folder: Path, tolerance: float, *more: str) -> None
         reports.append([row for row in Report.load(folder / strategy / "report").rows if row.stage == "finetuned"])
     assert [row.name for row in reports[1]] == [row.name for row in reports[0]]
     assert len(reports[1]) == 3
-    task, settings = TASKS["image-classification"], yaml.safe_load((fused / "config.yaml").read_text())["data"]
-    batches = list(task.datamodule(task.data(**settings), 0, None).test_dataloader())
+    settings = yaml.safe_load((fused / "config.yaml").read_text())["data"]
+    batches = list(ImageDataModule(DataConfig(**settings)).test_dataloader())
     for strategy in ("ddp", "fsdp"):  # what both processes saw, in the data's order
         _, wanted = evaluate_samples([load_model(folder / f"{strategy}-finetuned")], batches)
         gathered = Report.load(folder / strategy / "report").outcomes["fused", "finetuned"]
@@ -327,7 +330,7 @@ def test_sweep_shares_calibration_and_writes_a_table(parents: list[str], tmp_pat
 
 
 def test_sweep_calibrates_once_for_cells_that_share_tokens() -> None:
-    from fusionpl.fusion import load_config
+    from fusionpl.fusion.config import load_config
 
     cells = sweep.grid(["align.reg=0.02,0.08", "calibration.tokens=all,class"])
     configs = {sweep.label(cell): load_config(None, cell) for cell in cells}
@@ -362,7 +365,7 @@ def test_a_wrong_option_is_one_line(
 def test_a_preset_to_compare_with_is_refused_before_anything_is_fused(
     parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fuse, "staged", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(job, "staged", lambda *_: pytest.fail("it began"))
     (tmp_path / "wide.yaml").write_text("calibration:\n  tokens: window:9\n")
     words = ["--parents", *parents[:2], "--output", str(tmp_path / "out"), "--compare", str(tmp_path / "wide.yaml")]
     assert "window:9 needs a class token and a square grid of at least 9 x 9" in refused(capsys, fuse.run, words)

@@ -10,10 +10,12 @@ from torch import nn
 
 import fusionpl
 from benchmarks.common import EXACT
-from fusionpl.calibration import logits
-from fusionpl.cli.alternatives import alternative
-from fusionpl.datamodules import DataConfig, ImageDataModule
-from fusionpl.models import ModelConfig, build_model
+from fusionpl.calibration.forward import logits
+from fusionpl.cli.jobs.alternative import alternative
+from fusionpl.datamodules.config import DataConfig
+from fusionpl.datamodules.images import ImageDataModule
+from fusionpl.models.build import build_model
+from fusionpl.models.config import ModelConfig
 from fusionpl.presets import CONF
 from tests.models_for_tests import hf_vit, images, sentences, text_model, timm_vit
 

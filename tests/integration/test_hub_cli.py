@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from fusionpl import load_model
 from fusionpl.cli import finetune, fuse, sweep
 from fusionpl.cli.common import main
-from fusionpl.evaluation import Report
-from fusionpl.models import save_model, train_wordpiece
+from fusionpl.evaluation.report import Report
+from fusionpl.models.save import save_model
+from fusionpl.models.tokenizers import train_wordpiece
 from tests import hub
 from tests.integration.runs import DATA, WORDS, make_run, make_sentences
 

@@ -10,8 +10,8 @@ import pytest
 
 from fusionpl.cli import evaluate, finetune, fuse, train
 from fusionpl.cli.common import main
-from fusionpl.evaluation import Report
-from fusionpl.models import load_tokenizer
+from fusionpl.evaluation.report import Report
+from fusionpl.models.tokenizers import load_tokenizer
 from tests.integration.runs import make_corpus, make_sentences
 from tests.integration.test_text_cli import preset
 

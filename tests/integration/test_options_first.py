@@ -8,13 +8,15 @@ import pytest
 from torch import nn
 
 from fusionpl import fuse, load_config
-from fusionpl.alignment import AlignConfig
-from fusionpl.calibration import CalibrationConfig
+from fusionpl.alignment.config import AlignConfig
+from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.cli import fuse as command
 from fusionpl.cli import sweep
 from fusionpl.cli.common import main
+from fusionpl.cli.jobs import fuse as job
 from fusionpl.errors import FusionError
-from fusionpl.fusion import Calibrated, FuseConfig, RefineConfig
+from fusionpl.fusion.config import FuseConfig, RefineConfig
+from fusionpl.fusion.fuse import Calibrated
 from fusionpl.models.tensors import Tensors
 from tests.integration.runs import make_run
 from tests.models_for_tests import hf_vit, images, text_model, timm_vit
@@ -183,7 +185,7 @@ def test_a_preset_to_compare_with_is_checked_before_anything_is_fused(
 ) -> None:
     paths = [str(make_run(tmp_path / "0", 0)), str(make_run(tmp_path / "1", 1, embed_dim=24))]
     (tmp_path / "beside.yaml").write_text(preset)
-    monkeypatch.setattr(command, "_Fusion", None)
+    monkeypatch.setattr(job, "_Fusion", None)
     assert main(command.run, ["--parents", *paths, "--compare", str(tmp_path / "beside.yaml"), "--logger", "none"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert words in line

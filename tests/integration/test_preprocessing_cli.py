@@ -14,12 +14,13 @@ from timm.data import create_transform, resolve_data_config  # type: ignore[attr
 from torch import Tensor, nn
 
 from fusionpl import load_model
-from fusionpl.calibration import logits
+from fusionpl.calibration.forward import logits
 from fusionpl.cli import evaluate, finetune, fuse, sweep, train
 from fusionpl.cli.common import main
-from fusionpl.datamodules import DataConfig, ImageDataModule
-from fusionpl.evaluation import Report
-from fusionpl.models import image_processing
+from fusionpl.datamodules.config import DataConfig
+from fusionpl.datamodules.images import ImageDataModule
+from fusionpl.evaluation.report import Report
+from fusionpl.models.processors import image_processing
 
 CLASSES = ("dark", "dim", "bright")
 QUIET = ["--logger", "none"]

@@ -8,8 +8,8 @@ import torch
 from fusionpl import load_model
 from fusionpl.cli import finetune, fuse
 from fusionpl.cli.common import main
-from fusionpl.evaluation import Report
-from fusionpl.models import save_model
+from fusionpl.evaluation.report import Report
+from fusionpl.models.save import save_model
 from tests.integration.runs import DATA, make_run
 
 QUICK = ["--trainer.accelerator", "cpu", "--logger", "none"]

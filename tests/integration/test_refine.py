@@ -11,12 +11,16 @@ from torch import Tensor, nn
 
 import fusionpl
 from fusionpl import schedule
-from fusionpl.calibration import CalibrationConfig, CalibrationSet, Kept
+from fusionpl.calibration.config import CalibrationConfig
+from fusionpl.calibration.cursor import CalibrationSet
+from fusionpl.calibration.kept import Kept
 from fusionpl.errors import FusionError
-from fusionpl.fusion import FuseConfig, FusionResult, RefineConfig, loss_to_mean
+from fusionpl.fusion.config import FuseConfig, RefineConfig
 from fusionpl.fusion.refine import _by_clock, _by_steps
+from fusionpl.fusion.result import FusionResult
+from fusionpl.fusion.teaching import loss_to_mean
 from fusionpl.fusion.unlabelled import Unlabelled
-from fusionpl.training import OTFusion
+from fusionpl.training.fusion_callback import OTFusion
 from tests.models_for_tests import TEXT_MODELS, images, largest_difference, outputs, sentences, text_model, timm_vit
 
 CONFIG = FuseConfig(refine=RefineConfig("gradient", start="fused", steps=60, lr=3e-3, augment=True))

@@ -19,8 +19,9 @@ from benchmarks.speed.pairs import Shape, write_folder
 from benchmarks.speed.plain import plain_fusion
 from benchmarks.speed.tables import FULL, REFIT, SETTINGS, TABLES
 from fusionpl.errors import FusionError
-from fusionpl.fusion import fuse, load_config
-from fusionpl.models import load_model
+from fusionpl.fusion.config import load_config
+from fusionpl.fusion.fuse import fuse
+from fusionpl.models.load import load_model
 from tests.models_for_tests import largest_difference, redrawn
 
 ROWS = {

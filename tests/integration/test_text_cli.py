@@ -10,7 +10,9 @@ import yaml
 
 from fusionpl.cli import finetune, fuse, sweep, train
 from fusionpl.cli.common import main
-from fusionpl.models import load_model, load_tokenizer, save_model
+from fusionpl.models.load import load_model
+from fusionpl.models.save import save_model
+from fusionpl.models.tokenizers import load_tokenizer
 from tests.integration.runs import make_corpus, make_sentences
 from tests.unit.test_vocabulary import order, shuffled, with_rows
 

@@ -21,10 +21,12 @@ from safetensors import SafetensorError
 from fusionpl.cli import train
 from fusionpl.cli.common import main
 from fusionpl.cli.outputs import resumed, run_folder, staged
-from fusionpl.datamodules import DataConfig, ImageDataModule
+from fusionpl.datamodules.config import DataConfig
+from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.errors import FusionError
-from fusionpl.evaluation import evaluate
-from fusionpl.models import class_names, load_model
+from fusionpl.evaluation.metrics import evaluate
+from fusionpl.models.load import load_model
+from fusionpl.models.save import class_names
 from tests.integration.runs import hears_ctrl_c
 
 ROOT = Path(__file__).parents[2]

@@ -1,7 +1,6 @@
 """What a fusion costs: forward passes, memory for the streams, parameters held at once. All must be linear in depth."""
 
 import gc
-import sys
 import tempfile
 import weakref
 from collections import Counter
@@ -15,10 +14,15 @@ import torch
 from torch import Tensor, nn
 
 import fusionpl
-from fusionpl.calibration import Kept, Moments
-from fusionpl.families import STEM, bind
-from fusionpl.fusion import Calibrated, make_plan, sweep
-from fusionpl.models import save_model
+from fusionpl.calibration.kept import Kept
+from fusionpl.calibration.moments import Moments
+from fusionpl.cli.jobs.sweep import sweep
+from fusionpl.families.binding import bind
+from fusionpl.families.family import STEM
+from fusionpl.fusion import fuse
+from fusionpl.fusion.fuse import Calibrated
+from fusionpl.fusion.plan import make_plan
+from fusionpl.models.save import save_model
 from fusionpl.models.tensors import Tensors
 from fusionpl.presets import CONF
 from tests.integration.runs import make_run
@@ -42,7 +46,6 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], int, int]] = {
 TEXT_SETTINGS = ("default", "tie", "three parents")
 SOFT = {"align.solver": "sinkhorn", "align.reg": 0.08}
 BATCHES = 2
-MODULE = sys.modules["fusionpl.fusion.fuse"]  # the package shows the function of that name
 
 
 def config_of(preset: str = "default", **changes: Any) -> fusionpl.FuseConfig:
@@ -244,7 +247,7 @@ def test_what_is_kept_does_not_grow_with_the_depth(memory: int, monkeypatch: pyt
     most = []
     for depth in (2, 4):
         watched: list[Watched] = []
-        monkeypatch.setattr(MODULE, "Kept", lambda limit, found=watched: found.append(Watched(limit)) or found[-1])
+        monkeypatch.setattr(fuse, "Kept", lambda limit, found=watched: found.append(Watched(limit)) or found[-1])
         Watched.most = {}
         parents = [timm_vit(seed, depth=depth) for seed in range(2)]
         fusionpl.fuse(parents, [images()], config_of(**{"calibration.memory": memory}))

@@ -10,11 +10,13 @@ from torch import nn
 from transformers import CLIPForImageClassification
 
 import fusionpl
-from fusionpl.calibration import Network, Restacked, Run
+from fusionpl.calibration.network import Network
+from fusionpl.calibration.restacked import Restacked, Run
 from fusionpl.errors import FusionError
-from fusionpl.families import bind
-from fusionpl.fusion import FusionResult, load_config
-from fusionpl.models import resized
+from fusionpl.families.binding import bind
+from fusionpl.fusion.config import load_config
+from fusionpl.fusion.result import FusionResult
+from fusionpl.models.resized import resized
 from tests.models_for_tests import (
     batch_for,
     causal,

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 import fusionpl
 from benchmarks.common import EXACT
-from fusionpl.calibration import Network, has_float64
+from fusionpl.calibration.forward import has_float64
+from fusionpl.calibration.network import Network
 from fusionpl.cli.common import main
 from fusionpl.errors import FusionError
-from fusionpl.evaluation import evaluate, evaluate_ensemble
+from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble
 from fusionpl.presets import CONF
 from tests.models_for_tests import CLASSES, VOCABULARY, hf_vit, images, outputs, sentences, text_model, timm_vit
 from tests.pretend_device import DEVICE, PretendDevice

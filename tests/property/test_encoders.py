@@ -10,9 +10,11 @@ import transformers
 from torch import Tensor, nn
 
 from fusionpl import fuse, load_config
-from fusionpl.calibration import embed
-from fusionpl.evaluation import agreement, similarities
-from fusionpl.families import bind, permutation_error, unrotatable
+from fusionpl.calibration.embeddings import embed
+from fusionpl.evaluation.neighbours import agreement, similarities
+from fusionpl.families.binding import bind
+from fusionpl.families.canonical import unrotatable
+from fusionpl.families.proof import permutation_error
 from tests.models_for_tests import redrawn
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

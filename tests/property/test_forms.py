@@ -25,11 +25,14 @@ from transformers import (
 )
 
 from fusionpl import FusionError, fuse, load_config
-from fusionpl.calibration import logits
+from fusionpl.calibration.forward import logits
 from fusionpl.cli import fuse as command
 from fusionpl.cli.common import main
-from fusionpl.families import PROOF_TOLERANCE, Family, bind, inseparable, library, parse_family, permutation_error
-from fusionpl.fusion import folding_error
+from fusionpl.families.binding import bind
+from fusionpl.families.canonical import inseparable
+from fusionpl.families.family import Family, library, parse_family
+from fusionpl.families.proof import PROOF_TOLERANCE, permutation_error
+from fusionpl.fusion.forms import folding_error
 from tests.integration.runs import make_run
 from tests.models_for_tests import (
     CLASSES,

@@ -1,21 +1,27 @@
 """What a linear module writes may be described by what it reads: the same moments, the same refit."""
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from fusionpl.calibration.inputs import InputMoments, sources
+from fusionpl.fusion.sweep import look
 from torch import Tensor, nn
 
 import fusionpl
-from fusionpl.calibration import CalibrationConfig, CalibrationSet, Kept, Moments, Network, no_progress, sources
-from fusionpl.calibration.inputs import InputMoments
-from fusionpl.families import bind
+from fusionpl.calibration import observe
+from fusionpl.calibration.batches import no_progress
+from fusionpl.calibration.config import CalibrationConfig
+from fusionpl.calibration.cursor import CalibrationSet
+from fusionpl.calibration.kept import Kept
+from fusionpl.calibration.moments import Moments
+from fusionpl.calibration.network import Network
+from fusionpl.families.binding import bind
 from fusionpl.fusion import plan
 from fusionpl.fusion.survey import Survey
-from fusionpl.fusion.sweep import Team, look
+from fusionpl.fusion.team import Team
 from tests.models_for_tests import (
     CAUSAL,
     ELECTRA,
@@ -30,7 +36,6 @@ from tests.models_for_tests import (
     timm_vit,
 )
 
-OBSERVE = sys.modules["fusionpl.calibration.observe"]  # the package shows the function of that name
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     **FAMILIES,
     **{name: lambda seed, name=name: text_model(name, seed) for name in TEXT_MODELS},
@@ -71,7 +76,7 @@ def test_moments_of_outputs_follow_from_those_of_inputs(name: str, monkeypatch: 
     monkeypatch.setattr(InputMoments, "moments", spy)
     derived = moments(models)
     assert any(key[0].endswith(".q") for key in used)
-    monkeypatch.setattr(OBSERVE, "sources", lambda *_: [])
+    monkeypatch.setattr(observe, "sources", lambda *_: [])
     direct = moments(models)
     for key in used:
         for scale in ("standardize", "none"):

@@ -8,16 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from fusionpl.fusion.estimate import estimate
+from fusionpl.fusion.goal import settled
 from torch import Tensor, nn
 
 import fusionpl
-from fusionpl.alignment import ChosenUnits, choose, joint_problems, joint_stream
-from fusionpl.calibration import Network, logits
+from fusionpl.calibration.forward import logits
+from fusionpl.calibration.network import Network
 from fusionpl.errors import FusionError
-from fusionpl.families import bind, own_state
-from fusionpl.fusion import FusionResult, estimate, load_config, make_plan, refit, settled, vanilla
-from fusionpl.models import save_model
-from fusionpl.transport import NormalEquations, fit_ridge
+from fusionpl.families.apply import own_state
+from fusionpl.families.binding import bind
+from fusionpl.fusion import refit
+from fusionpl.fusion.average import vanilla
+from fusionpl.fusion.config import load_config
+from fusionpl.fusion.methods.one_stream import ChosenUnits, choose, joint_problems, joint_stream
+from fusionpl.fusion.plan import make_plan
+from fusionpl.fusion.result import FusionResult
+from fusionpl.models.save import save_model
+from fusionpl.transport.least_squares import NormalEquations, fit_ridge
 from tests.integration.runs import make_run
 from tests.models_for_tests import (
     TEXT_MODELS,

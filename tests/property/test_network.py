@@ -7,10 +7,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusionpl.calibration import Network, Place, captured, eval_mode, logits, places_of
+from fusionpl.calibration.cursor import places_of
+from fusionpl.calibration.forward import eval_mode, logits
+from fusionpl.calibration.network import Network
+from fusionpl.calibration.taps import Place, captured
 from fusionpl.errors import FusionError
-from fusionpl.families import STEM, TAIL, Tap, bind, canonical, section_of, without_scales
-from fusionpl.models import load_model, open_model, save_model
+from fusionpl.families import canonical
+from fusionpl.families.axes import Tap, section_of
+from fusionpl.families.binding import bind
+from fusionpl.families.canonical import without_scales
+from fusionpl.families.family import STEM, TAIL
+from fusionpl.models.load import load_model
+from fusionpl.models.opened import open_model
+from fusionpl.models.save import save_model
 from tests.integration.runs import make_run
 from tests.models_for_tests import FAMILIES, TEXT_MODELS, images, sentences, text_model, timm_vit
 

@@ -11,14 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fusionpl.errors import FusionError
-from fusionpl.families import (
-    allowed,
-    bind,
-    check_compatible,
-    permutation_error,
-    permuted,
-    random_permutations,
-)
+from fusionpl.families.binding import bind
+from fusionpl.families.compatible import check_compatible
+from fusionpl.families.proof import allowed, permutation_error, permuted, random_permutations
 from tests.models_for_tests import CAUSAL, ELECTRA, MODERN, ROBERTA, STACKS, VISION, causal, run, text_outputs
 
 BUILD: dict[str, Callable[[int], nn.Module]] = {

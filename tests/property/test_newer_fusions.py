@@ -7,12 +7,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusionpl.alignment import AlignConfig
-from fusionpl.calibration import Network
+from fusionpl.alignment.config import AlignConfig
+from fusionpl.calibration.network import Network
 from fusionpl.errors import FusionError
-from fusionpl.families import bind, permuted
-from fusionpl.fusion import FuseConfig, FusionResult, RefitConfig, fuse, vanilla
-from fusionpl.models import load_model, save_model
+from fusionpl.families.binding import bind
+from fusionpl.families.proof import permuted
+from fusionpl.fusion.average import vanilla
+from fusionpl.fusion.config import FuseConfig, RefitConfig
+from fusionpl.fusion.fuse import fuse
+from fusionpl.fusion.result import FusionResult
+from fusionpl.models.load import load_model
+from fusionpl.models.save import save_model
 from tests.models_for_tests import batch_for, causal, largest_difference, real, run, sentences
 from tests.property.test_newer_families import BUILD
 

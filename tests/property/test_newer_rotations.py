@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from fusionpl.calibration import Network
+from fusionpl.calibration.network import Network
 from fusionpl.errors import FusionError
-from fusionpl.families import aligned_state, bind, canonical, load_parameters, own_state, permuted
-from fusionpl.fusion import FusionResult
-from fusionpl.transport import TransportMap
+from fusionpl.families import canonical
+from fusionpl.families.apply import aligned_state, load_parameters, own_state
+from fusionpl.families.binding import bind
+from fusionpl.families.proof import permuted
+from fusionpl.fusion.result import FusionResult
+from fusionpl.transport.maps import TransportMap
 from tests.models_for_tests import causal, run
 from tests.property.test_newer_families import BUILD
 from tests.property.test_newer_fusions import fused

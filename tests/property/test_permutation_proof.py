@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from timm.layers.norm import LayerNorm
 from torch import nn
 
-from fusionpl.families import bind, parse_family, permutation_error, permuted, random_permutations
+from fusionpl.families.binding import bind
+from fusionpl.families.family import parse_family
+from fusionpl.families.proof import permutation_error, permuted, random_permutations
 from tests.models_for_tests import FAMILIES, hf_vit, outputs, timm_vit
 
 TIMM: dict[str, dict[str, Any]] = {

@@ -7,12 +7,17 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
-from fusionpl.alignment import AlignConfig
-from fusionpl.calibration import Network
+from fusionpl.alignment.config import AlignConfig
+from fusionpl.calibration.network import Network
 from fusionpl.errors import FusionError
-from fusionpl.families import aligned_state, bind, canonical, load_parameters, own_state, permuted
-from fusionpl.fusion import FuseConfig, FusionResult, fuse
-from fusionpl.transport import TransportMap
+from fusionpl.families import canonical
+from fusionpl.families.apply import aligned_state, load_parameters, own_state
+from fusionpl.families.binding import bind
+from fusionpl.families.proof import permuted
+from fusionpl.fusion.config import FuseConfig
+from fusionpl.fusion.fuse import fuse
+from fusionpl.fusion.result import FusionResult
+from fusionpl.transport.maps import TransportMap
 from tests.models_for_tests import FAMILIES, images, largest_difference, outputs, timm_vit
 
 ROTATION: dict[str, Any] = {"stream": "rotation", "residual": "tie", "heads": "matched"}

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 import fusionpl
-from fusionpl.alignment import AlignConfig
-from fusionpl.calibration import Kept
+from fusionpl.alignment.config import AlignConfig
+from fusionpl.calibration.kept import Kept
 from fusionpl.errors import FusionError
-from fusionpl.families import allowed, bind, permuted, random_permutations
-from fusionpl.fusion import FuseConfig, RefitConfig, describe, fuse, load_config, make_plan
+from fusionpl.families.binding import bind
+from fusionpl.families.proof import allowed, permuted, random_permutations
+from fusionpl.fusion.config import FuseConfig, RefitConfig, load_config
+from fusionpl.fusion.fuse import fuse
+from fusionpl.fusion.plan import describe, make_plan
 from tests.models_for_tests import STACKS, batch_for, largest_difference, run, t5
 
 EXACT: dict[str, Any] = {"residual": "tie", "heads": "matched", "solver": "assignment"}

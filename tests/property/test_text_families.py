@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusionpl.alignment import AlignConfig
-from fusionpl.calibration import CalibrationConfig
+from fusionpl.alignment.config import AlignConfig
+from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.errors import FusionError
-from fusionpl.families import bind, permutation_error, permuted, random_permutations
-from fusionpl.fusion import FuseConfig, FusionResult, RefitConfig, fuse, load_config
+from fusionpl.families.binding import bind
+from fusionpl.families.proof import permutation_error, permuted, random_permutations
+from fusionpl.fusion.config import FuseConfig, RefitConfig, load_config
+from fusionpl.fusion.fuse import fuse
+from fusionpl.fusion.result import FusionResult
 from tests.models_for_tests import (
     ELECTRA,
     ROBERTA,

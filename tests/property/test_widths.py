@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusionpl.alignment import AlignConfig
-from fusionpl.families import bind, load_parameters
-from fusionpl.fusion import FuseConfig, fuse
+from fusionpl.alignment.config import AlignConfig
+from fusionpl.families.apply import load_parameters
+from fusionpl.families.binding import bind
+from fusionpl.fusion.config import FuseConfig
+from fusionpl.fusion.fuse import fuse
 from tests.models_for_tests import FAMILIES, images, outputs
 
 WIDTH, MLP, HEADS, HEAD_DIM = 16, 24, 4, 4

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from fusionpl import fuse, load_config, load_model
 from fusionpl.errors import FusionError
-from fusionpl.models import load_tokenizer, open_model, save_model, train_wordpiece
+from fusionpl.models.opened import open_model
+from fusionpl.models.save import save_model
+from fusionpl.models.tokenizers import load_tokenizer, train_wordpiece
 from tests import hub
 from tests.integration.runs import WORDS
 from tests.models_for_tests import hf_vit, images, largest_difference, outputs, redrawn, sentences, text_model

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusionpl.calibration import CalibrationConfig, batches
-from fusionpl.fusion import Advice, advise
+from fusionpl.calibration.batches import batches
+from fusionpl.calibration.config import CalibrationConfig
+from fusionpl.fusion.advice import Advice, advise
 from tests.models_for_tests import CLASSES, causal, images, timm_vit
 
 EVEN = [0.5, 0.5]

@@ -9,12 +9,16 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
-from fusionpl.alignment import AlignConfig
-from fusionpl.calibration import CalibrationConfig, logits, recorded
+from fusionpl.alignment.config import AlignConfig
+from fusionpl.calibration.config import CalibrationConfig
+from fusionpl.calibration.forward import logits
+from fusionpl.calibration.taps import recorded
 from fusionpl.errors import FusionError
-from fusionpl.families import bind
-from fusionpl.fusion import FuseConfig, FusionResult, fuse
-from fusionpl.transport import TransportMap
+from fusionpl.families.binding import bind
+from fusionpl.fusion.config import FuseConfig
+from fusionpl.fusion.fuse import fuse
+from fusionpl.fusion.result import FusionResult
+from fusionpl.transport.maps import TransportMap
 from tests.models_for_tests import FAMILIES, images, timm_vit
 
 Maps = dict[str, TransportMap]

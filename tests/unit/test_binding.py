@@ -13,18 +13,11 @@ from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from fusionpl.errors import FusionError
-from fusionpl.families import (
-    Binding,
-    Family,
-    Join,
-    bind,
-    check_compatible,
-    check_finite,
-    family_of,
-    library,
-    own_state,
-    parse_family,
-)
+from fusionpl.families.apply import own_state
+from fusionpl.families.axes import Binding, Join
+from fusionpl.families.binding import bind
+from fusionpl.families.compatible import check_compatible, check_finite
+from fusionpl.families.family import Family, family_of, library, parse_family
 from tests.models_for_tests import FAMILIES, hf_vit, siglip, timm_vit
 
 TOY = """

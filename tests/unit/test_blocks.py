@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fusionpl.alignment import likeness, matched, spread, telling
+from fusionpl.alignment.blocks import likeness, matched, spread, telling
 
 
 def test_streams_that_are_rotated_and_scaled_are_alike() -> None:

@@ -5,29 +5,28 @@ from typing import Any
 
 import pytest
 import torch
+from fusionpl.fusion.sweep import look
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fusionpl.calibration import (
-    CalibrationConfig,
-    CalibrationSet,
-    Kept,
-    Moments,
-    Network,
-    Scale,
-    batches,
-    inputs_of,
-    logits,
-    no_progress,
-    recorded,
-    select,
-)
+from fusionpl.calibration.batches import batches, no_progress
+from fusionpl.calibration.config import CalibrationConfig, Scale
+from fusionpl.calibration.cursor import CalibrationSet
+from fusionpl.calibration.forward import inputs_of, logits
+from fusionpl.calibration.kept import Kept
+from fusionpl.calibration.moments import Moments
+from fusionpl.calibration.network import Network
+from fusionpl.calibration.taps import recorded
+from fusionpl.calibration.tokens import select
 from fusionpl.errors import FusionError
-from fusionpl.families import Binding, bind, parse_family
+from fusionpl.families.axes import Binding
+from fusionpl.families.binding import bind
+from fusionpl.families.family import parse_family
 from fusionpl.fusion.survey import Survey
-from fusionpl.fusion.sweep import Team, look
-from fusionpl.transport import Gram, gram, ground_metric, solve
+from fusionpl.fusion.team import Team
+from fusionpl.transport.costs import Gram, gram, ground_metric
+from fusionpl.transport.solvers import solve
 from tests.models_for_tests import FAMILIES, hf_vit, images, timm_vit
 
 SCALES: tuple[Scale, ...] = ("standardize", "center", "normalize", "none")

@@ -1,15 +1,19 @@
+import inspect
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
+from lightning import Trainer
 
 import fusionpl
-from fusionpl.alignment import AlignConfig
+from fusionpl.alignment.config import AlignConfig
 from fusionpl.cli import finetune, fuse, train
 from fusionpl.cli.common import parse, task_of, with_presets
 from fusionpl.errors import FusionError
-from fusionpl.fusion import FuseConfig, RefitConfig
+from fusionpl.fusion.config import FuseConfig, RefitConfig
+from fusionpl.training.config import TrainerConfig
 
 CONF = Path(__file__).parents[2] / "conf"
 PARSERS = {"train": train.build_parser, "fuse": fuse.build_parser, "finetune": finetune.build_parser}
@@ -121,3 +125,15 @@ def test_a_word_that_is_no_choice_is_refused_in_the_library_too() -> None:
         FuseConfig(strategy="average")  # type: ignore[arg-type]
     with pytest.raises(FusionError, match=r"refit\.method is one of"):
         RefitConfig(method="rigde")  # type: ignore[arg-type]
+
+
+LEFT_OUT = {  # what this project decides itself
+    "barebones", "callbacks", "default_root_dir", "enable_checkpointing", "logger", "model_registry", "plugins",
+    "reload_dataloaders_every_n_epochs", "use_distributed_sampler",
+}  # fmt: skip
+
+
+def test_options_of_the_trainer_are_lightnings() -> None:
+    arguments = dict(inspect.signature(Trainer).parameters)
+    options = {option.name: option.default for option in fields(TrainerConfig)}
+    assert options == {name: one.default for name, one in arguments.items() if name not in LEFT_OUT}

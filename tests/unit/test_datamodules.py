@@ -10,11 +10,14 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from fusionpl.datamodules import DataConfig, ImageDataModule
+from fusionpl.datamodules import config
 from fusionpl.datamodules.base import ShareSampler
-from fusionpl.datamodules.images import augment, channels_of, size_of
+from fusionpl.datamodules.config import DataConfig
+from fusionpl.datamodules.images import ImageDataModule, augment, channels_of, size_of
 from fusionpl.errors import FusionError
-from fusionpl.models import ModelConfig, build_model
+from fusionpl.models.build import build_model
+from fusionpl.models.config import ModelConfig
+from fusionpl.models.preprocessing import NORMALIZATIONS
 from tests.models_for_tests import hf_vit, text_model, timm_vit
 
 PARTS = ("train", "validation", "calibration", "test")
@@ -252,17 +255,21 @@ def test_a_missing_column(tmp_path: Path, columns: dict[str, Any], words: str) -
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("options", "words"),
     [
-        (DataConfig(path="./nowhere"), "no data set at nowhere; --data.path takes"),
-        (DataConfig(channels=2), "data.channels must be 1 or 3, not 2"),
-        (DataConfig(validation=-1), "data.validation is -1; it must be 0 or more"),
-        (DataConfig(on_device=True, num_workers=2), "data.on_device needs data.num_workers 0, not 2"),
+        ({"path": "./nowhere"}, "no data set at nowhere; --data.path takes"),
+        ({"channels": 2}, "data.channels must be 1 or 3, not 2"),
+        ({"validation": -1}, "data.validation is -1; it must be 0 or more"),
+        ({"on_device": True, "num_workers": 2}, "data.on_device needs data.num_workers 0, not 2"),
     ],
 )
-def test_a_config_that_cannot_be_served(config: DataConfig, words: str) -> None:
+def test_a_config_that_cannot_be_served(options: dict[str, Any], words: str) -> None:
     with pytest.raises(FusionError, match=words):
-        ImageDataModule(config).train_dataloader()
+        ImageDataModule(DataConfig(**options)).train_dataloader()
+
+
+def test_options_name_every_normalisation() -> None:
+    assert set(config.NORMALIZATIONS) == set(NORMALIZATIONS)
 
 
 @pytest.mark.parametrize(

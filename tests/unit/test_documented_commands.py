@@ -13,8 +13,8 @@ from fusionpl.cli import finetune, fuse, sweep, train
 from fusionpl.cli.alternatives import compared
 from fusionpl.cli.common import parse, parse_options, task_of, with_presets
 from fusionpl.cli.completion import PARSERS
-from fusionpl.fusion import load_config
-from fusionpl.training import TaskName
+from fusionpl.fusion.config import load_config
+from fusionpl.training.tasks import TaskName
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

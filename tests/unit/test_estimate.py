@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from fusionpl.fusion.estimate import Estimate, estimate
 from torch import nn
 
-from fusionpl.calibration import GIB, Network
+from fusionpl.calibration.kept import GIB
+from fusionpl.calibration.network import Network
 from fusionpl.errors import FusionError
-from fusionpl.families import bind
-from fusionpl.fusion import Estimate, estimate, load_config, make_plan, trial_of
-from fusionpl.fusion.units import TRIAL
+from fusionpl.families.binding import bind
+from fusionpl.fusion.config import load_config
+from fusionpl.fusion.plan import make_plan
+from fusionpl.fusion.survey import TRIAL
+from fusionpl.fusion.units import trial_of
 from tests.models_for_tests import CAUSAL, ELECTRA, VISION, causal, images, sentences, text_model, timm_vit
 
 CPU = torch.device("cpu")

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, nll_loss
 
 from fusionpl.errors import FusionError
-from fusionpl.evaluation import Curve, evaluate, evaluate_ensemble, flops, interpolation, parameters
+from fusionpl.evaluation.barrier import Curve, interpolation
+from fusionpl.evaluation.cost import flops, parameters
+from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble
 
 CLASSES = 5
 Batch = dict[str, Tensor]

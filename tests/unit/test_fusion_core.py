@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from fusionpl.alignment import AlignConfig
-from fusionpl.calibration import CalibrationConfig
+from fusionpl.alignment.config import AlignConfig
+from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.errors import FusionError
-from fusionpl.families import permuted
-from fusionpl.fusion import FuseConfig, FusionResult, fuse
-from fusionpl.models import class_names
+from fusionpl.families.proof import permuted
+from fusionpl.fusion.config import FuseConfig
+from fusionpl.fusion.fuse import fuse
+from fusionpl.fusion.result import FusionResult
+from fusionpl.models.save import class_names
 from tests.models_for_tests import FAMILIES, hf_vit, images, largest_difference, outputs, timm_vit
 
 RESIDUALS = ("average", "branch", "skip", "weighted_scalar", "weighted_matrix", "tie")

@@ -9,13 +9,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fusionpl.calibration import CalibrationConfig, batches, logits
+from fusionpl.calibration.batches import batches
+from fusionpl.calibration.config import CalibrationConfig
+from fusionpl.calibration.forward import logits
 from fusionpl.errors import FusionError
-from fusionpl.families import permuted
-from fusionpl.fusion import FuseConfig, RefitConfig, fuse
+from fusionpl.families.proof import permuted
+from fusionpl.fusion.config import FuseConfig, RefitConfig
+from fusionpl.fusion.fuse import fuse
 from fusionpl.fusion.heads import fit_head, head_of
 from fusionpl.fusion.refit import predicting
-from fusionpl.models import load_model, save_model
+from fusionpl.models.load import load_model
+from fusionpl.models.save import save_model
 from tests.models_for_tests import FAMILIES, images, largest_difference, redrawn, timm_vit
 
 EVEN = [0.5, 0.5]

@@ -8,7 +8,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fusionpl.errors import FusionError
-from fusionpl.models import load_model, load_tokenizer, open_model, save_model, short_name, train_wordpiece
+from fusionpl.models.hub import short_name
+from fusionpl.models.load import load_model
+from fusionpl.models.opened import open_model
+from fusionpl.models.save import save_model
+from fusionpl.models.tokenizers import load_tokenizer, train_wordpiece
 from tests import hub
 from tests.models_for_tests import largest_difference, text_model
 

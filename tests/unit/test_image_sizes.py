@@ -13,9 +13,14 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from fusionpl import fuse, load_config, load_model
-from fusionpl.calibration import logits
+from fusionpl.calibration.forward import logits
 from fusionpl.errors import FusionError
-from fusionpl.models import ModelConfig, build_model, load_parent, open_model, save_model, with_image_size
+from fusionpl.models.build import build_model
+from fusionpl.models.config import ModelConfig
+from fusionpl.models.images import with_image_size
+from fusionpl.models.opened import open_model
+from fusionpl.models.save import save_model
+from fusionpl.models.vocabulary import load_parent
 from tests.models_for_tests import largest_difference, redrawn, text_model
 
 HF = {"patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24,

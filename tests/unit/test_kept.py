@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fusionpl
-from fusionpl.calibration import Kept, budget, free_memory, kept
+from fusionpl.calibration import kept
+from fusionpl.calibration.kept import Kept, budget, free_memory
 from fusionpl.errors import FusionError
 from tests.models_for_tests import images, timm_vit
 

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from fusionpl import fuse, load_config
-from fusionpl.calibration import Network
-from fusionpl.families import bind
+from fusionpl.calibration.network import Network
+from fusionpl.families.binding import bind
 from fusionpl.fusion.kin import ALIKE, weights_alike
-from fusionpl.models import base_models, save_model
+from fusionpl.models.lineage import base_models
+from fusionpl.models.save import save_model
 from tests.models_for_tests import FAMILIES, images, logits, sentences, text_model, timm_vit
 
 QUICK = {"align.solver": "emd", "refit.method": "none"}

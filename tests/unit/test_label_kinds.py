@@ -17,12 +17,17 @@ from fusionpl.cli.common import main
 from fusionpl.cli.evaluate import run as evaluate_command
 from fusionpl.cli.finetune import run as finetune
 from fusionpl.cli.fuse import run as fuse_command
-from fusionpl.datamodules import TextClassificationConfig, TextClassificationDataModule
+from fusionpl.datamodules.config import TextClassificationConfig
+from fusionpl.datamodules.text_classification import TextClassificationDataModule
 from fusionpl.errors import FusionError
-from fusionpl.evaluation import evaluate, evaluate_samples
-from fusionpl.fusion import log_odds, loss_to_mean
-from fusionpl.models import kind_of, load_model, with_classifier
-from fusionpl.training import ClassificationModule, OptimConfig
+from fusionpl.evaluation.metrics import evaluate, evaluate_samples
+from fusionpl.fusion.answers import log_odds
+from fusionpl.fusion.teaching import loss_to_mean
+from fusionpl.models.heads import with_classifier
+from fusionpl.models.labels import kind_of
+from fusionpl.models.load import load_model
+from fusionpl.training.config import OptimConfig
+from fusionpl.training.module import ClassificationModule
 from tests.models_for_tests import redrawn
 
 TAGS = ("cat", "dog", "fox", "hen")

@@ -15,30 +15,26 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForMaskedLM
 
-from fusionpl.calibration import logits
-from fusionpl.cli.measuring import Cost, measure
-from fusionpl.datamodules import (
-    CausalTextDataModule,
-    MaskedTextConfig,
-    MaskedTextDataModule,
-    SpanTextConfig,
-    SpanTextDataModule,
-    TextConfig,
-)
+from fusionpl.calibration.forward import logits
+from fusionpl.cli.jobs.measuring import Cost, measure
+from fusionpl.datamodules.config import MaskedTextConfig, SpanTextConfig, TextConfig
 from fusionpl.datamodules.corpora import corpus
+from fusionpl.datamodules.text import CausalTextDataModule, MaskedTextDataModule, SpanTextDataModule
 from fusionpl.errors import FusionError
-from fusionpl.evaluation import Report, Row, continuation, evaluate, evaluate_ensemble, interpolation
-from fusionpl.families import bind
-from fusionpl.fusion import FuseConfig, vanilla
-from fusionpl.models import (
-    ModelConfig,
-    build_model,
-    load_model,
-    save_model,
-    train_bpe,
-    train_wordpiece,
-    with_classifier,
-)
+from fusionpl.evaluation import continuation
+from fusionpl.evaluation.barrier import interpolation
+from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble
+from fusionpl.evaluation.report import Report
+from fusionpl.evaluation.rows import Row
+from fusionpl.families.binding import bind
+from fusionpl.fusion.average import vanilla
+from fusionpl.fusion.config import FuseConfig
+from fusionpl.models.build import build_model
+from fusionpl.models.config import ModelConfig
+from fusionpl.models.heads import with_classifier
+from fusionpl.models.load import load_model
+from fusionpl.models.save import save_model
+from fusionpl.models.tokenizers import train_bpe, train_wordpiece
 from tests.integration.runs import make_corpus
 
 COMMON = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2}
@@ -180,7 +176,7 @@ def test_bits_per_byte_of_predicting_bytes_alike(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_tokenizers_are_the_same_in_every_process() -> None:
     code = (
-        "from fusionpl.datamodules import *;"
+        "from fusionpl.datamodules.config import *; from fusionpl.datamodules.text import *;"
         "made = [CausalTextDataModule(TextConfig(vocab_size=500))];"
         "made += [MaskedTextDataModule(MaskedTextConfig(vocab_size=500))];"
         "print(*(one.tokenizer.backend_tokenizer.to_str() for one in made), sep='\\n')"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusionpl.transport import NormalEquations, fit_ridge
+from fusionpl.transport.least_squares import NormalEquations, fit_ridge
 
 
 def problem(rows: int = 200, noise: float = 0.1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,9 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fusionpl.calibration import logits
+from fusionpl.calibration.forward import logits
 from fusionpl.errors import FusionError
-from fusionpl.models import ModelConfig, build_model, class_names, load_model, save_model
+from fusionpl.models.build import build_model
+from fusionpl.models.config import ModelConfig
+from fusionpl.models.load import load_model
+from fusionpl.models.save import class_names, save_model
 
 NAMES = ("ant", "bee", "cat")
 TIMM = ModelConfig(

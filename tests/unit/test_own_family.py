@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fusionpl import FusionError, fuse
-from fusionpl.families import Family, family_of, library, parse_family, read_family
+from fusionpl.families.family import Family, family_of, library, parse_family, read_family
 from tests.models_for_tests import images, outputs, timm_vit
 
 VIT = (resources.files("fusionpl.families") / "library/vit_timm.yaml").read_text()

@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusionpl.evaluation import Curve, MatchedAxis, Outcomes, Report, Row
+from fusionpl.evaluation.barrier import Curve
 from fusionpl.evaluation.html import page
-from fusionpl.transport import TransportMap
+from fusionpl.evaluation.matched import MatchedAxis
+from fusionpl.evaluation.outcomes import Outcomes
+from fusionpl.evaluation.report import Report
+from fusionpl.evaluation.rows import Row
+from fusionpl.transport.maps import TransportMap
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "</script><script>document.title='broken'</script>"

@@ -18,18 +18,15 @@ from timm.data import create_transform, resolve_data_config  # type: ignore[attr
 from torch import Tensor, nn
 
 from fusionpl import fuse, load_config, load_model
-from fusionpl.calibration import logits
-from fusionpl.datamodules import DataConfig, ImageDataModule
+from fusionpl.calibration.forward import logits
+from fusionpl.datamodules.config import DataConfig
+from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.errors import FusionError
-from fusionpl.models import (
-    NORMALIZATIONS,
-    ImageProcessing,
-    for_pixels,
-    image_processing,
-    load_parent,
-    save_image_processing,
-    save_model,
-)
+from fusionpl.models.pixels import for_pixels
+from fusionpl.models.preprocessing import NORMALIZATIONS, ImageProcessing
+from fusionpl.models.processors import image_processing, save_image_processing
+from fusionpl.models.save import save_model
+from fusionpl.models.vocabulary import load_parent
 from tests.unit.test_image_sizes import BUILD
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fusionpl import fuse, load_config
-from fusionpl.calibration import logits
+from fusionpl.calibration.forward import logits
 from fusionpl.errors import FusionError
-from fusionpl.fusion import FusionResult
+from fusionpl.fusion.result import FusionResult
 from fusionpl.presets import CONF
-from fusionpl.transport import COMBINATIONS, NormalEquations, fit_ridge, full_float32, procrustes, procrustes_batch
-from fusionpl.transport.least_squares import PENALTIES
-from fusionpl.transport.products import cross_product, self_product
+from fusionpl.transport.least_squares import COMBINATIONS, PENALTIES, NormalEquations, fit_ridge
+from fusionpl.transport.products import cross_product, full_float32, self_product
+from fusionpl.transport.solvers import procrustes, procrustes_batch
 from tests.models_for_tests import images, sentences, text_model, timm_vit
 
 BUILDERS: dict[str, Any] = {"vit_timm": timm_vit, "bert": lambda seed: text_model("bert masked-lm", seed)}

@@ -4,10 +4,11 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from fusionpl.cli.push import push_run
+from fusionpl.cli.jobs.push import push_run
 from fusionpl.errors import FusionError
-from fusionpl.models import Ancestor, check_push, lineage, parents_section
 from fusionpl.models.hub import HubId
+from fusionpl.models.lineage import Ancestor, lineage, parents_section
+from fusionpl.models.push import check_push
 from fusionpl.paths import public, public_command, public_settings
 from tests import hub
 

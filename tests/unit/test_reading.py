@@ -16,8 +16,12 @@ from torch import Tensor, nn
 
 from fusionpl import fuse, load_config, load_model
 from fusionpl.errors import FusionError
-from fusionpl.families import bind
-from fusionpl.models import ModelConfig, build_model, open_model, save_model, with_classifier
+from fusionpl.families.binding import bind
+from fusionpl.models.build import build_model
+from fusionpl.models.config import ModelConfig
+from fusionpl.models.heads import with_classifier
+from fusionpl.models.opened import open_model
+from fusionpl.models.save import save_model
 from tests.models_for_tests import largest_difference, redrawn, sentences, text_model
 
 SIZES: dict[str, Any] = {

@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusionpl.alignment import AlignConfig
-from fusionpl.calibration import CalibrationConfig
-from fusionpl.families import bind, permuted
-from fusionpl.fusion import FuseConfig, FusionResult, RefitConfig, fuse
+from fusionpl.alignment.config import AlignConfig
+from fusionpl.calibration.config import CalibrationConfig
+from fusionpl.families.binding import bind
+from fusionpl.families.proof import permuted
+from fusionpl.fusion.config import FuseConfig, RefitConfig
+from fusionpl.fusion.fuse import fuse
+from fusionpl.fusion.result import FusionResult
 from tests.models_for_tests import FAMILIES, images, largest_difference, outputs, timm_vit
 
 CALIBRATION = [images(128)]

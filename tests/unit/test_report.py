@@ -16,8 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from fusionpl.errors import FusionError
-from fusionpl.evaluation import Curve, MatchedAxis, Report, Row, matched, plots
-from fusionpl.transport import TransportMap
+from fusionpl.evaluation import matched, plots
+from fusionpl.evaluation.barrier import Curve
+from fusionpl.evaluation.matched import MatchedAxis
+from fusionpl.evaluation.report import Report
+from fusionpl.evaluation.rows import Row
+from fusionpl.transport.maps import TransportMap
 
 VANILLA = Curve((0, 0.5, 1), (0.98, 0.16, 0.97), (0.1, 4.0, 0.2))
 ALIGNED = Curve((0, 0.5, 1), (0.98, 0.72, 0.7), (0.1, 0.9, 0.8))

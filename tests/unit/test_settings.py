@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from benchmarks.settings import DOCS, classes, section, settings_of
 from fusionpl import FuseConfig, FusionError, fuse
-from fusionpl.alignment import AlignConfig
-from fusionpl.calibration import logits
-from fusionpl.fusion import RefitConfig
-from fusionpl.models import compare_settings
-from fusionpl.models.settings import judgements
+from fusionpl.alignment.config import AlignConfig
+from fusionpl.calibration.forward import logits
+from fusionpl.fusion.config import RefitConfig
+from fusionpl.models.settings import compare_settings, judgements
 from tests.models_for_tests import hf_vit, images, redrawn, timm_vit
 
 NAMES = dict.fromkeys(["A", "B"])

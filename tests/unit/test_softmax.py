@@ -8,8 +8,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from fusionpl.transport import fit_softmax, log_mean
-from fusionpl.transport.softmax import PENALTIES, _Problem
+from fusionpl.transport.softmax import PENALTIES, _Problem, fit_softmax, log_mean
 
 
 def drawn(

@@ -15,11 +15,16 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import BertConfig, BertForMaskedLM
 
 import fusionpl
-from fusionpl.calibration import CalibrationConfig, CalibrationSet, Kept
-from fusionpl.datamodules import DataConfig, ImageDataModule, MaskedTextConfig, MaskedTextDataModule
+from fusionpl.calibration.config import CalibrationConfig
+from fusionpl.calibration.cursor import CalibrationSet
+from fusionpl.calibration.kept import Kept
+from fusionpl.datamodules.config import DataConfig, MaskedTextConfig
+from fusionpl.datamodules.images import ImageDataModule
+from fusionpl.datamodules.text import MaskedTextDataModule
 from fusionpl.errors import FusionError
-from fusionpl.fusion import FuseConfig, FusionResult, RefineConfig, load_config
+from fusionpl.fusion.config import FuseConfig, RefineConfig, load_config
 from fusionpl.fusion.refine import refine
+from fusionpl.fusion.result import FusionResult
 from fusionpl.fusion.teaching import Teaching
 from fusionpl.fusion.unlabelled import JUDGES, Unlabelled
 from tests.integration.runs import make_corpus

@@ -11,11 +11,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from fusionpl.datamodules import IGNORED, MaskedTextConfig, MaskedTextDataModule
+from fusionpl.datamodules.base import IGNORED
+from fusionpl.datamodules.config import MaskedTextConfig
 from fusionpl.datamodules.corpora import corpus
-from fusionpl.datamodules.text import check_length
+from fusionpl.datamodules.text import MaskedTextDataModule, check_length
 from fusionpl.errors import FusionError
-from fusionpl.models import check_tokenizers, load_tokenizer, save_model, train_wordpiece
+from fusionpl.models.pipelines import check_tokenizers
+from fusionpl.models.save import save_model
+from fusionpl.models.tokenizers import load_tokenizer, train_wordpiece
 from tests.integration.runs import WORDS, make_corpus
 
 PARTS = ("train", "validation", "calibration", "test")

@@ -9,10 +9,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fusionpl.datamodules import TextClassificationConfig, TextClassificationDataModule
+from fusionpl.datamodules.config import TextClassificationConfig
+from fusionpl.datamodules.text_classification import TextClassificationDataModule
 from fusionpl.errors import FusionError
-from fusionpl.models import train_wordpiece, with_classifier
-from fusionpl.training import ClassificationModule, OptimConfig
+from fusionpl.models.heads import with_classifier
+from fusionpl.models.tokenizers import train_wordpiece
+from fusionpl.training.config import OptimConfig
+from fusionpl.training.module import ClassificationModule
 from tests.integration.runs import WORDS, make_sentences
 from tests.models_for_tests import text_model
 

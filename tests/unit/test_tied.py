@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from fusionpl import fuse, load_config, load_model
 from fusionpl.errors import FusionError
-from fusionpl.models import open_model, resized, save_model
+from fusionpl.models.opened import open_model
+from fusionpl.models.resized import resized
+from fusionpl.models.save import save_model
 from tests.models_for_tests import redrawn, sentences, text_model
 
 SIZES: dict[str, Any] = {

@@ -17,7 +17,9 @@ from fusionpl.cli.evaluate import run as evaluate
 from fusionpl.cli.finetune import run as finetune
 from fusionpl.cli.fuse import run as fuse_command
 from fusionpl.errors import FusionError
-from fusionpl.models import Vocabulary, load_model, load_parent, load_tokenizer
+from fusionpl.models.load import load_model
+from fusionpl.models.tokenizers import load_tokenizer
+from fusionpl.models.vocabulary import Vocabulary, load_parent
 from tests.models_for_tests import redrawn, text_outputs
 from tests.published import END, byte_pairs, lines
 from tests.unit.test_vocabulary import order, rebuilt

@@ -17,7 +17,8 @@ from fusionpl.cli.common import main
 from fusionpl.cli.evaluate import run as evaluate
 from fusionpl.cli.fuse import run as fuse_command
 from fusionpl.errors import FusionError
-from fusionpl.models import check_tokenizers, load_tokenizer
+from fusionpl.models.pipelines import check_tokenizers
+from fusionpl.models.tokenizers import load_tokenizer
 from tests.integration.runs import WORDS
 from tests.models_for_tests import redrawn
 

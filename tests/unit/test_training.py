@@ -13,15 +13,18 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from fusionpl.datamodules import DataConfig, ImageDataModule
+from fusionpl.datamodules.config import DataConfig
+from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.errors import FusionError
-from fusionpl.evaluation import evaluate
-from fusionpl.models import ModelConfig, build_model
-from fusionpl.training import ClassificationModule, FitResult, OptimConfig, finish_loggers, fit, make_loggers
+from fusionpl.evaluation.metrics import evaluate
+from fusionpl.models.build import build_model
+from fusionpl.models.config import ModelConfig
 from fusionpl.training.callbacks import SeedEpochs
 from fusionpl.training.checkpoints import WholeCheckpoints
-from fusionpl.training.fit import read_checkpoint
-from fusionpl.training.loggers import MetricsFile
+from fusionpl.training.config import OptimConfig
+from fusionpl.training.fit import FitResult, fit, read_checkpoint
+from fusionpl.training.loggers import MetricsFile, finish_loggers, make_loggers
+from fusionpl.training.module import ClassificationModule
 from fusionpl.training.weights_and_biases import has_wandb_key
 
 MODEL = ModelConfig(

@@ -12,7 +12,10 @@ from scipy.spatial.distance import cdist
 from torch import Tensor
 
 from fusionpl.errors import FusionError
-from fusionpl.transport import Metric, Solver, TransportMap, gram, ground_metric, identity, permutation, solve
+from fusionpl.transport.costs import gram, ground_metric
+from fusionpl.transport.maps import TransportMap, identity, permutation
+from fusionpl.transport.names import Metric, Solver
+from fusionpl.transport.solvers import solve
 
 SCIPY = {"euclidean": "euclidean", "sqeuclidean": "sqeuclidean", "cosine": "cosine", "correlation": "correlation"}
 

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fusionpl.errors import FusionError
-from fusionpl.evaluation import Outcomes, Report, Row, best_parent, evaluate_samples, scored
+from fusionpl.evaluation.metrics import evaluate_samples
+from fusionpl.evaluation.outcomes import Outcomes, scored
+from fusionpl.evaluation.report import Report
+from fusionpl.evaluation.rows import Row, best_parent
 
 SAMPLES = 400
 

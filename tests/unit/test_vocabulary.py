@@ -16,7 +16,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fusionpl import fuse, load_config
 from fusionpl.errors import FusionError
-from fusionpl.models import Vocabulary, check_tokenizers, load_parent, save_model, train_wordpiece
+from fusionpl.models.pipelines import check_tokenizers
+from fusionpl.models.save import save_model
+from fusionpl.models.tokenizers import train_wordpiece
+from fusionpl.models.vocabulary import Vocabulary, load_parent
 from tests.integration.runs import WORDS
 from tests.models_for_tests import largest_difference, redrawn, text_outputs
 

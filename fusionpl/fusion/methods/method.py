@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fusionpl.alignment import Observed, Problem
-from fusionpl.families import Binding, State
+from fusionpl.alignment.problem import Observed, Problem
+from fusionpl.families.apply import State
+from fusionpl.families.axes import Binding
 from fusionpl.fusion.config import FuseConfig
 
 Prepare = Callable[[Mapping[str, Tensor], Binding, str, str], State]

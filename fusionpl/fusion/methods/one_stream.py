@@ -16,12 +16,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusionpl.alignment import Found, Maps, Observed, Problem, seen_at, sizes_in
+from fusionpl.alignment.maps import Found, Maps
+from fusionpl.alignment.problem import Observed, Problem, seen_at, sizes_in
 from fusionpl.errors import FusionError
-from fusionpl.families import TAIL, Axis, Binding, State, canonical, inseparable
+from fusionpl.families import canonical
+from fusionpl.families.apply import State
+from fusionpl.families.axes import Axis, Binding
+from fusionpl.families.canonical import inseparable
+from fusionpl.families.family import TAIL
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.methods.method import Method
-from fusionpl.transport import TransportMap
+from fusionpl.transport.maps import TransportMap
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,14 @@ Sources: Imfeld et al., "Transformer Fusion with Optimal Transport", ICLR 2024 (
 "Model Fusion via Optimal Transport", NeurIPS 2020; for rotations Theus et al., NeurIPS 2025 (arXiv 2506.22712).
 """
 
-from fusionpl.alignment import (
-    Gated,
-    Heads,
-    Joined,
-    Joint,
-    Order,
-    Problem,
-    Stream,
-    Units,
-    grouped_heads,
-    needs_groups,
-    residual_of,
-)
-from fusionpl.calibration import Key
-from fusionpl.families import Binding, canonical, unrotatable, without_scales
+from fusionpl.alignment.config import residual_of
+from fusionpl.alignment.grouped import grouped_heads, needs_groups
+from fusionpl.alignment.problem import Problem
+from fusionpl.alignment.problems import Gated, Heads, Joined, Joint, Order, Stream, Units
+from fusionpl.calibration.moments import Key
+from fusionpl.families import canonical
+from fusionpl.families.axes import Binding
+from fusionpl.families.canonical import unrotatable, without_scales
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.methods.method import Method, Prepare
 

@@ -8,11 +8,12 @@ from huggingface_hub import EvalResult
 
 from fusionpl import __version__
 from fusionpl.cli.common import configs_in
-from fusionpl.datamodules import BUILT_IN
-from fusionpl.evaluation import FIGURES, Report
-from fusionpl.models import hub_id
+from fusionpl.datamodules.config import BUILT_IN
+from fusionpl.evaluation.report import Report
+from fusionpl.evaluation.rows import FIGURES
+from fusionpl.models.hub import hub_id
 from fusionpl.paths import public, public_command
-from fusionpl.training import TASKS
+from fusionpl.training.tasks import TASKS
 
 # The hub's names of metrics, where they are not those of a report.
 METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}

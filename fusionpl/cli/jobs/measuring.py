@@ -5,40 +5,29 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fusionpl.calibration import batches
-from fusionpl.datamodules import FixedSplits
+from fusionpl.calibration.batches import batches
+from fusionpl.cli.fuse import Depth
+from fusionpl.datamodules.base import FixedSplits
 from fusionpl.errors import FusionError
-from fusionpl.evaluation import (
-    HEAD_FITTED,
-    MODEL,
-    PARENT,
-    Curve,
-    MatchedAxis,
-    Needs,
-    Report,
-    Row,
-    agreement,
-    best_parent,
-    continuation,
-    embeddings,
-    evaluate,
-    evaluate_samples,
-    flops,
-    interpolation,
-    judged,
-    parameters,
-    probe,
-    similarities,
-)
-from fusionpl.fusion import FusionResult, fit_head, mixing_weights, vanilla
-from fusionpl.models import CLASSES
+from fusionpl.evaluation import continuation
+from fusionpl.evaluation.barrier import Curve, interpolation
+from fusionpl.evaluation.cost import flops, parameters
+from fusionpl.evaluation.matched import MatchedAxis
+from fusionpl.evaluation.metrics import evaluate, evaluate_samples
+from fusionpl.evaluation.neighbours import agreement, embeddings, probe, similarities
+from fusionpl.evaluation.report import Report
+from fusionpl.evaluation.rows import HEAD_FITTED, MODEL, PARENT, Needs, Row, best_parent, judged
+from fusionpl.fusion.average import vanilla
+from fusionpl.fusion.config import mixing_weights
+from fusionpl.fusion.heads import fit_head
+from fusionpl.fusion.result import FusionResult
+from fusionpl.models.labels import CLASSES
 
-Depth = Literal["full", "rows", "none"]
 CURVE_BATCHES = 4
 COMPARED = 2000  # samples whose neighbours are compared
 PROBED = 2000  # samples that a linear probe is fitted to

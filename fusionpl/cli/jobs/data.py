@@ -1,0 +1,65 @@
+"""The data of commands, and what they take from models."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from fusionpl.cli.common import NOT_SAID
+from fusionpl.datamodules.base import PIXELS, FixedSplits
+from fusionpl.errors import FusionError
+from fusionpl.models.folders import model_folder
+from fusionpl.models.pipelines import check_tokenizers
+from fusionpl.models.processors import image_processing
+from fusionpl.models.sentence import check_pooling, sentence_pooling
+from fusionpl.training.data import DATA_MODULES
+from fusionpl.training.tasks import TaskName
+
+
+def data_module(task: TaskName, config: Any, seed: int, tokenizer: Any, models: Sequence[str]) -> FixedSplits:
+    """The data of a task.
+
+    Args:
+        task: which.
+        config: the options under `data`.
+        seed, tokenizer: see `DATA_MODULES`.
+        models: that are for it.
+
+    Raises:
+        FusionError: nothing says which data they are; sentence encoders that pool differently.
+    """
+    if config.path == NOT_SAID or (config.path == "glue" and config.name is None):
+        raise FusionError(
+            f"nothing says which data {models[0]} is for; give --data.path: a file, a folder or a hub id of samples "
+            "like those that it was trained on"
+        )
+    if task == "feature-extraction" and config.pooling == "auto":
+        poolings = {model: sentence_pooling(model_folder(model, weights=False)) for model in models}
+        check_pooling(poolings)
+        config = replace(config, pooling=poolings[models[0]] or "auto")
+    return DATA_MODULES[task](config, seed, tokenizer)
+
+
+def follow(data: FixedSplits, model: nn.Module, source: str) -> None:
+    """Lets data take from a model, and from what its folder says of images, what the options leave open.
+
+    Raises:
+        FusionError: see `image_processing`.
+    """
+    data.follow(model, image_processing(source) if data.reads == PIXELS else None)
+
+
+def common_tokenizer(tokenizers: Mapping[str, Any], anchor: int, *, renumbered: bool = True) -> Any:
+    """The anchor's tokenizer, or None; before there are data that could show more.
+
+    Args:
+        tokenizers: of the parents, by their names.
+        anchor: index of the anchor.
+        renumbered: see `check_tokenizers`.
+
+    Raises:
+        FusionError: other parents read text otherwise.
+    """
+    check_tokenizers(tokenizers, renumbered=renumbered)
+    return list(tokenizers.values())[anchor]

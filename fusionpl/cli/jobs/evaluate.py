@@ -1,0 +1,78 @@
+"""Figures of models, of their ensemble and plain average, without fusing."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import Namespace
+
+from fusionpl.calibration.forward import device_named
+from fusionpl.cli.common import quiet
+from fusionpl.cli.fuse import named
+from fusionpl.cli.jobs.data import common_tokenizer, data_module, follow
+from fusionpl.cli.jobs.measuring import measure_models
+from fusionpl.cli.outputs import staged
+from fusionpl.datamodules.base import PIXELS
+from fusionpl.datamodules.config import AUTO
+from fusionpl.models.load import load_model
+from fusionpl.models.pipelines import check_tokenizers
+from fusionpl.models.pixels import told_differences, with_pixels
+from fusionpl.models.processors import image_processing
+from fusionpl.models.tokenizers import load_tokenizer
+from fusionpl.training.dashboard import log_models, log_report
+from fusionpl.training.loggers import finish_loggers, make_loggers
+from fusionpl.training.weights_and_biases import group_of
+
+
+def evaluate(options: Namespace, settings: dict[str, Any]) -> None:
+    """Measures models, and prints and writes the report.
+
+    Args:
+        options: of the command, those of data as their class.
+        settings: the same as plain values.
+
+    Raises:
+        FusionError: a user's mistake.
+    """
+    quiet()
+    models = named(options.models)
+    tokenizers = {name: load_tokenizer(path) for name, path in models.items()}
+    data = data_module(options.task, options.data, 0, common_tokenizer(tokenizers, 0, renumbered=False), options.models)
+    device = device_named(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    for line in check_tokenizers(tokenizers, renumbered=False, texts=data.texts()):
+        print(f"warning: {line}")
+
+    def load(name: str) -> torch.nn.Module:
+        model = load_model(models[name], allow_pickle=options.allow_pickle)
+        follow(data, model, options.models[0])
+        model = with_pixels(model, models[name], data.processing)
+        data.check_model(model)
+        return model
+
+    if data.reads == PIXELS and options.data.normalize == AUTO:
+        said = {name: image_processing(path) for name, path in models.items()}
+        for line in told_differences(said, next(iter(said))):
+            print(f"warning: {line}")
+
+    report = measure_models(list(models), load, data, device, settings)
+    print(report.table())
+    if options.output is None:
+        return
+    output = Path(options.output)
+    with staged(output, options.overwrite) as folder:
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        report.save(folder / "report")
+    loggers = make_loggers(
+        options.logger,
+        output,
+        name=f"evaluate {output.name}",
+        job="evaluate",
+        group=group_of(options.models),
+        config=settings,
+    )
+    log_report(loggers, report, output / "report")
+    log_models(loggers, used=options.models)
+    finish_loggers(loggers)
+    print(f"\n{output}: report/report.html, report/report.md")

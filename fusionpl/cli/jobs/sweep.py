@@ -1,0 +1,90 @@
+"""A grid of fusions, one table."""
+
+import csv
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+
+from fusionpl.cli.common import quiet
+from fusionpl.cli.fuse import named
+from fusionpl.cli.jobs.data import common_tokenizer, data_module, follow
+from fusionpl.cli.jobs.fuse import progress_bar
+from fusionpl.cli.outputs import staged
+from fusionpl.evaluation.metrics import evaluate
+from fusionpl.evaluation.report import Report
+from fusionpl.evaluation.rows import Row
+from fusionpl.families.family import read_family
+from fusionpl.fusion.config import FuseConfig
+from fusionpl.fusion.fuse import Calibrated
+from fusionpl.models.images import with_image_size
+from fusionpl.models.load import load_model
+from fusionpl.models.pipelines import check_tokenizers
+from fusionpl.models.pixels import with_pixels
+from fusionpl.models.tokenizers import load_tokenizer
+from fusionpl.training.dashboard import log_models, log_report
+from fusionpl.training.loggers import finish_loggers, make_loggers
+
+
+def sweep(args: Namespace, settings: dict[str, Any], groups: Sequence[Mapping[str, FuseConfig]], output: Path) -> None:
+    """Fuses once for every cell, and writes the table.
+
+    Args:
+        args: of the command, those of data as their class.
+        settings: the same as plain values.
+        groups: of cells that share a calibration pass: name -> how to fuse.
+        output: where the table goes.
+
+    Raises:
+        FusionError: a user's mistake.
+    """
+    quiet()
+    parents, family = named(args.parents), read_family(args.family)
+    count = sum(map(len, groups))
+    models = [load_model(path, allow_pickle=args.allow_pickle) for path in parents.values()]
+    # Cells may have other anchors, but the data are cut into tokens, and images prepared, once.
+    tokenizers = {name: load_tokenizer(path) for name, path in parents.items()}
+    data = data_module(args.task, args.data, 0, common_tokenizer(tokenizers, 0, renumbered=False), args.parents)
+    for line in check_tokenizers(tokenizers, renumbered=False, texts=data.texts()):
+        print(f"warning: {line}")
+    follow(data, models[0], args.parents[0])
+    models = [
+        with_pixels(with_image_size(model, models[0], family), path, data.processing, family)
+        for model, path in zip(models, args.parents, strict=True)
+    ]
+    for model in models:
+        data.follow(model)
+    data.check_model(models[0])
+    test = list(data.test_dataloader())
+    report = Report(config=settings)
+    for name, model in zip(parents, models, strict=True):
+        report.add(Row(f"parent {name}", **_scores(evaluate(model, test))))
+    for group in groups:
+        calibrated = Calibrated(
+            models, data.calibration_dataloader(), list(group.values()), names=list(parents), augment=data.augmented,
+            seed=args.seed, family=family, progress=progress_bar,
+        )  # fmt: skip
+        for name, config in progress_bar(group.items(), f"sweep, {count} cells"):
+            started = time.monotonic()
+            result = calibrated.fuse(config)
+            seconds = round(time.monotonic() - started, 2)
+            report.add(Row(name, **_scores(evaluate(result.model, test)), seconds=seconds))
+    with staged(output, args.overwrite) as folder:
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        report.save(folder / "report")
+        columns, rows = report.rows_as_table()
+        with (folder / "sweep.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([columns, *rows])
+    print(report.table())
+    loggers = make_loggers(args.logger, output, name=f"sweep {output.name}", job="sweep", config=settings)
+    log_report(loggers, report, output / "report")
+    log_models(loggers, used=args.parents)
+    finish_loggers(loggers)
+    print(f"\n{output}: sweep.csv, report/report.html, report/report.md")
+
+
+def _scores(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {key: metrics[key] for key in ("accuracy", "loss", "perplexity") if key in metrics}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusionpl.datamodules import FixedSplits, ImageDataModule
 from fusionpl.datamodules.corpora import corpus
+from fusionpl.files import whole
 
 Splits = Callable[[str], datasets.Dataset]
 
@@ -102,6 +103,5 @@ def _documents(data: FixedSplits, count: int) -> tuple[Splits, Tensor, int]:
 
 
 def _write(rows: datasets.Dataset, file: Path) -> None:
-    temporary = file.with_suffix(".tmp")
-    rows.to_parquet(temporary)
-    temporary.replace(file)
+    with whole(file) as new:
+        rows.to_parquet(new)

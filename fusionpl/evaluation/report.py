@@ -1,7 +1,6 @@
 """The report of a fusion: rows, configuration, loss barriers and matchings as JSON, Markdown, pictures and a page."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,7 @@ from fusionpl.evaluation.rows import (
 )
 from fusionpl.evaluation.text import CONTINUED, EQUAL_COST, WORDS, markdown_table, quoted, text_table
 from fusionpl.evaluation.verdict import Verdict, compared_cells, verdict_cells, verdicts
-from fusionpl.models import beside
+from fusionpl.files import beside, put_in_place
 from fusionpl.paths import public_settings
 
 SAMPLES, PICTURES = "samples.safetensors", "pictures.safetensors"
@@ -201,7 +200,6 @@ class Report:
         pictures.safetensors. No file is ever half written.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         with beside(folder) as new:
             pictures = self._pictures()
             for name, panels in pictures.items():
@@ -214,7 +212,7 @@ class Report:
                 save_file(drawn, new / PICTURES)
             (new / "report.json").write_text(json.dumps(self._as_dict(), indent=2) + "\n", encoding="utf-8")
             for path in sorted(new.iterdir()):
-                os.replace(path, folder / path.name)
+                put_in_place(path, folder / path.name)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Report":

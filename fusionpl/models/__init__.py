@@ -15,7 +15,7 @@ from fusionpl.models.preprocessing import NORMALIZATIONS, ImageProcessing
 from fusionpl.models.processors import image_processing, save_image_processing, timm_processing
 from fusionpl.models.push import check_push, push
 from fusionpl.models.resized import resized, untied
-from fusionpl.models.save import add_to_card, beside, class_names, forget_places, library_of, save_model, write_card
+from fusionpl.models.save import add_to_card, class_names, forget_places, library_of, save_model, write_card
 from fusionpl.models.sentence import check_pooling, copy_modules, sentence_pooling, width_of
 from fusionpl.models.settings import compare_settings
 from fusionpl.models.tags import united, with_tags
@@ -45,7 +45,6 @@ __all__ = [
     "ancestor",
     "at_image_size",
     "base_models",
-    "beside",
     "build_model",
     "check_pooling",
     "check_push",

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.common import Figures, markdown, mean_and_deviation
 from benchmarks.origin import Origin, footer, here
+from fusionpl.files import whole
 
 # Metric -> its unit's factor and its axis.
 SHOWN: dict[str, tuple[int, str]] = {"accuracy": (100, "test accuracy (%)"), "loss": (1, "test loss (nats)")}
@@ -77,11 +78,9 @@ def measure(cell: Cell, folder: Path) -> None:
     """Measures a cell and keeps it."""
     start = time.monotonic()
     figures = dict(cell.measure())
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = cell.kept_in(folder).with_suffix(".tmp")
     found = Measured(figures=figures, seconds=time.monotonic() - start, **here())
-    temporary.write_text(json.dumps(asdict(found)))
-    temporary.replace(cell.kept_in(folder))
+    with whole(cell.kept_in(folder)) as new:
+        new.write_text(json.dumps(asdict(found)))
 
 
 def write(name: str, table: Table, folder: Path, output: Path, command: str) -> str:

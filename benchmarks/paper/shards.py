@@ -12,6 +12,7 @@ from torch import Tensor
 from fusionpl.datamodules.base import FixedSplits
 from fusionpl.datamodules.corpora import corpus
 from fusionpl.datamodules.images import ImageDataModule
+from fusionpl.files import whole
 
 Splits = Callable[[str], datasets.Dataset]
 
@@ -103,6 +104,5 @@ def _documents(data: FixedSplits, count: int) -> tuple[Splits, Tensor, int]:
 
 
 def _write(rows: datasets.Dataset, file: Path) -> None:
-    temporary = file.with_suffix(".tmp")
-    rows.to_parquet(temporary)
-    temporary.replace(file)
+    with whole(file) as new:
+        rows.to_parquet(new)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fusionpl.errors import FusionError
+from fusionpl.files import whole
 
 
 def is_main_process() -> bool:
@@ -176,6 +177,5 @@ def _locked(file: TextIO) -> bool | None:
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
     """Writes a file that is never half there."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(tree, indent=2) + "\n")
-    os.replace(temporary, path)
+    with whole(path) as new:
+        new.write_text(json.dumps(tree, indent=2) + "\n")

@@ -14,23 +14,6 @@ MOST_CELLS = 96  # larger maps are max-pooled: a permutation's single entries wo
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A transport map, sorted so that structure shows.
-
-    A column shows of which parent units an anchor unit is made (shares add up to 1; for a map with negative entries, an
-    orthogonal one, shares are the squares). The side with fewer units is sorted by its largest shares, the other by the
-    unit it belongs to most: a one-to-one matching is a sharp diagonal.
-
-    Attributes:
-        shares: float32, [parent's cells, anchor's cells]; a cell of several units holds the largest share among them.
-        units: int32, [parent's cells, anchor's cells, 2]: the parent's and the anchor's unit of that share, from 0.
-    """
-
-    shares: Tensor
-    units: Tensor
-
-
-@dataclass(frozen=True)
 class MatchedAxis:
     """How the units of a parent were matched with the anchor's along one axis; what is not known is None.
 
@@ -39,7 +22,11 @@ class MatchedAxis:
         partners: of how many parent units an anchor unit is made, 1 where the matching is hard: exp(entropy) of its
             shares, mean over anchor units.
         solver, cost, iterations, converged, marginal_error: see `fusionpl.transport.TransportMap`.
-        picture: the map; None where it is not drawn.
+        picture: the map, sorted so that structure shows, float32 [parent's cells, anchor's cells]; None where it is not
+            drawn. A column shows of which parent units an anchor unit is made (shares add up to 1; for a map with
+            negative entries, an orthogonal one, shares are the squares), a cell of several units the largest share
+            among them. The side with fewer units is sorted by its largest shares, the other by the unit it belongs to
+            most: a one-to-one matching is a sharp diagonal.
     """
 
     n_parent: int
@@ -50,7 +37,7 @@ class MatchedAxis:
     iterations: int | None
     converged: bool
     marginal_error: float | None
-    picture: Picture | None = None
+    picture: Tensor | None = None
 
     @classmethod
     def of(cls, found: TransportMap, *, drawn: bool) -> "MatchedAxis":
@@ -81,12 +68,10 @@ class MatchedAxis:
         return {key: value if known(value) else None for key, value in vars(self).items() if key != "picture"}
 
 
-def _picture(shares: Tensor) -> Picture:
+def _picture(shares: Tensor) -> Tensor:
     rows, columns = _order(shares)
     size = [min(length, MOST_CELLS) for length in shares.shape]
-    largest, where = adaptive_max_pool2d(shares[rows][:, columns][None], size, return_indices=True)
-    units = torch.stack([rows[where[0] // len(columns)], columns[where[0] % len(columns)]], -1)
-    return Picture(largest[0].float(), units.int())
+    return adaptive_max_pool2d(shares[rows][:, columns][None], size)[0].float()
 
 
 def _order(shares: Tensor) -> tuple[Tensor, Tensor]:

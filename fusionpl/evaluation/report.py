@@ -1,7 +1,6 @@
 """The report of a fusion: rows, configuration, loss barriers and matchings as JSON, Markdown, pictures and a page."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,8 @@ from torch import Tensor
 from fusionpl.errors import FusionError, reason
 from fusionpl.evaluation import plots
 from fusionpl.evaluation.barrier import Curve
-from fusionpl.evaluation.matched import MatchedAxis, Picture
+from fusionpl.evaluation.html import axes_cells, page
+from fusionpl.evaluation.matched import MatchedAxis
 from fusionpl.evaluation.outcomes import Outcomes, load_outcomes, load_tensors, save_outcomes
 from fusionpl.evaluation.plots import BARS, BLOCKS, CAPTIONS, LINE, MAPS
 from fusionpl.evaluation.rows import (
@@ -27,9 +27,9 @@ from fusionpl.evaluation.rows import (
     equal_cost_cells,
     readable,
 )
-from fusionpl.evaluation.text import CONTINUED, EQUAL_COST, markdown_table, quoted, text_table
+from fusionpl.evaluation.text import CONTINUED, EQUAL_COST, WORDS, markdown_table, quoted, text_table
 from fusionpl.evaluation.verdict import Verdict, compared_cells, verdict_cells, verdicts
-from fusionpl.models.save import beside
+from fusionpl.files import beside, put_in_place
 from fusionpl.paths import public_settings
 
 SAMPLES, PICTURES = "samples.safetensors", "pictures.safetensors"
@@ -45,7 +45,7 @@ class Report:
         barrier: interpolation curves by name, "vanilla" and "aligned".
         notes: what a reader should know, a line each.
         axes: how the units of a parent were matched, axis by axis; some with a picture.
-        blocks: for parents of another depth, what `plots.blocks_figure` draws.
+        blocks: for parents of another depth, what `plots.blocks` draws.
         prompt: what language models went on with.
         continuations: how they did, by the name of the row.
         outcomes: (name, stage) of a row -> what it did on each test sample; the verdict is made of them.
@@ -81,11 +81,6 @@ class Report:
     def verdicts(self) -> list[Verdict]:
         """The verdict on the fused model, before finetuning and after it; see `fusionpl.evaluation.verdict`."""
         return verdicts(self.rows, self.outcomes)
-
-    @property
-    def drawn(self) -> dict[str, MatchedAxis]:
-        """The axes whose maps are drawn."""
-        return {name: axis for name, axis in self.axes.items() if axis.picture is not None}
 
     def rows_as_table(self) -> tuple[list[str], list[list[Any]]]:
         """Column names and raw values (None where not measured), one-shot rows first; for `wandb.Table`."""
@@ -142,6 +137,30 @@ class Report:
             parts += ["## Configuration", f"```yaml\n{self.config_as_yaml()}```"]
         return "\n\n".join(parts) + "\n"
 
+    def html(self) -> str:
+        """The report as one page, with all that it shows in it."""
+        sections = {"cost": plots.cost(self.rows), "barrier": plots.curves(self.barrier),
+                    "blocks": plots.blocks(self.blocks), "maps": plots.maps(self.axes)}  # fmt: skip
+        found = self.verdicts
+        return page(
+            report=self,
+            best=best_parent(self.rows, MODEL),
+            verdicts=found,
+            rows=as_text_cells(self.rows),
+            judged=verdict_cells(found) if found else [],
+            compared=compared_cells(self.rows, self.outcomes),
+            alternatives=self.alternatives(found),
+            axes=axes_cells(self.axes),
+            words=WORDS,
+            equal_cost=EQUAL_COST.replace("`", ""),
+            continued=CONTINUED,
+            captions={"barrier": CAPTIONS[LINE], "blocks": CAPTIONS[BLOCKS], "maps": CAPTIONS[MAPS]},
+            drawn={
+                section: [plots.svg(panel, f"{section}-{number}") for number, panel in enumerate(panels)]
+                for section, panels in sections.items()
+            },
+        )
+
     def alternatives(self, found: Sequence[Verdict]) -> list[list[str]]:
         """What a user could have instead for the time of the fusion, as a table of text, header first; empty where that
         was not measured.
@@ -180,30 +199,20 @@ class Report:
         """Writes report.html, report.md, the PNGs, and what `load` reads: report.json, samples.safetensors and
         pictures.safetensors. No file is ever half written.
         """
-        from fusionpl.evaluation.html import page  # plotly takes time to import
-
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         with beside(folder) as new:
-            figures = {BARS: plots.metric_bars(self.rows)} if self.rows else {}
-            if self.barrier:
-                figures[LINE] = plots.interpolation_figure(self.barrier)
-            if drawn := self.drawn:
-                figures[MAPS] = plots.map_figure(drawn)
-            if self.blocks:
-                figures[BLOCKS] = plots.blocks_figure(self.blocks)
-            for name, figure in figures.items():
-                # Without the software's version, the same report gives the same bytes.
-                figure.savefig(new / name, dpi=160, metadata={"Software": None})
-            (new / "report.md").write_text(self.markdown(tuple(figures)), encoding="utf-8")
-            (new / "report.html").write_text(page(self), encoding="utf-8")
+            pictures = self._pictures()
+            for name, panels in pictures.items():
+                plots.png(panels, new / name)
+            (new / "report.md").write_text(self.markdown(tuple(pictures)), encoding="utf-8")
+            (new / "report.html").write_text(self.html(), encoding="utf-8")
             if self.outcomes:
                 save_outcomes(new / SAMPLES, {f"{stage}/{name}": one for (name, stage), one in self.outcomes.items()})
-            if pictures := self._pictures():
-                save_file(pictures, new / PICTURES)
+            if drawn := self._drawn():
+                save_file(drawn, new / PICTURES)
             (new / "report.json").write_text(json.dumps(self._as_dict(), indent=2) + "\n", encoding="utf-8")
             for path in sorted(new.iterdir()):
-                os.replace(path, folder / path.name)
+                put_in_place(path, folder / path.name)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Report":
@@ -221,7 +230,10 @@ class Report:
             barrier = {name: Curve.read(values) for name, values in data["barrier"].items()}
             continued = {key: data[key] for key in ("notes", "prompt", "continuations") if key in data}
             pictures = load_tensors(path.with_name(PICTURES))
-            axes = {name: _axis(name, values, pictures) for name, values in data.get("axes", {}).items()}
+            axes = {
+                name: MatchedAxis(**values, picture=pictures.get(f"maps/{name}/shares"))
+                for name, values in data.get("axes", {}).items()
+            }
             blocks: dict[str, tuple[Tensor, Sequence[int]]] = {
                 name: (pictures[key], list(way))
                 for name, way in data.get("blocks", {}).items()
@@ -236,12 +248,17 @@ class Report:
         }
         return report
 
-    def _pictures(self) -> dict[str, Tensor]:
+    def _pictures(self) -> dict[str, list[plots.Panel]]:
+        """The pictures that have something to show, by the names of their files."""
+        every = {BARS: plots.bars(self.rows), LINE: plots.curves(self.barrier), MAPS: plots.maps(self.axes),
+                 BLOCKS: plots.blocks(self.blocks)}  # fmt: skip
+        return {name: panels for name, panels in every.items() if panels}
+
+    def _drawn(self) -> dict[str, Tensor]:
         """What pictures are made of, by the names that `load` looks for."""
-        pictures = {f"blocks/{name}": alike.float().contiguous() for name, (alike, _) in self.blocks.items()}
-        for name, axis in self.drawn.items():
-            pictures |= {f"maps/{name}/{key}": value.contiguous() for key, value in vars(axis.picture).items()}
-        return pictures
+        drawn = {f"blocks/{name}": alike.float().contiguous() for name, (alike, _) in self.blocks.items()}
+        shares = {f"maps/{name}/shares": axis.picture for name, axis in self.axes.items()}
+        return drawn | {name: picture.contiguous() for name, picture in shares.items() if picture is not None}
 
     def _as_dict(self) -> dict[str, Any]:
         continued = {"prompt": self.prompt, "continuations": self.continuations} if self.continuations else {}
@@ -255,12 +272,6 @@ class Report:
             **({"notes": self.notes} if self.notes else {}),
             **continued,
         }
-
-
-def _axis(name: str, values: Mapping[str, Any], pictures: Mapping[str, Tensor]) -> MatchedAxis:
-    """How an axis was matched, from JSON, with the picture that was kept beside it."""
-    kept = [pictures[key] for part in ("shares", "units") if (key := f"maps/{name}/{part}") in pictures]
-    return MatchedAxis(**values, picture=Picture(*kept) if kept else None)
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

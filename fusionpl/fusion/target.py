@@ -14,8 +14,7 @@ from fusionpl.families.binding import bind
 from fusionpl.families.canonical import inseparable
 from fusionpl.fusion.config import FuseConfig, changed
 from fusionpl.fusion.team import Team
-from fusionpl.models.resized import resized
-from fusionpl.models.resized import untied
+from fusionpl.models.resized import resized, untied
 
 # The largest number that is meant as a factor: no stream has so few units.
 LARGEST_FACTOR = 8

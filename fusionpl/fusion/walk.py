@@ -5,11 +5,10 @@ from contextlib import contextmanager
 
 import torch
 
-from fusionpl.calibration.observe import observe
 from fusionpl.calibration.cursor import CalibrationSet, Cursor
 from fusionpl.calibration.forward import eval_mode
 from fusionpl.calibration.network import Network
-from fusionpl.calibration.observe import Statistics, Wanted
+from fusionpl.calibration.observe import Statistics, Wanted, observe
 from fusionpl.families.apply import State
 from fusionpl.fusion.team import Team
 from fusionpl.transport.products import full_float32

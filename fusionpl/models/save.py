@@ -1,9 +1,7 @@
 """Models on disk: the hub layouts of timm and transformers, with a model card."""
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import transformers
 from torch import nn
 
 from fusionpl.errors import FusionError
+from fusionpl.files import whole
 from fusionpl.models.preprocessing import ImageProcessing
 from fusionpl.models.processors import save_image_processing
 from fusionpl.models.quiet import quiet_transformers
@@ -50,10 +49,8 @@ def save_model(
         FusionError: `model` is from neither library, or a timm model not made by `create_model`.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     names = class_names or _remembered(model)
-    with beside(folder) as temporary:
-        staged = temporary / "model"
+    with whole(folder) as staged:
         if isinstance(model, transformers.PreTrainedModel):
             if names is not None:
                 model.config.id2label = dict(enumerate(names))
@@ -68,33 +65,6 @@ def save_model(
             save_image_processing(staged, processing)
         forget_places(staged)
         write_card(staged, library_of(model), card or f"# {folder.parent.name}", metadata)
-        put_in_place(staged, folder)
-
-
-@contextmanager
-def beside(folder: Path) -> Iterator[Path]:
-    """An empty folder beside another, of one name always: what a process that was killed left in it goes."""
-    temporary = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary)
-
-
-def put_in_place(staged: Path, folder: Path) -> None:
-    """Moves a finished folder, inside a temporary one beside `folder`, to where it goes; what is there is replaced."""
-    replaced = staged.with_name("replaced")
-    if folder.exists():
-        folder.rename(replaced)
-    try:
-        staged.rename(folder)
-    except BaseException:
-        if replaced.exists():
-            replaced.rename(folder)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def forget_places(folder: Path) -> None:

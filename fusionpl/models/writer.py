@@ -1,17 +1,18 @@
 """Writes a model folder parameter by parameter, with the configuration of one that is there."""
 
 import shutil
-import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from fusionpl.files import beside, put_in_place
 from fusionpl.models.adapters import CONFIG
 from fusionpl.models.hub import SMALL_FILES
 from fusionpl.models.load import load_model
 from fusionpl.models.opened import ModelFolder
-from fusionpl.models.save import forget_places, library_of, put_in_place, write_card
+from fusionpl.models.save import forget_places, library_of, write_card
 from fusionpl.models.sentence import copy_modules, width_of
 from fusionpl.models.tensors import TensorFile
 from fusionpl.models.token_settings import keep_padding
@@ -30,9 +31,8 @@ class ModelWriter:
 
     def __init__(self, like: ModelFolder, folder: Path) -> None:
         self.like, self.folder = like, folder
-        home = next(one for one in folder.absolute().parents if one.is_dir())
-        self._temporary = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=home)
-        self._new = Path(self._temporary.name) / "new"
+        self._held = ExitStack()
+        self._new = self._held.enter_context(beside(folder)) / "new"
         self._new.mkdir()
         for file in (file for pattern in SMALL_FILES for file in like.path.glob(pattern)):
             if not file.name.endswith(".index.json") and file.name != CONFIG:  # without its adapter it is no good
@@ -59,12 +59,11 @@ class ModelWriter:
         keep_padding(self._new, self.like.module)
         forget_places(self._new)
         write_card(self._new, library_of(self.like.module), f"# {self.folder.parent.name}")
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
         put_in_place(self._new, self.folder)
 
     def close(self) -> None:
         """Removes what was not finished."""
-        self._temporary.cleanup()
+        self._held.close()
 
     def model(self) -> nn.Module:
         """The finished model: see `load_model`."""

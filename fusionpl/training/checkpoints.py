@@ -1,12 +1,13 @@
 """How checkpoints get onto the disk."""
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from fusionpl.files import whole
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -22,11 +23,8 @@ class WholeCheckpoints(TorchCheckpointIO):
         Raises:
             OSError: there is no room; what was there stays.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
         # torch.save to a file would turn a full disk into an error of its zip writer
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        temporary.write_bytes(buffer.getbuffer())
-        os.replace(temporary, path)
+        with whole(Path(path)) as new:
+            new.write_bytes(buffer.getbuffer())

@@ -1,7 +1,6 @@
 """Where figures go: a CSV file always, Weights & Biases and TensorBoard if asked."""
 
 import csv
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from fusionpl.files import whole
 from fusionpl.paths import public_settings
 from fusionpl.training.config import LoggerName
 from fusionpl.training.weights_and_biases import FolderRun, Job, finish_run
@@ -57,12 +57,10 @@ class MetricsFile(Logger):
         if step is not None:
             row["step"] = step
         columns = list(dict.fromkeys(key for row in self._rows.values() for key in row))
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
+        with whole(self.path) as new, new.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self._rows.values())
-        os.replace(temporary, self.path)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run's config.yaml has them."""

@@ -169,7 +169,7 @@ def test_a_save_that_fails_leaves_the_old_report_and_nothing_else(
     def interrupted(curves: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plots, "interpolation_figure", interrupted)
+    monkeypatch.setattr(plots, "curves", interrupted)
     changed = a_report()
     changed.add(Row("fused", accuracy=0.1))
     with pytest.raises(KeyboardInterrupt):
@@ -188,7 +188,7 @@ def test_a_file_that_is_no_report_is_named(tmp_path: Path, content: str) -> None
 
 
 def test_bars_have_one_colour_a_kind_and_hatching_after_finetuning() -> None:
-    figure = plots.metric_bars(a_report().rows)
+    figure = plots.figure(plots.bars(a_report().rows))
     assert labels(figure) == ["parent seed-1", "ensemble", "vanilla", "fused", "fused"]
     drawn = bars(figure)
     assert [patch.get_width() for patch in drawn] == pytest.approx([97.5, 99, 16.25, 71.2, 99.25])
@@ -201,7 +201,7 @@ def test_bars_have_one_colour_a_kind_and_hatching_after_finetuning() -> None:
 def test_bars_of_many_rows_stay_readable(tmp_path: Path) -> None:
     rows = [Row(f"parent seed-{seed}", accuracy=0.9) for seed in range(9)]
     rows += [Row(f"fused {seed}", "finetuned", accuracy=0.95) for seed in range(9)]
-    figure = plots.metric_bars(rows)
+    figure = plots.figure(plots.bars(rows))
     figure.savefig(tmp_path / "bars.png", dpi=80)
     edges = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
     assert all(lower.y1 <= upper.y0 for upper, lower in pairwise(edges))
@@ -211,19 +211,19 @@ def test_bars_of_many_rows_stay_readable(tmp_path: Path) -> None:
 
 def test_language_models_show_perplexity_on_a_scale_that_fits() -> None:
     rows = [Row("parent a", perplexity=9.0), Row("vanilla", perplexity=3e4), Row("fused", accuracy=0.4)]
-    figure = plots.metric_bars(rows)
+    figure = plots.figure(plots.bars(rows))
     assert figure.axes[0].get_xlabel() == "perplexity"
     assert figure.axes[0].get_xscale() == "log"
     assert labels(figure) == ["parent a", "vanilla"]
-    assert plots.metric_bars([Row("vanilla", loss=1.0)]).axes[0].get_xlabel() == "loss (nats)"
-    assert bars(plots.metric_bars([Row("vanilla", loss=math.nan)])) == []
+    assert plots.figure(plots.bars([Row("vanilla", loss=1.0)])).axes[0].get_xlabel() == "loss (nats)"
+    assert bars(plots.figure(plots.bars([Row("vanilla", loss=math.nan)]))) == []
 
 
 def test_interpolation_marks_each_barrier() -> None:
     straight = Curve((0, 0.5, 1), (1, 1, 1), (1, 1, 1))
-    shown = texts(plots.interpolation_figure({"vanilla": VANILLA, "aligned": ALIGNED}))
+    shown = texts(plots.figure(plots.curves({"vanilla": VANILLA, "aligned": ALIGNED})))
     assert shown == ["drop 81.5 points", "drop 12.0 points", "barrier 3.85", "barrier 0.45"]
-    assert texts(plots.interpolation_figure({"aligned": straight})) == []
+    assert texts(plots.figure(plots.curves({"aligned": straight}))) == []
 
 
 @pytest.mark.parametrize(("n_parent", "n_anchor"), [(12, 12), (12, 6), (6, 12)])
@@ -233,33 +233,24 @@ def test_a_hard_matching_shows_as_a_diagonal(n_parent: int, n_anchor: int) -> No
     staircase = torch.eye(narrow).repeat_interleave(wide // narrow, 0)
     plan = staircase if n_parent >= n_anchor else staircase.T
     shuffled = plan[torch.randperm(n_parent)][:, torch.randperm(n_anchor)] / wide
-    figure = plots.map_figure({"blocks.0.ffn": drawn(shuffled)})
+    figure = plots.figure(plots.maps({"blocks.0.ffn": drawn(shuffled)}))
     picture = torch.tensor(figure.axes[0].images[0].get_array())
     assert torch.equal(picture > 0, plan > 0)
     partners = max(1, n_parent // n_anchor)
     assert figure.axes[0].get_title() == (f"blocks.0.ffn\n{n_parent} → {n_anchor} units, {partners:.1f} partners each")
 
 
-@pytest.mark.parametrize("shape", [(4, 4), (5, 200), (200, 150)])
-def test_a_cell_of_a_picture_names_its_units(shape: tuple[int, int]) -> None:
-    plan = torch.rand(shape, dtype=torch.float64)
-    picture = drawn(plan).picture
-    assert picture is not None
-    parent, anchor = picture.units.long().unbind(-1)
-    assert torch.equal((plan / plan.sum(0))[parent, anchor].float(), picture.shares)
-
-
 def test_heat_maps_are_few_small_and_finite() -> None:
     maps = {f"blocks.{index}.ffn": drawn(torch.eye(4)) for index in range(14)}
-    titles = [axes.get_title().split("\n")[0] for axes in plots.map_figure(maps).axes if axes.images]
+    titles = [axes.get_title().split("\n")[0] for axes in plots.figure(plots.maps(maps)).axes if axes.images]
     assert len(titles) == plots.MOST_MAPS
     assert titles[0] == "blocks.0.ffn"
     assert titles[-1] == "blocks.13.ffn"
 
-    four = plots.map_figure(dict(list(maps.items())[:4])).axes
+    four = plots.figure(plots.maps(dict(list(maps.items())[:4]))).axes
     assert [axes.get_visible() for axes in four[:6]] == [True] * 4 + [False] * 2
 
-    large = plots.map_figure({"ffn": drawn(torch.eye(600)[torch.randperm(600)])})
+    large = plots.figure(plots.maps({"ffn": drawn(torch.eye(600)[torch.randperm(600)])}))
     pooled = torch.tensor(large.axes[0].images[0].get_array())
     assert max(pooled.shape) == matched.MOST_CELLS
     assert bool((pooled.amax(0) == 1).all())
@@ -267,7 +258,7 @@ def test_heat_maps_are_few_small_and_finite() -> None:
     rotation = torch.linalg.qr(torch.randn(8, 8))[0]
     dead = torch.eye(8) * (torch.arange(8) > 0)  # an anchor unit that nothing was sent to
     for plan in (rotation, dead):
-        shown = torch.tensor(plots.map_figure({"stream": drawn(plan)}).axes[0].images[0].get_array())
+        shown = torch.tensor(plots.figure(plots.maps({"stream": drawn(plan)})).axes[0].images[0].get_array())
         assert bool(torch.isfinite(shown).all())
         assert shown.min() >= 0
         assert shown.max() <= 1 + 1e-6

@@ -6,8 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from fusionpl.fusion.goal import goal_of
-
 from benchmarks import text
 from benchmarks.common import PAIRS, Parents
 from fusionpl.calibration.network import Network
@@ -15,6 +13,7 @@ from fusionpl.datamodules.base import FixedSplits
 from fusionpl.evaluation.cost import flops
 from fusionpl.families.binding import bind
 from fusionpl.fusion.config import FuseConfig, RefitConfig
+from fusionpl.fusion.target import target_of
 from fusionpl.training.tasks import TASKS, Task, TaskName
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -182,7 +181,7 @@ class Subject:
         """What a model of another width costs to run, in multiples of one."""
         model = self.parents.models(SEEDS[:1])[0]
         network = Network(model, bind(model))
-        wide = goal_of(network, FuseConfig(strategy="joint", refit=RefitConfig("ridge"), width=width))
+        wide = target_of(network, FuseConfig(strategy="joint", refit=RefitConfig("ridge"), width=width))
         empty = wide.module.to_empty(device="cpu")
         for buffer in empty.buffers():  # some are indices
             buffer.zero_()

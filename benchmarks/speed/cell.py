@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fusionpl.fusion.estimate import estimate
 from torch import nn
 
 import fusionpl
@@ -22,9 +21,7 @@ from benchmarks.speed.pairs import Shape, write_folder
 from benchmarks.speed.plain import plain_fusion
 from fusionpl.calibration.forward import Batch, logits
 from fusionpl.errors import FusionError
-from fusionpl.fusion.config import FuseConfig, load_config, resolve_anchor
-from fusionpl.fusion.fuse import plan_of, ready
-from fusionpl.fusion.team import open_parents
+from fusionpl.fusion.config import FuseConfig, load_config
 
 _ROOT = Path(__file__).resolve().parents[2]
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -79,7 +76,7 @@ def measured(request: Request) -> dict[str, float]:
     Returns:
         `seconds` of the fusion, `extra`, the bytes that it needed beyond what was resident before, and `most`, all that
         were resident at most (on a GPU: allocated there); of models in memory also `forward`, the seconds of both
-        parents' forward passes, and `ratio`. `predicted` are the seconds that `fuse.py --dry-run` would print.
+        parents' forward passes, and `ratio`.
     """
     config = request.config
     if request.folders:
@@ -95,7 +92,6 @@ def measured(request: Request) -> dict[str, float]:
     forward = min(before, _forward(parents, request, config))
     return {
         "forward": forward, "seconds": seconds, "ratio": seconds / forward, "extra": memory.extra, "most": memory.most,
-        **({"predicted": _predicted(parents, request, config)} if request.preset else {}),
     }  # fmt: skip
 
 
@@ -129,22 +125,12 @@ def _fuse(parents: Sequence[nn.Module], batches: Iterator[Any], request: Request
     return fusionpl.fuse(parents, batches, config).model
 
 
-def _predicted(parents: Sequence[Any], request: Request, config: FuseConfig) -> float:
-    """The seconds that `fuse.py --dry-run` would print."""
-    names, anchor = ["first", "second"], resolve_anchor(config, len(parents))
-    networks, _ = ready([network for network, _ in open_parents(parents, names)], anchor, config)
-    goal, plan = plan_of(networks, anchor, config, names)
-    batch, device = next(_batches(request, config)), torch.device(DEVICE)
-    return estimate(plan, networks, anchor, config, batch, request.samples, device, goal).seconds(device)
-
-
 def _of_folders(request: Request, config: FuseConfig) -> dict[str, float]:
-    predicted = _predicted(request.folders, request, config)
     with tempfile.TemporaryDirectory(dir=Path(request.folders[0]).parent) as output, watched(DEVICE) as memory:
         start = _now()
         fusionpl.fuse(request.folders, _batches(request, config), config, output=output, device=DEVICE)
         seconds = _now() - start
-    return {"seconds": seconds, "extra": memory.extra, "most": memory.most, "predicted": predicted}
+    return {"seconds": seconds, "extra": memory.extra, "most": memory.most}
 
 
 def prepare(request: Request) -> None:

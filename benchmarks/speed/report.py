@@ -29,7 +29,6 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "ratio": ("ratio", "{:.2f}".format),
     "extra": ("memory beyond the parents'", _memory),
     "most": ("memory in all", _memory),
-    "predicted": ("predicted seconds", "{:.0f} s".format),
     "faster": ("times faster", "{:.1f}".format),
     "share": ("share of the memory", lambda value: f"{100 * value:.1f} %"),
 }

@@ -210,7 +210,7 @@ def large(sizes: Sizes, runs: Path) -> Table:
         f"Large parents, `calibration.memory` at {limit:g} GiB: all the memory of the process at its peak, parents in "
         "memory included. Those in files are read from shards block by block, and the fused model is written so.",
         entries,
-        ("forward", "seconds", "ratio", "most", "predicted"),
+        ("forward", "seconds", "ratio", "most"),
     )
 
 

@@ -1,13 +1,9 @@
-"""`python -m fusionpl.cli.sweep --parents A B --sweep align.residual=average,skip`: a grid of fusions, one table.
-
-All cells that look at the same tokens of the same samples share one calibration pass.
-"""
+"""`python -m fusionpl.cli.sweep --parents A B --sweep align.residual=average,skip`: a grid of fusions, one table."""
 
 import itertools
 import sys
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +14,7 @@ from fusionpl.cli.common import main, quiet, settings_of
 from fusionpl.cli.fuse import arguments, fuse_config, fusing_parser
 from fusionpl.cli.outputs import check_output
 from fusionpl.errors import FusionError, flattened
-from fusionpl.fusion.config import FuseConfig, load_config, mixing_weights, resolve_anchor
+from fusionpl.fusion.config import load_config, mixing_weights, resolve_anchor
 from fusionpl.models.folders import check_there
 from fusionpl.training.tasks import TaskName
 
@@ -40,16 +36,16 @@ def run(argv: Sequence[str]) -> None:
     if base["strategy"] == "auto" and any(key.startswith("align.") for key in cells[0]):
         base["strategy"] = "transport"
     configs = {label(cell): load_config(None, {**flattened(base), **cell}) for cell in cells}
-    groups = passes(configs, len(args.parents))
     for config in configs.values():
         mixing_weights(config.weights, len(args.parents))
+        resolve_anchor(config, len(args.parents))
     first = Path(args.parents[0])
     output = Path(args.output or (first.parent if first.is_dir() else Path("runs")) / "sweep")
     check_output(output, args.overwrite)
     check_there(args.parents)
     from fusionpl.cli.jobs.sweep import sweep
 
-    sweep(chosen, settings, groups, output)
+    sweep(chosen, settings, configs, output)
 
 
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
@@ -79,16 +75,6 @@ def grid(sweeps: Sequence[str]) -> list[Cell]:
 def label(cell: Cell) -> str:
     """`residual=skip reg=0.02`: the cell's name in tables."""
     return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in cell.items())
-
-
-def passes(configs: Mapping[str, FuseConfig], count: int) -> list[dict[str, FuseConfig]]:
-    """Groups cells that one calibration pass can serve: same anchor, samples, tokens, depth and kind of stream."""
-    groups: dict[tuple[Any, ...], dict[str, FuseConfig]] = defaultdict(dict)
-    for name, config in configs.items():
-        anchor = resolve_anchor(config, count)
-        collected = replace(config.calibration, scale="none"), config.align.stream, config.strategy, config.depth
-        groups[anchor, *collected][name] = config
-    return list(groups.values())
 
 
 if __name__ == "__main__":

@@ -26,10 +26,11 @@ from fusionpl.fusion.best_parent import keep_best_parent
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.depth import Matching
 from fusionpl.fusion.forms import check_forms
+from fusionpl.fusion.needs import Needs, needs_of
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.pixels import said
 from fusionpl.fusion.plan import Plan, describe, make_plan, remarks
-from fusionpl.fusion.prepare import in_form, open_team
+from fusionpl.fusion.prepare import check_taught, in_form, open_team
 from fusionpl.fusion.refine import refine
 from fusionpl.fusion.refit import Fit, Penalties, Section, advance, refit_section
 from fusionpl.fusion.result import FusionResult, InMemory, Writer, unconverged
@@ -124,7 +125,8 @@ def prepare(
 
 
 def prepare_team(team: Team, config: FuseConfig, processing: ImageProcessing | None = None) -> "Fusion":
-    """What will be done with parents that are opened: see `prepare`."""
+    """What will be done with parents that are opened with the same anchor: see `prepare`."""
+    check_taught(team, config)
     config = resolve(config, team)
     ready, matchings = in_form(team, config)
     processing = processing or said(team.sources[team.anchor], team.reference)
@@ -150,6 +152,16 @@ class Fusion:
     def describe(self) -> str:
         """What will be done: a table of axes, and how each gets its map."""
         return "\n".join([describe(self.plan, self.team), *(matching.told for matching in self.matchings)])
+
+    def needs(self, batch: Any, samples: int, device: torch.device) -> Needs:
+        """The memory and disk that it needs.
+
+        Args:
+            batch: of the calibration set.
+            samples: in the calibration set.
+            device: where it will run.
+        """
+        return needs_of(self.team, self.plan, batch, samples, device)
 
     def matched(self, data: CalibrationSet) -> "Fusion":
         """With the blocks of parents of different depth matched by what they do to the data."""

@@ -9,7 +9,7 @@ from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.errors import FusionError
 from fusionpl.families.compatible import check_compatible, check_tied
 from fusionpl.families.family import Family, is_bare, read_family
-from fusionpl.fusion.config import FuseConfig, mixing_weights
+from fusionpl.fusion.config import FuseConfig, mixing_weights, resolve_anchor
 from fusionpl.fusion.depth import Matching, match_depths
 from fusionpl.fusion.kin import kinship
 from fusionpl.fusion.matching import check_kinds, matched
@@ -24,7 +24,6 @@ from fusionpl.fusion.team import (
     check_devices,
     differing_settings,
     open_parents,
-    resolve_anchor,
 )
 from fusionpl.models.labels import kind_of
 from fusionpl.models.preprocessing import ImageProcessing
@@ -46,7 +45,7 @@ def open_team(
         FusionError: see `fuse`.
     """
     check_count(len(parents))
-    anchor = resolve_anchor(config.anchor, len(parents))
+    anchor = resolve_anchor(config, len(parents))
     mixing_weights(config.weights, len(parents))
     names = list(names or (f"parent {index}" for index in range(len(parents))))
     opened = open_parents(parents, names, anchor, device, allow_pickle=allow_pickle, family=read_family(family))
@@ -55,11 +54,14 @@ def open_team(
     check_kinds({network.name: kind_of(network.module) for network in team.networks})
     check_compatible(dict(zip(team.names, team.bindings, strict=True)))
     check_classes(team)
-    team = team.told(differing_settings(team)).told(kinship(team.networks, team.sources, anchor))
+    return team.told(differing_settings(team)).told(kinship(team.networks, team.sources, anchor))
+
+
+def check_taught(team: Team, config: FuseConfig) -> None:
+    """Raises FusionError where refinement is asked for, and there is nothing that can be taught so."""
     if config.refine.asked and is_bare(team.reference.module):
         raise FusionError("encoders without a head have no outputs to be taught; leave refine.method at none")
     check_start(config, [network.module for network in team.networks], team.binding)
-    return team
 
 
 def in_form(team: Team, config: FuseConfig, data: CalibrationSet | None = None) -> tuple[Team, list[Matching]]:

@@ -91,12 +91,6 @@ class Team:
         """The same parents, and more to say of them."""
         return replace(self, lines=(*self.lines, *lines))
 
-    def to(self, device: torch.device) -> "Team":
-        """The parents that are named, on a device; models in memory stay where they are."""
-        return self.of(
-            network if self.in_memory(index) else _on(network, device) for index, network in enumerate(self.networks)
-        )
-
 
 def open_parents(
     parents: Sequence[Parent],
@@ -129,23 +123,16 @@ def open_parents(
         if isinstance(parent, nn.Module):
             networks.append(Network(parent, bind(parent, family), name))
         elif (folder := open_model(parent, allow_pickle=allow_pickle)) is not None:
-            network = Network(folder.module, bind(folder.module, family), name, read=folder.read, device=home)
-            networks.append(_on(network, home))
+            for module in folder.module.modules():
+                for key, buffer in module.named_buffers(recurse=False):
+                    module._buffers[key] = buffer.to(home)
+            binding = bind(folder.module, family)
+            networks.append(Network(folder.module, binding, name, read=folder.read, device=home))
         else:
             model = load_model(parent, allow_pickle=allow_pickle).to(home)
             networks.append(Network(model, bind(model, family), name))
         folders.append(folder)
     return Team(tuple(networks), anchor, tuple(parents), tuple(folders))
-
-
-def _on(network: Network, device: torch.device) -> Network:
-    """A network whose parameters are read to a device, or lie on it; its buffers go there."""
-    for module in network.module.modules():
-        for key, buffer in module.named_buffers(recurse=False):
-            module._buffers[key] = buffer.to(device)
-    if not next(network.module.parameters()).is_meta:
-        network.module.to(device)
-    return network.but(device=device, float32=False)  # the CPU's need not be another device's
 
 
 def check_classes(team: Team) -> None:
@@ -185,10 +172,3 @@ def check_count(count: int) -> None:
     """Raises FusionError for fewer than two parents."""
     if count < 2:
         raise FusionError(f"fusion needs at least two parents, not {count}; give --parents A B")
-
-
-def resolve_anchor(anchor: int, count: int) -> int:
-    """The anchor's index, from 0. Raises FusionError when out of range."""
-    if not -count <= anchor < count:
-        raise FusionError(f"anchor {anchor} is not an index into {count} parents; use 0 to {count - 1}")
-    return anchor % count

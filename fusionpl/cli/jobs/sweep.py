@@ -2,7 +2,7 @@
 
 import csv
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from fusionpl.evaluation.report import Report
 from fusionpl.evaluation.rows import Row
 from fusionpl.families.family import read_family
 from fusionpl.fusion.config import FuseConfig
-from fusionpl.fusion.fuse import Calibrated
+from fusionpl.fusion.fuse import fuse
 from fusionpl.models.images import with_image_size
 from fusionpl.models.load import load_model
 from fusionpl.models.pipelines import check_tokenizers
@@ -29,13 +29,13 @@ from fusionpl.training.dashboard import log_models, log_report
 from fusionpl.training.loggers import finish_loggers, make_loggers
 
 
-def sweep(args: Namespace, settings: dict[str, Any], groups: Sequence[Mapping[str, FuseConfig]], output: Path) -> None:
+def sweep(args: Namespace, settings: dict[str, Any], configs: Mapping[str, FuseConfig], output: Path) -> None:
     """Fuses once for every cell, and writes the table.
 
     Args:
         args: of the command, those of data as their class.
         settings: the same as plain values.
-        groups: of cells that share a calibration pass: name -> how to fuse.
+        configs: cell -> how to fuse.
         output: where the table goes.
 
     Raises:
@@ -43,7 +43,6 @@ def sweep(args: Namespace, settings: dict[str, Any], groups: Sequence[Mapping[st
     """
     quiet()
     parents, family = named(args.parents), read_family(args.family)
-    count = sum(map(len, groups))
     models = [load_model(path, allow_pickle=args.allow_pickle) for path in parents.values()]
     # Cells may have other anchors, but the data are cut into tokens, and images prepared, once.
     tokenizers = {name: load_tokenizer(path) for name, path in parents.items()}
@@ -62,16 +61,15 @@ def sweep(args: Namespace, settings: dict[str, Any], groups: Sequence[Mapping[st
     report = Report(config=settings)
     for name, model in zip(parents, models, strict=True):
         report.add(Row(f"parent {name}", **_scores(evaluate(model, test))))
-    for group in groups:
-        calibrated = Calibrated(
-            models, data.calibration_dataloader(), list(group.values()), names=list(parents), augment=data.augmented,
-            seed=args.seed, family=family, progress=progress_bar,
-        )  # fmt: skip
-        for name, config in progress_bar(group.items(), f"sweep, {count} cells"):
-            started = time.monotonic()
-            result = calibrated.fuse(config)
-            seconds = round(time.monotonic() - started, 2)
-            report.add(Row(name, **_scores(evaluate(result.model, test)), seconds=seconds))
+    # Drawn once: a loader with workers would start them again for each cell.
+    calibration = list(data.calibration_dataloader())
+    for name, config in progress_bar(configs.items(), f"sweep, {len(configs)} cells"):
+        started = time.monotonic()
+        result = fuse(
+            models, calibration, config, names=list(parents), augment=data.augmented, seed=args.seed, family=family
+        )
+        seconds = round(time.monotonic() - started, 2)
+        report.add(Row(name, **_scores(evaluate(result.model, test)), seconds=seconds))
     with staged(output, args.overwrite) as folder:
         (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         report.save(folder / "report")

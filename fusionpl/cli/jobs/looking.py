@@ -1,0 +1,64 @@
+"""What `fuse.py --check` and `--advise` show of parents; nothing is fused."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fusionpl.calibration.batches import batches
+from fusionpl.calibration.embeddings import embed
+from fusionpl.calibration.forward import logits
+from fusionpl.cli.jobs.parents import Job
+from fusionpl.errors import FusionError
+from fusionpl.families.proof import PROOF_TOLERANCE, allowed, permutation_error
+from fusionpl.fusion.advice import ADVISED, Advice, advise
+from fusionpl.fusion.config import mixing_weights
+from fusionpl.fusion.forms import folding_error
+from fusionpl.fusion.kin import ALIKE, weights_alike
+
+
+def advised(job: Job) -> Advice:
+    """What the parents are to each other, and what a minute is best spent on: `--advise`."""
+    names, size = list(job.parents), job.config.calibration.batch_size
+    few = replace(job.config.calibration, samples=min(ADVISED, job.config.calibration.samples))
+    samples = list(batches(job.data.calibration_dataloader(size), few))
+    others = [network for index, network in enumerate(job.team.networks) if index != job.team.anchor]
+    alike = max(weights_alike(job.team.reference, other) or 0.0 for other in others)
+    weights = mixing_weights(job.config.weights, len(names))
+    return advise([job.load(name) for name in names], names, weights, samples, base=alike >= ALIKE, family=job.family)
+
+
+def check(job: Job) -> None:
+    """Proves the family on the parents: `--check`.
+
+    Raises:
+        FusionError: it does not describe one of them.
+    """
+    batch, pooling = next(iter(job.data.calibration_dataloader(16))), job.data.pooling
+
+    def shown(model: nn.Module) -> Tensor:
+        """Its outputs, or the inner products of its embeddings, whose units may be renumbered."""
+        if pooling is None:
+            return logits(model, batch)
+        embedded = embed(model, batch, pooling)
+        return embedded @ embedded.T
+
+    print(f"what may be done to the units of {job.team.reference.name}, and keeps its function:\n")
+    print(allowed(job.team.reference.binding), end="\n\n")
+    for name in job.parents:
+        model = job.load(name)
+        with torch.inference_mode():
+            size = float(shown(model).abs().max())
+        error = permutation_error(model, shown, family=job.family)
+        if not error <= PROOF_TOLERANCE * size:
+            raise FusionError(
+                f"{name}: moving its units at random changes outputs by {error:.1e} (outputs are up to {size:.1f}); "
+                "its family file does not describe this model"
+            )
+        change, size, what = folding_error(model, shown, family=job.family)
+        if not change <= PROOF_TOLERANCE * size:
+            raise FusionError(
+                f"{name}: folding {what} changes outputs by {change:.1e} (outputs are up to {size:.1f}), so its "
+                "canonical form is not the same function; use strategy transport, or mend its family file"
+            )
+        print(f"{name}: ok; renumbering all units at random changes outputs by {error:.1e} (outputs up to {size:.1f})")

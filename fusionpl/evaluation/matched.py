@@ -38,7 +38,7 @@ class MatchedAxis:
         n_parent, n_anchor: how many units.
         partners: of how many parent units an anchor unit is made, 1 where the matching is hard: exp(entropy) of its
             shares, mean over anchor units.
-        solver, cost, iterations, converged, marginal_error: see `fusionpl.transport.TransportMap`.
+        solver, cost, iterations, converged, marginal_error: see `fusionpl.transport.maps.TransportMap`.
         picture: the map; None where it is not drawn.
     """
 

@@ -13,6 +13,7 @@ from fusionpl.calibration import observe
 from fusionpl.calibration.batches import no_progress
 from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.calibration.flow import CalibrationSet
+from fusionpl.calibration.forward import logits
 from fusionpl.calibration.inputs import InputMoments, sources
 from fusionpl.calibration.kept import Kept
 from fusionpl.calibration.moments import Moments
@@ -97,7 +98,7 @@ def test_a_refit_to_inputs_is_one_to_outputs(name: str, monkeypatch: pytest.Monk
     def fused() -> Tensor:
         model = fusionpl.fuse(parents, [batch], config).model
         with torch.inference_mode():
-            return fusionpl.calibration.logits(model, batch)
+            return logits(model, batch)
 
     narrow = fused()
     real = plan.stages

@@ -21,7 +21,7 @@ from fusionpl.fusion.average import vanilla
 from fusionpl.fusion.config import load_config
 from fusionpl.fusion.estimate import estimate
 from fusionpl.fusion.goal import settled
-from fusionpl.fusion.plan import make_plan
+from fusionpl.fusion.plan import describe, make_plan
 from fusionpl.fusion.result import FusionResult
 from fusionpl.models.save import save_model
 from fusionpl.transport.least_squares import NormalEquations, fit_ridge
@@ -414,6 +414,6 @@ def test_the_plan_tells_what_it_does() -> None:
     binding = bind(timm_vit())
     config = load_config(JOINT)
     plan = make_plan([binding, binding], 0, config, ["a", "b"])
-    text = fusionpl.fusion.describe(plan, [binding, binding], 0, config, ["a", "b"])
+    text = describe(plan, [binding, binding], 0, config, ["a", "b"])
     assert "one stream for all parents; whose units, the calibration set decides" in text
     assert "units of the parents, the anchor's first, output of blocks.0.mlp.fc1" in text

@@ -109,6 +109,24 @@ def _settings(subject: Subject, teams: Sequence[int]) -> Iterator[tuple[str, lis
                 )  # fmt: skip
 
 
+def teach(lab: Lab) -> Table:
+    """What seconds of teaching without labels make of a team, from either start and by `auto`."""
+    cells: list[Cell] = []
+    for column, teams in _settings(lab.images, lab.scale.teams):
+        for repeat, team in teams:
+            makers: dict[str, Maker] = {"best parent": team.best, "best parent, head fitted": team.head_fitted}
+            makers |= {"all trunks, one head": team.side_by_side}
+            makers["one stream"] = partial(team.fused, load_config(JOINT))
+            for seconds in lab.scale.teaching:
+                for start in ("fused", "parent", "auto"):
+                    makers[f"taught for {seconds} s, start {start}"] = partial(team.taught_from, start, seconds)
+            cells += [
+                Cell(name, f"{repeat}, {column}", partial(team.divergence, make, column), "divergence")
+                for name, make in makers.items()
+            ]
+    return Table("Divergence of test predictions from the mean of the parents', in nats.", cells)
+
+
 def parents(lab: Lab) -> Table:
     """More than two parents."""
     cells: list[Cell] = []
@@ -284,6 +302,7 @@ TABLES: dict[str, Callable[[Lab], Table]] = {
     "finetune": finetune,
     "worth": worth,
     "worth-text": worth_text,
+    "teach": teach,
     "parents": parents,
     "widths": widths,
     "depths": depths,

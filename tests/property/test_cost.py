@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fusionpl
+from fusionpl.calibration.forward import logits
 from fusionpl.calibration.kept import Kept
 from fusionpl.calibration.moments import Moments
 from fusionpl.cli.jobs.sweep import sweep
@@ -228,7 +229,7 @@ def test_streams_in_half_precision_give_nearly_the_same_model(name: str) -> None
     assert largest_difference(full, half) > 0, "they are the same: nothing was kept in half precision"
     test = batch_of(name, 16)
     with torch.no_grad():
-        first, second = (fusionpl.calibration.logits(model, test) for model in (full, half))
+        first, second = (logits(model, test) for model in (full, half))
     assert float((first - second).norm() / first.norm()) < 0.1
 
 

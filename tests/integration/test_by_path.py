@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 import fusionpl
 from fusionpl.calibration.forward import logits
-from fusionpl.cli.jobs.sweep import sweep
 from fusionpl.errors import FusionError
-from fusionpl.fusion.refit import Refit
+from fusionpl.fusion import refit, sections
 from fusionpl.fusion.result import FusionResult
 from fusionpl.models.load import load_model
 from fusionpl.models.opened import open_model
@@ -245,7 +244,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "average": (sweep, "averaged"), "refit": (Refit, "fit"), "write": (TensorFile, "write"), "move": (Path, "rename"),
+    "average": (sections, "averaged"), "refit": (refit, "fit_group"), "write": (TensorFile, "write"), "move": (Path, "rename"),
     "move back": (Path, "rename"),
 }  # fmt: skip
 

@@ -244,8 +244,8 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "average": (sections, "averaged"), "refit": (refit, "fit_group"), "write": (TensorFile, "write"), "move": (Path, "rename"),
-    "move back": (Path, "rename"),
+    "average": (sections, "averaged"), "refit": (refit, "fit_group"), "write": (TensorFile, "write"),
+    "move": (Path, "rename"), "move back": (Path, "rename"),
 }  # fmt: skip
 
 

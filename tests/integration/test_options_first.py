@@ -15,6 +15,7 @@ from fusionpl.cli import sweep
 from fusionpl.cli.common import main
 from fusionpl.errors import FusionError
 from fusionpl.fusion.config import FuseConfig, RefineConfig
+from fusionpl.fusion.fuse import Fusion
 from fusionpl.models.tensors import Tensors
 from tests.integration.runs import make_run
 from tests.models_for_tests import hf_vit, images, text_model, timm_vit

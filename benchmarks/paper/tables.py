@@ -1,5 +1,6 @@
 """The tables: which cells each has."""
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -37,7 +38,10 @@ def finetune(lab: Lab) -> Table:
     cells: list[Cell] = []
     for repeat, team in pairs(lab.images):
         cells += team.references(repeat, "0")
-        starts: dict[str, Maker] = {"best parent": team.best, **team.makers()}
+        starts: dict[str, Maker] = {"best parent": team.best, "best parent, head fitted": team.head_fitted}
+        starts |= team.makers()
+        taught = cache(partial(team.taught_from, "auto", 60 * lab.scale.minutes))
+        starts[f"taught for {60 * lab.scale.minutes:g} s, start auto"] = lambda taught=taught: copy.deepcopy(taught())
         cells += [Cell(name, f"{repeat}, 0", partial(team.one_shot, make, "0")) for name, make in starts.items()]
         for name in ("best parent", "one stream"):
             starts[f"{name}, weights times {SHRINK:g}"] = partial(team.shrunk, starts[name])

@@ -40,8 +40,9 @@ def finetune(lab: Lab) -> Table:
         cells += team.references(repeat, "0")
         starts: dict[str, Maker] = {"best parent": team.best, "best parent, head fitted": team.head_fitted}
         starts |= team.makers()
-        taught = cache(partial(team.taught_from, "auto", 60 * lab.scale.minutes))
-        starts[f"taught for {60 * lab.scale.minutes:g} s, start auto"] = lambda taught=taught: copy.deepcopy(taught())
+        starts[f"taught for {60 * lab.scale.minutes:g} s, start auto"] = _once(
+            partial(team.taught_from, "auto", 60 * lab.scale.minutes)
+        )
         cells += [Cell(name, f"{repeat}, 0", partial(team.one_shot, make, "0")) for name, make in starts.items()]
         for name in ("best parent", "one stream"):
             starts[f"{name}, weights times {SHRINK:g}"] = partial(team.shrunk, starts[name])
@@ -51,6 +52,12 @@ def finetune(lab: Lab) -> Table:
             for epochs in lab.scale.finetuning
         ]
     return Table("Test accuracy by epochs of finetuning.", cells, curve=True)
+
+
+def _once(make: Maker) -> Maker:
+    """Makes a model when it is first asked for, and gives copies of it."""
+    made = cache(make)
+    return lambda: copy.deepcopy(made())
 
 
 def worth(lab: Lab) -> Table:

@@ -72,6 +72,6 @@ def footer(command: str, origins: Sequence[Origin], seeds: Iterable[str], more: 
     found = {what: list(dict.fromkeys(getattr(one, what) for one in origins)) for what in ("machine", "date", "commit")}
     versions = list({json.dumps(dict(one.versions)): dict(one.versions) for one in origins if one.versions}.values())
     data = {"command": command, "seeds": list(dict.fromkeys(seeds)), **found, "versions": versions}
-    told = {what: ", ".join(values) for what, values in found.items()}
-    sentence = f"`{command}`, {told['machine']}, {told['date']}, commit {told['commit']}{more}."
+    summary = {what: ", ".join(values) for what, values in found.items()}
+    sentence = f"`{command}`, {summary['machine']}, {summary['date']}, commit {summary['commit']}{more}."
     return f"{sentence}\n\n<!-- origin: {json.dumps(data)} -->\n"

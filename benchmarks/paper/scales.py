@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from benchmarks import text
 from benchmarks.common import PAIRS, Parents
-from fusionpl.calibration.network import Network
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.datamodules.base import FixedSplits
 from fusionpl.evaluation.cost import flops
 from fusionpl.families.binding import bind
@@ -182,7 +182,7 @@ class Subject:
     def flops(self, width: float) -> float:
         """What a model of another width costs to run, in multiples of one."""
         model = self.parents.models(SEEDS[:1])[0]
-        network = Network(model, bind(model))
+        network = SectionedModel(model, bind(model))
         wide = target_of(network, FuseConfig(strategy="joint", refit=RefitConfig("ridge"), width=width))
         empty = wide.module.to_empty(device="cpu")
         for buffer in empty.buffers():  # some are indices

@@ -59,8 +59,8 @@ def write(name: str, table: Table, folder: Path, output: Path, command: str) -> 
     figures = with_comparison(found)
     rows = []
     for (entry, _), of in zip(found, figures, strict=True):
-        told = [COLUMNS[column][1](of[column]) if column in of else "" for column in table.columns]
-        rows.append([entry.model, entry.setting, str(entry.request.samples), str(entry.request.threads), *told])
+        summary = [COLUMNS[column][1](of[column]) if column in of else "" for column in table.columns]
+        rows.append([entry.model, entry.setting, str(entry.request.samples), str(entry.request.threads), *summary])
     header = ["", "setting", "samples", "threads", *(COLUMNS[column][0] for column in table.columns)]
     missing = len(table.entries) - len(found)
 
@@ -130,5 +130,5 @@ def _ratios(axes: Axes, found: Found) -> None:
         bars(axes, rows, "%.1f")
         for aim in AIMS.values():
             axes.axvline(aim, color="0.5", linestyle=":", linewidth=1)
-    told = ", ".join(f"{setting} {aim:g}" for setting, aim in AIMS.items())
-    axes.set(xlabel=f"fusion / both parents' forward passes (dotted, the aims from 384x12 on: {told})")
+    summary = ", ".join(f"{setting} {aim:g}" for setting, aim in AIMS.items())
+    axes.set(xlabel=f"fusion / both parents' forward passes (dotted, the aims from 384x12 on: {summary})")

@@ -129,7 +129,7 @@ class GroupedHeads(Pairwise):
     def _units(self, grams: list[Gram], pair: Comparison) -> list[TransportMap]:
         return rotate_units(grams) if self.rotation else [pair.solved(gram) for gram in grams]
 
-    def told(self, axis: str, binding: Binding) -> str:
+    def summary(self, axis: str, binding: Binding) -> str:
         """Where the units are seen, and how heads are matched."""
         if axis == self.out:
             return f"the heads of {self.v}, in the order of the queries"

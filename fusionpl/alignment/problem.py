@@ -157,7 +157,7 @@ class Problem(ABC):
         """
 
     @abstractmethod
-    def told(self, axis: str, binding: Binding) -> str:
+    def summary(self, axis: str, binding: Binding) -> str:
         """How `axis` gets its map, for a person."""
 
 

@@ -36,7 +36,7 @@ class Units(Pairwise):
         found = pair.solved(pair.evidence.stacked(self.axes, maps))
         return dict.fromkeys(self.axes, pair.rescaled(self.axes[0], found) if pair.in_circuit(self.axes[0]) else found)
 
-    def told(self, axis: str, binding: Binding) -> str:
+    def summary(self, axis: str, binding: Binding) -> str:
         """Where the units are seen."""
         others = [other for other in self.axes if other != axis]
         return seen_at(axis, binding, self.keys) + (f", shared with {' and '.join(others)}" if others else "")
@@ -62,7 +62,7 @@ class Gated(Pairwise):
             signed = replace(found, plan=found.plan * signs, sizes=(ours, theirs))
         return {gate: found, partner: signed}
 
-    def told(self, axis: str, binding: Binding) -> str:
+    def summary(self, axis: str, binding: Binding) -> str:
         """Where the units are seen."""
         gate, partner = self.axes
         if axis == gate:
@@ -91,7 +91,7 @@ class Joint(Pairwise):
             second: found.block(slice(n, None), slice(m, None)),
         }
 
-    def told(self, axis: str, binding: Binding) -> str:
+    def summary(self, axis: str, binding: Binding) -> str:
         """Where the units are seen, and with which."""
         others = [other for other in self.axes if other != axis]
         return f"{seen_at(axis, binding, self.keys)}, joint with {' and '.join(others)}"
@@ -149,7 +149,7 @@ class Heads(Pairwise):
             return {circuit[0]: pair.activations.unscaled(circuit) for circuit in self.circuits}
         return {circuit[0]: pair.evidence.stacked(circuit, maps) for circuit in self.circuits}
 
-    def told(self, axis: str, binding: Binding) -> str:
+    def summary(self, axis: str, binding: Binding) -> str:
         """Where the units are seen, and with which."""
         others = [other for circuit in self.circuits if axis in circuit for other in circuit if other != axis]
         verb = "rotated" if self.rotation else "matched"
@@ -191,7 +191,7 @@ class Order(Pairwise):
                 costs.append(dissimilarity(heads) if attention.rotation else unit_costs(heads, pair.config))
         return {axis: head_map(costs)}
 
-    def told(self, axis: str, binding: Binding) -> str:
+    def summary(self, axis: str, binding: Binding) -> str:
         """What is compared."""
         heads = f", and the heads of {len(self.attentions)} blocks" if self.keys else ""
         return f"{seen_at(axis, binding, self.keys)}{heads}: one order for all"
@@ -261,7 +261,7 @@ class Stream(Pairwise):
                 ahead += fresh
         return False
 
-    def told(self, axis: str, binding: Binding) -> str:
+    def summary(self, axis: str, binding: Binding) -> str:
         """One map for all."""
         what = "rotation of the stream" if self.rotation else "tied to the stream"
         return what if self.keys else f"{what}, from all rows that write it"
@@ -310,7 +310,7 @@ class Joined(Pairwise):
         parts = {"skip": (self.join.skip,), "branch": (self.join.branch,)}
         return parts.get(self.policy, (self.join.skip, self.join.branch))
 
-    def told(self, axis: str, binding: Binding) -> str:
+    def summary(self, axis: str, binding: Binding) -> str:
         """What is added."""
         return f"join ({self.policy}) of {self.join.skip} + {self.join.branch}"
 

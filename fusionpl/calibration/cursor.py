@@ -12,7 +12,7 @@ from torch import Tensor
 from fusionpl.calibration.batches import batches
 from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.calibration.kept import Kept, Store
-from fusionpl.calibration.network import Call, Network, Seen
+from fusionpl.calibration.sectioned import Call, SectionedModel, Seen
 from fusionpl.calibration.taps import Place, place_of, units_of
 from fusionpl.families.apply import State
 from fusionpl.families.axes import Binding, boundary
@@ -138,7 +138,7 @@ class Cursor:
         name: tells its hidden states from those of other networks.
     """
 
-    def __init__(self, network: Network, data: CalibrationSet, name: str) -> None:
+    def __init__(self, network: SectionedModel, data: CalibrationSet, name: str) -> None:
         self.network, self.data = network, data
         self._hidden = Store[tuple[int, int], Tensor](data.kept, (name, "hidden"))  # (stack, batch)
         self._calls = Store[int, list[Call]](data.kept, (name, "calls"))
@@ -158,7 +158,7 @@ class Cursor:
 
         Args:
             section: the next section.
-            state: the parameters that it takes: see `Network.states`.
+            state: the parameters that it takes: see `SectionedModel.states`.
             index: the batch.
             places: where to look on the way.
             stop: go no further than the last of `places`; the batch then still stands before the section.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionpl.calibration.forward import Batch
-from fusionpl.calibration.network import Call, Network, Passed, Prepare, Seen
+from fusionpl.calibration.sectioned import Call, Passed, Prepare, SectionedModel, Seen
 from fusionpl.calibration.taps import Place
 from fusionpl.errors import FusionError
 from fusionpl.families.apply import State
@@ -28,7 +28,7 @@ class Run:
     kept: str | None
 
 
-class Restacked(Network):
+class Restacked(SectionedModel):
     """A network in the sections of one of another depth.
 
     Blocks that are taken together run one after the other: the stream behind them is the network's own. What is seen
@@ -46,10 +46,10 @@ class Restacked(Network):
         runs: block of the other depth -> the network's blocks that stand for it.
     """
 
-    def __init__(self, source: Network, module: nn.Module, binding: Binding, runs: Mapping[str, Run]) -> None:
+    def __init__(self, source: SectionedModel, module: nn.Module, binding: Binding, runs: Mapping[str, Run]) -> None:
         super().__init__(
             module, binding, source.name, read=source.read, device=source.device, float32=source.float32,
-            prepare=source.prepare, absent=source.absent,
+            prepare=source.prepare, missing_tokens=source.missing_tokens,
         )  # fmt: skip
         self._source, self._runs = source, runs
         self._elementwise = {
@@ -63,7 +63,7 @@ class Restacked(Network):
         if binding.family.norm == "post":
             ends = {section: binding.end_norm(section) for section in binding.sections[:-1]}
             self._ends = {section: norm for section, norm in ends.items() if norm is not None}
-            for block in self.idle:
+            for block in self.missing_blocks:
                 if self._before[block] not in self._ends:
                     raise FusionError(
                         f"{self.name}: no norm ends what stands before its first block, so that a block that adds "
@@ -71,16 +71,16 @@ class Restacked(Network):
                     )
 
     @property
-    def original(self) -> Network:
+    def original(self) -> SectionedModel:
         """The network as it was trained."""
         return self._source
 
     @property
-    def idle(self) -> frozenset[str]:
+    def missing_blocks(self) -> frozenset[str]:
         """The blocks that compute nothing."""
         return frozenset(block for block, run in self._runs.items() if run.kept is None)
 
-    def prepared(self, prepare: Prepare | None) -> Network:
+    def prepared(self, prepare: Prepare | None) -> SectionedModel:
         """The same with other preparation."""
         return Restacked(self._source.prepared(prepare), self.module, self.binding, self._runs)
 
@@ -113,10 +113,10 @@ class Restacked(Network):
         if section not in self._ends:
             return {}
         names = [f"{self._ends[section]}.{leaf}" for leaf in ("weight", "bias")]
-        if self._after[section] in self.idle:
+        if self._after[section] in self.missing_blocks:
             return {name: self._blank(name) for name in names}
         last = section
-        while last in self.idle:
+        while last in self.missing_blocks:
             last = self._before[last]
         block = self._runs[last].blocks[-1] if last in self._runs else last
         held = self._source.parameters(block)

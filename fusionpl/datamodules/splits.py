@@ -163,9 +163,9 @@ def _sizes(asked: Mapping[str, int], count: int, config: SplitConfig) -> Mapping
     for part, size in asked.items():
         found[part] = min(size, most, left)
         left -= found[part]
-    told = ", ".join(f"{found[part]:,} for {part}" for part, size in asked.items() if size)
+    summary = ", ".join(f"{found[part]:,} for {part}" for part, size in asked.items() if size)
     names = " and ".join(f"data.{part} {size:,}" for part, size in asked.items() if size)
-    tell(f"{config.path}: {count:,} training samples, too few for {names}: {told}; these options take other numbers")
+    tell(f"{config.path}: {count:,} training samples, too few for {names}: {summary}; these options take other numbers")
     return found
 
 

@@ -228,8 +228,8 @@ def _curves(found: Mapping[str, Curve], metric: Literal["accuracy", "loss"], axe
         colour = colour_of(name)
         axes.plot([0, 1], [values[0], values[-1]], color=colour, linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.7)
         axes.plot(curve.lambdas, values, color=colour, linewidth=1.8, marker="o", markersize=3.6, label=name)
-        for at, value, told in zip(curve.lambdas, values, getattr(curve, metric), strict=True):
-            _tell(axes, (at, value), f"{name}, λ = {at:g}, {readable(metric, told)}")
+        for at, value, summary in zip(curve.lambdas, values, getattr(curve, metric), strict=True):
+            _tell(axes, (at, value), f"{name}, λ = {at:g}, {readable(metric, summary)}")
         finite = [value if math.isfinite(value) else -math.inf for value in excess]
         worst = finite.index(max(finite))
         if finite[worst] > 0:  # it is farthest there from the straight line between its ends

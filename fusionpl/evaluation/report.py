@@ -131,8 +131,8 @@ class Report:
         if MAPS in figures:
             parts += ["## Transport maps", *_embedded(MAPS, figures)]
         if self.continuations:
-            told = [[name, quoted(text)] for name, text in {"prompt": self.prompt, **self.continuations}.items()]
-            parts += ["## Continuations", CONTINUED, markdown_table([["", "text"], *told])]
+            summary = [[name, quoted(text)] for name, text in {"prompt": self.prompt, **self.continuations}.items()]
+            parts += ["## Continuations", CONTINUED, markdown_table([["", "text"], *summary])]
         if self.config:
             parts += ["## Configuration", f"```yaml\n{self.config_as_yaml()}```"]
         return "\n\n".join(parts) + "\n"
@@ -174,7 +174,7 @@ class Report:
         parent = f"parent {verdict.parent}"
         best = self.outcomes[parent, "one-shot"]
         against = {
-            name: verdict.told(one.better(best, verdict.metric))
+            name: verdict.summary(one.better(best, verdict.metric))
             for (name, stage), one in self.outcomes.items()
             if stage == "one-shot" and name != parent
         }

@@ -57,8 +57,8 @@ class Verdict:
         if math.isnan(found.error):
             return f"{name}: not to be told apart from {best} (one test sample): keep that one"
         if not found.chance < SIGNIFICANT:
-            return f"{name}: not to be told apart from {best} ({self.told(found)}): keep that one"
-        size = self.told(Difference(abs(found.value), found.error, found.chance, found.samples)).removeprefix("+")
+            return f"{name}: not to be told apart from {best} ({self.summary(found)}): keep that one"
+        size = self.summary(Difference(abs(found.value), found.error, found.chance, found.samples)).removeprefix("+")
         if self.metric in SHARES:
             return f"{name}: {size} {'above' if found.value > 0 else 'below'} {best}" + self._advice
         return f"{name}: {size} {'better' if found.value > 0 else 'worse'} than {best}" + self._advice
@@ -67,9 +67,9 @@ class Verdict:
     def _advice(self) -> str:
         return "" if self.difference.value > 0 else ": keep that one"
 
-    def told(self, difference: Difference) -> str:
+    def summary(self, difference: Difference) -> str:
         """`+2.9 ± 0.5 points`: a difference and its standard error; positive is better, of losses too."""
-        return _told(difference, self.metric, self.unit)
+        return _summary(difference, self.metric, self.unit)
 
     def as_dict(self) -> dict[str, Any]:
         """The verdict for JSON; null for what is not known."""
@@ -93,7 +93,7 @@ class Verdict:
         return value - self.best if self.metric in SHARES else self.best - value
 
 
-def _told(difference: Difference, metric: Metric, unit: str) -> str:
+def _summary(difference: Difference, metric: Metric, unit: str) -> str:
     scale, digits = (100, 1) if metric in SHARES else (1, 4)
     value = f"{abs(scale * difference.value):.{digits}f}"
     sign = "" if not float(value) else "+" if difference.value > 0 else MINUS
@@ -117,7 +117,7 @@ def compared_cells(rows: Sequence[Row], outcomes: Mapping[tuple[str, Stage], Out
     for row in (row for row in rows if row is not best):
         found = outcomes[row.name, row.stage].better(held, metric)
         alike = "" if math.isnan(found.chance) or found.chance < SIGNIFICANT else "not to be told apart"
-        body.append([row.name, _told(found, metric, _unit(metric, row)), alike])
+        body.append([row.name, _summary(found, metric, _unit(metric, row)), alike])
     return [["", f"to {best.name}, the best by {data}", ""], *body]
 
 
@@ -169,7 +169,7 @@ def verdict_cells(found: Sequence[Verdict]) -> list[list[str]]:
         ["", *header],
         *figures,
         ["share of the ensemble's gain", *(_share(one) for one in found)],
-        ["fused against best parent", *(one.told(one.difference) for one in found)],
+        ["fused against best parent", *(one.summary(one.difference) for one in found)],
     ]
 
 

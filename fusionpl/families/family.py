@@ -361,9 +361,9 @@ def family_of(model: object) -> Family:
         FusionError: no family knows the class, or a model of its configuration; the message names the nearest.
     """
     classes = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__}
-    told = [family for family in library().values() if classes & set(family.models)]
-    told.sort(key=lambda family: -len(family.when))  # what says more of a model is nearer to it
-    for family in told:
+    nearest = [family for family in library().values() if classes & set(family.models)]
+    nearest.sort(key=lambda family: -len(family.when))  # what says more of a model is nearer to it
+    for family in nearest:
         if all(attribute(model, path) == it for path, it in family.when.items()):
             return family
     if is_bare(model) and hasattr(model, "base_model"):
@@ -373,18 +373,18 @@ def family_of(model: object) -> Family:
             with_head = any(name.rpartition(".")[0] == module for name in family.models)
             if with_head and all(attribute(model, path) == it for path, it in bare.when.items()):
                 return bare
-    raise FusionError(f"no family for {_unknown(model, told)}")
+    raise FusionError(f"no family for {_unknown(model, nearest)}")
 
 
 _DRAFTS = "`python -m fusionpl.cli.family MODEL --output my.yaml` drafts one for --family my.yaml, see docs/families.md"
 
 
-def _unknown(model: object, told: Sequence[Family]) -> str:
-    """What is said of a model that no family describes, or only with other settings (`told`)."""
+def _unknown(model: object, nearest: Sequence[Family]) -> str:
+    """What is said of a model that no family describes, or only with other settings (`nearest`)."""
     cls = type(model)
     unmet = {one.name: [f"{path} is {it}" for path, it in one.when.items() if attribute(model, path) != it]
-             for one in told}  # fmt: skip
-    if told:
+             for one in nearest}  # fmt: skip
+    if nearest:
         least = min(map(len, unmet.values()))
         ways = " or ".join(f"{name} ({', '.join(one)})" for name, one in unmet.items() if len(one) == least)
         return f"this {cls.__qualname__}, but for {ways}; {_DRAFTS}"

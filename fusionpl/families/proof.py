@@ -149,14 +149,14 @@ def allowed(binding: Binding) -> str:
         elif axis.kind == "scale":
             rows[shown] = f"as its gate, {binding.gates[name].rpartition('.')[2]}; scale and sign"
         elif axis.heads > 1 or any(name in group for group in binding.attention):
-            rows[shown] = _told(axis)
+            rows[shown] = _summary(axis)
         else:
             rows[shown] = "permutation"
     width = max(map(len, rows))
     return "\n".join(f"{axis.ljust(width)}  {kind}" for axis, kind in rows.items())
 
 
-def _told(axis: Axis) -> str:
+def _summary(axis: Axis) -> str:
     heads = f"{axis.heads} heads" if axis.members == 1 else f"{axis.groups} groups of {axis.members} heads"
     if axis.repeats:
         return f"{heads}, as {axis.repeats.rpartition('.')[2]}"

@@ -4,7 +4,7 @@ import sys
 
 from fusionpl.calibration.cursor import sum_over_ranks
 from fusionpl.calibration.kept import Kept
-from fusionpl.calibration.network import Network
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.families.apply import own_state
 from fusionpl.families.binding import bind
 from fusionpl.fusion.heads import best_head
@@ -31,7 +31,7 @@ def keep_best_parent(walk: Walk, plan: Plan, survey: Survey) -> FusionResult:
         reduce=lambda sums: sum_over_ranks([*sums]),
     )
     binding, device = bind(model, team.binding.family), team.networks[index].device
-    target = Network(model, binding, "the fused model", device=device)
+    target = SectionedModel(model, binding, "the fused model", device=device)
     writer = InMemory(target, Kept(sys.maxsize))
     writer.write(own_state(model))
     parents = [

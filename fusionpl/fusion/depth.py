@@ -12,8 +12,8 @@ from torch import Tensor
 from fusionpl.alignment.blocks import likeness, matched, spread, telling
 from fusionpl.calibration.cursor import CalibrationSet, Cursor
 from fusionpl.calibration.forward import eval_mode
-from fusionpl.calibration.network import Network
 from fusionpl.calibration.restacked import Restacked, Run
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.calibration.tokens import select
 from fusionpl.errors import FusionError
 from fusionpl.families.axes import Binding
@@ -61,7 +61,7 @@ class Matching:
         return any(len(run.blocks) > 1 for run in self.runs.values())
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """The matching in a line."""
         parts = []
         for run in self.runs.values():
@@ -82,7 +82,7 @@ class Matching:
         )
 
 
-def depth_of(networks: Sequence[Network], anchor: int, config: FuseConfig) -> tuple[int, ...]:
+def depth_of(networks: Sequence[SectionedModel], anchor: int, config: FuseConfig) -> tuple[int, ...]:
     """The numbers of blocks of the fused network's stacks.
 
     Raises:
@@ -120,8 +120,8 @@ def depth_of(networks: Sequence[Network], anchor: int, config: FuseConfig) -> tu
 
 
 def match_depths(
-    networks: Sequence[Network], anchor: int, config: FuseConfig, data: CalibrationSet | None = None
-) -> tuple[list[Network], list[Matching]]:
+    networks: Sequence[SectionedModel], anchor: int, config: FuseConfig, data: CalibrationSet | None = None
+) -> tuple[list[SectionedModel], list[Matching]]:
     """Brings parents to the depth of the fused network.
 
     Args:
@@ -179,7 +179,7 @@ def match_depths(
     return restacked, matchings
 
 
-def _streams(network: Network, data: CalibrationSet, index: int) -> list[Tensor]:
+def _streams(network: SectionedModel, data: CalibrationSet, index: int) -> list[Tensor]:
     """The hidden states at every boundary of a network's blocks, of some tokens, [rows, n]."""
     cursor = Cursor(network, data, f"stream {index}")
     few = [batch for batch in data if data.firsts[batch] - data.firsts[0] < _SAMPLES]
@@ -222,7 +222,7 @@ def _of_first_rank(found: Any) -> Any:
     return held[0]
 
 
-def _blocks(network: Network) -> str:
+def _blocks(network: SectionedModel) -> str:
     return f"{network.name} has {' and '.join(map(str, network.binding.depths))} blocks"
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.forward import eval_mode
-from fusionpl.calibration.network import Network
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.errors import FusionError
 from fusionpl.families import canonical
 from fusionpl.families.apply import State
@@ -24,7 +24,7 @@ from fusionpl.transport.products import full_float32
 _SAMPLES, _TEXTS = 8, 1
 
 
-def check_forms(networks: Sequence[Network], config: FuseConfig, data: CalibrationSet) -> None:
+def check_forms(networks: Sequence[SectionedModel], config: FuseConfig, data: CalibrationSet) -> None:
     """Checks that parents in the form in which they are fused compute what they did: samples of the first batch go
     through both, section by section, with one section of one parent in memory at a time.
 
@@ -47,7 +47,7 @@ def check_forms(networks: Sequence[Network], config: FuseConfig, data: Calibrati
         raise FusionError(f"{found}; use {_instead(config)}")
 
 
-def departure(network: Network, batch: Mapping[str, Tensor]) -> str | None:
+def departure(network: SectionedModel, batch: Mapping[str, Tensor]) -> str | None:
     """Where a network in its form departs from the model that it is made of; None where it does not.
 
     Args:
@@ -59,7 +59,7 @@ def departure(network: Network, batch: Mapping[str, Tensor]) -> str | None:
         return None
     count = _SAMPLES if "classes" in form.binding.axes else _TEXTS
     few = {key: value[:count] for key, value in batch.items()}
-    own = Network(form.module, form.binding, form.name, read=_Once(form), device=form.device, float32=True)
+    own = SectionedModel(form.module, form.binding, form.name, read=_Once(form), device=form.device, float32=True)
     centred, first, error = form.binding.family.norm == "pre", None, 0.0
     with full_float32(), eval_mode(form.module):
         for (section, before), (_, after) in zip(own.walk(few), own.prepared(form.prepare).walk(few), strict=True):
@@ -91,20 +91,20 @@ def folding_error(
         The largest difference of outputs, the largest output, and what was folded.
     """
     changed = changed_a_little(model)
-    network = untie(Network(changed, bind(changed, family)))
+    network = untie(SectionedModel(changed, bind(changed, family)))
     form = network.prepared(without_scales if inseparable(network.binding) else canonical)
     with torch.inference_mode():
         before, after = run(changed), run(form.whole())
     return float((before - after).abs().max()), float(before.abs().max()), _folded(form)
 
 
-def _folds(form: Network) -> bool:
+def _folds(form: SectionedModel) -> bool:
     """Whether anything is folded."""
     scales = any(slot.gain == "scale" for slot in form.binding.slots)
     return form.prepare is canonical or (form.prepare is not None and scales)
 
 
-def _folded(form: Network) -> str:
+def _folded(form: SectionedModel) -> str:
     return (
         "norms into what reads them, and scales," if form.prepare is canonical else "scales into the maps before them"
     )
@@ -137,7 +137,7 @@ class _Once:
         network: whose they are.
     """
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: SectionedModel) -> None:
         self._network, self._section, self._held = network, "", State()
 
     def __call__(self, name: str) -> Tensor:

@@ -19,7 +19,7 @@ from fusionpl.alignment.problem import solve_all
 from fusionpl.calibration.batches import Progress, no_progress
 from fusionpl.calibration.cursor import CalibrationSet, Cursor
 from fusionpl.calibration.kept import Kept, budget
-from fusionpl.calibration.network import Network
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.families.family import Family
 from fusionpl.fusion import units
 from fusionpl.fusion.best_parent import keep_best_parent
@@ -151,7 +151,7 @@ class Fusion:
 
     def describe(self) -> str:
         """What will be done: a table of axes, and how each gets its map."""
-        return "\n".join([describe(self.plan, self.team), *(matching.told for matching in self.matchings)])
+        return "\n".join([describe(self.plan, self.team), *(matching.summary for matching in self.matchings)])
 
     def needs(self, batch: Any, samples: int, device: torch.device) -> Needs:
         """The memory and disk that it needs.
@@ -206,11 +206,11 @@ class Fusion:
                     augment=augment if config.refine.augment else None, seed=seed,
                     tags=survey.tag_weights(plan.weights), progress=progress,
                 )  # fmt: skip
-            result = replace(result, teaching=taught, notes=[*notes, *([taught.told] if taught else [])])
+            result = replace(result, teaching=taught, notes=[*notes, *([taught.summary] if taught else [])])
         result = replace(
             result,
             matchings=fusion.matchings,
-            notes=[*(matching.told for matching in fusion.matchings), *survey.notes, *result.notes],
+            notes=[*(matching.summary for matching in fusion.matchings), *survey.notes, *result.notes],
             warnings=[
                 *team.lines,
                 *(matching.warning for matching in fusion.matchings if matching.warning),
@@ -273,7 +273,9 @@ def fuse_sections(
         The parents with their maps; and the fused network where it is run, which then stands before the tail.
     """
     target, device = plan.target, walk.team.reference.device
-    fused = Network(target.module, target.binding, "the fused model", read=writer.read, device=device, float32=True)
+    fused = SectionedModel(
+        target.module, target.binding, "the fused model", read=writer.read, device=device, float32=True
+    )
     fit = None
     if plan.fits:
         tags = survey.tag_weights(plan.weights)

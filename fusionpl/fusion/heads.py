@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fusionpl.calibration.forward import eval_mode, logits
 from fusionpl.calibration.kept import Kept, budget
-from fusionpl.calibration.network import Network
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.errors import FusionError
 from fusionpl.families.binding import bind
 from fusionpl.families.family import TAIL, VOCABULARY, Family, attribute
@@ -136,7 +136,7 @@ class HeadFit:
             reduce: adds up tensors over the processes, in place, where each has samples of its own.
         """
         model = self._models[index]
-        student = untie(Network(model, bind(model, self._family), "the model")).whole()
+        student = untie(SectionedModel(model, bind(model, self._family), "the model")).whole()
         head = cast(nn.Linear, student.get_submodule(self._names[index]))
         with torch.no_grad():
             bias = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
@@ -165,7 +165,7 @@ def head_of(model: nn.Module, family: Family | None = None) -> str | None:
     several."""
     names = {
         slot.parameter.rpartition(".")[0]
-        for slot in untie(Network(model, bind(model, family), "the model")).binding.slots
+        for slot in untie(SectionedModel(model, bind(model, family), "the model")).binding.slots
         if slot.section == TAIL and any(slot.reads) and {*slot.axes} & {"classes", VOCABULARY}
     }
     return names.pop() if len(names) == 1 else None

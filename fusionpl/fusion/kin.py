@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fusionpl.calibration.network import Network
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.models.lineage import base_models
 
 # Matrices that are compared, spread over all blocks. Those of independent seeds have cosines of about 0.
 MATRICES, ALIKE = 8, 0.5
 
 
-def kinship(networks: Sequence[Network], sources: Sequence[nn.Module | str | Path], anchor: int) -> list[str]:
+def kinship(networks: Sequence[SectionedModel], sources: Sequence[nn.Module | str | Path], anchor: int) -> list[str]:
     """What a reader should know of parents that share a base with the anchor, a line each.
 
     Args:
@@ -40,7 +40,7 @@ def kinship(networks: Sequence[Network], sources: Sequence[nn.Module | str | Pat
     return lines
 
 
-def weights_alike(a: Network, b: Network) -> float | None:
+def weights_alike(a: SectionedModel, b: SectionedModel) -> float | None:
     """The median cosine between some large weights of two networks as they are; None where their shapes differ.
 
     Gains of norms are left out: they are alike in all networks.
@@ -58,7 +58,7 @@ def weights_alike(a: Network, b: Network) -> float | None:
     return cosines[len(cosines) // 2]
 
 
-def _cosine(a: Network, b: Network, name: str) -> float:
+def _cosine(a: SectionedModel, b: SectionedModel, name: str) -> float:
     """Of one parameter; here, so that no more than one is in memory."""
     one, other = (network.read(name).to(network.device, torch.float32).flatten() for network in (a, b))
     return float(functional.cosine_similarity(one, other, dim=0))

@@ -13,7 +13,7 @@ from fusionpl.families.family import VOCABULARY
 from fusionpl.fusion.pixels import match_pixels
 from fusionpl.fusion.team import Team
 from fusionpl.models.adapters import adapter_beside
-from fusionpl.models.images import at_image_size, told
+from fusionpl.models.images import at_image_size, describe_resampling
 from fusionpl.models.labels import IN_WORDS, Kind
 from fusionpl.models.pipelines import check_tokenizers
 from fusionpl.models.preprocessing import ImageProcessing
@@ -35,14 +35,14 @@ def matched(team: Team, processing: ImageProcessing | None = None) -> Team:
         FusionError: parents that cut images into patches of different size, or can't take images as they are prepared;
             see `check_tokenizers`, `match_padding` and `check_token_settings`.
     """
-    team = team.told(
+    team = team.noting(
         line for folder in team.folders if folder is not None and (line := adapter_beside(folder.path)) is not None
     )
     team = match_pixels(match_images(team), processing)
     team = match_padding(match_tags(match_vocabularies(team)))
     # The anchor first, whose settings the fused model has.
     modules = {network.name: network.module for network in (team.reference, *team.networks)}
-    return team.told(check_token_settings(modules))
+    return team.noting(check_token_settings(modules))
 
 
 def match_images(team: Team) -> Team:
@@ -55,7 +55,7 @@ def match_images(team: Team) -> Team:
         names = network.name, reference.name
         if (found := at_image_size(network.module, reference.module, family, names)) is not None:
             networks[index] = network.moved(*found)
-            lines.append(told(network.name, network.module, reference.name, reference.module))
+            lines.append(describe_resampling(network.name, network.module, reference.name, reference.module))
     return team.of(networks, lines)
 
 
@@ -88,9 +88,9 @@ def match_vocabularies(team: Team) -> Team:
             move = renumber(network.module, found, family, name=network.name)
             # A parent that was loaded whole has been renumbered where it is.
             moved = network.moved(network.module, move) if folder is not None else network
-            absent = found.absent if len(found.absent) else None
-            networks[index] = moved.but(binding=bind(network.module, family), absent=absent)
-            lines.append(found.told(network.name, reference.name))
+            missing_tokens = found.missing_tokens if len(found.missing_tokens) else None
+            networks[index] = moved.but(binding=bind(network.module, family), missing_tokens=missing_tokens)
+            lines.append(found.summary(network.name, reference.name))
     return team.of(networks, lines)
 
 
@@ -147,6 +147,6 @@ def match_padding(team: Team) -> Team:
                 "time; set pad_token_id in its config to the token that texts are padded with, such as its eos_token_id"
             )
         pad_with(network.module, number)
-    return team.told(
+    return team.noting(
         f"{network.name} has no pad_token_id: texts are padded with token {number}" for _, network in lacking
     )

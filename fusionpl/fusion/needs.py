@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fusionpl.calibration.forward import Batch, eval_mode, inputs_of
 from fusionpl.calibration.kept import GIB, budget, free_memory
 from fusionpl.calibration.moments import Key
-from fusionpl.calibration.network import Network
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.errors import FusionError
 from fusionpl.families.axes import Binding, boundary
 from fusionpl.fusion.groups import LinearGroup
@@ -56,7 +56,7 @@ class Needs:
                     f"{purpose}"
                 )
 
-    def told(self, device: torch.device) -> str:
+    def summary(self, device: torch.device) -> str:
         """All of it in one line."""
         return (
             f"expected on {device}: {_size(self.memory)} of memory, {_size(self.disk)} of temporary files, a model of "
@@ -102,7 +102,7 @@ class _Shapes:
     widths: Mapping[str, int]
 
     @classmethod
-    def of(cls, network: Network, inputs: Mapping[str, Tensor]) -> "_Shapes":
+    def of(cls, network: SectionedModel, inputs: Mapping[str, Tensor]) -> "_Shapes":
         ran = network.original
         module, binding = ran.module, ran.binding
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), eval_mode(module):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusionpl.alignment.maps import Maps
-from fusionpl.calibration.network import Network
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.errors import FusionError
 from fusionpl.families.apply import State, aligned_state, copy_rows
 from fusionpl.families.axes import Binding
@@ -22,14 +22,14 @@ class AlignedParent:
         network: the parent.
         maps: its own; None for the anchor.
         weight: its share.
-        idle: blocks of the fused network for which it has none: there it has the anchor's parameters, and writes
+        missing_blocks: of the fused network, for which it has none: there it has the anchor's parameters, and writes
             nothing.
     """
 
-    network: Network
+    network: SectionedModel
     maps: Maps | None
     weight: float
-    idle: frozenset[str] = frozenset()
+    missing_blocks: frozenset[str] = frozenset()
 
     @property
     def binding(self) -> Binding:
@@ -65,13 +65,14 @@ class AlignedParent:
         away = {
             slot.parameter
             for slot in anchor.slots
-            if slot.section in self.idle and not (anchor.family.norm == "post" and set(slot.axes) <= set(anchor.joins))
+            if slot.section in self.missing_blocks
+            and not (anchor.family.norm == "post" and set(slot.axes) <= set(anchor.joins))
         }
         state = {name: tensor for name, tensor in state.items() if name not in away}
         self._check_maps(state)
         found = aligned_state(state, self.binding, target, anchor, self.maps, self.maps.joint)
-        if self.network.absent is not None:
-            copy_rows(found, target, anchor, VOCABULARY, self.network.absent)
+        if self.network.missing_tokens is not None:
+            copy_rows(found, target, anchor, VOCABULARY, self.network.missing_tokens)
         branches = {join.branch for join in anchor.joins.values()}
         for slot in anchor.slots:
             if slot.parameter in away and slot.parameter in target:

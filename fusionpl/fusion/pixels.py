@@ -4,15 +4,15 @@ from pathlib import Path
 
 from torch import nn
 
-from fusionpl.calibration.network import Network
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.fusion.team import Team
 from fusionpl.models.images import grid_of
-from fusionpl.models.pixels import for_pixels, told_differences, told_pixels
+from fusionpl.models.pixels import describe_differences, describe_pixels, for_pixels
 from fusionpl.models.preprocessing import ImageProcessing
 from fusionpl.models.processors import image_processing, save_image_processing, timm_processing
 
 
-def said(parent: nn.Module | str | Path, network: Network) -> ImageProcessing | None:
+def said(parent: nn.Module | str | Path, network: SectionedModel) -> ImageProcessing | None:
     """How a parent that is named takes its images, as its folder says; None where nothing does."""
     return None if isinstance(parent, nn.Module) or grid_of(network.module) is None else image_processing(parent)
 
@@ -37,12 +37,12 @@ def match_pixels(team: Team, processing: ImageProcessing | None) -> Team:
     given = processing or of_folder[reference.name] or of_model[reference.name]
     if given is None and not any(of_folder.values()):
         return team
-    lines = told_differences(of_folder, reference.name)
+    lines = describe_differences(of_folder, reference.name)
     given = given or ImageProcessing()
     if of_folder[reference.name] is None and any(of_folder.values()) and not team.in_memory(team.anchor):
         lines.append(
             f"{reference.name}: its folder does not say how images are prepared; it is taken to see them with "
-            f"{ImageProcessing().told()}"
+            f"{ImageProcessing().summary()}"
         )
     networks = list(team.networks)
     for index, (parent, network) in enumerate(both):
@@ -51,14 +51,14 @@ def match_pixels(team: Team, processing: ImageProcessing | None) -> Team:
             stated = of_model[name]
             if stated is not None and not stated.sees_as(given):
                 lines.append(
-                    f"{name}: its pretrained_cfg wants images of {stated.told()}, and it is given {reference.name}'s, "
-                    f"{given.told()}, as it is"
+                    f"{name}: its pretrained_cfg wants images of {stated.summary()}, and it is given "
+                    f"{reference.name}'s, {given.summary()}, as it is"
                 )
             continue
         move = for_pixels(network.module, own, given, network.read, network.binding.family, (name, reference.name))
         if move is not None:
             networks[index] = network.moved(network.module, move)
-            lines.append(told_pixels(name, own, reference.name, given))
+            lines.append(describe_pixels(name, own, reference.name, given))
     return team.of(networks, lines)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fusionpl.alignment.config import AlignConfig
 from fusionpl.alignment.problem import Observed, Problem
 from fusionpl.calibration.moments import Key
-from fusionpl.calibration.network import Network
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.errors import FusionError
 from fusionpl.families.axes import Binding, Slot, section_of
 from fusionpl.families.family import TAIL
@@ -55,7 +55,7 @@ class Plan:
 
     config: FuseConfig
     weights: tuple[float, ...]
-    target: Network
+    target: SectionedModel
     whole: tuple[Problem, ...]
     sections: tuple[SectionPlan, ...]
     keep: frozenset[str]
@@ -192,8 +192,8 @@ def describe(plan: Plan, team: Team) -> str:
         heads = " / ".join(dict.fromkeys(str(axis.heads) for axis in axes))
         if own.size != like.size:
             sizes, heads = f"{sizes} -> {own.size}", f"{heads} -> {own.heads}"
-        told = problem_of[name].told(name, reference)
-        rows.append((name, sizes, heads if max(axis.heads for axis in (*axes, own)) > 1 else "", told))
+        summary = problem_of[name].summary(name, reference)
+        rows.append((name, sizes, heads if max(axis.heads for axis in (*axes, own)) > 1 else "", summary))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     fixed = ", ".join(f"{axis.name} ({axis.size})" for axis in reference.axes.values() if axis.fixed)

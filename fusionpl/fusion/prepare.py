@@ -54,7 +54,7 @@ def open_team(
     check_kinds({network.name: kind_of(network.module) for network in team.networks})
     check_compatible(dict(zip(team.names, team.bindings, strict=True)))
     check_classes(team)
-    return team.told(differing_settings(team)).told(kinship(team.networks, team.sources, anchor))
+    return team.noting(differing_settings(team)).noting(kinship(team.networks, team.sources, anchor))
 
 
 def check_taught(team: Team, config: FuseConfig) -> None:

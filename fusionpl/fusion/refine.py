@@ -41,12 +41,12 @@ class Taught:
     Attributes:
         model: in eval mode.
         parent: the index of the parent whose architecture it has; None where it was taught from the fused model.
-        told: what was chosen, in one line.
+        summary: what was chosen, in one line.
     """
 
     model: nn.Module
     parent: int | None
-    told: str
+    summary: str
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,9 @@ def refine(
     finite = teaching.run(student, winner.lr, progress(course.rest(teaching), "refine"), kept.on_the_way(student))
     kept.look_back(student)
     others = [start for start in starts if start is not winner.start]
-    told = _told(winner, kept, others, finite=finite)
+    summary = _summary(winner, kept, others, finite=finite)
     kept.give(student)
-    return Taught(student, winner.start.parent, told)
+    return Taught(student, winner.start.parent, summary)
 
 
 def _best_parent(
@@ -143,7 +143,7 @@ def _best_parent(
     """The parent that predicts held-out samples best once its head is fitted; None where a model of another width or
     depth is asked for, or none has a head of that kind and all tokens of the anchor."""
     family = parents[0].binding.family
-    whole = [index for index, parent in enumerate(parents) if parent.network.absent is None]
+    whole = [index for index, parent in enumerate(parents) if parent.network.missing_tokens is None]
     plain = [parent.network.original.prepared(None).whole() for parent in parents]  # as trained, in no canonical form
     if (config.width, config.depth) != (None, None) or not whole or not can_fit_heads(plain, family):
         return None
@@ -274,7 +274,7 @@ class _Nearest:
             tensor.copy_(state[name])
 
 
-def _told(winner: Entrant, kept: _Nearest, others: Sequence[Start], *, finite: bool) -> str:
+def _summary(winner: Entrant, kept: _Nearest, others: Sequence[Start], *, finite: bool) -> str:
     line = (
         f"taught from {winner.start.name}, learning rate {winner.lr:g}: {kept.where}; held-out divergence from the "
         f"parents' mean {winner.start.divergence:.4f} before, {kept.divergence:.4f} after"

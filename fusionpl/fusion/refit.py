@@ -325,7 +325,7 @@ def _beyond_a_fit(fit: Fit, section: Section, group: LinearGroup) -> bool:
     """Whether predictions are not what the last linear map puts out, or parents lack tokens, whose rows are the
     anchor's, or there are too many weights."""
     capped = attribute(fit.module, "config.final_logit_softcapping")
-    lacking = any(parent.network.absent is not None for parent in section.parents)
+    lacking = any(parent.network.missing_tokens is not None for parent in section.parents)
     modules = (fit.module.get_submodule(name) for name in group.modules)
     entries = sum(module.get_parameter("weight").numel() for module in modules)
     return bool(capped) or lacking or entries > LARGEST
@@ -335,7 +335,7 @@ def _taking_part(section: Section, group: LinearGroup) -> dict[int, AlignedParen
     """The parents that show what a group puts out: the anchor stands in for those that have not the block, but where
     the stream is written, which they leave as it is."""
     parents = dict(enumerate(section.parents))
-    away = {index for index, parent in parents.items() if section.name in parent.idle}
+    away = {index for index, parent in parents.items() if section.name in parent.missing_blocks}
     if not away or group.skips:
         return parents
     share = sum(parents[index].weight for index in away)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fusionpl.alignment.maps import Maps
 from fusionpl.calibration.kept import Kept, Store
-from fusionpl.calibration.network import Network
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.families.apply import State, with_parameters
 from fusionpl.families.axes import Binding
 from fusionpl.fusion.average import averaged
@@ -55,7 +55,7 @@ class InMemory:
         kept: where they are kept.
     """
 
-    def __init__(self, target: Network, kept: Kept) -> None:
+    def __init__(self, target: SectionedModel, kept: Kept) -> None:
         self._target = target
         self._parameters = Store[str, Tensor](kept, "parameters")
         self._names: list[str] = []
@@ -101,7 +101,7 @@ class FusionResult:
     writer: Writer
     parents: Sequence[AlignedParent]
     anchor: int
-    target: Network
+    target: SectionedModel
     config: FuseConfig
     kept: frozenset[str] = frozenset()
     teaching: Taught | None = None

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from fusionpl.calibration.kept import Kept
-from fusionpl.calibration.network import Network
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.fusion.pixels import keep_pixels
 from fusionpl.fusion.plan import Plan
 from fusionpl.fusion.result import FusionResult, InMemory, Writer
@@ -48,7 +48,7 @@ def save(result: FusionResult, team: Team, processing: ImageProcessing | None, o
     result.save_maps(output)
 
 
-def _folder_of(team: Team, target: Network) -> ModelFolder | None:
+def _folder_of(team: Team, target: SectionedModel) -> ModelFolder | None:
     folder = team.folders[team.anchor]
     return folder if folder is not None and folder.module is target.module else None
 

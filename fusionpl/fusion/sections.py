@@ -9,8 +9,8 @@ from torch import Tensor
 from fusionpl.alignment.evidence import ActivationEvidence, Evidence, WeightEvidence
 from fusionpl.alignment.maps import Maps
 from fusionpl.alignment.problem import Observed
-from fusionpl.calibration.network import Network
 from fusionpl.calibration.observe import Statistics, Wanted
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.families.apply import State, copy_rows, in_float32
 from fusionpl.families.family import VOCABULARY
 from fusionpl.fusion.average import averaged
@@ -74,7 +74,7 @@ def aligned_parents(walk: Walk, plan: Plan, maps: Sequence[Maps]) -> list[Aligne
             network,
             None if transports and index == team.anchor else own,
             weight,
-            network.idle if transports else frozenset(),
+            network.missing_blocks if transports else frozenset(),
         )
         for index, (network, own, weight) in enumerate(zip(team.networks, maps, plan.weights, strict=True))
     ]
@@ -90,7 +90,7 @@ def average_section(
     return averaged(parents, team.anchor, own, plan.keep, target, plan.target.binding)
 
 
-def completed(section: str, own: State, fused: Network, writer: Writer) -> State:
+def completed(section: str, own: State, fused: SectionedModel, writer: Writer) -> State:
     """The fused network's parameters that it takes to run a section: its own, and those of earlier sections."""
     others = [name for name in fused.binding.uses[section] if name not in own]
     written = {name: writer.read(name).to(fused.device) for name in others}
@@ -101,6 +101,6 @@ def anchored(fitted: State, average: State, walk: Walk) -> State:
     """The parameters that belong to a section; tokens that parents lack have the rows of the average."""
     state = {name: fitted[name] for name in average}
     for network in walk.team.networks:
-        if network.absent is not None:
-            copy_rows(state, average, walk.team.binding, VOCABULARY, network.absent)
+        if network.missing_tokens is not None:
+            copy_rows(state, average, walk.team.binding, VOCABULARY, network.missing_tokens)
     return state

@@ -7,7 +7,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from fusionpl.calibration.network import Network
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.errors import FusionError
 from fusionpl.families.axes import Binding
 from fusionpl.families.binding import bind
@@ -28,7 +28,9 @@ def resolve(config: FuseConfig, team: Team) -> FuseConfig:
     """
     anchor = team.reference
     lacking = [
-        f"{network.name} lacks tokens of {anchor.name}" for network in team.networks if network.absent is not None
+        f"{network.name} lacks tokens of {anchor.name}"
+        for network in team.networks
+        if network.missing_tokens is not None
     ]
     if config.strategy in ("joint", "head") and lacking:
         raise FusionError(
@@ -52,7 +54,7 @@ def resolve(config: FuseConfig, team: Team) -> FuseConfig:
     return replace(config, strategy="transport" if reasons else "joint")
 
 
-def untie(network: Network) -> Network:
+def untie(network: SectionedModel) -> SectionedModel:
     """The same network with a decoder of its own, where its decoder is its embedding: what stands at one end of the
     stream alone may move with it. T5, which scales by the tie, stays."""
     if not network.binding.closed or len(network.binding.stacks) > 1:
@@ -86,7 +88,7 @@ def tie_alike(team: Team) -> Team:
     return untie_all(team) if len({bool(binding.closed) for binding in team.bindings}) > 1 else team
 
 
-def target_of(network: Network, config: FuseConfig) -> Network:
+def target_of(network: SectionedModel, config: FuseConfig) -> SectionedModel:
     """The network that a fusion gives: the anchor, or one whose parameters are still to come, and are 0.
 
     Args:
@@ -107,8 +109,14 @@ def target_of(network: Network, config: FuseConfig) -> Network:
         like = module.get_parameter(name)
         return torch.zeros(like.shape, dtype=like.dtype)
 
-    return Network(
-        module, binding, "the fused model", read=blank, device=network.device, float32=True, absent=network.absent
+    return SectionedModel(
+        module,
+        binding,
+        "the fused model",
+        read=blank,
+        device=network.device,
+        float32=True,
+        missing_tokens=network.missing_tokens,
     )
 
 

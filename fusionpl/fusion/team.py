@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fusionpl.calibration.forward import device_named, device_of, has_float64
-from fusionpl.calibration.network import Network
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.errors import FusionError
 from fusionpl.families.axes import Binding
 from fusionpl.families.binding import bind
@@ -35,7 +35,7 @@ class Team:
         lines: what a reader should know of them.
     """
 
-    networks: tuple[Network, ...]
+    networks: tuple[SectionedModel, ...]
     anchor: int
     sources: tuple[Parent, ...]
     folders: tuple[ModelFolder | None, ...]
@@ -50,7 +50,7 @@ class Team:
         return [network.name for network in self.networks]
 
     @property
-    def reference(self) -> Network:
+    def reference(self) -> SectionedModel:
         """The anchor."""
         return self.networks[self.anchor]
 
@@ -67,7 +67,7 @@ class Team:
     @property
     def missing(self) -> list[frozenset[str]]:
         """For each parent, the blocks of the fused network that it has not."""
-        return [network.idle for network in self.networks]
+        return [network.missing_blocks for network in self.networks]
 
     @property
     def kind(self) -> Kind:
@@ -83,11 +83,11 @@ class Team:
         """Whether a parent was given as a model."""
         return isinstance(self.sources[index], nn.Module)
 
-    def of(self, networks: Iterable[Network], lines: Iterable[str] = ()) -> "Team":
+    def of(self, networks: Iterable[SectionedModel], lines: Iterable[str] = ()) -> "Team":
         """The same parents in another form, and more to say of them."""
         return replace(self, networks=tuple(networks), lines=(*self.lines, *lines))
 
-    def told(self, lines: Iterable[str]) -> "Team":
+    def noting(self, lines: Iterable[str]) -> "Team":
         """The same parents, and more to say of them."""
         return replace(self, lines=(*self.lines, *lines))
 
@@ -116,21 +116,21 @@ def open_parents(
     """
     homes = [device_of(parent) for parent in parents if isinstance(parent, nn.Module)]
     home = next(iter(homes), torch.device("cpu")) if device is None else device_named(device)
-    networks: list[Network] = []
+    networks: list[SectionedModel] = []
     folders: list[ModelFolder | None] = []
     for parent, name in zip(parents, names, strict=True):
         folder = None
         if isinstance(parent, nn.Module):
-            networks.append(Network(parent, bind(parent, family), name))
+            networks.append(SectionedModel(parent, bind(parent, family), name))
         elif (folder := open_model(parent, allow_pickle=allow_pickle)) is not None:
             for module in folder.module.modules():
                 for key, buffer in module.named_buffers(recurse=False):
                     module._buffers[key] = buffer.to(home)
             binding = bind(folder.module, family)
-            networks.append(Network(folder.module, binding, name, read=folder.read, device=home))
+            networks.append(SectionedModel(folder.module, binding, name, read=folder.read, device=home))
         else:
             model = load_model(parent, allow_pickle=allow_pickle).to(home)
-            networks.append(Network(model, bind(model, family), name))
+            networks.append(SectionedModel(model, bind(model, family), name))
         folders.append(folder)
     return Team(tuple(networks), anchor, tuple(parents), tuple(folders))
 

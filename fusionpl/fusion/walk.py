@@ -7,8 +7,8 @@ import torch
 
 from fusionpl.calibration.cursor import CalibrationSet, Cursor
 from fusionpl.calibration.forward import eval_mode
-from fusionpl.calibration.network import Network
 from fusionpl.calibration.observe import Statistics, Wanted, observe
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.families.apply import State
 from fusionpl.fusion.team import Team
 from fusionpl.transport.products import full_float32
@@ -70,7 +70,7 @@ class Walk:
 class _Reader:
     """Reads the parameters of a section and holds them until another section is asked for."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: SectionedModel) -> None:
         self._network, self._section, self._state = network, "", State()
 
     def __call__(self, section: str) -> State:

@@ -91,7 +91,7 @@ def with_image_size(model: nn.Module, like: nn.Module, family: Family | None = N
     return refilled(model, *found)
 
 
-def told(name: str, model: nn.Module, anchor: str, like: nn.Module) -> str:
+def describe_resampling(name: str, model: nn.Module, anchor: str, like: nn.Module) -> str:
     """What a reader should know of a parent whose position embeddings are interpolated."""
     own, other = grid_of(model), grid_of(like)
     assert own is not None

@@ -75,7 +75,7 @@ def check_tokenizers(
                 f"parents with different tokenizers: {difference.format(first, name)}; train both with one tokenizer "
                 "(--data.tokenizer)"
             )
-        lines += _told(reference, other, (first, name))
+        lines += _summary(reference, other, (first, name))
     return lines
 
 
@@ -154,7 +154,7 @@ def _cuts(a: Tokenizer, b: Tokenizer, texts: Sequence[str]) -> str | None:
     )
 
 
-def _told(a: Tokenizer, b: Tokenizer, names: tuple[str, str]) -> list[str]:
+def _summary(a: Tokenizer, b: Tokenizer, names: tuple[str, str]) -> list[str]:
     """What tokenizers that cut text alike do differently, a line each."""
     first, name = names
     lines = [

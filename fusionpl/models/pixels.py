@@ -52,8 +52,8 @@ def for_pixels(
     places = places_of(model, family)
     if patches is None or any(patches[1].padding) or (patches[1].bias is None and places is None):
         raise FusionError(
-            f"{names[0]} sees images with {own.told()}, {names[1]} with {given.told()}, and its first layer can't be "
-            "rewritten for that; say by which they are prepared with --data.normalize"
+            f"{names[0]} sees images with {own.summary()}, {names[1]} with {given.summary()}, and its first layer can't "
+            "be rewritten for that; say by which they are prepared with --data.normalize"
         )
     name, convolution = patches
     weight, (scale, shift) = f"{name}.weight", _between(own, given, convolution.in_channels)
@@ -97,16 +97,16 @@ def with_pixels(
     return model
 
 
-def told_pixels(name: str, own: ImageProcessing | None, anchor: str, given: ImageProcessing) -> str:
+def describe_pixels(name: str, own: ImageProcessing | None, anchor: str, given: ImageProcessing) -> str:
     """What a reader should know of a parent whose patch embedding is rewritten."""
     said = "" if own else " (its folder says nothing)"
     return (
-        f"{name}: trained on images of {(own or ImageProcessing()).told()}{said}, its patch embedding is rewritten for "
-        f"{anchor}'s, {given.told()}, which changes no output"
+        f"{name}: trained on images of {(own or ImageProcessing()).summary()}{said}, its patch embedding is rewritten "
+        f"for {anchor}'s, {given.summary()}, which changes no output"
     )
 
 
-def told_differences(found: Mapping[str, ImageProcessing | None], anchor: str) -> list[str]:
+def describe_differences(found: Mapping[str, ImageProcessing | None], anchor: str) -> list[str]:
     """A line for each model whose folder resizes or crops images otherwise than the anchor's.
 
     Args:

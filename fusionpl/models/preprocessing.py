@@ -105,7 +105,7 @@ class ImageProcessing:
         same = np.allclose(ours.mean, theirs.mean, atol=1e-6) and np.allclose(ours.std, theirs.std, rtol=1e-6)
         return bool(same) and self.bgr == other.bgr
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """Mean and deviation in words."""
         words = f"mean {_numbers(self.mean)} and deviation {_numbers(self.std)}"
         return words + " in the order blue, green, red" * self.bgr

@@ -106,7 +106,7 @@ class _Pair:
                     f"{self.name}, whose tensors are alike and whose functions are not; take parents of one class"
                 )
             if not self._described(a):
-                yield self._told(_without_index(path), type(a).__name__, type(b).__name__, "activation")
+                yield self._summary(_without_index(path), type(a).__name__, type(b).__name__, "activation")
 
     def check_buffers(self) -> None:
         """Refuses buffers of other values."""
@@ -150,12 +150,12 @@ class _Pair:
     def _judged(self, key: str, judged: Judgement | None, ours: Any, theirs: Any) -> Iterator[str]:
         if judged is None:
             if not isinstance(ours, int) or isinstance(ours, bool) or self._same_shapes():
-                yield self._told(key, ours, theirs, "and what that does is not known here")
+                yield self._summary(key, ours, theirs, "and what that does is not known here")
         elif judged.outcome == "warned":
-            yield self._told(key, ours, theirs, judged.why)
+            yield self._summary(key, ours, theirs, judged.why)
         elif judged.outcome == "refused" and not judged.elsewhere:
-            told = self._told(key, ours, theirs, judged.why)
-            raise FusionError(f"parents of different function: {told}; take parents that are alike in it")
+            summary = self._summary(key, ours, theirs, judged.why)
+            raise FusionError(f"parents of different function: {summary}; take parents that are alike in it")
 
     def _described(self, module: nn.Module) -> bool:
         """Whether a configuration of transformers has all settings of a module."""
@@ -166,7 +166,7 @@ class _Pair:
         a, b = ([tuple(one.shape) for one in model.parameters()] for model in (self.ours, self.theirs))
         return a == b
 
-    def _told(self, key: str, ours: Any, theirs: Any, why: str) -> str:
+    def _summary(self, key: str, ours: Any, theirs: Any, why: str) -> str:
         return f"{key} is {_shown(ours)} in {self.anchor} and {_shown(theirs)} in {self.name} ({why})"
 
     def _modules(self) -> Iterator[tuple[str, nn.Module, nn.Module]]:

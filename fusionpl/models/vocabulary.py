@@ -26,18 +26,22 @@ class Renumbering:
 
     Attributes:
         rows: [n_anchor], the parent's row of each of the anchor's tokens; that of its unknown token where it has none.
-        absent: the tokens that the parent has not.
+        missing_tokens: the tokens that the parent has not.
         dropped: how many tokens only the parent has.
     """
 
     rows: Tensor
-    absent: Tensor
+    missing_tokens: Tensor
     dropped: int
 
-    def told(self, name: str, anchor: str) -> str:
+    def summary(self, name: str, anchor: str) -> str:
         """What a reader should know of a parent whose rows are matched."""
-        shared = len(self.rows) - len(self.absent)
-        alone = [f"{len(self.absent)} that only {anchor} has stay as they are there"] if len(self.absent) else []
+        shared = len(self.rows) - len(self.missing_tokens)
+        alone = (
+            [f"{len(self.missing_tokens)} that only {anchor} has stay as they are there"]
+            if len(self.missing_tokens)
+            else []
+        )
         left = [f"{self.dropped} that only {name} has are left out"] if self.dropped else []
         return f"{name}: {'; '.join([f'{shared} rows of the vocabulary are matched by token', *alone, *left])}"
 
@@ -70,12 +74,12 @@ class Vocabulary:
             if row < self.size:
                 found[row] = theirs.get(token, size)
         rows = torch.tensor(found)
-        absent = (rows >= size).nonzero()[:, 0]
+        missing_tokens = (rows >= size).nonzero()[:, 0]
         if size == self.size and torch.equal(rows, torch.arange(size)):
             return None
         unknown = next((one for one in (tokenizer.unk_token_id, tokenizer.eos_token_id) if one is not None), 0)
-        rows[absent] = unknown
-        return Renumbering(rows, absent, len(theirs.keys() - ours.keys()))
+        rows[missing_tokens] = unknown
+        return Renumbering(rows, missing_tokens, len(theirs.keys() - ours.keys()))
 
 
 def load_parent(
@@ -130,7 +134,9 @@ def renumber(
             owner, _, leaf = key.rpartition(".")
             model.get_submodule(owner)._parameters[leaf] = new[id(parameter)]
     model.config.get_text_config().vocab_size = len(found.rows)
-    absent = set(found.absent.tolist())  # which hold the row of another token
-    places = {row: place for place, row in reversed(list(enumerate(found.rows.tolist()))) if place not in absent}
+    missing_tokens = set(found.missing_tokens.tolist())  # which hold the row of another token
+    places = {
+        row: place for place, row in reversed(list(enumerate(found.rows.tolist()))) if place not in missing_tokens
+    }
     renumber_settings(model, places, name)
     return moved

@@ -115,8 +115,8 @@ def run_script(script: Path, text: str) -> None:
 def test_two_processes_refine_one_model_and_choose_the_same(runs: list[Path], tmp_path: Path, options: str) -> None:
     words = REFINED.format(runs=[str(run) for run in runs], output=tmp_path, options=options)
     run_script(tmp_path / "refined.py", words)
-    told = [(tmp_path / f"rank-{rank}.txt").read_text() for rank in range(2)]
-    assert told[0] == told[1]
+    summary = [(tmp_path / f"rank-{rank}.txt").read_text() for rank in range(2)]
+    assert summary[0] == summary[1]
     names = ("refitted", "rank-0", "rank-1")
     before, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in names)
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -154,9 +154,9 @@ def test_what_is_wrong_is_told(parents: list[str], tmp_path: Path, capsys: pytes
     ):
         assert old in text
         own.write_text(text.replace(old, new))
-        told = refused(capsys, family.run, [parents[0], "--family", str(own)])
-        assert f"error: {own}: " in told
-        assert message in told
+        summary = refused(capsys, family.run, [parents[0], "--family", str(own)])
+        assert f"error: {own}: " in summary
+        assert message in summary
     assert "there is no family file nowhere.yaml" in refused(
         capsys, fuse.run, ["--parents", *parents, "--family", "nowhere.yaml", *QUICK]
     )

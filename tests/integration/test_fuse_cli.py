@@ -410,11 +410,11 @@ def test_parents_of_another_depth(parents: list[str], tmp_path: Path, capsys: py
     deep = str(make_run(tmp_path / "deep", 4, depth=3))
     words = ["--parents", parents[0], deep, "--output", str(tmp_path / "out")]
     fuse.run([*words, "--dry-run"])
-    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("deep: blocks"))
-    assert "for the fused model's 1 to 2; streams alike by" in told
+    summary = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("deep: blocks"))
+    assert "for the fused model's 1 to 2; streams alike by" in summary
     fuse.run([*words, "--logger", "none"])
     report = json.loads((tmp_path / "out/report/report.json").read_text())
-    assert told in report["notes"]
+    assert summary in report["notes"]
     assert "deep in 2 blocks" in [row["name"] for row in report["rows"]]
     assert "![blocks](blocks.png)" in (tmp_path / "out/report/report.md").read_text()
     assert bind(load_model(tmp_path / "out")).depth == 2

@@ -35,8 +35,8 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results"
 def origin_of(text: str) -> dict[str, Any]:
     found = re.search(r"^<!-- origin: (.*) -->$", text, re.MULTILINE)
     assert found is not None
-    told: dict[str, Any] = json.loads(found[1])
-    return told
+    summary: dict[str, Any] = json.loads(found[1])
+    return summary
 
 
 TINY = dataclasses.replace(
@@ -182,18 +182,18 @@ def test_a_cell_is_measured_once_and_what_is_missing_is_told(tmp_path: Path) -> 
     text = write("small", Table("A table.", cells), tmp_path, tmp_path / "out", "the command")
     assert "| vanilla | 65.0 ± 7.1 % |" in text
     assert "missing cells: 1" in text
-    told = origin_of(text)
-    assert told["command"] == "the command"
-    assert told["seeds"] == ["1-2", "2-3"]
-    assert len(told["machine"]) == len(told["commit"]) == len(told["date"]) == 1
-    assert told["versions"][0]["torch"] == version("torch")
+    summary = origin_of(text)
+    assert summary["command"] == "the command"
+    assert summary["seeds"] == ["1-2", "2-3"]
+    assert len(summary["machine"]) == len(summary["commit"]) == len(summary["date"]) == 1
+    assert summary["versions"][0]["torch"] == version("torch")
 
 
 @pytest.mark.parametrize("file", sorted(RESULTS.rglob("*.md")), ids=lambda file: str(file.relative_to(RESULTS)))
 def test_a_committed_table_says_where_it_comes_from(file: Path) -> None:
-    told = origin_of(file.read_text())
-    assert told["command"].startswith("python -m benchmarks.")
-    assert all(told[what] for what in ("seeds", "machine", "date", "commit"))
+    summary = origin_of(file.read_text())
+    assert summary["command"].startswith("python -m benchmarks.")
+    assert all(summary[what] for what in ("seeds", "machine", "date", "commit"))
 
 
 def test_nothing_to_render(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import CLIPForImageClassification
 
 import fusionpl
-from fusionpl.calibration.network import Network
 from fusionpl.calibration.restacked import Restacked, Run
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.errors import FusionError
 from fusionpl.families.binding import bind
 from fusionpl.fusion.config import load_config
@@ -55,7 +55,7 @@ def shown(name: str, model: nn.Module) -> torch.Tensor:
 def expanded(model: nn.Module, places: Sequence[int], seed: int = 0) -> nn.Module:
     """The same function in more blocks: at each place, before the model's block of that number, one that adds nothing,
     although it reads at random."""
-    network, depth = Network(model, bind(model)), bind(model).depth
+    network, depth = SectionedModel(model, bind(model)), bind(model).depth
     module = resized(model, depth=depth + len(places))
     binding, own = bind(module), iter(network.binding.blocks)
     order = [None if kind else next(own) for _, kind in sorted(
@@ -229,8 +229,8 @@ def test_streams_that_resemble_each_other_nowhere_are_told() -> None:
     parents = [hf_vit(1, depth=4, width=16), hf_vit(2, depth=2, width=16)]
     noise = [torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1))]
     result = fusionpl.fuse(parents, noise, load_config("conf/fuse/transport.yaml"))
-    told = [line for line in result.warnings if "resemble" in line]
-    assert bool(told) == (result.matchings[0].mean < 0.2)  # type: ignore[operator]
+    summary = [line for line in result.warnings if "resemble" in line]
+    assert bool(summary) == (result.matchings[0].mean < 0.2)  # type: ignore[operator]
 
 
 def test_parents_in_training_mode_are_run_without_dropout() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fusionpl
 from benchmarks.common import EXACT
 from fusionpl.calibration.forward import has_float64
-from fusionpl.calibration.network import Network
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.cli.common import main
 from fusionpl.errors import FusionError
 from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble
@@ -122,14 +122,14 @@ def test_parents_by_path_are_fused_on_the_device_that_is_named(setting: str, tmp
     config = fusionpl.load_config(CONF / "fuse" / "default.yaml", changes)
     expected = fusionpl.fuse(paths, batches, config).model
     used: set[torch.device] = set()
-    through = Network.through
+    through = SectionedModel.through
 
-    def watched(self: Network, section: str, state: Any, hidden: Tensor, *args: Any, **options: Any) -> Any:
+    def watched(self: SectionedModel, section: str, state: Any, hidden: Tensor, *args: Any, **options: Any) -> Any:
         used.update([hidden.device, *(tensor.device for tensor in state.values())])
         return through(self, section, state, hidden, *args, **options)
 
     with PretendDevice(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Network, "through", watched)
+        patch.setattr(SectionedModel, "through", watched)
         result = fusionpl.fuse(paths, batches, config, device=DEVICE, output=tmp_path / "fused")
         assert {one.plan.device for one in result.maps.values()} == {DEVICE}
     assert used == {DEVICE}

@@ -389,7 +389,7 @@ def test_a_parent_that_lacks_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
     def opened(*args: Any, **keywords: Any) -> Any:
         team = real(*args, **keywords)
-        return team.of([team.networks[0], team.networks[1].but(absent=torch.tensor([3]))])
+        return team.of([team.networks[0], team.networks[1].but(missing_tokens=torch.tensor([3]))])
 
     monkeypatch.setattr(prepare, "open_parents", opened)
     with pytest.raises(FusionError, match=r"parent 1 lacks tokens of parent 0, .*use strategy transport"):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fusionpl.calibration.cursor import places_of
 from fusionpl.calibration.forward import eval_mode, logits
-from fusionpl.calibration.network import Network
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.calibration.taps import Place, captured
 from fusionpl.errors import FusionError
 from fusionpl.families import canonical
@@ -42,7 +42,7 @@ def batch_of(name: str) -> dict[str, Tensor]:
     return {"pixel_values": images(5)} if name in FAMILIES else sentences(7)
 
 
-def walked(network: Network, batch: dict[str, Tensor]) -> Tensor:
+def walked(network: SectionedModel, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         hidden, calls, _ = network.enter(network.parameters(STEM), batch)
         assert len(calls) == network.binding.depth
@@ -83,7 +83,7 @@ def assert_untouched(before: list[Any], model: nn.Module) -> None:
 def test_section_by_section_gives_the_models_logits(name: str, depth: int) -> None:
     model, batch = model_of(name, depth=depth), batch_of(name)
     before = everything_of(model)
-    network = Network(model, bind(model))
+    network = SectionedModel(model, bind(model))
     torch.testing.assert_close(walked(network, batch), expected_of(model, batch), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(network.logits(batch), expected_of(model, batch), rtol=1e-6, atol=1e-6)
     assert_untouched(before, model)
@@ -93,7 +93,7 @@ def test_section_by_section_gives_the_models_logits(name: str, depth: int) -> No
 def test_every_way_through_a_vit(variant: str) -> None:
     model, batch = timm_vit(**VARIANTS[variant]), {"pixel_values": images(5)}
     torch.testing.assert_close(
-        Network(model, bind(model)).logits(batch), expected_of(model, batch), rtol=1e-6, atol=1e-6
+        SectionedModel(model, bind(model)).logits(batch), expected_of(model, batch), rtol=1e-6, atol=1e-6
     )
 
 
@@ -105,11 +105,11 @@ def test_padding_reaches_the_blocks(name: str) -> None:
     noise = 0 if name.startswith("roberta") else 7  # it numbers its positions by what is padding
     ids = torch.where(mask, batch["input_ids"], noise)
     found, other = (
-        Network(model, bind(model)).logits({**batch, "input_ids": one}) for one in (batch["input_ids"], ids)
+        SectionedModel(model, bind(model)).logits({**batch, "input_ids": one}) for one in (batch["input_ids"], ids)
     )
     real = mask if found.ndim == 3 else ...
     torch.testing.assert_close(found[real], other[real], rtol=1e-5, atol=1e-5)
-    everything = Network(model, bind(model)).logits({**batch, "attention_mask": torch.ones_like(mask).long()})
+    everything = SectionedModel(model, bind(model)).logits({**batch, "attention_mask": torch.ones_like(mask).long()})
     assert (everything[real] - found[real]).abs().max() > 1e-3
 
 
@@ -117,7 +117,7 @@ def test_padding_reaches_the_blocks(name: str) -> None:
 def test_sentences_without_padding(name: str) -> None:
     model, batch = model_of(name), {"input_ids": sentences(7)["input_ids"].clamp_min(1)}
     for mask in ({}, {"attention_mask": torch.ones(7, 12).long()}):
-        found = Network(model, bind(model)).logits({**batch, **mask})
+        found = SectionedModel(model, bind(model)).logits({**batch, **mask})
         torch.testing.assert_close(found, expected_of(model, {**batch, **mask}), rtol=1e-6, atol=1e-6)
 
 
@@ -125,7 +125,7 @@ def test_sentences_without_padding(name: str) -> None:
 def test_what_is_seen_on_the_way_is_what_passes_in_the_model(name: str) -> None:
     model, batch = model_of(name), batch_of(name)
     binding = bind(model)
-    network = Network(model, binding)
+    network = SectionedModel(model, binding)
     places = {
         section: places_of(
             binding, [axis for axis, tap in binding.taps.items() if section_of(axis) == section and not _value(tap)]
@@ -169,7 +169,7 @@ def test_a_model_on_the_meta_device_is_read_from_its_folder(name: str, tmp_path:
     assert folder is not None
     assert all(parameter.is_meta for parameter in folder.module.parameters())
     assert not any(buffer.is_meta for buffer in folder.module.buffers())
-    network = Network(folder.module, bind(folder.module), read=folder.read, device=torch.device("cpu"))
+    network = SectionedModel(folder.module, bind(folder.module), read=folder.read, device=torch.device("cpu"))
     torch.testing.assert_close(network.logits(batch), expected_of(model, batch), rtol=1e-6, atol=1e-6)
     assert all(parameter.is_meta for parameter in folder.module.parameters())
     for key, tensor in model.named_parameters():
@@ -183,7 +183,7 @@ def test_prepared_parameters_give_the_function_back(name: str) -> None:
     model, batch = model_of(name, **options), batch_of(name)
     before, binding = everything_of(model), bind(model)
     for prepare in (canonical, lambda state, binding, section, _: without_scales(state, binding, section)):
-        network = Network(model, binding).prepared(prepare)
+        network = SectionedModel(model, binding).prepared(prepare)
         torch.testing.assert_close(walked(network, batch), expected_of(model, batch), rtol=1e-4, atol=1e-4)
     assert_untouched(before, model)
 
@@ -193,7 +193,7 @@ def test_other_parameters_run_in_the_modules_of_a_model(name: str) -> None:
     """The fused network has the anchor's modules and parameters of its own."""
     model, other, batch = model_of(name, 0), model_of(name, 1), batch_of(name)
     before = everything_of(model)
-    network = Network(model, bind(model), read=lambda key: other.get_parameter(key).detach())
+    network = SectionedModel(model, bind(model), read=lambda key: other.get_parameter(key).detach())
     torch.testing.assert_close(network.logits(batch), expected_of(other, batch), rtol=1e-6, atol=1e-6)
     assert_untouched(before, model)
 
@@ -210,7 +210,7 @@ def test_modes_come_back_and_dropout_is_off_inside(name: str) -> None:
     model.get_submodule(block).eval()
     before = everything_of(model)
     with eval_mode(model):
-        torch.testing.assert_close(Network(model, bind(model)).logits(batch), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(SectionedModel(model, bind(model)).logits(batch), expected, rtol=1e-6, atol=1e-6)
     assert_untouched(before, model)
     assert model.training
     assert not model.get_submodule(block).training
@@ -219,7 +219,7 @@ def test_modes_come_back_and_dropout_is_off_inside(name: str) -> None:
 @pytest.mark.parametrize("name", ["vit_timm", "bert masked-lm"])
 def test_the_model_is_left_alone_when_something_goes_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = model_of(name).train(), batch_of(name)
-    network, before = Network(model, bind(model)), everything_of(model)
+    network, before = SectionedModel(model, bind(model)), everything_of(model)
     block = network.binding.blocks[0]
     places = [Place(f"{block}.{child}", "output") for child, _ in model.get_submodule(block).named_children()]
     with torch.no_grad(), eval_mode(model):
@@ -247,7 +247,7 @@ def test_what_is_patched_over_forward_stays() -> None:
         return own(*args, **keywords)
 
     block.forward = patched
-    torch.testing.assert_close(Network(model, bind(model)).logits(batch), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(SectionedModel(model, bind(model)).logits(batch), expected, rtol=1e-6, atol=1e-6)
     assert block.forward is patched
     assert len(calls) == 1
 
@@ -256,7 +256,7 @@ def test_what_is_patched_over_forward_stays() -> None:
 @pytest.mark.parametrize("name", ["vit_timm", "vit_hf", "bert masked-lm", "roberta classifier"])
 def test_half_precision_runs_in_float32_on_the_cpu_and_float64_as_it_is(name: str, dtype: torch.dtype) -> None:
     model, batch = model_of(name).to(dtype), batch_of(name)
-    found = Network(model, bind(model)).logits(batch)
+    found = SectionedModel(model, bind(model)).logits(batch)
     assert found.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(found, expected_of(model.to(found.dtype), batch), rtol=1e-6, atol=1e-6)
 
@@ -264,7 +264,7 @@ def test_half_precision_runs_in_float32_on_the_cpu_and_float64_as_it_is(name: st
 @pytest.mark.parametrize("name", ["bert masked-lm", "roberta masked-lm", "distilbert masked-lm"])
 def test_a_tied_decoder_is_the_stems(name: str) -> None:
     model = model_of(name)
-    network = Network(model, bind(model))
+    network = SectionedModel(model, bind(model))
     shared = set(network.parameters(STEM)) & set(network.parameters(TAIL))
     assert len(shared) == 1
     assert len(network.state()) == len(dict(model.named_parameters()))
@@ -274,7 +274,7 @@ def test_parameters_that_are_not_finite_are_named() -> None:
     model = timm_vit()
     with torch.no_grad():
         model.get_parameter("blocks.1.mlp.fc1.weight")[2, 3] = float("inf")
-    network = Network(model, bind(model), "seed-1")
+    network = SectionedModel(model, bind(model), "seed-1")
     network.parameters("blocks.0")
     with pytest.raises(FusionError, match=r"seed-1: tensor 'blocks\.1\.mlp\.fc1\.weight' holds NaN or infinite"):
         network.parameters("blocks.1")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionpl.alignment.config import AlignConfig
-from fusionpl.calibration.network import Network
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.errors import FusionError
 from fusionpl.families.binding import bind
 from fusionpl.families.proof import permuted
@@ -89,7 +89,7 @@ def test_weight_one_returns_that_parents_function(name: str) -> None:
 def test_a_model_is_run_section_by_section(name: str) -> None:
     model = BUILD[name](3)
     batch = batch_for(name, 16, seed=99)
-    found = real(Network(model, bind(model)).logits(batch), batch)
+    found = real(SectionedModel(model, bind(model)).logits(batch), batch)
     torch.testing.assert_close(found, run(name, model), atol=1e-5, rtol=1e-5)
 
 
@@ -230,8 +230,8 @@ def test_tied_embeddings_that_are_scaled_by_the_width_want_one_width(name: str) 
     parents = [causal(name, seed, width=width) for seed, width in enumerate((16, 32))]
     with pytest.raises(
         FusionError, match=r"'model\.embed_tokens\.weight' is both .*; take parents of one width$"
-    ) as told:
+    ) as summary:
         fused(name, parents)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(summary.value)
     parents = [causal(name, seed, width=width, tie_word_embeddings=False) for seed, width in enumerate((16, 32))]
     assert fused(name, parents).model is not None

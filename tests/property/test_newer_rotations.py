@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusionpl.calibration.network import Network
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.errors import FusionError
 from fusionpl.families import canonical
 from fusionpl.families.apply import aligned_state, load_parameters, own_state
@@ -33,7 +33,7 @@ def rotated(name: str, parents: list[nn.Module], **options: Any) -> FusionResult
 
 
 def in_canonical_form(model: nn.Module) -> nn.Module:
-    return Network(model, bind(model), prepare=canonical).whole()
+    return SectionedModel(model, bind(model), prepare=canonical).whole()
 
 
 def turned(model: nn.Module, seed: int) -> nn.Module:

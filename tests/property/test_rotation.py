@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
 from fusionpl.alignment.config import AlignConfig
-from fusionpl.calibration.network import Network
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.errors import FusionError
 from fusionpl.families import canonical
 from fusionpl.families.apply import aligned_state, load_parameters, own_state
@@ -45,7 +45,7 @@ def everything(name: str) -> list[nn.Module]:
 
 
 def in_canonical_form(model: nn.Module) -> Any:
-    return Network(model, bind(model), prepare=canonical).whole()
+    return SectionedModel(model, bind(model), prepare=canonical).whole()
 
 
 def orthogonal(n: int, generator: torch.Generator) -> Tensor:

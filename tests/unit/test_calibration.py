@@ -15,8 +15,8 @@ from fusionpl.calibration.cursor import CalibrationSet, Cursor
 from fusionpl.calibration.forward import eval_mode, inputs_of, logits
 from fusionpl.calibration.kept import Kept
 from fusionpl.calibration.moments import Moments
-from fusionpl.calibration.network import Network
 from fusionpl.calibration.observe import Wanted, observe
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.calibration.taps import recorded
 from fusionpl.calibration.tokens import select
 from fusionpl.errors import FusionError
@@ -246,11 +246,11 @@ def all_moments(
 ) -> list[dict[tuple[str, ...], Moments]]:
     binding = bind(parents[0])
     keys = [(axis,) for axis in binding.taps if axis in binding.free]
-    return surveyed([Network(parent, bind(parent)) for parent in parents], calibration, keys, anchor, **options)
+    return surveyed([SectionedModel(parent, bind(parent)) for parent in parents], calibration, keys, anchor, **options)
 
 
 def surveyed(
-    networks: list[Network], calibration: list[Any], keys: list[tuple[str, ...]], anchor: int = 0, **options: Any
+    networks: list[SectionedModel], calibration: list[Any], keys: list[tuple[str, ...]], anchor: int = 0, **options: Any
 ) -> list[dict[tuple[str, ...], Moments]]:
     config, kept = CalibrationConfig(**options), Kept(10**9)
     found: list[dict[tuple[str, ...], Moments]] = [{} for _ in networks]
@@ -400,7 +400,7 @@ def test_padded_text_has_the_moments_of_its_words(tokens: str) -> None:
         for row, words in enumerate(([1, 2, 3], [4], [5, 6, 7, 1, 1])):
             ids[row, : len(words)], mask[row, : len(words)] = torch.tensor(words), 1
         batch = {"input_ids": ids, "attention_mask": mask}
-        return surveyed([Network(parent, binding) for parent in parents], [batch], keys, tokens=tokens)[1]
+        return surveyed([SectionedModel(parent, binding) for parent in parents], [batch], keys, tokens=tokens)[1]
 
     short, long = moments(0, 5), moments(8, 11)
     for key in keys:

@@ -231,8 +231,8 @@ def test_a_row_that_is_no_sample(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(FusionError, match=f"split train, row 7: {words}.*; mend it, or leave such rows out with"):
         parts(config)
     assert sum(parts(replace(config, skip_corrupt=True))) == 25
-    told = capsys.readouterr().out
-    assert "rows of train are left out, the first is 7" in told or "1 of " in told
+    summary = capsys.readouterr().out
+    assert "rows of train are left out, the first is 7" in summary or "1 of " in summary
 
 
 def test_a_single_class(tmp_path: Path) -> None:

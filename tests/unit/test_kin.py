@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fusionpl import fuse, load_config
-from fusionpl.calibration.network import Network
+from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.families.binding import bind
 from fusionpl.fusion.kin import ALIKE, weights_alike
 from fusionpl.models.lineage import base_models
@@ -33,8 +33,8 @@ def trained(model: nn.Module, seed: int, steps: int = 60, rate: float = 3e-3) ->
     return found.eval()
 
 
-def network(model: nn.Module) -> Network:
-    return Network(model, bind(model))
+def network(model: nn.Module) -> SectionedModel:
+    return SectionedModel(model, bind(model))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -79,5 +79,5 @@ def test_what_does_not_fit_is_refused_with_what_is_missing(tmp_path: Path, monke
 
 
 def test_it_is_told_in_one_line() -> None:
-    told = Needs(3 * GIB, 0, 5 * 2**20).told(CPU)
-    assert told == "expected on cpu: 3.0 GiB of memory, 0.0 GiB of temporary files, a model of 5 MiB"
+    summary = Needs(3 * GIB, 0, 5 * 2**20).summary(CPU)
+    assert summary == "expected on cpu: 3.0 GiB of memory, 0.0 GiB of temporary files, a model of 5 MiB"

@@ -112,7 +112,11 @@ def test_a_browser_draws_it_on_a_phone_and_a_desktop(tmp_path: Path) -> None:
              (tmp_path / "around.html").as_uri()]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    told = [json.loads(unescape(line)) for line in re.findall("<pre>(.*?)</pre>", done.stdout)]
-    assert sorted(facts.pop("shown") for facts in told) == sorted(facts.pop("needed") for facts in told) == [360, 1280]
+    summary = [json.loads(unescape(line)) for line in re.findall("<pre>(.*?)</pre>", done.stdout)]
+    assert (
+        sorted(facts.pop("shown") for facts in summary)
+        == sorted(facts.pop("needed") for facts in summary)
+        == [360, 1280]
+    )
     drawn = ["cost-0", "barrier-0", "barrier-1", "blocks-0", "maps-0", "maps-1"]
-    assert told == [{"title": "Fusion report", "drawn": drawn, "axes": ["ffn", EVIL, "q", "out"]}] * 2
+    assert summary == [{"title": "Fusion report", "drawn": drawn, "axes": ["ffn", EVIL, "q", "out"]}] * 2

@@ -193,9 +193,9 @@ def test_parent_b_is_given_back_or_there_is_a_line(name: str) -> None:
     with torch.inference_mode():
         ours, theirs = logits(result.model, batch), logits(b, batch)
     error = float((ours - theirs).abs().max() / theirs.abs().max())
-    told = any("compute differently" in line for line in result.warnings)
-    assert told == (name in WARNED)
-    assert error < 1e-3 or told, error
+    summary = any("compute differently" in line for line in result.warnings)
+    assert summary == (name in WARNED)
+    assert error < 1e-3 or summary, error
 
 
 def test_a_setting_that_is_warned_of_does_change_the_function() -> None:

@@ -179,8 +179,8 @@ def test_commands_read_lines_of_the_data(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]) + "\n")
     data = ["--data.path", str(tmp_path / "rows.csv"), "--data.calibration", "40", "--data.validation", "0"]
     assert main(fuse_command, ["--parents", *paths, *data, "--output", str(tmp_path / "f"), "--logger", "none"]) == 2
-    told = capsys.readouterr().err
-    assert "error: parents with different tokenizers: a cuts 'a 〃 runs 3' into" in told
+    summary = capsys.readouterr().err
+    assert "error: parents with different tokenizers: a cuts 'a 〃 runs 3' into" in summary
     assert main(evaluate, ["--models", *paths, *data]) == 2
     assert "cuts 'a 〃 runs 3' into" in capsys.readouterr().err
 

@@ -156,7 +156,7 @@ def test_padding_is_none_of_the_tokens_of_the_other(tokenizer: PreTrainedTokeniz
     rows = len(tokenizer)
     found = Vocabulary(tokenizer, rows + 4).renumbering(more, rows + 3)
     assert found is not None
-    assert not len(found.absent)
+    assert not len(found.missing_tokens)
     assert found.rows[rows:].tolist() == [rows + 2, rows + 1, rows + 2, rows + 2]
     assert found.dropped == 1
 

@@ -17,7 +17,7 @@ from fusionpl.datamodules.base import PIXELS
 from fusionpl.datamodules.config import AUTO
 from fusionpl.models.load import load_model
 from fusionpl.models.pipelines import check_tokenizers
-from fusionpl.models.pixels import told_differences, with_pixels
+from fusionpl.models.pixels import describe_differences, with_pixels
 from fusionpl.models.processors import image_processing
 from fusionpl.models.tokenizers import load_tokenizer
 from fusionpl.training.dashboard import log_models, log_report
@@ -53,7 +53,7 @@ def evaluate(options: Namespace, settings: dict[str, Any]) -> None:
 
     if data.reads == PIXELS and options.data.normalize == AUTO:
         said = {name: image_processing(path) for name, path in models.items()}
-        for line in told_differences(said, next(iter(said))):
+        for line in describe_differences(said, next(iter(said))):
             print(f"warning: {line}")
 
     report = measure_models(list(models), load, data, device, settings)

@@ -92,8 +92,8 @@ def measure(
         return report
     if depth == "none":
         return report
-    told = {*(f"{PARENT}{name}" for name in names), "vanilla", *others, *alternatives, "fused"}
-    bench = _bench(report, data, device, told)
+    prompted = {*(f"{PARENT}{name}" for name in names), "vanilla", *others, *alternatives, "fused"}
+    bench = _bench(report, data, device, prompted)
     models, plain = bench.add_models(PARENT, {name: load(name) for name in names}, result.config.weights)
     chosen = best_parent(report.rows)
     assert chosen is not None
@@ -172,11 +172,11 @@ class _Bench:
         report: gets the rows.
         data: its test split decides them.
         device: where models are run.
-        told: the rows of language models that go on with a prompt.
+        prompted: the rows of language models that go on with a prompt.
     """
 
-    def __init__(self, report: Report, data: FixedSplits, device: torch.device, told: set[str]) -> None:
-        self._report, self._data, self._device, self._told = report, data, device, told
+    def __init__(self, report: Report, data: FixedSplits, device: torch.device, prompted: set[str]) -> None:
+        self._report, self._data, self._device, self._prompted = report, data, device, prompted
         tested = data.test_dataloader()
         some = None if data.pooling is None else max(1, COMPARED // data.evaluation_batch)
         self._batches = list(islice(tested, some))
@@ -194,7 +194,7 @@ class _Bench:
             **metrics,
         )
         self._report.add(row, outcomes)
-        if self._data.prompt is not None and name in self._told:
+        if self._data.prompt is not None and name in self._prompted:
             self._report.continuations[name] = continuation(models[0], self._data.tokenizer, self._data.prompt)
 
     def add_made(self, name: str, model: nn.Module, cost: Cost) -> None:
@@ -286,9 +286,9 @@ class _EmbeddingBench(_Bench):
         return None
 
 
-def _bench(report: Report, data: FixedSplits, device: torch.device, told: set[str]) -> _Bench:
+def _bench(report: Report, data: FixedSplits, device: torch.device, prompted: set[str]) -> _Bench:
     kind = _Bench if data.pooling is None else _EmbeddingBench
-    return kind(report, data, device, told)
+    return kind(report, data, device, prompted)
 
 
 def _drawn(result: FusionResult) -> list[str]:

@@ -97,7 +97,7 @@ class Job:
         needs = fusion.needs(next(iter(loader)), len(loader.dataset), self.device)  # type: ignore[arg-type]
         if not self.args.dry_run:
             needs.check(self.device, output)
-        return needs.told(self.device)
+        return needs.summary(self.device)
 
     def load(self, name: str) -> nn.Module:
         """A whole parent, with the anchor's vocabulary and its size and preparation of images."""

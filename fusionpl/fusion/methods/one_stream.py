@@ -65,7 +65,7 @@ class JointStream(Problem):
         )
         return [dict.fromkeys(self.axes, own) for own in streams]
 
-    def told(self, axis: str, binding: Binding) -> str:
+    def summary(self, axis: str, binding: Binding) -> str:
         """One basis for all."""
         return "one stream for all parents"
 
@@ -134,7 +134,7 @@ class ChosenUnits(Problem):
         read_gain = n / m / weight if self.section == TAIL else 1.0
         return TransportMap(plan, "chosen", "orthogonal", gain=1 / weight, read_gain=read_gain)
 
-    def told(self, axis: str, binding: Binding) -> str:
+    def summary(self, axis: str, binding: Binding) -> str:
         """Where the units are seen."""
         repeats = binding.axes[axis].repeats
         which = "units of all parents alike" if self.even else "units of the parents, the anchor's first"

@@ -41,7 +41,7 @@ class Passed(NamedTuple):
     entry: Tensor
 
 
-class Network:
+class SectionedModel:
     """A bound model, read and run section by section.
 
     Its modules only say how to compute: parameters are handed to them for each call, so nothing in the model changes,
@@ -56,7 +56,7 @@ class Network:
         float32: compute in float32 where parameters are kept in half precision, which the CPU always does: products
             of half precision are many times slower there.
         prepare: what is done to the parameters of a section when they are read: `canonical`, `without_scales`.
-        absent: rows of the vocabulary that the model has not, and that hold something else in its place.
+        missing_tokens: rows of the vocabulary that the model has not, and that hold something else in its place.
     """
 
     def __init__(
@@ -69,36 +69,36 @@ class Network:
         device: torch.device | None = None,
         float32: bool = False,
         prepare: Prepare | None = None,
-        absent: Tensor | None = None,
+        missing_tokens: Tensor | None = None,
     ) -> None:
         self.module, self.binding, self.name = module, binding, name
         self.read = read or (lambda parameter: module.get_parameter(parameter).detach())
         self.device = device or device_of(module)
         self.float32 = float32 or self.device.type == "cpu"
         self.prepare = prepare
-        self.absent = absent
+        self.missing_tokens = missing_tokens
         self._stacks = [[module.get_submodule(path) for path in stack] for stack in binding.stacks]
 
     @property
-    def original(self) -> "Network":
+    def original(self) -> "SectionedModel":
         """The network as it was trained: see `Restacked`."""
         return self
 
     @property
-    def idle(self) -> frozenset[str]:
+    def missing_blocks(self) -> frozenset[str]:
         """The blocks that compute nothing: see `Restacked`."""
         return frozenset()
 
-    def but(self, **changes: Any) -> "Network":
+    def but(self, **changes: Any) -> "SectionedModel":
         """The same network with some of its arguments changed."""
-        names = ("module", "binding", "name", "read", "device", "float32", "prepare", "absent")
-        return Network(**{**{name: getattr(self, name) for name in names}, **changes})
+        names = ("module", "binding", "name", "read", "device", "float32", "prepare", "missing_tokens")
+        return SectionedModel(**{**{name: getattr(self, name) for name in names}, **changes})
 
-    def prepared(self, prepare: Prepare | None) -> "Network":
+    def prepared(self, prepare: Prepare | None) -> "SectionedModel":
         """The same model with other preparation."""
         return self.but(prepare=prepare)
 
-    def moved(self, module: nn.Module, move: Callable[[str, Tensor], Tensor]) -> "Network":
+    def moved(self, module: nn.Module, move: Callable[[str, Tensor], Tensor]) -> "SectionedModel":
         """A network of another module, whose parameters are made of this one's as they are read.
 
         Args:

@@ -53,7 +53,7 @@ def for_pixels(
     if patches is None or any(patches[1].padding) or (patches[1].bias is None and places is None):
         raise FusionError(
             f"{names[0]} sees images with {own.summary()}, {names[1]} with {given.summary()}, and its first layer can't "
-            "be rewritten for that; say by which they are prepared with --data.normalize"
+            "can't be rewritten for that; say by which they are prepared with --data.normalize"
         )
     name, convolution = patches
     weight, (scale, shift) = f"{name}.weight", _between(own, given, convolution.in_channels)

@@ -52,7 +52,7 @@ def for_pixels(
     places = places_of(model, family)
     if patches is None or any(patches[1].padding) or (patches[1].bias is None and places is None):
         raise FusionError(
-            f"{names[0]} sees images with {own.summary()}, {names[1]} with {given.summary()}, and its first layer can't "
+            f"{names[0]} sees images with {own.summary()}, {names[1]} with {given.summary()}, and its first layer "
             "can't be rewritten for that; say by which they are prepared with --data.normalize"
         )
     name, convolution = patches

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fusionpl.errors import FusionError
     from fusionpl.fusion.config import FuseConfig, load_config
-    from fusionpl.fusion.fuse import fuse
+    from fusionpl.fusion.fuse import fuse, prepare
     from fusionpl.fusion.result import FusionResult
     from fusionpl.models.load import load_model
     from fusionpl.training.fusion_callback import OTFusion
 
-__all__ = ["FuseConfig", "FusionError", "FusionResult", "OTFusion", "fuse", "load_config", "load_model"]
+__all__ = ["FuseConfig", "FusionError", "FusionResult", "OTFusion", "fuse", "load_config", "load_model", "prepare"]
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ _HOMES = {
     "fuse": "fusionpl.fusion.fuse",
     "load_config": "fusionpl.fusion.config",
     "load_model": "fusionpl.models.load",
+    "prepare": "fusionpl.fusion.fuse",
 }
 
 

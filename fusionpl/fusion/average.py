@@ -16,7 +16,11 @@ def average(
     kept: frozenset[str] = frozenset(),
     anchor: int = 0,
 ) -> State:
-    """The weighted mean of parameters, in the anchor's types; those named in `kept` are the anchor's."""
+    """The weighted mean of parameters, in the anchor's types; those named in `kept` are the anchor's.
+
+    >>> average([{"w": torch.tensor([1.0, 3.0])}, {"w": torch.tensor([3.0, 5.0])}], [0.25, 0.75])
+    {'w': tensor([2.5000, 4.5000])}
+    """
 
     def mean(name: str) -> Tensor:
         if name in kept:

@@ -39,7 +39,11 @@ Penalties = Mapping[tuple[str, ...], float]  # of the same group in the block be
 
 
 def held_out(first: int, count: int) -> Tensor:
-    """Which samples of a batch are held out, bool [count]; `first` is the number of its first one."""
+    """Which samples of a batch are held out, bool [count]; `first` is the number of its first one.
+
+    >>> held_out(3, 4).tolist()
+    [False, True, False, False]
+    """
     return (torch.arange(first, first + count) + 1) % HOLD_OUT == 0
 
 

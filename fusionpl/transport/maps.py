@@ -27,6 +27,10 @@ class TransportMap:
         sizes: of the parent's units [n_parent] and of the anchor's [n_anchor], where the scale of a unit is free: what
             is written goes from the one to the other, what is read back. The entries of such a plan may carry signs.
         iterations, converged, marginal_error: of the solver; the error is the L2 violation of the column marginal.
+
+    >>> both = TransportMap(torch.tensor([[0.5, 0.0], [0.25, 0.25]], dtype=torch.float64), "emd")
+    >>> both.to_output.sum(0).tolist(), both.to_input.sum(1).tolist()
+    ([1.0, 1.0], [1.0, 1.0])
     """
 
     plan: Tensor
@@ -68,7 +72,11 @@ class TransportMap:
 
 
 def permutation(order: Tensor) -> TransportMap:
-    """The hard map that makes anchor unit j from parent unit `order[j]`; `order` is [n], integer."""
+    """The hard map that makes anchor unit j from parent unit `order[j]`; `order` is [n], integer.
+
+    >>> permutation(torch.tensor([1, 0])).to_output.tolist()
+    [[0.0, 1.0], [1.0, 0.0]]
+    """
     n = len(order)
     plan = torch.zeros(n, n, dtype=torch.float64, device=order.device)
     plan[order, torch.arange(n, device=order.device)] = 1 / n

@@ -39,6 +39,9 @@ def solve(cost: Tensor, solver: Solver, *, reg: float = 0.08, scaling: Scaling =
 
     Raises:
         FusionError: `assignment` between different sizes, a non-positive `reg`, a cost that is not finite.
+
+    >>> solve(torch.tensor([[5.0, 1.0], [2.0, 7.0]]), "assignment").plan.tolist()
+    [[0.0, 0.5], [0.5, 0.0]]
     """
     cost = cost.detach().double()
     if not bool(cost.isfinite().all()):

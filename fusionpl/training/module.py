@@ -50,8 +50,7 @@ class ClassificationModule(L.LightningModule):
         num_classes: number of classes or tokens; 1 for regression.
         metrics: what is measured besides the loss, a name of METRICS each.
         compiled: run the model through `torch.compile`.
-        seconds: wall time that the learning rate's schedule is spread over, in place of the Trainer's steps; see
-            `train_for`.
+        seconds: wall time that the learning rate's schedule is spread over, in place of the Trainer's steps.
 
     Attributes:
         outcomes: what the model did on each test sample, of all ranks in the data's order; None before a test.

@@ -18,7 +18,8 @@ from benchmarks.origin import Origin, footer, here
 from fusionpl.files import whole
 
 # Metric -> its unit's factor and its axis.
-SHOWN: dict[str, tuple[int, str]] = {"accuracy": (100, "test accuracy (%)"), "loss": (1, "test loss (nats)")}
+SHOWN: dict[str, tuple[int, str]] = {"accuracy": (100, "test accuracy (%)"), "loss": (1, "test loss (nats)"),
+                                   "divergence": (1, "divergence from the ensemble (nats)")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Cell:
     row: str
     repeat: str
     measure: Callable[[], Figures]
-    metric: Literal["accuracy", "loss"] = "accuracy"
+    metric: Literal["accuracy", "loss", "divergence"] = "accuracy"
 
     def kept_in(self, folder: Path) -> Path:
         """The file of its figures."""

@@ -34,6 +34,7 @@ class Scale:
         pairs: of seeds.
         many: numbers of parents.
         minutes: that label-free refinement takes.
+        teaching: seconds that models are taught for without labels.
         teams: numbers of parents of disjoint data.
         widths: of one stream, in multiples of a parent's.
         samples: calibration samples of the ablation.
@@ -54,6 +55,7 @@ class Scale:
     pairs: Sequence[tuple[int, int]] = PAIRS
     many: tuple[int, ...] = (2, 3, 4, 5)
     minutes: float = 2.0
+    teaching: tuple[int, ...] = (30, 60)
     teams: tuple[int, ...] = (2, 4, 6)
     widths: tuple[float, ...] = (1, 1.25, 1.5, 2)
     samples: tuple[int, ...] = (25, 50, 100, 200, 500, 1000, 2000)

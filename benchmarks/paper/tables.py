@@ -1,5 +1,6 @@
 """The tables: which cells each has."""
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -37,7 +38,11 @@ def finetune(lab: Lab) -> Table:
     cells: list[Cell] = []
     for repeat, team in pairs(lab.images):
         cells += team.references(repeat, "0")
-        starts: dict[str, Maker] = {"best parent": team.best, **team.makers()}
+        starts: dict[str, Maker] = {"best parent": team.best, "best parent, head fitted": team.head_fitted}
+        starts |= team.makers()
+        starts[f"taught for {60 * lab.scale.minutes:g} s, start auto"] = _once(
+            partial(team.taught_from, "auto", 60 * lab.scale.minutes)
+        )
         cells += [Cell(name, f"{repeat}, 0", partial(team.one_shot, make, "0")) for name, make in starts.items()]
         for name in ("best parent", "one stream"):
             starts[f"{name}, weights times {SHRINK:g}"] = partial(team.shrunk, starts[name])
@@ -47,6 +52,12 @@ def finetune(lab: Lab) -> Table:
             for epochs in lab.scale.finetuning
         ]
     return Table("Test accuracy by epochs of finetuning.", cells, curve=True)
+
+
+def _once(make: Maker) -> Maker:
+    """Makes a model when it is first asked for, and gives copies of it."""
+    made = cache(make)
+    return lambda: copy.deepcopy(made())
 
 
 def worth(lab: Lab) -> Table:
@@ -107,6 +118,24 @@ def _settings(subject: Subject, teams: Sequence[int]) -> Iterator[tuple[str, lis
                     [(str(seed), _of_shards(subject, [seed + at for at in range(count)], kind)) for seed, _ in
                      subject.scale.pairs],
                 )  # fmt: skip
+
+
+def teach(lab: Lab) -> Table:
+    """What seconds of teaching without labels make of a team, from either start and by `auto`."""
+    cells: list[Cell] = []
+    for column, teams in _settings(lab.images, lab.scale.teams):
+        for repeat, team in teams:
+            makers: dict[str, Maker] = {"best parent": team.best, "best parent, head fitted": team.head_fitted}
+            makers |= {"all trunks, one head": team.side_by_side}
+            makers["one stream"] = partial(team.fused, load_config(JOINT))
+            for seconds in lab.scale.teaching:
+                for start in ("fused", "parent", "auto"):
+                    makers[f"taught for {seconds} s, start {start}"] = partial(team.taught_from, start, seconds)
+            cells += [
+                Cell(name, f"{repeat}, {column}", partial(team.divergence, make, column), "divergence")
+                for name, make in makers.items()
+            ]
+    return Table("Divergence of test predictions from the mean of the parents', in nats.", cells)
 
 
 def parents(lab: Lab) -> Table:
@@ -284,6 +313,7 @@ TABLES: dict[str, Callable[[Lab], Table]] = {
     "finetune": finetune,
     "worth": worth,
     "worth-text": worth_text,
+    "teach": teach,
     "parents": parents,
     "widths": widths,
     "depths": depths,

@@ -18,6 +18,7 @@ from benchmarks.paper.scales import Subject
 from fusionpl.calibration.batches import batches
 from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.calibration.cursor import CalibrationSet
+from fusionpl.calibration.forward import eval_mode, logits
 from fusionpl.calibration.kept import Kept, budget
 from fusionpl.cli.jobs.alternative import trained_on
 from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble
@@ -64,6 +65,17 @@ class Team:
 
     def one_shot(self, make: Maker, column: str = ONE_SHOT) -> Figures:
         return {column: evaluate(make(), self.subject.test)[self.subject.metric]}
+
+    def divergence(self, make: Maker, column: str) -> Figures:
+        """How far a model's predictions of the test samples are from the mean of the parents', in nats."""
+        model, total, count = make(), 0.0, 0
+        with torch.no_grad(), eval_mode(model, *self.models):
+            for batch in self.subject.test:
+                shown = torch.stack([logits(each, batch).float().softmax(-1) for each in self.models]).mean(0)
+                predicted = logits(model, batch).float().log_softmax(-1)
+                total += float((torch.special.xlogy(shown, shown) - shown * predicted).sum())
+                count += shown[..., 0].numel()
+        return {column: total / count}
 
     def finetuned(self, make: Maker, epochs: int, column: str = FINETUNED) -> Figures:
         figures = finetuned(
@@ -137,8 +149,12 @@ class Team:
 
     def refined(self) -> nn.Module:
         """One stream, then taught by the ensemble for a while, without labels."""
-        minutes = self.subject.scale.minutes
-        changes = {"refine.start": "fused", "refine.minutes": minutes, "refine.augment": True}
+        return self.taught_from("fused", 60 * self.subject.scale.minutes)
+
+    def taught_from(self, start: str, seconds: float) -> nn.Module:
+        """One stream, or what `refine.start` makes of it, taught without labels; the seconds count from the fusion's
+        end."""
+        changes = {"refine.start": start, "refine.minutes": seconds / 60, "refine.augment": True}
         return self.fused(load_config(JOINT, changes))
 
     def distilled(self) -> nn.Module:

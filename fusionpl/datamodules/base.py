@@ -128,7 +128,7 @@ class FixedSplits(L.LightningDataModule):
 
         Args:
             model: which.
-            processing: how it takes its images, see `fusionpl.models.image_processing`.
+            processing: how it takes its images, see `fusionpl.models.processors.image_processing`.
         """
 
     def check_reads(self, model: nn.Module) -> None:

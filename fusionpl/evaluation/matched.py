@@ -21,7 +21,7 @@ class MatchedAxis:
         n_parent, n_anchor: how many units.
         partners: of how many parent units an anchor unit is made, 1 where the matching is hard: exp(entropy) of its
             shares, mean over anchor units.
-        solver, cost, iterations, converged, marginal_error: see `fusionpl.transport.TransportMap`.
+        solver, cost, iterations, converged, marginal_error: see `fusionpl.transport.maps.TransportMap`.
         picture: the map, sorted so that structure shows, float32 [parent's cells, anchor's cells]; None where it is not
             drawn. A column shows of which parent units an anchor unit is made (shares add up to 1; for a map with
             negative entries, an orthogonal one, shares are the squares), a cell of several units the largest share

@@ -106,7 +106,7 @@ def task_of_model(config: Mapping[str, Any]) -> TaskName | None:
     """The task of a model, by the class that its config.json names; None where that has no task here.
 
     Args:
-        config: see `fusionpl.models.model_config`; timm's models classify images.
+        config: see `fusionpl.models.folders.model_config`; timm's models classify images.
 
     >>> task_of_model({"architectures": ["GPTNeoXForCausalLM"]})
     'causal-language-modeling'

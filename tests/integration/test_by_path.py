@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 import fusionpl
 from fusionpl.calibration.forward import logits
-from fusionpl.cli.jobs.sweep import sweep
 from fusionpl.errors import FusionError
-from fusionpl.fusion.refit import Refit
+from fusionpl.fusion import refit, sections
 from fusionpl.fusion.result import FusionResult
 from fusionpl.models.load import load_model
 from fusionpl.models.opened import open_model
-from fusionpl.models.save import save_model
+from fusionpl.models.save import class_names, save_model
 from fusionpl.models.tensors import TensorFile
 from fusionpl.presets import CONF
 from tests.integration.runs import make_run
@@ -211,7 +210,7 @@ def test_tokenizer_and_configuration_come_along(changes: dict[str, Any], tmp_pat
 def test_class_names_come_along(tmp_path: Path) -> None:
     paths, _ = pair(tmp_path, "timm")
     fused(list(paths), "timm", tmp_path / "fused")
-    assert fusionpl.models.class_names(load_model(tmp_path / "fused")) == tuple("0123456789")
+    assert class_names(load_model(tmp_path / "fused")) == tuple("0123456789")
 
 
 def test_a_refined_model_is_the_one_on_disk(tmp_path: Path) -> None:
@@ -245,8 +244,8 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "average": (sweep, "averaged"), "refit": (Refit, "fit"), "write": (TensorFile, "write"), "move": (Path, "rename"),
-    "move back": (Path, "rename"),
+    "average": (sections, "averaged"), "refit": (refit, "fit_group"), "write": (TensorFile, "write"),
+    "move": (Path, "rename"), "move back": (Path, "rename"),
 }  # fmt: skip
 
 

@@ -9,7 +9,6 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
-from fusionpl.fusion.estimate import Estimate
 
 from fusionpl.cli import fuse
 from fusionpl.presets import CONF
@@ -43,6 +42,5 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("words", FUSIONS, ids=map(shlex.join, FUSIONS))
 def test_a_fusion_is_planned(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    monkeypatch.setattr(Estimate, "told", lambda *_: "")  # which times the machine
     words = [word.replace("data/all-sites", "digits") for word in words]
     fuse.run([*words, "--data.image_size", "24", "--dry-run"])  # room for the window of the paper

@@ -13,10 +13,9 @@ from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.cli import fuse as command
 from fusionpl.cli import sweep
 from fusionpl.cli.common import main
-from fusionpl.cli.jobs import fuse as job
 from fusionpl.errors import FusionError
 from fusionpl.fusion.config import FuseConfig, RefineConfig
-from fusionpl.fusion.fuse import Calibrated
+from fusionpl.fusion.fuse import Fusion
 from fusionpl.models.tensors import Tensors
 from tests.integration.runs import make_run
 from tests.models_for_tests import hf_vit, images, text_model, timm_vit
@@ -123,12 +122,6 @@ def test_no_weight_is_read_of_parents_that_do_not_fit(
     assert "needs parents of one width" in refusal(lambda: fuse(paths, Untouched(), config))
 
 
-def test_one_wrong_configuration_among_several_is_refused_before_a_batch_is_read() -> None:
-    parents = [timm_vit(seed) for seed in range(2)]
-    for wrong in (FuseConfig(weights=[1.0, 1.0]), FuseConfig(weights=[1.0])):
-        assert "weights" in refusal(lambda wrong=wrong: Calibrated(parents, Untouched(), [FuseConfig(), wrong]))
-
-
 def test_nothing_is_read_of_a_calibration_set_that_is_not_needed() -> None:
     config = load_config(None, {"align.evidence": "weights"})
     fuse([timm_vit(seed) for seed in range(2)], Untouched(), config)
@@ -185,7 +178,7 @@ def test_a_preset_to_compare_with_is_checked_before_anything_is_fused(
 ) -> None:
     paths = [str(make_run(tmp_path / "0", 0)), str(make_run(tmp_path / "1", 1, embed_dim=24))]
     (tmp_path / "beside.yaml").write_text(preset)
-    monkeypatch.setattr(job, "_Fusion", None)
+    monkeypatch.setattr(Fusion, "run", None)
     assert main(command.run, ["--parents", *paths, "--compare", str(tmp_path / "beside.yaml"), "--logger", "none"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert words in line

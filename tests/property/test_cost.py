@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import fusionpl
+from fusionpl.calibration.forward import logits
 from fusionpl.calibration.kept import Kept
 from fusionpl.calibration.moments import Moments
-from fusionpl.cli.jobs.sweep import sweep
 from fusionpl.families.binding import bind
 from fusionpl.families.family import STEM
-from fusionpl.fusion import fuse
-from fusionpl.fusion.fuse import Calibrated
-from fusionpl.fusion.plan import make_plan
+from fusionpl.fusion import fuse, walk
+from fusionpl.fusion.fuse import prepare
 from fusionpl.models.save import save_model
 from fusionpl.models.tensors import Tensors
 from fusionpl.presets import CONF
@@ -104,19 +103,18 @@ def passes(name: str, setting: str, depth: int) -> Counter[tuple[int, str]]:
 def test_a_block_runs_once_a_walk_and_the_fused_one_once_a_stage(name: str, setting: str) -> None:
     preset, changes, count, walks = SETTINGS[setting]
     found = passes(name, setting, depth=2)
-    bindings = [bind(model_of(name)) for _ in range(count)]
     if preset == "default" and "bert" in name:
         walks = 2  # its stream is tied, so it is seen first
     config = config_of(preset, **changes)
-    plan = make_plan(bindings, 0, config, ["a", "b", "c"][:count])
+    plan = prepare([model_of(name) for _ in range(count)], config).plan
     # What is folded is run beside what it is made of, on the first batch of two.
     checks = 2 / BATCHES if config.canonical else 0
     for section in plan.sections[1:-1]:
         assert {found[index, section.name] for index in range(1, count)} == {walks + checks}
-        fits = len(section.stages) + 1 if section.stages else 0
+        fits = len(section.groups) + 1 if section.groups else 0
         assert found[0, section.name] <= walks + checks + fits  # the fused block is run in the anchor's module
-    refits = any(section.stages for section in plan.sections)
-    ends = len(plan.sections[0].stages) + len(plan.sections[-1].stages)
+    refits = any(section.groups for section in plan.sections)
+    ends = len(plan.sections[0].groups) + len(plan.sections[-1].groups)
     assert max(found[index, STEM] for index in range(1, count)) <= (walks + 1 + 2 * checks if walks else 0)
     assert found[0, STEM] <= walks + 1 + 2 * checks + (1 + ends if refits else 0)
 
@@ -134,18 +132,6 @@ def test_twice_the_depth_is_twice_the_passes(name: str, setting: str) -> None:
     totals = [sum(count for (_, section), count in found.items() if section != STEM) for found in (shallow, deep)]
     assert totals[1] == 2 * totals[0]
     assert [shallow[index, STEM] for index in range(2)] == [deep[index, STEM] for index in range(2)]
-
-
-def test_several_configurations_share_one_walk() -> None:
-    parents = [timm_vit(seed) for seed in range(2)]
-    configs = [config_of("paper", **{"calibration.tokens": "all", "align.reg": reg}) for reg in (0.02, 0.04, 0.08)]
-    with counted(parents) as counts:
-        ready = Calibrated(parents, [images(12)], configs)
-        after = dict(counts)
-        for config in configs:
-            ready.fuse(config)
-    assert dict(counts) == after
-    assert set(after.values()) == {1}
 
 
 def test_the_calibration_set_is_read_once() -> None:
@@ -228,7 +214,7 @@ def test_streams_in_half_precision_give_nearly_the_same_model(name: str) -> None
     assert largest_difference(full, half) > 0, "they are the same: nothing was kept in half precision"
     test = batch_of(name, 16)
     with torch.no_grad():
-        first, second = (fusionpl.calibration.logits(model, test) for model in (full, half))
+        first, second = (logits(model, test) for model in (full, half))
     assert float((first - second).norm() / first.norm()) < 0.1
 
 
@@ -316,7 +302,7 @@ def test_one_block_of_each_parent_is_in_memory(
 def test_moments_of_one_section_are_in_memory(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Moments]] = []
     met: list[int] = []
-    made, observe = Moments.zeros.__func__, sweep.observe  # type: ignore[attr-defined]
+    made, observe = Moments.zeros.__func__, walk.observe  # type: ignore[attr-defined]
 
     def zeros(*args: Any, **keywords: Any) -> Moments:
         found: Moments = made(Moments, *args, **keywords)
@@ -328,7 +314,7 @@ def test_moments_of_one_section_are_in_memory(setting: str, monkeypatch: pytest.
         return observe(*args, **keywords)
 
     monkeypatch.setattr(Moments, "zeros", zeros)
-    monkeypatch.setattr(sweep, "observe", watched)
+    monkeypatch.setattr(walk, "observe", watched)
     preset, changes, _, _ = SETTINGS[setting]
     fusionpl.fuse([timm_vit(seed) for seed in range(2)], [images()], config_of(preset, **changes))
     assert len(alive) > 10

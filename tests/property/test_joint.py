@@ -1,6 +1,5 @@
 """One stream for all parents: what holds exactly, what is refused, and that it is worth having."""
 
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,21 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from fusionpl.fusion.estimate import estimate
-from fusionpl.fusion.goal import settled
 from torch import Tensor, nn
 
 import fusionpl
 from fusionpl.calibration.forward import logits
-from fusionpl.calibration.network import Network
 from fusionpl.errors import FusionError
 from fusionpl.families.apply import own_state
 from fusionpl.families.binding import bind
-from fusionpl.fusion import refit
+from fusionpl.fusion import fuse, prepare, refit, survey
 from fusionpl.fusion.average import vanilla
 from fusionpl.fusion.config import load_config
 from fusionpl.fusion.methods.one_stream import ChosenUnits, choose, joint_problems, joint_stream
-from fusionpl.fusion.plan import make_plan
 from fusionpl.fusion.result import FusionResult
 from fusionpl.models.save import save_model
 from fusionpl.transport.least_squares import NormalEquations, fit_ridge
@@ -135,7 +130,7 @@ def test_the_anchors_units_come_first_and_then_those_that_write_most() -> None:
         for unit in (5, 17):
             parents[1].blocks[0].mlp.fc2.weight[:, unit] *= 20  # type: ignore[union-attr,index]
     bindings, goal = [bind(parent) for parent in parents], bind(timm_vit(0, mlp=26))
-    problem = next(one for one in joint_problems(goal) if "blocks.0.ffn" in one.axes)
+    problem = next(one for one in joint_problems(goal, load_config(JOINT)) if "blocks.0.ffn" in one.axes)
     assert isinstance(problem, ChosenUnits)
     states = [own_state(parent) for parent in parents]
     both = [True, True]
@@ -230,7 +225,7 @@ def test_the_share_of_classes_in_what_parents_disagree_about_is_told(name: str) 
 def test_between_the_limits_a_trial_decides_whose_units(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A parent beside itself needs all of its own heads, half of them and their copies are less. Parents that have
     nothing in common do not."""
-    monkeypatch.setattr(sys.modules[fusionpl.fuse.__module__], "specialisation", lambda team: 0.5)
+    monkeypatch.setattr(survey, "specialisation", lambda walk: 0.5)
     batch = batch_for(name, 1024)
     one, other = (BUILD[name](seed) for seed in (1, 2))
 
@@ -252,7 +247,7 @@ def test_between_the_limits_a_trial_decides_whose_units(name: str, monkeypatch: 
 
 
 def test_a_trial_takes_a_part_of_the_samples_and_leaves_out_what_judges_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[fusionpl.fuse.__module__], "specialisation", lambda team: 0.5)
+    monkeypatch.setattr(survey, "specialisation", lambda walk: 0.5)
     calls: list[tuple[bool, float, float]] = []
 
     def spy(rows: NormalEquations, held_out: NormalEquations, *args: Any, both: bool) -> tuple[Tensor, float]:
@@ -268,7 +263,7 @@ def test_a_trial_takes_a_part_of_the_samples_and_leaves_out_what_judges_it(monke
 
 
 def test_language_models_take_the_anchors_units_and_are_not_looked_at_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[fusionpl.fuse.__module__], "specialisation", lambda team: pytest.fail("looked at"))
+    monkeypatch.setattr(survey, "specialisation", lambda walk: pytest.fail("looked at"))
     result = joined("llama", [BUILD["llama"](seed) for seed in (1, 2)])
     assert (result.config.units, result.notes) == ("anchor", [])
 
@@ -291,8 +286,7 @@ def test_widths_that_are_refused(changes: dict[str, Any], message: str, tmp_path
 
 def test_auto_is_one_stream_where_the_family_allows_it_and_nobody_asked_for_anything_else() -> None:
     def strategy(parents: list[nn.Module], **changes: Any) -> str:
-        networks = [Network(parent, bind(parent)) for parent in parents]
-        return settled(load_config("conf/fuse/default.yaml", changes), networks, 0).strategy
+        return fuse.prepare(parents, load_config("conf/fuse/default.yaml", changes)).plan.config.strategy
 
     images_of, small = ([build(seed) for seed in range(2)] for build in (timm_vit, BUILD["electra classifier, small"]))
     assert strategy(images_of) == "joint"
@@ -307,7 +301,7 @@ def test_auto_is_one_stream_where_the_family_allows_it_and_nobody_asked_for_anyt
         assert strategy(images_of, **changes) == "transport"
     assert strategy([text_model("bert masked-lm", seed) for seed in range(2)]) == "joint"
     assert strategy(small) == "transport"
-    with pytest.raises(FusionError, match=r"width needs strategy joint, and the model: no norm stands behind the emb"):
+    with pytest.raises(FusionError, match=r"width needs strategy joint, and parent 0: no norm stands behind the emb"):
         strategy(small, width=1.5)
     with pytest.raises(FusionError, match=r"units needs strategy joint, and align\.solver asks for strategy transport"):
         strategy(images_of, units="even", **{"align.solver": "emd"})
@@ -382,18 +376,6 @@ def test_options_that_contradict_it(changes: dict[str, Any], message: str) -> No
         load_config(JOINT, changes)
 
 
-def test_its_first_walk_is_expected() -> None:
-    parents = [timm_vit(seed) for seed in range(2)]
-    networks = [Network(parent, bind(parent)) for parent in parents]
-    bindings = [network.binding for network in networks]
-    found = {}
-    for name, config in (("joint", load_config(JOINT)), ("transport", load_config(None, {"refit.method": "ridge"}))):
-        plan = make_plan(bindings, 0, config, ["a", "b"])
-        assert plan.looks == (name == "joint")
-        found[name] = estimate(plan, networks, 0, config, {"pixel_values": images(4)}, 64, torch.device("cpu")).work
-    assert found["joint"]["forward"] > 1.5 * found["transport"]["forward"]
-
-
 def test_a_width_that_heads_do_not_divide_stays() -> None:
     parents = [timm_vit(seed, width=16, heads=3, head_dim=4) for seed in range(2)]
     for preset in ("joint", "transport"):
@@ -403,18 +385,18 @@ def test_a_width_that_heads_do_not_divide_stays() -> None:
 
 def test_a_parent_that_lacks_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     parents = [BUILD["llama"](seed) for seed in range(2)]
-    networks = [Network(parent, bind(parent), f"parent {index}") for index, parent in enumerate(parents)]
-    networks[1].absent = torch.tensor([3])
-    opened = [(network, None) for network in networks]
-    monkeypatch.setattr(sys.modules[fusionpl.fuse.__module__], "open_parents", lambda *_, **__: opened)
+    real = prepare.open_parents
+
+    def opened(*args: Any, **keywords: Any) -> Any:
+        team = real(*args, **keywords)
+        return team.of([team.networks[0], team.networks[1].but(absent=torch.tensor([3]))])
+
+    monkeypatch.setattr(prepare, "open_parents", opened)
     with pytest.raises(FusionError, match=r"parent 1 lacks tokens of parent 0, .*use strategy transport"):
         joined("llama", parents)
 
 
 def test_the_plan_tells_what_it_does() -> None:
-    binding = bind(timm_vit())
-    config = load_config(JOINT)
-    plan = make_plan([binding, binding], 0, config, ["a", "b"])
-    text = fusionpl.fusion.describe(plan, [binding, binding], 0, config, ["a", "b"])
+    text = fuse.prepare([timm_vit(0), timm_vit(1)], load_config(JOINT)).describe()
     assert "one stream for all parents; whose units, the calibration set decides" in text
     assert "units of the parents, the anchor's first, output of blocks.0.mlp.fc1" in text

@@ -14,8 +14,7 @@ from fusionpl.errors import FusionError
 from fusionpl.families.binding import bind
 from fusionpl.families.proof import allowed, permuted, random_permutations
 from fusionpl.fusion.config import FuseConfig, RefitConfig, load_config
-from fusionpl.fusion.fuse import fuse
-from fusionpl.fusion.plan import describe, make_plan
+from fusionpl.fusion.fuse import fuse, prepare
 from tests.models_for_tests import STACKS, batch_for, largest_difference, run, t5
 
 EXACT: dict[str, Any] = {"residual": "tie", "heads": "matched", "solver": "assignment"}
@@ -149,8 +148,7 @@ def test_parents_of_other_depths_name_both_stacks() -> None:
 
 def test_the_plan_and_the_table_name_the_order_of_heads() -> None:
     binding = bind(t5())
-    config = load_config("conf/fuse/default.yaml")
-    text = describe(make_plan([binding, binding], 0, config, ["a", "b"]), [binding, binding], 0, config, ["a", "b"])
+    text = prepare([t5(0), t5(1)], load_config("conf/fuse/default.yaml")).describe()
     assert "the heads of 3 blocks: one order for all" in text
     table = allowed(binding)
     assert "decoder.block.*.cross_q" in table
@@ -176,5 +174,6 @@ def test_a_planted_copy_of_a_tied_stream_comes_back(name: str, evidence: str) ->
     copy = permuted(model, torch.Generator().manual_seed(3))
     found = fuse([copy, model], [batch_for(name)], load_config("default", config))
     torch.testing.assert_close(run(name, found.model), run(name, model), atol=1e-5, rtol=1e-5)
-    maps = found.alignments[0].maps  # type: ignore[union-attr]
+    maps = found.alignments[0]
+    assert maps is not None
     assert set(maps) >= set(bind(model).free)

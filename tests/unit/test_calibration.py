@@ -5,26 +5,24 @@ from typing import Any
 
 import pytest
 import torch
-from fusionpl.fusion.sweep import look
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fusionpl.calibration.batches import batches, no_progress
+from fusionpl.calibration.batches import batches
 from fusionpl.calibration.config import CalibrationConfig, Scale
-from fusionpl.calibration.cursor import CalibrationSet
-from fusionpl.calibration.forward import inputs_of, logits
+from fusionpl.calibration.cursor import CalibrationSet, Cursor
+from fusionpl.calibration.forward import eval_mode, inputs_of, logits
 from fusionpl.calibration.kept import Kept
 from fusionpl.calibration.moments import Moments
 from fusionpl.calibration.network import Network
+from fusionpl.calibration.observe import Wanted, observe
 from fusionpl.calibration.taps import recorded
 from fusionpl.calibration.tokens import select
 from fusionpl.errors import FusionError
-from fusionpl.families.axes import Binding
+from fusionpl.families.axes import Binding, section_of
 from fusionpl.families.binding import bind
 from fusionpl.families.family import parse_family
-from fusionpl.fusion.survey import Survey
-from fusionpl.fusion.team import Team
 from fusionpl.transport.costs import Gram, gram, ground_metric
 from fusionpl.transport.solvers import solve
 from tests.models_for_tests import FAMILIES, hf_vit, images, timm_vit
@@ -255,9 +253,17 @@ def surveyed(
     networks: list[Network], calibration: list[Any], keys: list[tuple[str, ...]], anchor: int = 0, **options: Any
 ) -> list[dict[tuple[str, ...], Moments]]:
     config, kept = CalibrationConfig(**options), Kept(10**9)
-    team = Team(networks, anchor, CalibrationSet(calibration, config, kept), Survey(kept), no_progress)
-    look(team, keys, (), config.tokens, {})
-    return [dict(team.survey.of(index)) for index in range(len(networks))]
+    found: list[dict[tuple[str, ...], Moments]] = [{} for _ in networks]
+    data = CalibrationSet(calibration, config, kept)
+    cursors = [Cursor(network, data, network.name + str(index)) for index, network in enumerate(networks)]
+    with torch.no_grad(), eval_mode(*(network.module for network in networks)):
+        for section in networks[anchor].binding.sections:
+            own = [key for key in keys if section_of(key[0]) == section]
+            states = [network.states(section) for network in networks]
+            shown = observe(cursors, anchor, states, data, Wanted(section, own, tokens=config.tokens))
+            for moments, more in zip(found, shown.moments, strict=True):
+                moments |= more
+    return found
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -258,7 +258,7 @@ def test_unconverged_joint_maps_are_reported(monkeypatch: pytest.MonkeyPatch) ->
     result = fused([timm_vit(0), timm_vit(1)], qk="joint", reg=0.02)
     (alignment,) = [one for one in result.alignments if one]
     assert not alignment.joint["blocks.0.q", "blocks.0.k"].converged
-    assert not alignment.maps["blocks.0.q"].converged
+    assert not alignment["blocks.0.q"].converged
 
 
 # refusals

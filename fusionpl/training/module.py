@@ -171,7 +171,7 @@ class ClassificationModule(L.LightningModule):
         labels, output = batch["labels"], self(batch)
         if stage == "test":
             self._scored.update(scored(output, labels))
-        loss = loss_of(output, labels, label_smoothing)
+        loss = _loss_of(output, labels, label_smoothing)
         if labels.is_floating_point():
             output, count = output if are_tags(labels) else output.squeeze(-1), len(labels)
         else:
@@ -187,7 +187,7 @@ class ClassificationModule(L.LightningModule):
         return loss
 
 
-def loss_of(output: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def _loss_of(output: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The loss of a batch of logits; see `ClassificationModule`."""
     if are_tags(labels):
         return functional.binary_cross_entropy_with_logits(output, labels.lerp(labels.new_tensor(0.5), label_smoothing))

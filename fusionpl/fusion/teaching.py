@@ -71,7 +71,7 @@ class Teaching:
         Returns:
             Whether all gradients were finite; at the first that are not it stops.
         """
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+        optimizer, finite = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0), True
         with torch.random.fork_rng():
             torch.manual_seed(self._seed + (dist.get_rank() if dist.is_initialized() else 0))
             batches = self._samples.taught(self._size, self._seed)
@@ -83,17 +83,15 @@ class Teaching:
                 if batch is not None:
                     self._loss(model, batch).backward()
                 _average_gradients(model, took_part=batch is not None)
-                if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
+                finite = bool(nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite())
+                if not finite:
                     break
                 for group in optimizer.param_groups:
                     group["lr"] = lr * warmup_cosine(share, WARMUP)
                 optimizer.step()
                 self.steps += 1
-            else:
-                model.eval()
-                return True
         model.eval()
-        return False
+        return finite
 
     def divergence(self, model: nn.Module) -> float:
         """The mean divergence of a model from the teachers' mean over the held-out samples, in nats; of models that put

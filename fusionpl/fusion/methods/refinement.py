@@ -312,9 +312,8 @@ class _Nearest:
     """
 
     def __init__(self, start: Start, teaching: Teaching) -> None:
-        self._start, self._teaching = start, teaching
-        self.divergence, self.where = start.divergence, "the start is kept"
-        self._state: dict[str, Tensor] | None = None
+        self._teaching, self.divergence, self.where = teaching, start.divergence, "the start is kept"
+        self._begin = self._state = dict[str, Tensor](start.model.named_parameters())
 
     def look(self, model: nn.Module, where: str) -> None:
         """Measures a model, and keeps a copy of its weights if none were nearer."""
@@ -338,16 +337,14 @@ class _Nearest:
     def look_back(self, model: nn.Module) -> None:
         """Looks at a model at the end of its way, and along the straight line back; the model is changed."""
         self.look(model, "the end is kept")
-        begin = dict(self._start.model.named_parameters())
         end = {name: tensor.clone() for name, tensor in model.named_parameters()}
         for share in QUARTERS:
             for name, tensor in model.named_parameters():
-                tensor.copy_(begin[name].lerp(end[name], share))
+                tensor.copy_(self._begin[name].lerp(end[name], share))
             self.look(model, f"{share:g} of the straight way is kept")
 
     @torch.no_grad()
     def give(self, model: nn.Module) -> None:
         """Gives a model the weights that were kept."""
-        state = dict(self._start.model.named_parameters()) if self._state is None else self._state
         for name, tensor in model.named_parameters():
-            tensor.copy_(state[name])
+            tensor.copy_(self._state[name])

@@ -24,7 +24,6 @@ from fusionpl.presets import CONF
 from fusionpl.training.config import OptimConfig
 from fusionpl.training.data import DATA_MODULES
 from fusionpl.training.fit import fit
-from fusionpl.training.module import ClassificationModule
 from fusionpl.training.tasks import TASKS, TaskName, task_named
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,7 +91,6 @@ def finetuned(
     seed: int,
     epochs: int | None = None,
     trainer: Mapping[str, Any] | None = None,
-    module: Callable[..., ClassificationModule] = ClassificationModule,
 ) -> dict[str, float]:
     """Test figures of a copy of `model` after the finetuning of a file of conf/finetune.
 
@@ -104,7 +102,6 @@ def finetuned(
         seed: decides the new head and augmentation.
         epochs: others than the file's.
         trainer: arguments of Lightning's Trainer beside the file's.
-        module: see `fit`.
     """
     settings = yaml.safe_load((CONF / "finetune" / preset).read_text())
     L.seed_everything(seed, verbose=False)
@@ -118,7 +115,7 @@ def finetuned(
     with tempfile.TemporaryDirectory() as folder:
         found = fit(
             model, data, optim, arguments, Path(folder),
-            seed=seed, monitor=TASKS[task].monitor, mode=TASKS[task].mode, module=module,
+            seed=seed, monitor=TASKS[task].monitor, mode=TASKS[task].mode,
         )  # fmt: skip
     return dict(found.figures)
 

@@ -17,16 +17,17 @@ from benchmarks.paper.choices import ALL, VARIANTS
 from benchmarks.paper.scales import Subject
 from fusionpl.calibration.batches import batches
 from fusionpl.calibration.config import CalibrationConfig
+from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.forward import eval_mode, logits
-from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON
-from fusionpl.cli.jobs.alternative import alternative
+from fusionpl.calibration.kept import Kept, budget
+from fusionpl.cli.jobs.alternative import trained_on
 from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble
-from fusionpl.fusion.config import FuseConfig, load_config
+from fusionpl.fusion.config import FuseConfig, RefineConfig, load_config
 from fusionpl.fusion.fuse import fuse
 from fusionpl.fusion.heads import fit_head, head_of, read
+from fusionpl.fusion.methods.refinement import teach_parent
 from fusionpl.fusion.refit import held_out
-from fusionpl.training.distillation import Distillation
-from fusionpl.training.module import ClassificationModule, shrunk
+from fusionpl.training.module import shrunk
 from fusionpl.transport.softmax import fit_softmax, log_mean
 
 SHRINK = 0.7
@@ -76,16 +77,10 @@ class Team:
                 count += shown[..., 0].numel()
         return {column: total / count}
 
-    def finetuned(
-        self,
-        make: Maker,
-        epochs: int,
-        column: str = FINETUNED,
-        module: Callable[..., ClassificationModule] = ClassificationModule,
-    ) -> Figures:
+    def finetuned(self, make: Maker, epochs: int, column: str = FINETUNED) -> Figures:
         figures = finetuned(
             make(), self.subject.data, self.subject.task_name, "default.yaml",
-            seed=self.runs[0][1], epochs=epochs, trainer=self.subject.scale.trainer, module=module,
+            seed=self.runs[0][1], epochs=epochs, trainer=self.subject.scale.trainer,
         )  # fmt: skip
         return {column: figures[self.subject.metric]}
 
@@ -98,17 +93,27 @@ class Team:
         start = time.monotonic()
         model = make()
         figures = self.finetuned(lambda: model, self.subject.scale.short)
-        trained = alternative(
-            TRAINED_ON, copy.deepcopy(self.models[anchor]), self.models, self.subject.data, samples=0,
-            seconds=time.monotonic() - start, trainer_args=self.subject.scale.trainer,
-        )  # fmt: skip
-        beside = self.one_shot(lambda: trained.model, "anchor alone, trained on as long")
+        seconds = time.monotonic() - start
+        trained, _ = trained_on(self.subject.data, seconds, self.subject.scale.trainer, self.models[anchor])
+        beside = self.one_shot(lambda: trained, "anchor alone, trained on as long")
         return {**self.one_shot(lambda: model), **figures, **beside}
 
     def taught(self) -> Figures:
-        """The second parent, taught by the first for as many epochs as others are finetuned."""
-        module = partial(Distillation, teachers=[copy.deepcopy(self.models[0])], labels=True)
-        return self.finetuned(partial(self.parent, 1), self.subject.scale.short, module=module)
+        """The second parent, taught by the first without labels, for as many steps as others are finetuned with them.
+
+        It sees the inputs of the training data, too. (Figures measured before the end of November 2026 are of one that
+        learned the labels as well.)
+        """
+        data = self.subject.data
+        steps = self.subject.scale.short * len(data.train_dataloader())
+        config = RefineConfig(steps=steps, batch_size=data.config.batch_size, augment=True)
+        return self.one_shot(lambda: self._teach(1, [1.0, 0.0], config, data.unlabelled_dataloader()), FINETUNED)
+
+    def _teach(self, index: int, weights: Sequence[float], config: RefineConfig, more: Any = None) -> nn.Module:
+        calibration = load_config(JOINT).calibration
+        data = CalibrationSet(self.subject.calibration, calibration, Kept(budget(calibration.memory)))
+        models = self.models[: len(weights)]
+        return teach_parent(index, models, weights, data, config, more=more, augment=self.subject.data.augmented).model
 
     def parent(self, index: int) -> nn.Module:
         return self.models[index]
@@ -144,9 +149,7 @@ class Team:
 
     def refined(self) -> nn.Module:
         """One stream, then taught by the ensemble for a while, without labels."""
-        minutes = self.subject.scale.minutes
-        changes = {"refine.start": "fused", "refine.minutes": minutes, "refine.augment": True}
-        return self.fused(load_config(JOINT, changes))
+        return self.taught_from("fused", 60 * self.subject.scale.minutes)
 
     def taught_from(self, start: str, seconds: float) -> nn.Module:
         """One stream, or what `refine.start` makes of it, taught without labels; the seconds count from the fusion's
@@ -156,13 +159,11 @@ class Team:
 
     def distilled(self) -> nn.Module:
         """The best parent, taught by the ensemble on the same data for as long as fusion and refinement take."""
-        start, config = time.monotonic(), load_config(JOINT)
-        self.fused(config)
-        seconds = 60 * self.subject.scale.minutes + time.monotonic() - start
-        return alternative(
-            DISTILLED, copy.deepcopy(self.best()), self.models, self.subject.data,
-            samples=config.calibration.samples, seconds=seconds, trainer_args=self.subject.scale.trainer,
-        ).model  # fmt: skip
+        start = time.monotonic()
+        self.fused(load_config(JOINT))
+        minutes = self.subject.scale.minutes + (time.monotonic() - start) / 60
+        config = RefineConfig(minutes=minutes, augment=True)
+        return self._teach(self.models.index(self.best()), self._even, config)
 
     def refitted_vanilla(self) -> nn.Module:
         """The plain average, refitted as if its parents were aligned: what the refit is worth alone."""

@@ -118,7 +118,7 @@ def fusing_parser(task: TaskName) -> ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     add_logger_option(parser)
     parser.add_argument("--compare", nargs="+", type=str, default=[], help=f"""more rows in the report: other presets;
-                        {DISTILLED}, the ensemble distilled into the best parent on the calibration data; {TRAINED_ON},
+                        {DISTILLED}, the ensemble distilled into the best parent by learned refinement; {TRAINED_ON},
                         the best parent trained on labels; both as long as the fusion took""")  # fmt: skip
     parser.add_argument("--report", type=Depth, default="full", help="rows: no curves and aligned average, which hold "
                         "several models in memory at once; none: measure nothing")  # fmt: skip

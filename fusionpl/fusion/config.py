@@ -116,7 +116,7 @@ class FuseConfig:
         calibration: how activations are collected.
         align: how units are matched.
         refit: what happens to the average.
-        refine: what happens after that; see `fusionpl.fusion.refine`.
+        refine: what happens after that; see `fusionpl.fusion.methods.refinement`.
         strategy: `transport`: units are matched and averaged; `joint`: one stream holds as much of all parents' streams
             as fits into it, the other units are the anchor's, and what reads and writes the stream is refitted
             (`align` has nothing to do; not for several stacks, nor norms inside a pre-LN stream); `head`: one parent as

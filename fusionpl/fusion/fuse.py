@@ -26,12 +26,12 @@ from fusionpl.fusion.best_parent import keep_best_parent
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.depth import Matching
 from fusionpl.fusion.forms import check_forms
+from fusionpl.fusion.methods.refinement import refine
 from fusionpl.fusion.needs import Needs, needs_of
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.pixels import said
 from fusionpl.fusion.plan import Plan, describe, make_plan, remarks
 from fusionpl.fusion.prepare import check_taught, in_form, open_team
-from fusionpl.fusion.refine import refine
 from fusionpl.fusion.refit import Fit, Penalties, Section, advance, refit_section
 from fusionpl.fusion.result import FusionResult, InMemory, Writer, unconverged
 from fusionpl.fusion.saving import save, writer_of
@@ -195,18 +195,17 @@ class Fusion:
             result = keep_best_parent(walk, self.plan, survey)
         else:
             plan, notes = choose_units(walk, self.plan, survey, progress)
-            writer, taught = writer_of(team, plan, folder, Kept(sys.maxsize)), None
+            writer = writer_of(team, plan, folder, Kept(sys.maxsize))
             with closing(writer):
                 parents, _ = fuse_sections(walk, plan, survey, writer, Kept(limit), progress)
                 writer.finish()
-            result = FusionResult(writer, parents, team.anchor, plan.target, plan.config, plan.keep)
+            result = FusionResult(writer, parents, team.anchor, plan.target, plan.config, plan.keep, notes=notes)
             if config.refine.asked:
                 taught = refine(
                     result.model, plan.target.binding, parents, walk.data, plan.config, more=unlabelled,
-                    augment=augment if config.refine.augment else None, seed=seed,
-                    tags=survey.tag_weights(plan.weights), progress=progress,
+                    augment=augment, seed=seed, tags=survey.tag_weights(plan.weights), progress=progress,
                 )  # fmt: skip
-            result = replace(result, teaching=taught, notes=[*notes, *([taught.summary] if taught else [])])
+                result = replace(result, teaching=taught, refitted=result.model, notes=[*notes, taught.summary])
         result = replace(
             result,
             matchings=fusion.matchings,

@@ -53,6 +53,7 @@ def best_head(
     family: Family | None = None,
     memory: float | None = None,
     reduce: Reduce = lambda sums: None,
+    among: Sequence[int] | None = None,
 ) -> tuple[int, nn.Module, Fitted]:
     """Of models whose heads are fitted, the one that predicts held-out samples most as all do together.
 
@@ -60,6 +61,7 @@ def best_head(
         models, weights, samples, family: see `HeadFit`.
         memory: see `fit_head`.
         reduce: see `HeadFit.fitted`.
+        among: the indices of those that may be it; None for all.
 
     Returns:
         Its index, the model, and what its fit found.
@@ -73,8 +75,8 @@ def best_head(
             "fit; fuse them as they are"
         )
     heads = HeadFit(models, weights, samples, Kept(budget(memory)), family)
-    fits = [heads.fitted(index, reduce) for index in range(len(models))]
-    index = min(range(len(fits)), key=lambda at: fits[at][1].after)
+    fits = {index: heads.fitted(index, reduce) for index in among or range(len(models))}
+    index = min(fits, key=lambda at: fits[at][1].after)
     return index, *fits[index]
 
 

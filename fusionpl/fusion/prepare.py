@@ -14,7 +14,7 @@ from fusionpl.fusion.depth import Matching, match_depths
 from fusionpl.fusion.kin import kinship
 from fusionpl.fusion.matching import check_kinds, matched
 from fusionpl.fusion.methods import METHODS
-from fusionpl.fusion.refine import check_start
+from fusionpl.fusion.methods.refinement import check_start
 from fusionpl.fusion.target import tie_alike, untie_all
 from fusionpl.fusion.team import (
     Parent,

@@ -19,8 +19,8 @@ from fusionpl.families.axes import Binding
 from fusionpl.fusion.average import averaged
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.depth import Matching
+from fusionpl.fusion.methods.refinement import Taught
 from fusionpl.fusion.parents import AlignedParent
-from fusionpl.fusion.refine import Taught
 from fusionpl.models.save import save_model
 from fusionpl.models.tensors import TensorFile
 from fusionpl.transport.maps import TransportMap
@@ -93,6 +93,7 @@ class FusionResult:
         config: what was asked for.
         kept: parameters that stayed the anchor's.
         teaching: what learned refinement made, where it was asked for.
+        refitted: the fused model before it was refined, where it was.
         matchings: for parents of another depth than the fused model's, which of their blocks stand for which of its.
         notes: what was decided on the calibration set: which blocks and whose units were taken, a line each.
         warnings: what a reader should know, for example solvers that did not converge, by axis.
@@ -105,6 +106,7 @@ class FusionResult:
     config: FuseConfig
     kept: frozenset[str] = frozenset()
     teaching: Taught | None = None
+    refitted: nn.Module | None = None
     matchings: Sequence[Matching] = ()
     notes: Sequence[str] = ()
     warnings: Sequence[str] = ()
@@ -115,16 +117,7 @@ class FusionResult:
 
         Refined from a parent it has that parent's architecture.
         """
-        return self._fused if self.teaching is None else self.teaching.model
-
-    @property
-    def refitted(self) -> nn.Module | None:
-        """The fused model before it was refined, where it was; else None."""
-        return None if self.teaching is None else self._fused
-
-    @cached_property
-    def _fused(self) -> nn.Module:
-        return self.writer.model()
+        return self.writer.model() if self.teaching is None else self.teaching.model
 
     @property
     def alignments(self) -> list[Maps | None]:

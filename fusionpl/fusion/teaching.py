@@ -19,10 +19,6 @@ HELD_OUT_SEED = 0  # of what a data set draws for each batch, as masks
 Augment = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
 
-def nothing(share: float) -> None:
-    """Looks at nothing on the way."""
-
-
 class Teaching:
     """Teachers over unlabelled samples.
 
@@ -42,6 +38,7 @@ class Teaching:
 
     Attributes:
         seconds: that the last look at the held-out samples took.
+        steps: of all runs.
     """
 
     def __init__(
@@ -57,11 +54,11 @@ class Teaching:
         self._teachers, self._weights, self._mask = teachers, weights, mask
         self._samples, self._size, self._augment, self._seed = samples, size, augment, seed
         self._means: dict[int, Tensor] = {}  # of held-out batches, where they are few numbers
-        self.seconds = 0.0
+        self.seconds, self.steps = 0.0, 0
         self.device, self._kind = device_of(teachers[0]), kind_of(teachers[0])
 
     def run(
-        self, model: nn.Module, lr: float, shares: Iterable[float], look: Callable[[float], None] = nothing
+        self, model: nn.Module, lr: float, shares: Iterable[float], look: Callable[[float], None] = lambda share: None
     ) -> bool:
         """Draws a model to the mean of the teachers: see `loss_to_mean`.
 
@@ -74,7 +71,7 @@ class Teaching:
         Returns:
             Whether all gradients were finite; at the first that are not it stops.
         """
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+        optimizer, finite = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0), True
         with torch.random.fork_rng():
             torch.manual_seed(self._seed + (dist.get_rank() if dist.is_initialized() else 0))
             batches = self._samples.taught(self._size, self._seed)
@@ -86,16 +83,15 @@ class Teaching:
                 if batch is not None:
                     self._loss(model, batch).backward()
                 _average_gradients(model, took_part=batch is not None)
-                if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
+                finite = bool(nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite())
+                if not finite:
                     break
                 for group in optimizer.param_groups:
                     group["lr"] = lr * warmup_cosine(share, WARMUP)
                 optimizer.step()
-            else:
-                model.eval()
-                return True
+                self.steps += 1
         model.eval()
-        return False
+        return finite
 
     def divergence(self, model: nn.Module) -> float:
         """The mean divergence of a model from the teachers' mean over the held-out samples, in nats; of models that put
@@ -116,19 +112,19 @@ class Teaching:
     def _loss(self, model: nn.Module, batch: Inputs) -> Tensor:
         batch = self._here(batch)
         batch = dict(self._augment(batch)) if self._augment is not None else batch
-        return _loss(*_counted(logits(model, batch), self._mean(batch), batch.get(self._mask)), self._kind)
+        return loss_to_mean(logits(model, batch), self._given(batch), self._weights, batch.get(self._mask), self._kind)
 
     def _here(self, batch: Inputs) -> Inputs:
         return {key: value.to(self.device) for key, value in batch.items()}
 
-    def _mean(self, batch: Inputs) -> Tensor:
-        with torch.no_grad():
-            return mean_of([logits(teacher, batch) for teacher in self._teachers], self._weights, self._kind)
+    @torch.no_grad()
+    def _given(self, batch: Inputs) -> list[Tensor]:
+        return [logits(teacher, batch) for teacher in self._teachers]
 
     def _held_mean(self, index: int, batch: Inputs) -> Tensor:
         if index in self._means:
             return self._means[index]
-        mean = self._mean(batch)
+        mean = mean_of(self._given(batch), self._weights, self._kind)
         if mean.ndim == 2:  # a distribution for every token would be too much to keep
             self._means[index] = mean
         return mean
@@ -139,15 +135,12 @@ def loss_to_mean(
     given: Sequence[Tensor],
     weights: Sequence[float | Tensor],
     mask: Tensor | None = None,
-    *,
     kind: Kind = CLASSES,
 ) -> Tensor:
     """The cross-entropy of a model to the weighted mean of other models' probabilities.
 
     Where models put out numbers, or one of them, the squared error to the mean of these; of tags the mean
     cross-entropy of each by itself.
-
-    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, at temperature 1.
 
     Args:
         output: logits of the model, [B, classes] or [B, T, tokens].

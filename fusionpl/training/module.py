@@ -50,8 +50,7 @@ class ClassificationModule(L.LightningModule):
         num_classes: number of classes or tokens; 1 for regression.
         metrics: what is measured besides the loss, a name of METRICS each.
         compiled: run the model through `torch.compile`.
-        seconds: wall time that the learning rate's schedule is spread over, in place of the Trainer's steps; see
-            `train_for`.
+        seconds: wall time that the learning rate's schedule is spread over, in place of the Trainer's steps.
 
     Attributes:
         outcomes: what the model did on each test sample, of all ranks in the data's order; None before a test.
@@ -172,7 +171,7 @@ class ClassificationModule(L.LightningModule):
         labels, output = batch["labels"], self(batch)
         if stage == "test":
             self._scored.update(scored(output, labels))
-        loss = loss_of(output, labels, label_smoothing)
+        loss = _loss_of(output, labels, label_smoothing)
         if labels.is_floating_point():
             output, count = output if are_tags(labels) else output.squeeze(-1), len(labels)
         else:
@@ -188,7 +187,7 @@ class ClassificationModule(L.LightningModule):
         return loss
 
 
-def loss_of(output: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def _loss_of(output: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The loss of a batch of logits; see `ClassificationModule`."""
     if are_tags(labels):
         return functional.binary_cross_entropy_with_logits(output, labels.lerp(labels.new_tensor(0.5), label_smoothing))

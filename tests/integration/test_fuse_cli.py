@@ -147,6 +147,7 @@ def test_what_its_owner_could_do_instead_stands_beside_it(
     assert rows["distilled"].needs == rows["fused"].needs == "unlabelled data"
     assert rows["trained-on"].needs == "labels"
     assert all((rows[name].steps or 0) >= 1 for name in ("distilled", "trained-on"))
+    assert "distilled: taught from the parent with its head fitted, learning rate " in printed
     (verdict,) = Report.load(output / "report").verdicts
     assert verdict.words in printed
     assert verdict.words in (output / "model" / "README.md").read_text()

@@ -10,10 +10,15 @@ from torch import nn
 
 import fusionpl
 from benchmarks.common import EXACT
+from fusionpl.calibration.config import CalibrationConfig
+from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.forward import logits
-from fusionpl.cli.jobs.alternative import alternative
+from fusionpl.calibration.kept import Kept
+from fusionpl.cli.jobs.alternative import trained_on
 from fusionpl.datamodules.config import DataConfig
 from fusionpl.datamodules.images import ImageDataModule
+from fusionpl.fusion.config import RefineConfig
+from fusionpl.fusion.methods.refinement import teach_parent
 from fusionpl.models.build import build_model
 from fusionpl.models.config import ModelConfig
 from fusionpl.presets import CONF
@@ -100,13 +105,17 @@ def test_refinement_draws_the_fused_model_to_its_parents() -> None:
     assert far(refined) < far(fused)
 
 
-@pytest.mark.parametrize("name", ["distilled", "trained-on"])
-def test_what_else_could_be_done_comes_back_where_the_parents_are(name: str) -> None:
+def test_what_else_could_be_done_comes_back_where_the_parents_are() -> None:
     data = ImageDataModule(DataConfig(image_size=8, batch_size=20, train_limit=100, calibration=100))
     options = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
     parents = [
         build_model(ModelConfig("timm", "vit_tiny_patch16_224", options), num_classes=10).cuda() for _ in range(2)
     ]
-    found = alternative(name, copy.deepcopy(parents[0]), parents, data, samples=100, seconds=0.5, trainer_args={})
-    assert found.steps >= 1
-    assert {tensor.device.type for tensor in found.model.state_dict().values()} == {"cuda"}
+    trained, cost = trained_on(data, 0.5, {}, parents[0])
+    assert (cost.steps or 0) >= 1
+    calibration = CalibrationSet(data.calibration_dataloader(), CalibrationConfig(), Kept(10**7))
+    config, more = RefineConfig(minutes=0.05), data.unlabelled_dataloader()
+    taught = teach_parent(0, parents, [0.5, 0.5], calibration, config, more=more)
+    assert taught.steps >= 1
+    for model in (trained, taught.model):
+        assert {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}

@@ -67,8 +67,10 @@ def test_a_model_is_finetuned_with_its_own_data_and_tokenizer(name: str, home: P
     rows = {row.name: row for row in Report.load(fused / "report").rows}
     assert (rows["fused"].loss or 9) < (rows["vanilla"].loss or 0) + 0.1  # a parent and what became of it
     words = [*parents, "--logger", "csv", "--report", "rows", "--refine.steps", "4", "--output", str(fused) + "-taught"]
-    assert main(fuse.run, words) == 0
-    notes = Report.load(Path(f"{fused}-taught") / "report").notes
+    assert main(fuse.run, [*words, "--compare", "distilled"]) == 0
+    report = Report.load(Path(f"{fused}-taught") / "report")
+    assert [row.name for row in report.rows][-3:] == ["distilled", "refitted", "fused"]
+    notes = report.notes
     assert any(re.search("^taught from .* held-out divergence from the parents' mean", note) for note in notes)
 
 

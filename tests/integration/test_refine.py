@@ -16,7 +16,7 @@ from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.kept import Kept
 from fusionpl.errors import FusionError
 from fusionpl.fusion.config import FuseConfig, RefineConfig
-from fusionpl.fusion.refine import _by_clock, _by_steps
+from fusionpl.fusion.methods.refinement import _by_clock, _by_steps
 from fusionpl.fusion.result import FusionResult
 from fusionpl.fusion.teaching import loss_to_mean
 from fusionpl.fusion.unlabelled import Unlabelled

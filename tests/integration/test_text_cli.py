@@ -189,8 +189,9 @@ def test_a_regression_is_finetuned_and_fused(home: Path) -> None:
         assert main(finetune.run, words) == 0
         assert {"pearson", "spearman", "loss"} <= set(json.loads((run / "metrics.json").read_text()))
     words = ["--parents", *map(str, runs), "--output", str(home / "scores-fused"), "--logger", "csv"]
-    assert main(fuse.run, words) == 0
-    assert "pearson" in rows(home / "scores-fused" / "report")["fused", "one-shot"]
+    assert main(fuse.run, [*words, "--compare", "distilled"]) == 0
+    found = rows(home / "scores-fused" / "report")
+    assert all("pearson" in found[name, "one-shot"] for name in ("distilled", "fused"))
 
 
 def test_data_of_another_task_are_refused_in_one_line(home: Path, tmp_path: Path, capsys: Any) -> None:

@@ -3,6 +3,7 @@
 import copy
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,12 +24,23 @@ from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.datamodules.text import MaskedTextDataModule
 from fusionpl.errors import FusionError
 from fusionpl.fusion.config import FuseConfig, RefineConfig, load_config
-from fusionpl.fusion.refine import refine
+from fusionpl.fusion.methods.refinement import Taught, refine, teach_parent
 from fusionpl.fusion.result import FusionResult
 from fusionpl.fusion.teaching import Teaching
 from fusionpl.fusion.unlabelled import JUDGES, Unlabelled
 from tests.integration.runs import make_corpus
-from tests.models_for_tests import hf_vit, images, largest_difference, outputs, redrawn, text_model, timm_vit
+from tests.models_for_tests import (
+    batch_for,
+    causal,
+    hf_vit,
+    images,
+    largest_difference,
+    outputs,
+    redrawn,
+    t5,
+    text_model,
+    timm_vit,
+)
 
 CPU = torch.device("cpu")
 REFINE = sys.modules[refine.__module__]
@@ -222,6 +234,63 @@ def test_a_parent_without_such_a_head_is_refused_before_the_work() -> None:
     result = fusionpl.fuse(numbers, [images(20)], FuseConfig(refine=RefineConfig(steps=2)))
     assert result.teaching is not None
     assert result.teaching.parent is None
+
+
+# one parent that is given
+
+
+def taught_parent(parents: list[nn.Module], batch: Any, more: Any = None, **options: Any) -> Taught:
+    data = CalibrationSet([batch], CalibrationConfig(), Kept(10**7))
+    config = RefineConfig(**{"steps": 20, "lr": 1e-3, **options})
+    return teach_parent(1, parents, [0.5, 0.5], data, config, more=more)
+
+
+def test_a_given_parent_is_taught_as_what_starts_from_a_parent() -> None:
+    """The same judge, data and race: where it is the best one, the same model."""
+    parents = pair()
+    result = taught(parents, start="parent", lr=None)
+    assert result.teaching is not None
+    index, data = result.teaching.parent, CalibrationSet([images(100)], CalibrationConfig(), Kept(10**7))
+    assert index is not None
+    found = teach_parent(index, parents, [0.5, 0.5], data, RefineConfig(steps=40))
+    assert found.summary == result.teaching.summary.replace(f"parent {index}", "the parent")
+    assert (found.parent, found.steps) == (index, result.teaching.steps)
+    assert largest_difference(found.model, result.model) < 1e-5
+
+
+def test_a_given_parent_stays_as_it_is_and_comes_back_in_float32() -> None:
+    parents = [parent.bfloat16() for parent in pair()]
+    before = copy.deepcopy(parents[1].state_dict())
+    model = taught_parent(parents, images(20)).model
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in parents[1].state_dict().items())
+
+
+def test_a_given_parent_learns_from_the_training_inputs_too() -> None:
+    more = Numbered(60)
+    taught_parent(pair(), images(5), DataLoader(more))
+    assert {index for index in more.read if (index + 1) % 5} == {index for index in range(60) if (index + 1) % 5}
+
+
+GIVEN: dict[str, tuple[Callable[[int], nn.Module], bool]] = {  # and whether its head is one that can be fitted
+    "a number": (lambda seed: timm_vit(seed, num_classes=1), False),
+    "masked-lm": (lambda seed: text_model("bert masked-lm", seed), True),
+    "classifier": (lambda seed: text_model("bert classifier", seed), True),
+    "gpt2": (lambda seed: causal("gpt2", seed), True),
+    "t5": (t5, False),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_given_parent_of_any_kind_is_taught(name: str) -> None:
+    make, fits = GIVEN[name]
+    found = taught_parent([make(0), make(1)], images(40) if name == "a number" else batch_for(name, 40))
+    assert found.summary.startswith(
+        f"taught from the parent{' with its head fitted' if fits else ''}, learning rate 0.001"
+    )
+    figures = FIGURES.search(found.summary)
+    assert figures is not None
+    assert float(figures[3]) <= float(figures[2])
 
 
 def test_steps_or_minutes_are_enough_to_ask() -> None:

@@ -1,56 +1,87 @@
 """What the owner of parents could do in a fusion's time instead: teach the best of them, or train it on."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from time import monotonic
 from typing import Any
 
+import lightning as L
 import torch
 import yaml
+from lightning.pytorch.callbacks import Timer
 from torch import nn
 
-from fusionpl.cli.alternatives import TRAINED_ON
+from fusionpl.calibration.forward import device_of
+from fusionpl.cli.jobs.measuring import Cost, Made
+from fusionpl.cli.jobs.parents import Job
 from fusionpl.datamodules.base import FixedSplits
+from fusionpl.fusion.config import mixing_weights
+from fusionpl.fusion.methods.refinement import teach_parent
 from fusionpl.presets import CONF
-from fusionpl.training.budget import Trained, train_for
+from fusionpl.training.callbacks import SeedEpochs
 from fusionpl.training.config import OptimConfig
-from fusionpl.training.distillation import Distillation, UnlabelledData
 from fusionpl.training.module import ClassificationModule
 
 SEED = 0
 
 
-def alternative(
-    name: str,
-    student: nn.Module,
-    parents: Sequence[nn.Module],
-    data: FixedSplits,
-    *,
-    samples: int,
-    seconds: float,
-    trainer_args: dict[str, Any],
-) -> Trained:
-    """The best parent, trained for a while with the optimiser of conf/finetune/default.yaml.
+def distilled(job: Job, seconds: float, best: int, parents: Sequence[nn.Module]) -> Made:
+    """The best parent, drawn to the mean of all parents' probabilities by learned refinement, on the same data.
 
     Args:
-        name: `distilled` draws it to the mean of all parents' probabilities on the calibration data, whose labels are
-            not read; `trained-on` trains it on the labels of the training data.
-        student: the best parent, trained in place, in float32.
+        job: whose `refine` says how; its start, steps and minutes do not count.
+        seconds: wall time.
+        best: the index of the best parent.
         parents: all of them.
-        data: of the parents.
-        samples: of the calibration data, at most; as many as the fusion had.
+
+    Raises:
+        FusionError: too few samples to hold one out.
+    """
+    started, config = monotonic(), job.config
+    taught = teach_parent(
+        best, parents, mixing_weights(config.weights, len(parents)), job.calibration(),
+        replace(config.refine, method="gradient", steps=None, minutes=seconds / 60),
+        family=job.team.binding.family, memory=config.calibration.memory, more=job.data.unlabelled_dataloader(),
+        augment=job.data.augmented, seed=job.args.seed,
+    )  # fmt: skip
+    print(f"distilled: {taught.summary}")
+    return taught.model, Cost("unlabelled data", monotonic() - started, taught.steps)
+
+
+def trained_on(data: FixedSplits, seconds: float, trainer_args: Mapping[str, Any], best: nn.Module) -> Made:
+    """The best parent, trained on the labels of the training data on one device, as conf/finetune/default.yaml says.
+
+    The batch that is running when the time is over is finished. How many steps fit into it, and the learning rate of
+    each, depend on the machine: such a result does not repeat number for number.
+
+    Args:
+        data: of the parents; its training batches are iterated as often as there is time.
         seconds: wall time.
         trainer_args: where, and in which precision.
+        best: the best parent; a copy in float32 is trained.
 
     Raises:
         FusionError: the loss is not finite.
     """
     preset = yaml.safe_load((CONF / "finetune" / "default.yaml").read_text())
     optim = OptimConfig(**preset["optim"])
-    arguments = {**trainer_args, "gradient_clip_val": preset["trainer"]["gradient_clip_val"]}
-    student = student.float()
+    module = ClassificationModule(copy.deepcopy(best).float().train(), optim, data.num_classes, (), seconds=seconds)
+    timer = Timer(timedelta(seconds=seconds), verbose=False)
+    trainer = L.Trainer(
+        **{**trainer_args, "devices": 1, "gradient_clip_val": preset["trainer"]["gradient_clip_val"]},
+        max_epochs=-1,
+        callbacks=[SeedEpochs(SEED), timer],
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
     torch.manual_seed(SEED)
-    if name == TRAINED_ON:
-        module = ClassificationModule(student, optim, data.num_classes, (), seconds=seconds)
-        return train_for(module, data, seed=SEED, trainer_args=arguments)
-    taught = Distillation(student, optim, data.num_classes, teachers=parents, labels=False, seconds=seconds)
-    unlabelled = UnlabelledData(data, samples, data.config.batch_size, SEED)
-    return train_for(taught, unlabelled, seed=SEED, trainer_args=arguments)
+    trainer.fit(module, datamodule=data)
+    cost = Cost("labels", timer.time_elapsed("train"), trainer.global_step)
+    return module.whole().eval().to(device_of(best)), cost

@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from fusionpl.calibration.batches import no_progress
 from fusionpl.calibration.forward import has_float64
-from fusionpl.cli.alternatives import TRAINED_ON
+from fusionpl.cli.alternatives import DISTILLED
 from fusionpl.cli.common import quiet
 from fusionpl.cli.fuse import PRESET, Asked
-from fusionpl.cli.jobs.alternative import alternative
+from fusionpl.cli.jobs.alternative import distilled, trained_on
 from fusionpl.cli.jobs.cards import command_section, fused_card, metadata
 from fusionpl.cli.jobs.looking import advised, check
 from fusionpl.cli.jobs.measuring import Cost, Made, measure
@@ -28,7 +28,6 @@ from fusionpl.cli.jobs.push import push_run
 from fusionpl.cli.outputs import is_main_process, staged
 from fusionpl.errors import FusionError
 from fusionpl.evaluation.report import Report
-from fusionpl.evaluation.rows import Needs
 from fusionpl.fusion.fuse import Fusion
 from fusionpl.fusion.result import FusionResult
 from fusionpl.models.lineage import Ancestor, ancestor, lineage, parents_section
@@ -102,7 +101,8 @@ def fuse(asked: Asked) -> None:
             args.report,
         )  # fmt: skip
         report.save(folder / "report")
-        _write_card(folder / "model", job, ancestors, report, command_section("fuse", asked.argv, PRESET), output.name)
+        command = command_section("fuse", asked.argv, PRESET)
+        _write_card(folder / "model", job, result.config.strategy, ancestors, report, command, output.name)
     print(*(f"warning: {line}" for line in result.warnings), *result.notes, f"\n{report.table()}\n", sep="\n")
     log_report(loggers, report, output / "report")
     log_models(loggers, used=args.parents, made=output)
@@ -130,22 +130,22 @@ def _run(job: Job, fusion: Fusion, fabric: L.Fabric, output: Path | None = None)
     return result, Cost(None if blind else "unlabelled data", time.monotonic() - started)
 
 
-def _write_card(folder: Path, job: Job, ancestors: Sequence[Ancestor], report: Report, command: str, name: str) -> None:
+def _write_card(
+    folder: Path, job: Job, strategy: str, ancestors: Sequence[Ancestor], report: Report, command: str, name: str
+) -> None:
     figures = next((row.as_dict() for row in report.rows if row.name == "fused"), {})
     data = metadata(job.settings, figures, name) | lineage(ancestors, "merge") | {"tags": ["fusionpl", "merge"]}
-    body = fused_card(report, list(job.parents), job.config.strategy, parents_section(ancestors), command)
+    body = fused_card(report, list(job.parents), strategy, parents_section(ancestors), command)
     write_card(folder, library_of(job.team.reference.module), body, data)
 
 
-def _alternative(job: Job, name: str, seconds: float, best: nn.Module, parents: Sequence[nn.Module]) -> Made:
+def _alternative(job: Job, name: str, seconds: float, best: int, parents: Sequence[nn.Module]) -> Made:
     """What the fusion's time is good for otherwise."""
     print(f"{name}: the best parent for {seconds:.0f} s")
+    if name == DISTILLED:
+        return distilled(job, seconds, best, parents)
     given = {key: job.args.trainer[key] for key in ("accelerator", "precision")}
-    trained = alternative(
-        name, best, parents, job.data, samples=job.config.calibration.samples, seconds=seconds, trainer_args=given
-    )
-    needs: Needs = "labels" if name == TRAINED_ON else "unlabelled data"
-    return trained.model, Cost(needs, trained.seconds, trained.steps)
+    return trained_on(job.data, seconds, given, parents[best])
 
 
 def _fabric(options: Namespace) -> L.Fabric:

@@ -50,7 +50,7 @@ class Cost:
 
 
 Made = tuple[nn.Module, Cost]
-Alternative = Callable[[nn.Module, Sequence[nn.Module]], Made]
+Alternative = Callable[[int, Sequence[nn.Module]], Made]
 
 
 def measure(
@@ -75,7 +75,7 @@ def measure(
         result: of the fusion; its warnings and notes are the report's notes.
         cost: of the fusion.
         others: row -> a model to compare with, and its cost.
-        alternatives: row -> what makes a model of the best parent, which is its own, and of all parents.
+        alternatives: row -> what makes a model of the best parent, by its index, and of all parents.
         data: its test split decides the rows, its validation split the best parent and the curves.
         device: where models are run.
         settings: shown in the report.
@@ -97,9 +97,9 @@ def measure(
     models, plain = bench.add_models(PARENT, {name: load(name) for name in names}, result.config.weights)
     chosen = best_parent(report.rows)
     assert chosen is not None
-    best = chosen[0].name.removeprefix(PARENT)
-    trained = {name: make(load(best), models) for name, make in alternatives.items()}
-    fitted = bench.head_fitted(models[names.index(best)], models, result)
+    best = names.index(chosen[0].name.removeprefix(PARENT))
+    trained = {name: make(best, models) for name, make in alternatives.items()}
+    fitted = bench.head_fitted(models[best], models, result)
     models.clear()
     if fitted is not None:
         bench.add_made(f"{HEAD_FITTED}{chosen[0].name}", *fitted)

@@ -142,13 +142,15 @@ def match_depths(
     way = spread(reference.depth, goal)
     alone = [before == after for before, after in pairwise(way)]
     compared = [
-        index for index, one in enumerate(networks) if index == anchor or one.binding.depth != goal or any(alone)
+        index
+        for index, network in enumerate(networks)
+        if index == anchor or network.binding.depth != goal or any(alone)
     ]
     streams = {index: _streams(networks[index], data, index) for index in compared} if data else {}
-    found: dict[int, tuple[list[int], Tensor | None]] = {anchor: (way, None)}
+    paths: dict[int, tuple[list[int], Tensor | None]] = {anchor: (way, None)}
     for index, network in enumerate(networks):
         if index == anchor or (network.binding.depth == goal and not any(alone)):
-            found.setdefault(index, (list(range(goal + 1)), None))
+            paths.setdefault(index, (list(range(goal + 1)), None))
             continue
         alike = likeness([streams[anchor][at] for at in way], streams[index]) if streams else None
         path = matched(
@@ -156,11 +158,13 @@ def match_depths(
             at_once=_bare(network.binding),
         )  # fmt: skip
         alone = [lone and before == after for lone, (before, after) in zip(alone, pairwise(path), strict=True)]
-        found[index] = path, alike
-    kept = {index: [_kept(path, at, streams.get(index)) for at in range(goal)] for index, (path, _) in found.items()}
-    found, kept = _of_first_rank((found, kept))
+        paths[index] = path, alike
+    standing = {
+        index: [_kept(path, at, streams.get(index)) for at in range(goal)] for index, (path, _) in paths.items()
+    }
+    paths, standing = _of_first_rank((paths, standing))
     matchings, restacked = [], list(networks)
-    for index, (path, alike) in sorted(found.items()):
+    for index, (path, alike) in sorted(paths.items()):
         network = networks[index]
         if path == list(range(network.binding.depth + 1)):
             continue
@@ -171,7 +175,7 @@ def match_depths(
             raise FusionError(f"a {type(network.module).__name__} can't be built with {goal} blocks; use one depth")
         runs = {
             block: Run(blocks[before:after], None if which is None else blocks[which])
-            for block, (before, after), which in zip(binding.blocks, pairwise(path), kept[index], strict=True)
+            for block, (before, after), which in zip(binding.blocks, pairwise(path), standing[index], strict=True)
         }
         restacked[index] = Restacked(network, module, binding, runs)
         numbers = {block: number for number, block in enumerate(blocks, 1)}
@@ -183,7 +187,7 @@ def _streams(network: SectionedModel, data: CalibrationSet, index: int) -> list[
     """The hidden states at every boundary of a network's blocks, of some tokens, [rows, n]."""
     cursor = Cursor(network, data, f"stream {index}")
     few = [batch for batch in data if data.firsts[batch] - data.firsts[0] < _SAMPLES]
-    found = []
+    streams = []
     with torch.no_grad(), eval_mode(network.module):
         for section in network.binding.sections:
             if section == TAIL:
@@ -195,8 +199,8 @@ def _streams(network: SectionedModel, data: CalibrationSet, index: int) -> list[
                 assert out is not None
                 rows.append(select(out, "all", data.mask(batch, network.binding, f"{section}.out")))
             whole = torch.cat(rows)
-            found.append(whole[:: -(-len(whole) // _ROWS)].float())
-    return found
+            streams.append(whole[:: -(-len(whole) // _ROWS)].float())
+    return streams
 
 
 def _bare(binding: Binding) -> bool:
@@ -213,13 +217,13 @@ def _kept(path: Sequence[int], step: int, streams: Sequence[Tensor] | None) -> i
     return after - 1 if streams is None else before + telling(streams[before : after + 1])
 
 
-def _of_first_rank(found: Any) -> Any:
+def _of_first_rank(own: Any) -> Any:
     """What the first rank found: its samples decide for all."""
     if not dist.is_initialized():
-        return found
-    held = [found]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]
+        return own
+    shared = [own]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def _blocks(network: SectionedModel) -> str:

@@ -36,15 +36,15 @@ def check_forms(networks: Sequence[SectionedModel], config: FuseConfig, data: Ca
     Raises:
         FusionError: one does not; names the section behind which it departs first, and what to use instead.
     """
-    found = None
+    problem = None
     if not dist.is_initialized() or dist.get_rank() == 0:
-        found = next(filter(None, (departure(network, data[0]) for network in networks)), None)
+        problem = next(filter(None, (departure(network, data[0]) for network in networks)), None)
     if dist.is_initialized():
-        held = [found]
-        dist.broadcast_object_list(held, src=0)
-        (found,) = held
-    if found is not None:
-        raise FusionError(f"{found}; use {_instead(config)}")
+        shared = [problem]
+        dist.broadcast_object_list(shared, src=0)
+        (problem,) = shared
+    if problem is not None:
+        raise FusionError(f"{problem}; use {_instead(config)}")
 
 
 def departure(network: SectionedModel, batch: Mapping[str, Tensor]) -> str | None:

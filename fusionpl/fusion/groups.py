@@ -117,7 +117,7 @@ def groups_of(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Lin
         for axis, join in binding.joins.items()
         if not (join.branch in binding.taps and _is_norm(binding, join.branch))
     }
-    found = []
+    groups = []
     for _, group in itertools.groupby(places, key=lambda place: place[0]):
         modules = {module: axes for _, module, axes in group}
         norm = next(iter(modules)) in norms
@@ -126,8 +126,8 @@ def groups_of(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Lin
         decodes = VOCABULARY in written
         predicts = section == TAIL and (decodes or written == ["classes"])
         last = next(iter(modules)) in binding.last_norms
-        found.append(LinearGroup(modules, norm, decodes, skips, last=last, predicts=predicts))
-    return tuple(found)
+        groups.append(LinearGroup(modules, norm, decodes, skips, last=last, predicts=predicts))
+    return tuple(groups)
 
 
 def _is_norm(binding: Binding, axis: str) -> bool:

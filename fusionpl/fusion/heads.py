@@ -82,13 +82,15 @@ def best_head(
 
 def can_fit_heads(models: Sequence[nn.Module], family: Family | None = None) -> bool:
     """Whether one linear map puts out the probabilities of each model, of as many classes or tokens."""
-    names = [head_of(one, family) for one in models]
-    if any(name is None for name in names) or any(attribute(one, "config.final_logit_softcapping") for one in models):
+    names = [head_of(model, family) for model in models]
+    if any(name is None for name in names) or any(
+        attribute(model, "config.final_logit_softcapping") for model in models
+    ):
         return False
-    if any(kind_of(one) == NUMBERS for one in models):
+    if any(kind_of(model) == NUMBERS for model in models):
         return False
     shapes = {
-        one.get_submodule(str(name)).get_parameter("weight").shape for one, name in zip(models, names, strict=True)
+        model.get_submodule(str(name)).get_parameter("weight").shape for model, name in zip(models, names, strict=True)
     }
     if any(shape.numel() > LARGEST for shape in shapes):
         return False
@@ -117,15 +119,17 @@ class HeadFit:
     ) -> None:
         self._models, self._weights, self._kept, self._family = models, weights, kept, family
         self._link: Link = "sigmoid" if kind_of(models[0]) == TAGS else "softmax"
-        self._names = [str(head_of(one, family)) for one in models]
-        self._heads = [cast(nn.Linear, one.get_submodule(name)) for one, name in zip(models, self._names, strict=True)]
+        self._names = [str(head_of(model, family)) for model in models]
+        self._heads = [
+            cast(nn.Linear, model.get_submodule(name)) for model, name in zip(models, self._names, strict=True)
+        ]
         mask = bind(models[0], family).family.stacks[-1].mask
         self._firsts: list[int] = []
         count = 0
         with torch.no_grad(), eval_mode(*models):
             for index, (first, batch) in enumerate(samples):
                 self._firsts.append(first)
-                read_by = [read(one, head, batch) for one, head in zip(models, self._heads, strict=True)]
+                read_by = [read(model, head, batch) for model, head in zip(models, self._heads, strict=True)]
                 count += read_by[0][..., 0].numel()
                 kept["heads", index] = read_by, predicting(models[0], read_by[0], batch.get(mask))
         self._step = spread(count, self._heads[0].weight.numel())
@@ -158,7 +162,7 @@ class HeadFit:
             x = read_by[index]
             here = held_out(first, len(x)).view(-1, *[1] * (x.ndim - 2)) == bool(part)
             at = (counts & here).flatten().nonzero()[:: self._step, 0].to(x.device)
-            given = [head(one.flatten(0, -2)[at]) for head, one in zip(self._heads, read_by, strict=True)]
+            given = [head(inputs.flatten(0, -2)[at]) for head, inputs in zip(self._heads, read_by, strict=True)]
             yield x.flatten(0, -2)[at], log_mean(given, self._weights, self._link).exp()
 
 
@@ -175,10 +179,10 @@ def head_of(model: nn.Module, family: Family | None = None) -> str | None:
 
 def read(model: nn.Module, reader: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """What a module of a model reads of a batch."""
-    found: list[Tensor] = []
-    handle = reader.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    inputs: list[Tensor] = []
+    handle = reader.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     try:
         logits(model, batch)
     finally:
         handle.remove()
-    return found[0]
+    return inputs[0]

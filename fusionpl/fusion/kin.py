@@ -45,13 +45,15 @@ def weights_alike(a: SectionedModel, b: SectionedModel) -> float | None:
 
     Gains of norms are left out: they are alike in all networks.
     """
-    found = [dict(one.module.named_parameters()) for one in (a, b)]
+    parameters = [dict(network.module.named_parameters()) for network in (a, b)]
     names = [
         name
         for name in dict.fromkeys(slot.parameter for slot in a.binding.slots if slot.section in a.binding.blocks)
-        if name in found[0] and found[0][name].ndim > 1
+        if name in parameters[0] and parameters[0][name].ndim > 1
     ]
-    if not names or any(name not in found[1] or found[0][name].shape != found[1][name].shape for name in names):
+    if not names or any(
+        name not in parameters[1] or parameters[0][name].shape != parameters[1][name].shape for name in names
+    ):
         return None
     step = -(-len(names) // MATRICES)
     cosines = sorted(_cosine(a, b, name) for name in names[::step])
@@ -60,8 +62,8 @@ def weights_alike(a: SectionedModel, b: SectionedModel) -> float | None:
 
 def _cosine(a: SectionedModel, b: SectionedModel, name: str) -> float:
     """Of one parameter; here, so that no more than one is in memory."""
-    one, other = (network.read(name).to(network.device, torch.float32).flatten() for network in (a, b))
-    return float(functional.cosine_similarity(one, other, dim=0))
+    ours, theirs = (network.read(name).to(network.device, torch.float32).flatten() for network in (a, b))
+    return float(functional.cosine_similarity(ours, theirs, dim=0))
 
 
 def _bases(source: Any) -> frozenset[str]:

@@ -53,8 +53,8 @@ def match_images(team: Team) -> Team:
         if network.binding.family.name != family.name:  # which is refused later
             continue
         names = network.name, reference.name
-        if (found := at_image_size(network.module, reference.module, family, names)) is not None:
-            networks[index] = network.moved(*found)
+        if (resampled := at_image_size(network.module, reference.module, family, names)) is not None:
+            networks[index] = network.moved(*resampled)
             lines.append(describe_resampling(network.name, network.module, reference.name, reference.module))
     return team.of(networks, lines)
 
@@ -83,14 +83,14 @@ def match_vocabularies(team: Team) -> Team:
                 )
             continue
         lines += check_tokenizers({reference.name: vocabulary.tokenizer, network.name: tokenizer})
-        found = vocabulary.renumbering(tokenizer, network.binding.axes[VOCABULARY].size)
-        if found is not None:
-            move = renumber(network.module, found, family, name=network.name)
+        renumbering = vocabulary.renumbering(tokenizer, network.binding.axes[VOCABULARY].size)
+        if renumbering is not None:
+            move = renumber(network.module, renumbering, family, name=network.name)
             # A parent that was loaded whole has been renumbered where it is.
             moved = network.moved(network.module, move) if folder is not None else network
-            missing_tokens = found.missing_tokens if len(found.missing_tokens) else None
+            missing_tokens = renumbering.missing_tokens if len(renumbering.missing_tokens) else None
             networks[index] = moved.but(binding=bind(network.module, family), missing_tokens=missing_tokens)
-            lines.append(found.summary(network.name, reference.name))
+            lines.append(renumbering.summary(network.name, reference.name))
     return team.of(networks, lines)
 
 
@@ -111,10 +111,10 @@ def match_tags(team: Team) -> Team:
     names = united({network.name: network.module for network in team.networks}, team.reference.name)
     networks, lines = list(team.networks), []
     for index, network in enumerate(networks):
-        if names is None or (found := with_tags(network.module, names, network.binding.family)) is None:
+        if names is None or (extended := with_tags(network.module, names, network.binding.family)) is None:
             continue
         own = class_names(network.module) or ()
-        networks[index] = network.moved(*found)
+        networks[index] = network.moved(*extended)
         if set(own) < set(names):
             lines.append(f"{network.name} knows {len(own)} of the {len(names)} tags of all parents; it gives no other")
     return team.of(networks, lines)

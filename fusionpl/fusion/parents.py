@@ -70,16 +70,16 @@ class AlignedParent:
         }
         state = {name: tensor for name, tensor in state.items() if name not in away}
         self._check_maps(state)
-        found = aligned_state(state, self.binding, target, anchor, self.maps, self.maps.joint)
+        moved = aligned_state(state, self.binding, target, anchor, self.maps, self.maps.joint)
         if self.network.missing_tokens is not None:
-            copy_rows(found, target, anchor, VOCABULARY, self.network.missing_tokens)
+            copy_rows(moved, target, anchor, VOCABULARY, self.network.missing_tokens)
         branches = {join.branch for join in anchor.joins.values()}
         for slot in anchor.slots:
             if slot.parameter in away and slot.parameter in target:
                 silent = not slot.gain and any(axis in branches and slot.writes(axis) for axis in slot.axes if axis)
                 own = target[slot.parameter]
-                found[slot.parameter] = torch.zeros_like(own) if silent else own
-        return found
+                moved[slot.parameter] = torch.zeros_like(own) if silent else own
+        return moved
 
     def _check_maps(self, state: State) -> None:
         """Raises FusionError where a parameter would stay as it is because an axis of it has no map."""

@@ -157,11 +157,11 @@ def passage(fit: Fit, section: Section, group: LinearGroup | None, batch: int) -
     }
     fresh = [module for latest in done[-1:] for module in latest.modules]
     places = {Place(module, "output") for module in fresh} | (group.inputs(fit.binding) if group else set())
-    found = fit.cursor.step(section.name, section.state, batch, places, stop=group is not None, given=given)
+    passed = fit.cursor.step(section.name, section.state, batch, places, stop=group is not None, given=given)
     if group is not None:
         for module in fresh:
-            outputs[module.removeprefix(section.name), batch] = found.seen[Place(module, "output")]
-    return found
+            outputs[module.removeprefix(section.name), batch] = passed.seen[Place(module, "output")]
+    return passed
 
 
 def fit_group(fit: Fit, section: Section, group: LinearGroup, penalty: float | None) -> tuple[State, float]:
@@ -204,12 +204,12 @@ def normal_equations(
     widths = [len(each) - 1 for each in decoders.values()] or [prior.shape[1]]
     sums = [NormalEquations.zeros(len(prior) - 1, sum(widths), device=prior.device) for _ in range(2)]
     for batch in fit.data:
-        found = passage(fit, section, group, batch)
-        x = found.seen[Place(group.first, "input")]
+        passed = passage(fit, section, group, batch)
+        x = passed.seen[Place(group.first, "input")]
         if group.decodes:
             targets = [shown(fit, section, group, index, batch) for index in parents]
         else:
-            targets = [_lacking(fit, found, group, x)]
+            targets = [_lacking(fit, passed, group, x)]
             for index, parent in parents.items():
                 targets[0] = targets[0] + parent.weight * _moved(
                     parent, group, shown(fit, section, group, index, batch)
@@ -354,10 +354,10 @@ def _decoder(section: Section, group: LinearGroup, parent: int) -> Tensor:
     return torch.cat([LinearMap.of(binding, state, module).matrix for module in group.modules], dim=1)
 
 
-def _lacking(fit: Fit, found: Passage, group: LinearGroup, like: Tensor) -> Tensor:
+def _lacking(fit: Fit, passed: Passage, group: LinearGroup, like: Tensor) -> Tensor:
     """Minus what the fused stream already holds where the modules of a group write into it, else zeros."""
     return torch.cat([
-        -found.units(group.skips[axis][1]) if axis in group.skips
+        -passed.units(group.skips[axis][1]) if axis in group.skips
         else like.new_zeros(*like.shape[:-1], fit.binding.axes[axis].size)
         for axis in group.axes
     ], dim=-1)  # fmt: skip

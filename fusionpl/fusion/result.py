@@ -150,8 +150,8 @@ class FusionResult:
         """The mean of the aligned parents, without refit and refinement; made anew at each call."""
         with torch.no_grad():
             states = [parent.network.state() for parent in self.parents]
-            found = averaged(self.parents, self.anchor, states, self.kept, self.target.state(), self.target.binding)
-            return with_parameters(self.target.module, found).eval()
+            mean = averaged(self.parents, self.anchor, states, self.kept, self.target.state(), self.target.binding)
+            return with_parameters(self.target.module, mean).eval()
 
     def save(self, folder: str | Path, *, tokenizer: Any = None, card: str = "") -> None:
         """Writes model/ (the fused model in its own library's format), maps.safetensors and config.yaml.
@@ -174,10 +174,10 @@ class FusionResult:
             if own is not None
             for axis in own
         }
-        layout = {name: (found.shape(axis), torch.float32) for name, (found, axis) in maps.items()}
+        layout = {name: (own.shape(axis), torch.float32) for name, (own, axis) in maps.items()}
         file = TensorFile(folder / MAPS, layout)
-        for name, (found, axis) in maps.items():
-            file.write(name, found[axis].plan)
+        for name, (own, axis) in maps.items():
+            file.write(name, own[axis].plan)
         (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
 
 

@@ -59,10 +59,10 @@ def untie(network: SectionedModel) -> SectionedModel:
     stream alone may move with it. T5, which scales by the tie, stays."""
     if not network.binding.closed or len(network.binding.stacks) > 1:
         return network
-    found = untied(network.module)
-    if found is None:
+    parts = untied(network.module)
+    if parts is None:
         return network
-    module, sources = found
+    module, sources = parts
     return network.but(
         module=module, binding=bind(module, network.binding.family),
         read=lambda name: network.read(str(sources.get(name, name))),

@@ -103,8 +103,8 @@ class Teaching:
             for index, batch in enumerate(self._samples.held(self._size)):
                 batch = self._here(batch)
                 output, mean = _counted(logits(model, batch), self._held_mean(index, batch), batch.get(self._mask))
-                found = _loss(output, mean, self._kind) - _least(mean, self._kind)
-                total += torch.stack([found.double() * len(output), total.new_full((), len(output))])
+                distance = _loss(output, mean, self._kind) - _least(mean, self._kind)
+                total += torch.stack([distance.double() * len(output), total.new_full((), len(output))])
         sum_over_ranks([total])
         self.seconds = time.monotonic() - started
         return float(total[0] / total[1])
@@ -155,9 +155,11 @@ def loss_to_mean(
 def mean_of(given: Sequence[Tensor], weights: Sequence[float | Tensor], kind: Kind = CLASSES) -> Tensor:
     """The weighted mean of the probabilities of logits [..., classes], or of numbers."""
     mean = torch.zeros_like(given[0])
-    for weight, one in zip(weights, given, strict=True):
-        weight = weight.to(one) if isinstance(weight, Tensor) else weight
-        mean += weight * (one if _numbers(one, kind) else one.sigmoid() if kind == TAGS else one.softmax(-1))
+    for weight, output in zip(weights, given, strict=True):
+        weight = weight.to(output) if isinstance(weight, Tensor) else weight
+        mean += weight * (
+            output if _numbers(output, kind) else output.sigmoid() if kind == TAGS else output.softmax(-1)
+        )
     return mean
 
 

@@ -153,17 +153,17 @@ def joint_problems(target: Binding, config: FuseConfig) -> list[Problem]:
         config: its `units` says which are chosen.
     """
     even = config.units == "even"
-    found: list[Problem] = []
+    problems: list[Problem] = []
     for members in target.streams():
         seen = (axis for axis in members if target.on_boundary(axis) or axis in target.taps)
-        found.append(JointStream(tuple(members), joins=tuple(axis for axis in seen if axis in target.joins)))
-    found += [ChosenUnits(group, heads=True, even=even) for group in target.attention]
-    held = {axis for problem in found for axis in problem.axes}
+        problems.append(JointStream(tuple(members), joins=tuple(axis for axis in seen if axis in target.joins)))
+    problems += [ChosenUnits(group, heads=True, even=even) for group in target.attention]
+    held = {axis for problem in problems for axis in problem.axes}
     tied: dict[str, list[str]] = {}
     for axis, root in target.tied().items():
         if axis not in held:
             tied.setdefault(root, []).append(axis)
-    return [*found, *(ChosenUnits(tuple(axes), even=even) for axes in tied.values())]
+    return [*problems, *(ChosenUnits(tuple(axes), even=even) for axes in tied.values())]
 
 
 def choose(
@@ -192,8 +192,8 @@ def choose(
         _use(problem, parent, state) if has and problem.gives(parent, target) else torch.empty(0, dtype=torch.float64)
         for parent, state, has in zip(parents, states, there, strict=True)
     ]
-    order = [one.sort(descending=True, stable=True).indices.tolist() for one in use]
-    giving = sorted((index for index, one in enumerate(use) if len(one)), key=lambda index: index != anchor)
+    order = [each.sort(descending=True, stable=True).indices.tolist() for each in use]
+    giving = sorted((index for index, each in enumerate(use) if len(each)), key=lambda index: index != anchor)
     share, more = divmod(wanted, len(giving) if problem.even else 1)
     places: list[tuple[int, int]] = []
     for rank, index in enumerate(giving if problem.even else giving[:1]):
@@ -202,12 +202,12 @@ def choose(
     rest = [(index, unit) for index in giving for unit in range(len(use[index])) if (index, unit) not in taken]
     rest.sort(key=lambda place: -float(use[place[0]][place[1]]))
     places += rest[: wanted - len(places)]
-    found = []
+    chosen = []
     for index in range(len(parents)):
         mine = [(unit, place) for place, (owner, unit) in enumerate(places) if owner == index]
         both = torch.tensor(mine, dtype=torch.int64).reshape(-1, 2)
-        found.append((both[:, 0], both[:, 1]))
-    return found
+        chosen.append((both[:, 0], both[:, 1]))
+    return chosen
 
 
 def _use(problem: ChosenUnits, binding: Binding, state: State) -> Tensor:

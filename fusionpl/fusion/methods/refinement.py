@@ -124,8 +124,8 @@ def refine(
     starts = []
     if asked.start != "parent":
         starts.append(Start("the fused model", model, None, teaching.divergence(model)))
-    if asked.start != "fused" and (found := _best_parent(parents, weights, data, config, teaching)) is not None:
-        starts.append(found)
+    if asked.start != "fused" and (parent := _best_parent(parents, weights, data, config, teaching)) is not None:
+        starts.append(parent)
     return _taught(starts, teaching, course, progress)
 
 
@@ -160,8 +160,8 @@ def teach_parent(
     course, family = _Course(config, device_of(parents[index])), bind(parents[index], family).family
     teaching = _teaching(parents, weights, family, data, config, more, augment, seed)
     fits = can_fit_heads(parents, family)
-    found = _with_head(parents, weights, data, memory, family, [index])[1] if fits else copy.deepcopy(parents[index])
-    model = found.float().eval()
+    student = _with_head(parents, weights, data, memory, family, [index])[1] if fits else copy.deepcopy(parents[index])
+    model = student.float().eval()
     start = Start(f"the parent{' with its head fitted' if fits else ''}", model, index, teaching.divergence(model))
     return _taught([start], teaching, course, no_progress)
 

@@ -43,13 +43,13 @@ def transport_problems(target: Binding, options: FuseConfig) -> list[Problem]:
     def alone(*axes: str) -> tuple[Key, ...]:
         return tuple((axis,) for axis in axes) if seen else ()
 
-    found: dict[str, Problem] = {}
+    problems: dict[str, Problem] = {}
     if residual == "tie":  # a rotation of the stream is tied too
         for members in binding.streams():
             seen_at = [axis for axis in members if binding.on_boundary(axis) or axis in binding.taps]
             joins = tuple(axis for axis in seen_at if axis in binding.joins)
             stream = Stream(tuple(members), alone(*joins), joins=joins, rotation=config.stream == "rotation")
-            found |= dict.fromkeys(members, stream)
+            problems |= dict.fromkeys(members, stream)
     circuit_of = {axis: circuit for circuit in binding.circuits for axis in circuit}
     group_of = {axis: group for group in binding.attention for axis in group}
     gated = {axis: (gate, partner) for partner, gate in binding.gates.items() for axis in (gate, partner)}
@@ -63,7 +63,7 @@ def transport_problems(target: Binding, options: FuseConfig) -> list[Problem]:
         return Heads(group, alone(*group), circuits=circuits, rotation=rotation, order=order)
 
     for axis in binding.free:
-        if axis in found:
+        if axis in problems:
             continue
         problem: Problem
         circuit = circuit_of.get(axis, (axis,))
@@ -88,8 +88,8 @@ def transport_problems(target: Binding, options: FuseConfig) -> list[Problem]:
             problem = Units(circuit, alone(*circuit))
         else:
             problem = Units((axis,), alone(axis))
-        found |= dict.fromkeys(problem.axes, problem)
-    return list({id(problem): problem for problem in found.values()}.values())
+        problems |= dict.fromkeys(problem.axes, problem)
+    return list({id(problem): problem for problem in problems.values()}.values())
 
 
 def _form(config: FuseConfig) -> Prepare | None:

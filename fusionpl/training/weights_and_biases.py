@@ -83,8 +83,8 @@ class FolderRun(WandbLogger):
     def keep(self, folder: Path) -> None:
         """Writes the run's id and group into a folder."""
         run = self.experiment
-        kept = {"id": run.id, **({"group": run.group} if run.group else {})}
-        (folder / KEPT).write_text(yaml.safe_dump(kept, sort_keys=False))
+        identity = {"id": run.id, **({"group": run.group} if run.group else {})}
+        (folder / KEPT).write_text(yaml.safe_dump(identity, sort_keys=False))
 
 
 @rank_zero_only

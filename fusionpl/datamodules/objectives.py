@@ -198,9 +198,9 @@ class Spans(Objective):
 
     def _drawn(self, count: int) -> Tensor:
         """Which tokens are cut out, bool [count, T]: text and spans in turn, each of random length, text first."""
-        kept = _parts(count, self.config.block_size - self._cut, self._spans)
+        text = _parts(count, self.config.block_size - self._cut, self._spans)
         cut = _parts(count, self._cut, self._spans)
-        runs = torch.stack([kept, cut], 2).flatten(1)
+        runs = torch.stack([text, cut], 2).flatten(1)
         ends = runs.cumsum(1)
         at = torch.arange(self.config.block_size).expand(count, -1).contiguous()
         return torch.searchsorted(ends, at, right=True) % 2 == 1

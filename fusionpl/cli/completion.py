@@ -67,4 +67,4 @@ def _values(hint: Any) -> list[str]:
         return ["true", "false"]
     if get_origin(hint) is Literal:
         return [str(value) for value in get_args(hint)]
-    return [value for one in get_args(hint) for value in _values(one)]
+    return [value for member in get_args(hint) for value in _values(member)]

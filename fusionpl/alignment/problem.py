@@ -184,16 +184,16 @@ class Pairwise(Problem):
 
     def solve(self, observed: Observed, maps: Sequence[Maps]) -> list[Found]:
         """Solves it for one parent after the other. A stream goes unchanged past a block that a parent has not."""
-        found: list[Found] = []
+        solutions: list[Found] = []
         for index, known in enumerate(maps):
             if index == observed.anchor:
-                found.append({})
+                solutions.append({})
             elif self.whole or self.section not in observed.missing[index]:
-                found.append(self.solve_for(observed.compare(index), known))
+                solutions.append(self.solve_for(observed.compare(index), known))
             else:
                 before = {axis: _before(axis, observed.parents[index], observed.missing[index]) for axis in self.axes}
-                found.append({axis: known[other] for axis, other in before.items() if other != axis})
-        return found
+                solutions.append({axis: known[other] for axis, other in before.items() if other != axis})
+        return solutions
 
 
 def _before(axis: str, binding: Binding, missing: frozenset[str]) -> str:
@@ -222,7 +222,7 @@ def solve_all(problems: Sequence[Problem], observed: Observed, maps: Sequence[Ma
         maps: each parent's maps so far.
     """
     for problem in ordered(problems, next(iter(observed.evidence), None)):
-        maps = [known.joined(found) for known, found in zip(maps, problem.solve(observed, maps), strict=True)]
+        maps = [known.joined(solutions) for known, solutions in zip(maps, problem.solve(observed, maps), strict=True)]
     return list(maps)
 
 
@@ -238,13 +238,15 @@ def solve_needed(axes: Iterable[str], pair: Comparison, maps: Mapping[str, Trans
     known = ChainMap[str, TransportMap]({}, maps)  # type: ignore[arg-type]  # of these it only reads
     for problem in ordered(reached, pair.evidence):
         assert isinstance(problem, Pairwise)  # one stream compares no weights
-        known.update({axis: one for axis, one in problem.solve_for(pair, known).items() if isinstance(axis, str)})
+        known.update(
+            {axis: solution for axis, solution in problem.solve_for(pair, known).items() if isinstance(axis, str)}
+        )
     return known
 
 
 def sizes_in(axes: Iterable[str], parent: Binding, target: Binding) -> tuple[int, int]:
     """The number of units of all `axes` together, in a parent and in the fused network."""
-    n, m = (sum(one.axes[axis].size for axis in axes) for one in (parent, target))
+    n, m = (sum(binding.axes[axis].size for axis in axes) for binding in (parent, target))
     return n, m
 
 

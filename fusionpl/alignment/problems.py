@@ -33,8 +33,10 @@ class Units(Pairwise):
 
     def solve_for(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> Found:
         """Compares the units by what describes them."""
-        found = pair.solved(pair.evidence.stacked(self.axes, maps))
-        return dict.fromkeys(self.axes, pair.rescaled(self.axes[0], found) if pair.in_circuit(self.axes[0]) else found)
+        transport = pair.solved(pair.evidence.stacked(self.axes, maps))
+        return dict.fromkeys(
+            self.axes, pair.rescaled(self.axes[0], transport) if pair.in_circuit(self.axes[0]) else transport
+        )
 
     def summary(self, axis: str, binding: Binding) -> str:
         """Where the units are seen."""
@@ -53,14 +55,14 @@ class Gated(Pairwise):
         """Compares gates, and what they multiply whatever its sign."""
         gate, partner = self.axes
         first, second = pair.evidence.stacked([gate], maps), pair.evidence.stacked([partner], maps)
-        found = pair.solved(first + replace(second, cross=second.cross.abs()))
-        signed = found
+        transport = pair.solved(first + replace(second, cross=second.cross.abs()))
+        signed = transport
         if pair.config.solver != "identity":
             plain = pair.evidence.raw(partner, maps)
-            ours, theirs = (torch.where(one > 0, one, 1.0).sqrt() for one in (plain.parent, plain.anchor))
+            ours, theirs = (torch.where(squares > 0, squares, 1.0).sqrt() for squares in (plain.parent, plain.anchor))
             signs = torch.where(second.cross < 0, -1.0, 1.0)
-            signed = replace(found, plan=found.plan * signs, sizes=(ours, theirs))
-        return {gate: found, partner: signed}
+            signed = replace(transport, plan=transport.plan * signs, sizes=(ours, theirs))
+        return {gate: transport, partner: signed}
 
     def summary(self, axis: str, binding: Binding) -> str:
         """Where the units are seen."""
@@ -76,19 +78,19 @@ class Joint(Pairwise):
     def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
         """See Units."""
         check_one_width(
-            config.solver, *(sum(one.axes[axis].size for axis in self.axes) for one in (parent, target))
+            config.solver, *(sum(binding.axes[axis].size for axis in self.axes) for binding in (parent, target))
         )  # fmt: skip
         _check_heads(self.axes[0], parent, target)
 
     def solve_for(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> Found:
         """Compares all units with all."""
         first, second = self.axes
-        found = pair.rescaled(first, pair.solved(pair.evidence.concatenated(self.axes, maps)))
+        transport = pair.rescaled(first, pair.solved(pair.evidence.concatenated(self.axes, maps)))
         n, m = pair.parent.axes[first].size, pair.target.axes[first].size
         return {
-            (first, second): found,
-            first: found.block(slice(n), slice(m)),
-            second: found.block(slice(n, None), slice(m, None)),
+            (first, second): transport,
+            first: transport.block(slice(n), slice(m)),
+            second: transport.block(slice(n, None), slice(m, None)),
         }
 
     def summary(self, axis: str, binding: Binding) -> str:
@@ -114,7 +116,7 @@ class Heads(Pairwise):
     def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
         """Solvers that pair units one by one need as many units in a head on both sides."""
         if not self.rotation:
-            sizes = (one.axes[self.axes[0]] for one in (parent, target))
+            sizes = (binding.axes[self.axes[0]] for binding in (parent, target))
             check_one_width(config.solver, *(axis.size // axis.heads for axis in sizes))
 
     def solve_for(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> Found:
@@ -129,11 +131,13 @@ class Heads(Pairwise):
                 self.grams(pair, maps), heads, compare=lambda grams: unit_costs(grams, pair.config),
                 solve_units=lambda grams: [pair.solved(gram) for gram in grams], plan=plan,
             )  # fmt: skip
-        found: dict[str | Pair, TransportMap] = {}
+        solutions: dict[str | Pair, TransportMap] = {}
         for circuit in self.circuits:
             of_circuit = units[circuit[0]]
-            found |= dict.fromkeys(circuit, pair.rescaled(circuit[0], of_circuit) if len(circuit) > 1 else of_circuit)
-        return found
+            solutions |= dict.fromkeys(
+                circuit, pair.rescaled(circuit[0], of_circuit) if len(circuit) > 1 else of_circuit
+            )
+        return solutions
 
     def needs(self, evidence: Evidence | None) -> tuple[str, ...]:
         """See Pairwise; and the order of the heads, where others have the same."""
@@ -223,12 +227,12 @@ class Stream(Pairwise):
         """Compares the units of the stream wherever it is seen."""
         if self.rotation:
             centred = pair.target.family.norm == "pre"
-            found = rotate_stream(pair.activations.unscaled(self.joins), centred=centred)
+            transport = rotate_stream(pair.activations.unscaled(self.joins), centred=centred)
         elif isinstance(pair.evidence, WeightEvidence):
-            found = self._from_weights(pair, maps)
+            transport = self._from_weights(pair, maps)
         else:
-            found = pair.solved(pair.evidence.stacked(self.joins, maps))
-        return dict.fromkeys(self.axes, found)
+            transport = pair.solved(pair.evidence.stacked(self.joins, maps))
+        return dict.fromkeys(self.axes, transport)
 
     def needs(self, evidence: Evidence | None) -> tuple[str, ...]:
         """None: what reads the stream comes behind it."""
@@ -244,10 +248,10 @@ class Stream(Pairwise):
                 "nothing can be compared first; use align.evidence activations"
             )
         for _ in range(_TIE_ROUNDS):
-            found = pair.solved(pair.evidence.stacked(described, solve_needed(described, pair, maps)))
-            maps = ChainMap(dict.fromkeys(self.axes, found), maps)  # type: ignore[arg-type]  # it only reads
+            transport = pair.solved(pair.evidence.stacked(described, solve_needed(described, pair, maps)))
+            maps = ChainMap(dict.fromkeys(self.axes, transport), maps)  # type: ignore[arg-type]  # it only reads
             described = written
-        return found
+        return transport
 
     def _rests_on(self, axis: str, pair: Comparison) -> bool:
         """Whether the rows of an axis can be compared only once the stream has a map."""

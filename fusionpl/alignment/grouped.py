@@ -34,7 +34,7 @@ def needs_groups(binding: Binding, group: Sequence[str]) -> bool:
 
 
 def grouped_heads(binding: Binding, group: Sequence[str], config: AlignConfig) -> "GroupedHeads":
-    """The problem of such an attention."""
+    """The problem that matches the heads of one attention in groups; see `needs_groups`."""
     q, k = next(circuit for circuit in binding.circuits if circuit[0] in group)
     rest = [name for name in group if name not in (q, k)]
     v = next(name for name in rest if not binding.axes[name].repeats)
@@ -60,7 +60,7 @@ class GroupedHeads(Pairwise):
     rotation: bool
 
     def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
-        """Rotary heads need one width and one share of it that is rotated."""
+        """Raises FusionError where rotary heads differ, or where the solver needs heads of one width."""
         ours, theirs = (binding.axes[self.k] for binding in (parent, target))
         if ours.pairs and (ours.width, ours.pairs) != (theirs.width, theirs.pairs):
             raise FusionError(

@@ -26,7 +26,7 @@ class Plans:
         self._kept = kept
 
     def keep(self, plan: Tensor) -> bytes:
-        """Keeps a plan; what it is known by."""
+        """Keeps a plan and returns the key by which it is read again."""
         key = hashlib.blake2b(bytes_of(plan.cpu().contiguous()), digest_size=16, key=repr(plan.shape).encode()).digest()
         if key not in self._kept:
             self._kept[key] = plan

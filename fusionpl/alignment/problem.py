@@ -45,7 +45,7 @@ class Comparison:
 
     @property
     def activations(self) -> ActivationEvidence:
-        """The evidence, which is activations."""
+        """The evidence of a problem that only activations can solve."""
         assert isinstance(self.evidence, ActivationEvidence)  # AlignConfig has refused weights
         return self.evidence
 
@@ -60,7 +60,7 @@ class Comparison:
         return any(axis in circuit for circuit in self.parent.circuits)
 
     def rescaled(self, axis: str, found: TransportMap) -> TransportMap:
-        """Keeps the scores of attention between heads of different width; the released code does not."""
+        """Scales a map so that attention scores survive another width of heads; the released code does not."""
         if self.config.scaling == "source":
             return found
         ours, theirs = (binding.axes[axis].size / binding.axes[axis].heads for binding in (self.parent, self.target))
@@ -214,7 +214,7 @@ def ordered(problems: Iterable[Problem], evidence: Evidence | None) -> list[Prob
 
 
 def solve_all(problems: Sequence[Problem], observed: Observed, maps: Sequence[Maps]) -> list[Maps]:
-    """The parents' maps, with those of the axes of some problems.
+    """Solves some problems, and returns each parent's maps with the new ones among them.
 
     Args:
         problems: of one section, or of whole networks.
@@ -227,7 +227,7 @@ def solve_all(problems: Sequence[Problem], observed: Observed, maps: Sequence[Ma
 
 
 def solve_needed(axes: Iterable[str], pair: Comparison, maps: Mapping[str, TransportMap]) -> Mapping[str, TransportMap]:
-    """A parent's maps with those by which some axes are described, and those that these need."""
+    """A parent's maps, with all that must be known before some axes are compared."""
     reached: dict[Problem, None] = {}
     ahead = [needed for axis in axes for needed in pair.evidence.needs(axis)]
     while ahead:

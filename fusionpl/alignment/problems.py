@@ -27,7 +27,7 @@ class Units(Pairwise):
     """One map from the units of one axis, or of all axes of a circuit together."""
 
     def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
-        """Solvers that pair units one by one need as many on both sides; flat heads need equal numbers of heads."""
+        """Raises FusionError where the solver needs as many units on both sides, or where numbers of heads differ."""
         check_one_width(config.solver, parent.axes[self.axes[0]].size, target.axes[self.axes[0]].size)
         _check_heads(self.axes[0], parent, target)
 
@@ -48,7 +48,7 @@ class Gated(Pairwise):
     """A gate and what it multiplies, which move alike; the scale and the sign of what is multiplied are free."""
 
     def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
-        """See Units."""
+        """Raises FusionError where the solver needs as many units on both sides."""
         check_one_width(config.solver, parent.axes[self.axes[0]].size, target.axes[self.axes[0]].size)
 
     def solve_for(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> Found:
@@ -76,7 +76,7 @@ class Joint(Pairwise):
     """One map over the units of both axes of a circuit, which may exchange them."""
 
     def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
-        """See Units."""
+        """Raises FusionError where the solver needs as many units on both sides, or where numbers of heads differ."""
         check_one_width(
             config.solver, *(sum(binding.axes[axis].size for axis in self.axes) for binding in (parent, target))
         )  # fmt: skip
@@ -114,7 +114,7 @@ class Heads(Pairwise):
     order: str | None = None
 
     def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
-        """Solvers that pair units one by one need as many units in a head on both sides."""
+        """Raises FusionError where the solver needs as many units in a head on both sides."""
         if not self.rotation:
             sizes = (binding.axes[self.axes[0]] for binding in (parent, target))
             check_one_width(config.solver, *(axis.size // axis.heads for axis in sizes))
@@ -140,7 +140,7 @@ class Heads(Pairwise):
         return solutions
 
     def needs(self, evidence: Evidence | None) -> tuple[str, ...]:
-        """See Pairwise; and the order of the heads, where others have the same."""
+        """What its units are described by, and the order of the heads if other attentions share it."""
         return (*super().needs(evidence), *([self.order] if self.order else []))
 
     def heads(self, pair: Comparison) -> tuple[int, int]:
@@ -175,11 +175,11 @@ class Order(Pairwise):
 
     @property
     def whole(self) -> bool:
-        """The attentions stand in all blocks of a stack."""
+        """True: the attentions stand in all blocks of a stack."""
         return True
 
     def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
-        """`identity` needs one number of heads."""
+        """Raises FusionError where the solver is `identity` and numbers of heads differ."""
         if config.solver == "identity":
             check_one_width(config.solver, *sizes_in(self.axes, parent, target))
 
@@ -196,7 +196,7 @@ class Order(Pairwise):
         return {axis: head_map(costs)}
 
     def summary(self, axis: str, binding: Binding) -> str:
-        """What is compared."""
+        """What is compared, for a person."""
         heads = f", and the heads of {len(self.attentions)} blocks" if self.keys else ""
         return f"{seen_at(axis, binding, self.keys)}{heads}: one order for all"
 
@@ -215,11 +215,11 @@ class Stream(Pairwise):
 
     @property
     def whole(self) -> bool:
-        """The stream goes through all sections."""
+        """True: the stream goes through all sections."""
         return True
 
     def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
-        """Solvers that pair units one by one need as many units on both sides."""
+        """Raises FusionError where the solver needs as many units on both sides."""
         if not self.rotation:
             check_one_width(config.solver, parent.axes[self.axes[0]].size, target.axes[self.axes[0]].size)
 
@@ -235,7 +235,7 @@ class Stream(Pairwise):
         return dict.fromkeys(self.axes, transport)
 
     def needs(self, evidence: Evidence | None) -> tuple[str, ...]:
-        """None: what reads the stream comes behind it."""
+        """No axes: what reads the stream comes behind it."""
         return ()
 
     def _from_weights(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> TransportMap:
@@ -266,7 +266,7 @@ class Stream(Pairwise):
         return False
 
     def summary(self, axis: str, binding: Binding) -> str:
-        """One map for all."""
+        """Says that one map is for all, and where it is from."""
         what = "rotation of the stream" if self.rotation else "tied to the stream"
         return what if self.keys else f"{what}, from all rows that write it"
 
@@ -284,7 +284,7 @@ class Joined(Pairwise):
     policy: Residual = "average"
 
     def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
-        """`identity` needs one width."""
+        """Raises FusionError where the policy is `identity` and widths differ."""
         (axis,) = self.axes
         n, m = parent.axes[axis].size, target.axes[axis].size
         if self.policy == "identity" and n != m:
@@ -308,14 +308,14 @@ class Joined(Pairwise):
         return {axis: TransportMap(plan, f"join:{self.policy}", pair.config.scaling)}
 
     def needs(self, evidence: Evidence | None) -> tuple[str, ...]:
-        """What is added."""
+        """The axes that are added, as far as their maps decide."""
         if self.policy == "identity":
             return ()
         parts = {"skip": (self.join.skip,), "branch": (self.join.branch,)}
         return parts.get(self.policy, (self.join.skip, self.join.branch))
 
     def summary(self, axis: str, binding: Binding) -> str:
-        """What is added."""
+        """What is added and by which policy, for a person."""
         return f"join ({self.policy}) of {self.join.skip} + {self.join.branch}"
 
 

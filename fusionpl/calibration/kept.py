@@ -162,7 +162,7 @@ class Store(Generic[K, V]):
         return (self._name, key) in self._kept
 
     def clear(self) -> None:
-        """Forgets all of them."""
+        """Forgets all values of this kind."""
         for key in [key for key in self._kept if isinstance(key, tuple) and key[0] == self._name]:
             del self._kept[key]
 

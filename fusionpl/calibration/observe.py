@@ -33,7 +33,7 @@ class Target(NamedTuple):
     total: str | None = None
 
     def key(self, section: str, index: int, batch: int) -> Hashable:
-        """Under which it is kept, of a network and a batch; that of the next section takes its place."""
+        """The key under which it is kept for a network and a batch; the next section writes over it."""
         return index, self.place.module.removeprefix(section), batch
 
 

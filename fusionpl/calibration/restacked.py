@@ -81,7 +81,7 @@ class Restacked(SectionedModel):
         return frozenset(block for block, run in self._runs.items() if run.kept is None)
 
     def prepared(self, prepare: Prepare | None) -> SectionedModel:
-        """The same with other preparation."""
+        """The same network with its parameters prepared in another way."""
         return Restacked(self._source.prepared(prepare), self.module, self.binding, self._runs)
 
     def parameters(self, section: str) -> State:
@@ -96,7 +96,7 @@ class Restacked(SectionedModel):
         return state | self._end(section)
 
     def beneath(self, section: str) -> State:
-        """Also, for blocks that are taken together, the parameters of the others."""
+        """Parameters needed beside those of a section; for blocks that are taken together, also those of the others."""
         run = self._runs.get(section)
         if run is None:
             return self._source.beneath(section)
@@ -129,7 +129,7 @@ class Restacked(SectionedModel):
     def enter(
         self, state: State, batch: Batch, ends: Sequence[Tensor] = (), places: Iterable[Place] = ()
     ) -> tuple[Tensor, list[Call], Seen]:
-        """See Network; the calls are of the other depth, and hold those of the network's own blocks."""
+        """Runs what stands before a stack; the calls are of the other depth, and hold those of its own blocks."""
         stack = len(ends)
         hidden, calls, seen = self._source.enter(state, batch, ends, places)
         own = dict(zip(self._source.binding.stacks[stack], calls, strict=True))
@@ -177,7 +177,7 @@ class Restacked(SectionedModel):
     def leave(
         self, state: State, batch: Batch, ends: Sequence[Tensor], places: Iterable[Place] = (), *, stop: bool = False
     ) -> tuple[Tensor | None, Seen]:
-        """See Network."""
+        """Runs the tail; see `SectionedModel.leave`."""
         return self._source.leave(state, batch, ends, places, stop=stop)
 
     def _blank(self, name: str) -> Tensor:

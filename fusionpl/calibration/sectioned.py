@@ -95,11 +95,11 @@ class SectionedModel:
         return SectionedModel(**{**{name: getattr(self, name) for name in names}, **changes})
 
     def prepared(self, prepare: Prepare | None) -> "SectionedModel":
-        """The same model with other preparation."""
+        """The same model with its parameters prepared in another way."""
         return self.but(prepare=prepare)
 
     def moved(self, module: nn.Module, move: Callable[[str, Tensor], Tensor]) -> "SectionedModel":
-        """A network of another module, whose parameters are made of this one's as they are read.
+        """A network of another module, whose parameters are computed from this one's as they are read.
 
         Args:
             module: like this one's, but for some sizes.

@@ -36,7 +36,7 @@ def build_parser() -> ArgumentParser:
 
 
 def run(argv: Sequence[str]) -> None:
-    """The command.
+    """Prints the script with which a shell completes fusionpl.
 
     Raises:
         FusionError: the shell is not known.

@@ -88,7 +88,7 @@ class Asked:
 
 
 def run(argv: Sequence[str]) -> None:
-    """The command; see `--help`.
+    """Runs the command; see `--help`.
 
     Raises:
         FusionError: a user's mistake.

@@ -64,7 +64,7 @@ def check_classes(names: Sequence[str], column: str, config: SplitConfig) -> Non
 def targets(
     labels: Mapping[str, Sequence[float | None]], column: str, config: SplitConfig
 ) -> dict[str, NDArray[np.float64]]:
-    """The same for numbers that are regressed; those that are none are NaN."""
+    """The targets of a regression, read like `class_numbers`: NaN takes the place of what is no number."""
     numbers = {}
     for split, values in labels.items():
         checked = _checked(values, lambda value: value is None or not np.isfinite(value), np.nan, split, column, config)

@@ -255,13 +255,13 @@ class TextDataModule(FixedSplits):
 
 
 class MaskedTextDataModule(TextDataModule):
-    """Blocks of which some tokens are masked: BERT's."""
+    """Blocks in which some tokens are masked, as BERT learns."""
 
     learns = MaskedTokens
 
 
 class CausalTextDataModule(TextDataModule):
-    """Blocks of which every token is predicted from those before it: GPT's."""
+    """Blocks of which every token is predicted from those before it, as GPT learns."""
 
     learns = NextTokens
 
@@ -287,7 +287,7 @@ class CausalTextDataModule(TextDataModule):
 
 
 class SpanTextDataModule(TextDataModule):
-    """Blocks that spans are cut out of: T5's."""
+    """Blocks that spans are cut out of, as T5 learns."""
 
     learns = Spans
 

@@ -16,7 +16,7 @@ def continuation(model: nn.Module, tokenizer: Any, prompt: Tensor, tokens: int =
 
     Args:
         model: of transformers, on any device; its mode is kept.
-        tokenizer: the model's.
+        tokenizer: that of the model.
         prompt: token numbers, int64 [T].
         tokens: at most so many new ones, fewer where the text ends or the model has no more positions.
 

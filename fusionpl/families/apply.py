@@ -49,7 +49,7 @@ def aligned_state(
 
     Args:
         source: the parameters to move, all of a model or those of whole sections; half precision is moved in float32.
-        binding: the model's.
+        binding: that of the model that is moved.
         target: the anchor's parameters of the same names.
         goal: the anchor's binding.
         maps: axis -> map [n_parent, n_anchor]; axes without one stay.

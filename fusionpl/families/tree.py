@@ -52,7 +52,7 @@ class Trace:
 
 
 def traced(model: nn.Module, stack: str, block: str, run: Callable[[nn.Module], Any]) -> Trace:
-    """Runs the model once and looks on.
+    """Runs the model once and records which module reads what another puts out.
 
     Args:
         model: the model.

@@ -59,7 +59,7 @@ def class_with_head(folder: Path, config: Mapping[str, Any]) -> str | None:
     """The class for the head that an adapter brings; None where it brings none, or for an unknown architecture.
 
     Args:
-        folder: the adapter's.
+        folder: the folder of the adapter.
         config: what the base's config.json says.
     """
     from transformers.models.auto import modeling_auto
@@ -104,9 +104,9 @@ def merged(folder: Path, base: "nn.Module", tensors: "Tensors") -> "nn.Module":
     """The base with the adapter in its weights.
 
     Args:
-        folder: the adapter's.
+        folder: the folder of the adapter.
         base: the base, which is used up.
-        tensors: the adapter's.
+        tensors: the tensors of the adapter.
 
     Raises:
         FusionError: the adapter doesn't fit the base, or peft can't merge one of its kind.

@@ -45,7 +45,7 @@ def base_folder(folder: Path, *, allow_pickle: bool = False, weights: bool = Tru
     """The folder of the model that an adapter was trained on.
 
     Args:
-        folder: the adapter's.
+        folder: the folder of the adapter.
         allow_pickle, weights: see `model_folder`.
 
     Raises:

@@ -51,7 +51,7 @@ def at_image_size(
 
     Args:
         model: of timm or transformers; it may be on the meta device, and stays as it is.
-        like: the other.
+        like: the model whose image size is taken.
         family: see `bind`.
         names: how messages call the two.
 

@@ -48,14 +48,14 @@ class Renumbering:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The anchor's: its tokenizer, and the rows of its model, which may be more."""
+    """The anchor's vocabulary: its tokenizer, and the number of rows in its model, which may be larger."""
 
     tokenizer: PreTrainedTokenizerBase
     size: int
 
     @classmethod
     def of(cls, source: str | Path, model: nn.Module, family: Family | None = None) -> "Vocabulary | None":
-        """That of a model that was read from `source`; None where it reads no tokens or has no tokenizer."""
+        """The vocabulary of a model that was read from `source`; None where it reads no tokens or has no tokenizer."""
         axis = bind(model, family).axes.get(VOCABULARY)
         tokenizer = load_tokenizer(source) if axis else None
         return cls(tokenizer, axis.size) if axis and tokenizer is not None else None

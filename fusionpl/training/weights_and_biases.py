@@ -61,7 +61,7 @@ class FolderRun(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The run.
+        """The run of Weights & Biases, which the first use opens.
 
         Raises:
             FusionError: Weights & Biases refuses it.

@@ -40,7 +40,7 @@ EXACT = 2**25  # products of rows and W up to which these are computed in float6
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a fit found.
+    """The result of a fit.
 
     Attributes:
         matrix: [n + 1, classes].
@@ -56,7 +56,7 @@ class Fitted:
 
 
 def spread(rows: int, entries: int) -> int:
-    """Of how many rows each is used, by a fit of so many rows to a W of so many entries."""
+    """A fit of `rows` rows to a W of `entries` entries uses one row in this many."""
     return max(1, -(-rows * entries // MOST))
 
 

@@ -21,7 +21,7 @@ def beside(path: Path) -> Iterator[Path]:
     It has one name always: what a process that was killed left in it goes.
     """
     path = path.absolute()
-    home = next(one for one in path.parents if one.is_dir())
+    home = next(parent for parent in path.parents if parent.is_dir())
     temporary = home / f".{'.'.join(path.relative_to(home).parts)}.new"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()

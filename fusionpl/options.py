@@ -21,8 +21,8 @@ class _Once(yaml.SafeLoader):
         twice = next((key for at, key in enumerate(keys) if key in keys[:at]), None)
         if twice is not None:
             raise yaml.YAMLError(f"'{twice}' is given twice, the second time in line {_line(node, keys, twice)}")
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def _line(node: yaml.MappingNode, keys: list[Any], twice: Any) -> int:
@@ -56,7 +56,7 @@ def check_sections(tree: Mapping[str, Any], parser: ArgumentParser, path: object
     for key, value in tree.items():
         if isinstance(value, str) and isinstance(defaults.get(key), list):
             raise FusionError(f"{path}: '{key}' takes a list; write `{key}: [{value}]`")
-        if not isinstance(value, dict) and (options := [one for one in known if one.startswith(f"{key}.")]):
+        if not isinstance(value, dict) and (options := [name for name in known if name.startswith(f"{key}.")]):
             raise FusionError(
                 f"{path}: '{key}' holds no options, which are {options[0]} and such; leave it out for the defaults"
             )
@@ -65,32 +65,32 @@ def check_sections(tree: Mapping[str, Any], parser: ArgumentParser, path: object
 def explain(message: str, parser: ArgumentParser) -> str:
     """jsonargparse's words in one line, with the nearest known name for an unknown one."""
     known = list(parser.get_defaults(skip_validation=True).keys())
-    if found := re.match(r"unrecognized arguments: -*(\S+)", message):
-        name = found[1].split("=")[0]
+    if match := re.match(r"unrecognized arguments: -*(\S+)", message):
+        name = match[1].split("=")[0]
         return f"unknown option {message.split()[2]}{nearest(name, known)}"
-    if found := re.match(r"Group '(.+)' does not accept option '(.+)'", message):
-        name = f"{found[1]}.{found[2]}"
+    if match := re.match(r"Group '(.+)' does not accept option '(.+)'", message):
+        name = f"{match[1]}.{match[2]}"
         return f"unknown key {name}{nearest(name, known)}"
-    if found := re.match(r"Option '(.+)' is not accepted", message):
-        return f"unknown key {found[1]}{nearest(found[1], known)}"
-    if found := re.match(r'Parser key "(.+?)"(?: element \d+)?:\s*(.*)', message, flags=re.DOTALL):
-        return f"{found[1]}: {_misfit(found[2])}"
+    if match := re.match(r"Option '(.+)' is not accepted", message):
+        return f"unknown key {match[1]}{nearest(match[1], known)}"
+    if match := re.match(r'Parser key "(.+?)"(?: element \d+)?:\s*(.*)', message, flags=re.DOTALL):
+        return f"{match[1]}: {_misfit(match[2])}"
     return message
 
 
 def _misfit(reason: str) -> str:
     """What is wrong with a value: `'magic' is not sinkhorn or emd or assignment`."""
-    if found := re.fullmatch(r"Expected a (.+?)\. Got value: (.*)", reason, flags=re.DOTALL):
-        return f"{found[2]!r} is not {_readable(found[1])}"
-    if found := re.search(r"Subtypes: \[(.+)\]\n.*Given value: (.*)", reason, flags=re.DOTALL):
-        kinds = re.split(r", (?![^\[]*\])", found[1].partition("\n")[0].removesuffix("]"))
-        return f"{found[2].strip()} is not {' or '.join(map(_readable, kinds))}"
+    if match := re.fullmatch(r"Expected a (.+?)\. Got value: (.*)", reason, flags=re.DOTALL):
+        return f"{match[2]!r} is not {_readable(match[1])}"
+    if match := re.search(r"Subtypes: \[(.+)\]\n.*Given value: (.*)", reason, flags=re.DOTALL):
+        kinds = re.split(r", (?![^\[]*\])", match[1].partition("\n")[0].removesuffix("]"))
+        return f"{match[2].strip()} is not {' or '.join(map(_readable, kinds))}"
     reason = reason.partition("\n")[0]
     return reason[:1].lower() + reason[1:]
 
 
 def _readable(kind: str) -> str:
-    if found := re.fullmatch(r"(?:typing\.)?Literal(\[.+\])", kind):
-        return " or ".join(map(str, ast.literal_eval(found[1])))
+    if match := re.fullmatch(r"(?:typing\.)?Literal(\[.+\])", kind):
+        return " or ".join(map(str, ast.literal_eval(match[1])))
     name = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", kind)
     return {"NoneType": "null"}.get(name, name)

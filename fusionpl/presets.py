@@ -10,11 +10,11 @@ CONF = _INSIDE if _INSIDE.is_dir() else Path(__file__).parents[1] / "conf"
 
 def presets(kind: str) -> dict[str, str]:
     """The presets of a kind (`train`, `fuse`, `finetune`): name -> what it is, from the comment in its first line."""
-    found = {}
+    descriptions = {}
     for file in sorted((CONF / kind).glob("*.yaml")):
         first = file.read_text().partition("\n")[0]
-        found[file.stem] = first.removeprefix("#").strip() if first.startswith("#") else ""
-    return found
+        descriptions[file.stem] = first.removeprefix("#").strip() if first.startswith("#") else ""
+    return descriptions
 
 
 def preset(kind: str, name: str | Path) -> Path:

@@ -8,7 +8,7 @@ def warmup_cosine(share: float, warmup: float) -> float:
     """The factor of the largest learning rate.
 
     Args:
-        share: of the training that is over; beyond 1 the factor stays 0.
+        share: how much of the training is over; beyond 1 the factor stays 0.
         warmup: share of the training in which the learning rate rises.
     """
     if share < warmup:
@@ -17,10 +17,10 @@ def warmup_cosine(share: float, warmup: float) -> float:
 
 
 class Clock:
-    """How much of a time is over, from the making of this object on.
+    """Measures how much of a given time has passed since this object was made.
 
     Args:
-        seconds: the time.
+        seconds: the whole time.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -28,5 +28,5 @@ class Clock:
 
     @property
     def share(self) -> float:
-        """The share that is over; above 1 when it is."""
+        """The share of the time that has passed; above 1 when it is over."""
         return (time.monotonic() - self.started) / self.seconds

@@ -23,13 +23,13 @@ def likeness(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
     Returns:
         [boundaries of ours, boundaries of theirs], float64.
     """
-    first, second = ([_centred(one) for one in side] for side in (ours, theirs))
-    norms = [[float((one.T @ one).norm()) for one in side] for side in (first, second)]
-    found = torch.zeros(len(first), len(second), dtype=torch.float64)
+    first, second = ([_centred(stream) for stream in side] for side in (ours, theirs))
+    norms = [[float((stream.T @ stream).norm()) for stream in side] for side in (first, second)]
+    similarity = torch.zeros(len(first), len(second), dtype=torch.float64)
     for i, a in enumerate(first):
         for j, b in enumerate(second):
-            found[i, j] = float((a.T @ b).square().sum()) / max(norms[0][i] * norms[1][j], 1e-300)
-    return found
+            similarity[i, j] = float((a.T @ b).square().sum()) / max(norms[0][i] * norms[1][j], 1e-300)
+    return similarity
 
 
 def spread(depth: int, count: int) -> list[int]:

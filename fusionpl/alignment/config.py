@@ -59,8 +59,8 @@ class AlignConfig:
         if self.stream != "rotation":
             return
         needed = {"evidence": "activations", "residual": "tie", "heads": "matched", "scaling": "two_sided"}
-        found = {key: getattr(self, key) for key in needed} | ({"residual": "tie"} if self.residual == "auto" else {})
-        missing = [f"align.{key} {value}" for key, value in needed.items() if found[key] != value]
+        values = {key: getattr(self, key) for key in needed} | ({"residual": "tie"} if self.residual == "auto" else {})
+        missing = [f"align.{key} {value}" for key, value in needed.items() if values[key] != value]
         if missing:
             raise FusionError(
                 "align.stream rotation is one map for the whole stream and one for each matched pair of heads, from "

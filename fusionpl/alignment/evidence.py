@@ -47,7 +47,7 @@ class ActivationEvidence:
         self._unscaled: Scale = "center" if centred else "none"
 
     def needs(self, axis: str) -> tuple[str, ...]:
-        """None: activations are compared as they are."""
+        """No axes: activations are compared as they are."""
         return ()
 
     def stacked(self, axes: Sequence[str], maps: Mapping[str, TransportMap]) -> Gram:

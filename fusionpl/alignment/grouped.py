@@ -34,7 +34,7 @@ def needs_groups(binding: Binding, group: Sequence[str]) -> bool:
 
 
 def grouped_heads(binding: Binding, group: Sequence[str], config: AlignConfig) -> "GroupedHeads":
-    """The problem of such an attention."""
+    """The problem that matches the heads of one attention in groups; see `needs_groups`."""
     q, k = next(circuit for circuit in binding.circuits if circuit[0] in group)
     rest = [name for name in group if name not in (q, k)]
     v = next(name for name in rest if not binding.axes[name].repeats)
@@ -60,7 +60,7 @@ class GroupedHeads(Pairwise):
     rotation: bool
 
     def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
-        """Rotary heads need one width and one share of it that is rotated."""
+        """Raises FusionError where rotary heads differ, or where the solver needs heads of one width."""
         ours, theirs = (binding.axes[self.k] for binding in (parent, target))
         if ours.pairs and (ours.width, ours.pairs) != (theirs.width, theirs.pairs):
             raise FusionError(
@@ -94,16 +94,16 @@ class GroupedHeads(Pairwise):
         qk = None
         if others:
             qk = dict(zip(places, self._units([others[i][j] for i, j in places], pair), strict=True))
-        found: dict[str | Pair, TransportMap] = {self.v: assembled(plan, vo)}
+        solutions: dict[str | Pair, TransportMap] = {self.v: assembled(plan, vo)}
         if self.out is not None:
             members = plan[:, None, :, None] * scores.members.transpose(1, 2)
             n, m = (count * each for count, each in zip(plan.shape, scores.members.shape[2:], strict=True))
             whole = members.reshape(n, m)
             ours, theirs = scores.members.shape[2:]
-            found[self.out] = assembled(whole, {(i, j): vo[i // ours, j // theirs] for i, j in used(whole)})
+            solutions[self.out] = assembled(whole, {(i, j): vo[i // ours, j // theirs] for i, j in used(whole)})
         for axis, keys in ((self.q, False), (self.k, True)):
-            found[axis] = scores.map_of(plan, qk, keys=keys)
-        return found
+            solutions[axis] = scores.map_of(plan, qk, keys=keys)
+        return solutions
 
     def _others(self, pair: Comparison, maps: Mapping[str, TransportMap], scores: "_Scores") -> list[list[Gram]]:
         """The Gram of the units that no angle turns, of each pair of groups: keys with the matched queries."""
@@ -119,10 +119,10 @@ class GroupedHeads(Pairwise):
         free = slice(first, None)
 
         def together(i: int, j: int) -> Gram:
-            found = k[i][j].block(free, free)
+            gram = k[i][j].block(free, free)
             for g, h in used(scores.members[i, j]):
-                found = found + q[i * ours.members + g][j * theirs.members + h].block(free, free)
-            return found
+                gram = gram + q[i * ours.members + g][j * theirs.members + h].block(free, free)
+            return gram
 
         return [[together(i, j) for j in range(theirs.groups)] for i in range(ours.groups)]
 
@@ -133,14 +133,14 @@ class GroupedHeads(Pairwise):
         """Where the units are seen, and how heads are matched."""
         if axis == self.out:
             return f"the heads of {self.v}, in the order of the queries"
-        found = binding.axes[axis]
-        pairs = f"{found.pairs} frequency pairs a head"
+        units = binding.axes[axis]
+        pairs = f"{units.pairs} frequency pairs a head"
         inside = {
             "pairs": f", {pairs} rotated and scaled",
             "signs": f", signs of {pairs} and scale",
-        }.get(found.kind, ", rotated" if self.rotation else "")
+        }.get(units.kind, ", rotated" if self.rotation else "")
         inside += f" with {self.k if axis == self.q else self.q}" if axis != self.v else ""
-        grouped = f", queries in groups of {found.members}" if found.members > 1 else ""
+        grouped = f", queries in groups of {units.members}" if units.members > 1 else ""
         return f"{seen_at(axis, binding, self.keys)}, heads matched{grouped}{inside}"
 
 
@@ -176,10 +176,14 @@ class _Scores:
     def of(cls, pair: Comparison, maps: Mapping[str, TransportMap], q: str, k: str) -> "_Scores":
         axes = pair.parent.axes[q], pair.target.axes[q]
         queries, keys = pair.evidence.raw(q, maps), pair.evidence.raw(k, maps)
-        (zq, rest), (zk, _) = (_planes(inner, *(one.axes[name] for one in (pair.parent, pair.target)))
+        (zq, rest), (zk, _) = (_planes(inner, *(binding.axes[name] for binding in (pair.parent, pair.target)))
                                for inner, name in ((queries, q), (keys, k)))  # fmt: skip
         of_keys = _squares(keys.parent, pair.parent.axes[k]), _squares(keys.anchor, pair.target.axes[k])
-        sizes = (_squares(queries.parent, axes[0]), _squares(queries.anchor, axes[1]), *(one[:, 0] for one in of_keys))
+        sizes = (
+            _squares(queries.parent, axes[0]),
+            _squares(queries.anchor, axes[1]),
+            *(squares[:, 0] for squares in of_keys),
+        )
         zk = zk[:, :, 0, 0]
         by_q, by_k = cls._weights(axes[0], sizes)
         zq, zk = zq * by_q, zk * by_k
@@ -191,8 +195,8 @@ class _Scores:
             if ours * theirs > 1:
                 gain = (turns.conj()[:, :, None, None] * zq).real.sum(-1) + rest
                 for i, row in enumerate(gain):
-                    for j, one in enumerate(row):
-                        members[i, j] = solve(-one, "assignment" if ours == theirs else "emd").plan
+                    for j, gains in enumerate(row):
+                        members[i, j] = solve(-gains, "assignment" if ours == theirs else "emd").plan
             total = zk + count * (members[..., None] * zq).sum((2, 3))
             turns = _turn(total, axes[0])
         reached = (turns.conj() * total).real.sum(-1)
@@ -245,14 +249,14 @@ class _Scores:
             heads = torch.ones_like(members[:1, :1]) if keys else members / members.sum(0).clamp_min(_TINY)
             heads = share[i, j] * heads * self._head_scale(i, j, keys=keys)
             whole[i, :, :, j] = heads[:, None, :, None] * inside[:, None]
-        found = TransportMap(whole.flatten(3).flatten(0, 2), "heads", "orthogonal")
+        transport = TransportMap(whole.flatten(3).flatten(0, 2), "heads", "orthogonal")
         if rest is None:
-            return found
+            return transport
         return TransportMap(
-            found.plan, "heads", "orthogonal",
-            cost=sum(float(plan[place]) * (one.cost or 0.0) for place, one in rest.items()),
-            converged=all(one.converged for one in rest.values()),
-            marginal_error=max(one.marginal_error for one in rest.values()),
+            transport.plan, "heads", "orthogonal",
+            cost=sum(float(plan[place]) * (unit_map.cost or 0.0) for place, unit_map in rest.items()),
+            converged=all(unit_map.converged for unit_map in rest.values()),
+            marginal_error=max(unit_map.marginal_error for unit_map in rest.values()),
         )  # fmt: skip
 
     def _scale(self, i: int, j: int, *, keys: bool) -> Tensor:
@@ -260,8 +264,8 @@ class _Scores:
         qa, qb = self.sizes[0][i].mean(0), self.sizes[1][j].mean(0)
         if self.parent.kind != "pairs":
             return torch.ones_like(qa)
-        found = _root(qb * self.sizes[2][i], self.sizes[3][j] * qa)
-        return 1 / found if keys else found
+        ratio = _root(qb * self.sizes[2][i], self.sizes[3][j] * qa)
+        return 1 / ratio if keys else ratio
 
     def _head_scale(self, i: int, j: int, *, keys: bool) -> Tensor:
         """[members of the parent, of the anchor]: behind norms the size of a head is free."""

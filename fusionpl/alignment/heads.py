@@ -39,12 +39,12 @@ def match_heads(
     pairs = {name: pairs_of(inner, heads) for name, inner in circuits.items()}
     if plan is None:
         plan = head_map([compare(each) for each in pairs.values()]).plan
-    found = {}
+    maps = {}
     for name, each in pairs.items():
         places = used(plan)
         units = solve_units([each[i][j] for i, j in places])
-        found[name] = assembled(plan, dict(zip(places, units, strict=True)))
-    return found
+        maps[name] = assembled(plan, dict(zip(places, units, strict=True)))
+    return maps
 
 
 def head_map(costs: list[Tensor]) -> TransportMap:
@@ -62,7 +62,7 @@ def unit_costs(pairs: Pairs, config: AlignConfig) -> Tensor:
     """The cost of each pair of heads at its best hard alignment."""
     sizes = pairs[0][0].cross.shape
     solver: Solver = "assignment" if sizes[0] == sizes[1] else "emd"
-    costs = [[solve(ground_metric(one, config.metric, "none"), solver).cost for one in row] for row in pairs]
+    costs = [[solve(ground_metric(gram, config.metric, "none"), solver).cost for gram in row] for row in pairs]
     return torch.tensor(costs, dtype=torch.float64).to(pairs[0][0].cross.device)
 
 
@@ -83,17 +83,17 @@ def assembled(plan: Tensor, units: Mapping[tuple[int, int], TransportMap]) -> Tr
     height, width = some.plan.shape
     ours, theirs = plan.shape
     whole = torch.zeros(ours, height, theirs, width, dtype=torch.float64, device=plan.device)
-    for (i, j), one in units.items():
-        whole[i, :, j] = plan[i, j] * one.plan
-    found = replace(
+    for (i, j), unit_map in units.items():
+        whole[i, :, j] = plan[i, j] * unit_map.plan
+    whole_map = replace(
         some,
         plan=whole.view(ours * height, theirs * width),
-        cost=sum(float(plan[place]) * (one.cost or 0.0) for place, one in units.items()),
-        iterations=max((one.iterations or 0 for one in units.values()), default=None),
-        converged=all(one.converged for one in units.values()),
-        marginal_error=max(one.marginal_error for one in units.values()),
+        cost=sum(float(plan[place]) * (unit_map.cost or 0.0) for place, unit_map in units.items()),
+        iterations=max((unit_map.iterations or 0 for unit_map in units.values()), default=None),
+        converged=all(unit_map.converged for unit_map in units.values()),
+        marginal_error=max(unit_map.marginal_error for unit_map in units.values()),
     )
     if some.scaling != "orthogonal":
-        return found
+        return whole_map
     # no marginal normalises an orthogonal map: that of the heads is taken out here
-    return replace(found, plan=theirs * found.plan, read_gain=some.read_gain * ours / theirs)
+    return replace(whole_map, plan=theirs * whole_map.plan, read_gain=some.read_gain * ours / theirs)

@@ -26,7 +26,7 @@ class Plans:
         self._kept = kept
 
     def keep(self, plan: Tensor) -> bytes:
-        """Keeps a plan; what it is known by."""
+        """Keeps a plan and returns the key by which it is read again."""
         key = hashlib.blake2b(bytes_of(plan.cpu().contiguous()), digest_size=16, key=repr(plan.shape).encode()).digest()
         if key not in self._kept:
             self._kept[key] = plan
@@ -79,14 +79,20 @@ class Maps(Mapping[str, TransportMap]):
 
     def joined(self, found: Found) -> "Maps":
         """These maps and those that were found."""
-        keys = {id(one.plan): self._plans.keep(one.plan) for axis, one in found.items() if isinstance(axis, str)}
-        more = Maps(self._plans)
-        more._entries = dict(self._entries) | {
-            axis: _Entry(replace(one, plan=torch.empty(0)), one.plan.shape, keys[id(one.plan)])
-            for axis, one in found.items()
+        keys = {
+            id(transport.plan): self._plans.keep(transport.plan)
+            for axis, transport in found.items()
             if isinstance(axis, str)
         }
-        more.joint = dict(self.joint) | {axis: one for axis, one in found.items() if isinstance(axis, tuple)}
+        more = Maps(self._plans)
+        more._entries = dict(self._entries) | {
+            axis: _Entry(replace(transport, plan=torch.empty(0)), transport.plan.shape, keys[id(transport.plan)])
+            for axis, transport in found.items()
+            if isinstance(axis, str)
+        }
+        more.joint = dict(self.joint) | {
+            axis: transport for axis, transport in found.items() if isinstance(axis, tuple)
+        }
         return more
 
     def shape(self, axis: str) -> torch.Size:

@@ -45,7 +45,7 @@ class Comparison:
 
     @property
     def activations(self) -> ActivationEvidence:
-        """The evidence, which is activations."""
+        """The evidence of a problem that only activations can solve."""
         assert isinstance(self.evidence, ActivationEvidence)  # AlignConfig has refused weights
         return self.evidence
 
@@ -60,7 +60,7 @@ class Comparison:
         return any(axis in circuit for circuit in self.parent.circuits)
 
     def rescaled(self, axis: str, found: TransportMap) -> TransportMap:
-        """Keeps the scores of attention between heads of different width; the released code does not."""
+        """Scales a map so that attention scores survive another width of heads; the released code does not."""
         if self.config.scaling == "source":
             return found
         ours, theirs = (binding.axes[axis].size / binding.axes[axis].heads for binding in (self.parent, self.target))
@@ -184,16 +184,16 @@ class Pairwise(Problem):
 
     def solve(self, observed: Observed, maps: Sequence[Maps]) -> list[Found]:
         """Solves it for one parent after the other. A stream goes unchanged past a block that a parent has not."""
-        found: list[Found] = []
+        solutions: list[Found] = []
         for index, known in enumerate(maps):
             if index == observed.anchor:
-                found.append({})
+                solutions.append({})
             elif self.whole or self.section not in observed.missing[index]:
-                found.append(self.solve_for(observed.compare(index), known))
+                solutions.append(self.solve_for(observed.compare(index), known))
             else:
                 before = {axis: _before(axis, observed.parents[index], observed.missing[index]) for axis in self.axes}
-                found.append({axis: known[other] for axis, other in before.items() if other != axis})
-        return found
+                solutions.append({axis: known[other] for axis, other in before.items() if other != axis})
+        return solutions
 
 
 def _before(axis: str, binding: Binding, missing: frozenset[str]) -> str:
@@ -214,7 +214,7 @@ def ordered(problems: Iterable[Problem], evidence: Evidence | None) -> list[Prob
 
 
 def solve_all(problems: Sequence[Problem], observed: Observed, maps: Sequence[Maps]) -> list[Maps]:
-    """The parents' maps, with those of the axes of some problems.
+    """Solves some problems, and returns each parent's maps with the new ones among them.
 
     Args:
         problems: of one section, or of whole networks.
@@ -222,12 +222,12 @@ def solve_all(problems: Sequence[Problem], observed: Observed, maps: Sequence[Ma
         maps: each parent's maps so far.
     """
     for problem in ordered(problems, next(iter(observed.evidence), None)):
-        maps = [known.joined(found) for known, found in zip(maps, problem.solve(observed, maps), strict=True)]
+        maps = [known.joined(solutions) for known, solutions in zip(maps, problem.solve(observed, maps), strict=True)]
     return list(maps)
 
 
 def solve_needed(axes: Iterable[str], pair: Comparison, maps: Mapping[str, TransportMap]) -> Mapping[str, TransportMap]:
-    """A parent's maps with those by which some axes are described, and those that these need."""
+    """A parent's maps, with all that must be known before some axes are compared."""
     reached: dict[Problem, None] = {}
     ahead = [needed for axis in axes for needed in pair.evidence.needs(axis)]
     while ahead:
@@ -238,13 +238,15 @@ def solve_needed(axes: Iterable[str], pair: Comparison, maps: Mapping[str, Trans
     known = ChainMap[str, TransportMap]({}, maps)  # type: ignore[arg-type]  # of these it only reads
     for problem in ordered(reached, pair.evidence):
         assert isinstance(problem, Pairwise)  # one stream compares no weights
-        known.update({axis: one for axis, one in problem.solve_for(pair, known).items() if isinstance(axis, str)})
+        known.update(
+            {axis: solution for axis, solution in problem.solve_for(pair, known).items() if isinstance(axis, str)}
+        )
     return known
 
 
 def sizes_in(axes: Iterable[str], parent: Binding, target: Binding) -> tuple[int, int]:
     """The number of units of all `axes` together, in a parent and in the fused network."""
-    n, m = (sum(one.axes[axis].size for axis in axes) for one in (parent, target))
+    n, m = (sum(binding.axes[axis].size for axis in axes) for binding in (parent, target))
     return n, m
 
 

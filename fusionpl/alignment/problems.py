@@ -27,14 +27,16 @@ class Units(Pairwise):
     """One map from the units of one axis, or of all axes of a circuit together."""
 
     def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
-        """Solvers that pair units one by one need as many on both sides; flat heads need equal numbers of heads."""
+        """Raises FusionError where the solver needs as many units on both sides, or where numbers of heads differ."""
         check_one_width(config.solver, parent.axes[self.axes[0]].size, target.axes[self.axes[0]].size)
         _check_heads(self.axes[0], parent, target)
 
     def solve_for(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> Found:
         """Compares the units by what describes them."""
-        found = pair.solved(pair.evidence.stacked(self.axes, maps))
-        return dict.fromkeys(self.axes, pair.rescaled(self.axes[0], found) if pair.in_circuit(self.axes[0]) else found)
+        transport = pair.solved(pair.evidence.stacked(self.axes, maps))
+        return dict.fromkeys(
+            self.axes, pair.rescaled(self.axes[0], transport) if pair.in_circuit(self.axes[0]) else transport
+        )
 
     def summary(self, axis: str, binding: Binding) -> str:
         """Where the units are seen."""
@@ -46,21 +48,21 @@ class Gated(Pairwise):
     """A gate and what it multiplies, which move alike; the scale and the sign of what is multiplied are free."""
 
     def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
-        """See Units."""
+        """Raises FusionError where the solver needs as many units on both sides."""
         check_one_width(config.solver, parent.axes[self.axes[0]].size, target.axes[self.axes[0]].size)
 
     def solve_for(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> Found:
         """Compares gates, and what they multiply whatever its sign."""
         gate, partner = self.axes
         first, second = pair.evidence.stacked([gate], maps), pair.evidence.stacked([partner], maps)
-        found = pair.solved(first + replace(second, cross=second.cross.abs()))
-        signed = found
+        transport = pair.solved(first + replace(second, cross=second.cross.abs()))
+        signed = transport
         if pair.config.solver != "identity":
             plain = pair.evidence.raw(partner, maps)
-            ours, theirs = (torch.where(one > 0, one, 1.0).sqrt() for one in (plain.parent, plain.anchor))
+            ours, theirs = (torch.where(squares > 0, squares, 1.0).sqrt() for squares in (plain.parent, plain.anchor))
             signs = torch.where(second.cross < 0, -1.0, 1.0)
-            signed = replace(found, plan=found.plan * signs, sizes=(ours, theirs))
-        return {gate: found, partner: signed}
+            signed = replace(transport, plan=transport.plan * signs, sizes=(ours, theirs))
+        return {gate: transport, partner: signed}
 
     def summary(self, axis: str, binding: Binding) -> str:
         """Where the units are seen."""
@@ -74,21 +76,21 @@ class Joint(Pairwise):
     """One map over the units of both axes of a circuit, which may exchange them."""
 
     def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
-        """See Units."""
+        """Raises FusionError where the solver needs as many units on both sides, or where numbers of heads differ."""
         check_one_width(
-            config.solver, *(sum(one.axes[axis].size for axis in self.axes) for one in (parent, target))
+            config.solver, *(sum(binding.axes[axis].size for axis in self.axes) for binding in (parent, target))
         )  # fmt: skip
         _check_heads(self.axes[0], parent, target)
 
     def solve_for(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> Found:
         """Compares all units with all."""
         first, second = self.axes
-        found = pair.rescaled(first, pair.solved(pair.evidence.concatenated(self.axes, maps)))
+        transport = pair.rescaled(first, pair.solved(pair.evidence.concatenated(self.axes, maps)))
         n, m = pair.parent.axes[first].size, pair.target.axes[first].size
         return {
-            (first, second): found,
-            first: found.block(slice(n), slice(m)),
-            second: found.block(slice(n, None), slice(m, None)),
+            (first, second): transport,
+            first: transport.block(slice(n), slice(m)),
+            second: transport.block(slice(n, None), slice(m, None)),
         }
 
     def summary(self, axis: str, binding: Binding) -> str:
@@ -112,9 +114,9 @@ class Heads(Pairwise):
     order: str | None = None
 
     def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
-        """Solvers that pair units one by one need as many units in a head on both sides."""
+        """Raises FusionError where the solver needs as many units in a head on both sides."""
         if not self.rotation:
-            sizes = (one.axes[self.axes[0]] for one in (parent, target))
+            sizes = (binding.axes[self.axes[0]] for binding in (parent, target))
             check_one_width(config.solver, *(axis.size // axis.heads for axis in sizes))
 
     def solve_for(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> Found:
@@ -129,14 +131,16 @@ class Heads(Pairwise):
                 self.grams(pair, maps), heads, compare=lambda grams: unit_costs(grams, pair.config),
                 solve_units=lambda grams: [pair.solved(gram) for gram in grams], plan=plan,
             )  # fmt: skip
-        found: dict[str | Pair, TransportMap] = {}
+        solutions: dict[str | Pair, TransportMap] = {}
         for circuit in self.circuits:
             of_circuit = units[circuit[0]]
-            found |= dict.fromkeys(circuit, pair.rescaled(circuit[0], of_circuit) if len(circuit) > 1 else of_circuit)
-        return found
+            solutions |= dict.fromkeys(
+                circuit, pair.rescaled(circuit[0], of_circuit) if len(circuit) > 1 else of_circuit
+            )
+        return solutions
 
     def needs(self, evidence: Evidence | None) -> tuple[str, ...]:
-        """See Pairwise; and the order of the heads, where others have the same."""
+        """What its units are described by, and the order of the heads if other attentions share it."""
         return (*super().needs(evidence), *([self.order] if self.order else []))
 
     def heads(self, pair: Comparison) -> tuple[int, int]:
@@ -171,11 +175,11 @@ class Order(Pairwise):
 
     @property
     def whole(self) -> bool:
-        """The attentions stand in all blocks of a stack."""
+        """True: the attentions stand in all blocks of a stack."""
         return True
 
     def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
-        """`identity` needs one number of heads."""
+        """Raises FusionError where the solver is `identity` and numbers of heads differ."""
         if config.solver == "identity":
             check_one_width(config.solver, *sizes_in(self.axes, parent, target))
 
@@ -192,7 +196,7 @@ class Order(Pairwise):
         return {axis: head_map(costs)}
 
     def summary(self, axis: str, binding: Binding) -> str:
-        """What is compared."""
+        """What is compared, for a person."""
         heads = f", and the heads of {len(self.attentions)} blocks" if self.keys else ""
         return f"{seen_at(axis, binding, self.keys)}{heads}: one order for all"
 
@@ -211,11 +215,11 @@ class Stream(Pairwise):
 
     @property
     def whole(self) -> bool:
-        """The stream goes through all sections."""
+        """True: the stream goes through all sections."""
         return True
 
     def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
-        """Solvers that pair units one by one need as many units on both sides."""
+        """Raises FusionError where the solver needs as many units on both sides."""
         if not self.rotation:
             check_one_width(config.solver, parent.axes[self.axes[0]].size, target.axes[self.axes[0]].size)
 
@@ -223,15 +227,15 @@ class Stream(Pairwise):
         """Compares the units of the stream wherever it is seen."""
         if self.rotation:
             centred = pair.target.family.norm == "pre"
-            found = rotate_stream(pair.activations.unscaled(self.joins), centred=centred)
+            transport = rotate_stream(pair.activations.unscaled(self.joins), centred=centred)
         elif isinstance(pair.evidence, WeightEvidence):
-            found = self._from_weights(pair, maps)
+            transport = self._from_weights(pair, maps)
         else:
-            found = pair.solved(pair.evidence.stacked(self.joins, maps))
-        return dict.fromkeys(self.axes, found)
+            transport = pair.solved(pair.evidence.stacked(self.joins, maps))
+        return dict.fromkeys(self.axes, transport)
 
     def needs(self, evidence: Evidence | None) -> tuple[str, ...]:
-        """None: what reads the stream comes behind it."""
+        """No axes: what reads the stream comes behind it."""
         return ()
 
     def _from_weights(self, pair: Comparison, maps: Mapping[str, TransportMap]) -> TransportMap:
@@ -244,10 +248,10 @@ class Stream(Pairwise):
                 "nothing can be compared first; use align.evidence activations"
             )
         for _ in range(_TIE_ROUNDS):
-            found = pair.solved(pair.evidence.stacked(described, solve_needed(described, pair, maps)))
-            maps = ChainMap(dict.fromkeys(self.axes, found), maps)  # type: ignore[arg-type]  # it only reads
+            transport = pair.solved(pair.evidence.stacked(described, solve_needed(described, pair, maps)))
+            maps = ChainMap(dict.fromkeys(self.axes, transport), maps)  # type: ignore[arg-type]  # it only reads
             described = written
-        return found
+        return transport
 
     def _rests_on(self, axis: str, pair: Comparison) -> bool:
         """Whether the rows of an axis can be compared only once the stream has a map."""
@@ -262,7 +266,7 @@ class Stream(Pairwise):
         return False
 
     def summary(self, axis: str, binding: Binding) -> str:
-        """One map for all."""
+        """Says that one map is for all, and where it is from."""
         what = "rotation of the stream" if self.rotation else "tied to the stream"
         return what if self.keys else f"{what}, from all rows that write it"
 
@@ -280,7 +284,7 @@ class Joined(Pairwise):
     policy: Residual = "average"
 
     def check_for(self, parent: Binding, target: Binding, config: AlignConfig) -> None:
-        """`identity` needs one width."""
+        """Raises FusionError where the policy is `identity` and widths differ."""
         (axis,) = self.axes
         n, m = parent.axes[axis].size, target.axes[axis].size
         if self.policy == "identity" and n != m:
@@ -304,14 +308,14 @@ class Joined(Pairwise):
         return {axis: TransportMap(plan, f"join:{self.policy}", pair.config.scaling)}
 
     def needs(self, evidence: Evidence | None) -> tuple[str, ...]:
-        """What is added."""
+        """The axes that are added, as far as their maps decide."""
         if self.policy == "identity":
             return ()
         parts = {"skip": (self.join.skip,), "branch": (self.join.branch,)}
         return parts.get(self.policy, (self.join.skip, self.join.branch))
 
     def summary(self, axis: str, binding: Binding) -> str:
-        """What is added."""
+        """What is added and by which policy, for a person."""
         return f"join ({self.policy}) of {self.join.skip} + {self.join.branch}"
 
 

@@ -32,22 +32,24 @@ def rotate_stream(inner: Gram, *, centred: bool) -> TransportMap:
     cross = _centred(_centred(inner.cross, 0), 1)
     ones = torch.full((n, m), (n * m) ** -0.5, dtype=cross.dtype, device=cross.device)
     # Larger than what the streams' own directions can weigh: the ones vectors come first among the singular vectors.
-    found = procrustes(cross + 2 * cross.norm().clamp_min(1.0) * ones)
-    return replace(found, gain=scale, read_gain=1 / scale)
+    rotation = procrustes(cross + 2 * cross.norm().clamp_min(1.0) * ones)
+    return replace(rotation, gain=scale, read_gain=1 / scale)
 
 
 def dissimilarity(pairs: list[list[Gram]]) -> Tensor:
     """1 minus the cosine of two heads after the best rotation, for each pair: 0 where they are rotations of each
     other."""
-    norms = torch.stack([torch.stack([(one.parent.sum() * one.anchor.sum()).sqrt() for one in row]) for row in pairs])
-    crosses = torch.stack([torch.stack([one.cross for one in row]) for row in pairs])
+    norms = torch.stack(
+        [torch.stack([(gram.parent.sum() * gram.anchor.sum()).sqrt() for gram in row]) for row in pairs]
+    )
+    crosses = torch.stack([torch.stack([gram.cross for gram in row]) for row in pairs])
     alike: Tensor = torch.linalg.svdvals(crosses).sum(-1) / norms.clamp_min(1e-300)
     return 1 - alike
 
 
 def rotate_units(pairs: list[Gram]) -> list[TransportMap]:
     """The rotation of each pair of heads' circuit."""
-    return procrustes_batch(torch.stack([one.cross for one in pairs]))
+    return procrustes_batch(torch.stack([gram.cross for gram in pairs]))
 
 
 def _centred(matrix: Tensor, dim: int) -> Tensor:

@@ -57,9 +57,9 @@ class CalibrationSet:
 
     def head(self, samples: int) -> "CalibrationSet":
         """The batches that begin within the first samples of all ranks; what is kept of them is kept here."""
-        found = copy.copy(self)
-        found.firsts = [first for first in self.firsts if first < samples]
-        return found
+        subset = copy.copy(self)
+        subset.firsts = [first for first in self.firsts if first < samples]
+        return subset
 
     def __len__(self) -> int:
         return len(self.firsts)
@@ -202,9 +202,9 @@ class Cursor:
             index: the batch.
         """
         ends = self._ends(index, len(self.network.binding.stacks) - 1)
-        found, _ = self.network.leave(state, self.data[index], ends)
-        assert found is not None
-        return found
+        logits, _ = self.network.leave(state, self.data[index], ends)
+        assert logits is not None
+        return logits
 
 
 def sum_over_ranks(tensors: list[Tensor]) -> None:

@@ -104,8 +104,8 @@ def scores(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     names = ("logits", "prediction_logits", "logits_per_image", "image_embeds", "text_embeds", "last_hidden_state")
-    found: Tensor | None = next((one for name in names if (one := getattr(output, name, None)) is not None), None)
-    if found is None:
+    tensor: Tensor | None = next((value for name in names if (value := getattr(output, name, None)) is not None), None)
+    if tensor is None:
         raise FusionError(f"a model that returns {type(output).__name__} has none of {', '.join(names)} to compare; "
                           "take one with a head")  # fmt: skip
-    return found
+    return tensor

@@ -95,11 +95,11 @@ class Kept:
 
     def __delitem__(self, key: Hashable) -> None:
         """Forgets an entry; what comes later and has its sizes takes its place in the file."""
-        for one in {id(leaf): leaf for leaf in self._entries.pop(key)[0]}.values():
-            if isinstance(one, Tensor):
-                self.used -= _bytes(one)
-            elif isinstance(one, _Spilled):
-                self._free[one.size].append(one.start)
+        for entry in {id(leaf): leaf for leaf in self._entries.pop(key)[0]}.values():
+            if isinstance(entry, Tensor):
+                self.used -= _bytes(entry)
+            elif isinstance(entry, _Spilled):
+                self._free[entry.size].append(entry.start)
 
     def __getitem__(self, key: Hashable) -> Any:
         leaves, spec = self._entries[key]
@@ -113,7 +113,7 @@ class Kept:
             # A view would hold the whole tensor that it is a part of.
             return tensor.clone() if tensor.untyped_storage().nbytes() > size else tensor
         start = self._free[size].pop() if self._free[size] else self.spilled
-        found = _Spilled(start, size, tensor.shape, tensor.dtype, tensor.device)
+        spilled = _Spilled(start, size, tensor.shape, tensor.dtype, tensor.device)
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as this object
@@ -126,7 +126,7 @@ class Kept:
                 f"({error.strerror}); set TMPDIR to a folder with more, or lower calibration.samples"
             ) from error
         self.spilled = max(self.spilled, start + size)
-        return found
+        return spilled
 
     def _read(self, place: "_Spilled") -> Tensor:
         assert self._file is not None
@@ -162,7 +162,7 @@ class Store(Generic[K, V]):
         return (self._name, key) in self._kept
 
     def clear(self) -> None:
-        """Forgets all of them."""
+        """Forgets all values of this kind."""
         for key in [key for key in self._kept if isinstance(key, tuple) and key[0] == self._name]:
             del self._kept[key]
 

@@ -33,7 +33,7 @@ class Target(NamedTuple):
     total: str | None = None
 
     def key(self, section: str, index: int, batch: int) -> Hashable:
-        """Under which it is kept, of a network and a batch; that of the next section takes its place."""
+        """The key under which it is kept for a network and a batch; the next section writes over it."""
         return index, self.place.module.removeprefix(section), batch
 
 
@@ -92,14 +92,14 @@ def observe(
         {} if index == anchor else {key: _empty(binding, bindings[anchor], key, device) for key in wanted.keys}
         for index, binding in enumerate(bindings)
     ]
-    found = Statistics(moments)
+    statistics = Statistics(moments)
     shown, raw = _parted([(axis,) for axis in wanted.magnitudes], bindings[anchor])
     sums = {axis: torch.zeros(bindings[anchor].axes[axis].size + 1, dtype=torch.float64, device=device)
             for (axis,) in shown}  # fmt: skip
     axes = list(dict.fromkeys(axis for key in seen for axis in key))
     for axis in wanted.together:
         width = sum(binding.axes[axis].size for binding in bindings)
-        found.together[axis] = torch.zeros(width, width, dtype=torch.float64, device=device)
+        statistics.together[axis] = torch.zeros(width, width, dtype=torch.float64, device=device)
     order = [anchor, *(index for index in range(len(cursors)) if index != anchor)]
     tokens = data.meant(wanted.tokens)
     for batch in data:
@@ -121,9 +121,9 @@ def observe(
             else:
                 for key in seen:
                     moments[index][key].update(_beside(rows, key), _beside(theirs, key))
-        for axis, total in found.together.items():
+        for axis, total in statistics.together.items():
             total += self_product(torch.cat([joined[index][axis] for index in range(len(cursors))], dim=-1))
-    _sum(found, seen, sums)
+    _sum(statistics, seen, sums)
     for (axis,) in values:
         tap = bindings[anchor].taps[axis]
         for ours, state in zip(moments, states, strict=True):
@@ -132,8 +132,8 @@ def observe(
                                    parameter_units(states[anchor][tap.target], tap))  # fmt: skip
     for (axis,) in raw:
         tap = bindings[anchor].taps[axis]
-        found.magnitudes[axis] = parameter_units(states[anchor][tap.target], tap).double().abs().mean(0)
-    return found
+        statistics.magnitudes[axis] = parameter_units(states[anchor][tap.target], tap).double().abs().mean(0)
+    return statistics
 
 
 def _parted(keys: Iterable[Key], binding: Binding) -> tuple[list[Key], list[Key]]:
@@ -171,11 +171,13 @@ def _beside(rows: Mapping[str, Tensor], key: Key) -> Tensor:
     return rows[key[0]] if len(key) == 1 else torch.cat([rows[axis] for axis in key], dim=-1)
 
 
-def _sum(found: Statistics, keys: Sequence[Key], sums: Mapping[str, Tensor]) -> None:
+def _sum(statistics: Statistics, keys: Sequence[Key], sums: Mapping[str, Tensor]) -> None:
     """Adds up what all ranks saw, in one all-reduce, and turns sums of magnitudes into means."""
     if dist.is_initialized():
-        for ours in found.moments:
+        for ours in statistics.moments:
             ours.update({key: ours[key].unshifted() for key in keys if key in ours})
-        tensors = [tensor for ours in found.moments for key in keys if key in ours for tensor in ours[key].tensors()]
-        sum_over_ranks([*tensors, *sums.values(), *found.together.values()])
-    found.magnitudes |= {axis: total[:-1] / total[-1] for axis, total in sums.items()}
+        tensors = [
+            tensor for ours in statistics.moments for key in keys if key in ours for tensor in ours[key].tensors()
+        ]
+        sum_over_ranks([*tensors, *sums.values(), *statistics.together.values()])
+    statistics.magnitudes |= {axis: total[:-1] / total[-1] for axis, total in sums.items()}

@@ -81,32 +81,32 @@ class Restacked(SectionedModel):
         return frozenset(block for block, run in self._runs.items() if run.kept is None)
 
     def prepared(self, prepare: Prepare | None) -> SectionedModel:
-        """The same with other preparation."""
+        """The same network with its parameters prepared in another way."""
         return Restacked(self._source.prepared(prepare), self.module, self.binding, self._runs)
 
     def parameters(self, section: str) -> State:
         """The parameters of the block that stands for a section; of one that adds nothing, where there is none."""
         run = self._runs.get(section)
         if run is None:
-            found = self._source.parameters(section)
+            state = self._source.parameters(section)
         elif run.kept is None:
-            found = {name: self._blank(name) for name in self.binding.uses[section]}
+            state = {name: self._blank(name) for name in self.binding.uses[section]}
         else:
-            found = _renamed(self._source.parameters(run.kept), run.kept, section)
-        return found | self._end(section)
+            state = _renamed(self._source.parameters(run.kept), run.kept, section)
+        return state | self._end(section)
 
     def beneath(self, section: str) -> State:
-        """Also, for blocks that are taken together, the parameters of the others."""
+        """Parameters needed beside those of a section; for blocks that are taken together, also those of the others."""
         run = self._runs.get(section)
         if run is None:
             return self._source.beneath(section)
-        found: State = {}
+        state: State = {}
         for block in run.blocks if len(run.blocks) > 1 else ():
             if block != run.kept or self._ends:  # the one that is kept has another's norm
-                found |= self._source.parameters(block)
-        if found:
-            found |= _renamed(self._end(section), section, run.blocks[-1])
-        return {_ASIDE + name: tensor for name, tensor in found.items()}
+                state |= self._source.parameters(block)
+        if state:
+            state |= _renamed(self._end(section), section, run.blocks[-1])
+        return {_ASIDE + name: tensor for name, tensor in state.items()}
 
     def _end(self, section: str) -> State:
         """The parameters of the norm that ends a section of a post-LN network."""
@@ -129,16 +129,16 @@ class Restacked(SectionedModel):
     def enter(
         self, state: State, batch: Batch, ends: Sequence[Tensor] = (), places: Iterable[Place] = ()
     ) -> tuple[Tensor, list[Call], Seen]:
-        """See Network; the calls are of the other depth, and hold those of the network's own blocks."""
+        """Runs what stands before a stack; the calls are of the other depth, and hold those of its own blocks."""
         stack = len(ends)
         hidden, calls, seen = self._source.enter(state, batch, ends, places)
         own = dict(zip(self._source.binding.stacks[stack], calls, strict=True))
-        found: list[Call] = []
+        block_calls: list[Call] = []
         for block in self.binding.stacks[stack]:
             run = self._runs[block]
             args, keywords = own[run.kept] if run.kept else calls[0]  # what computes nothing is called like any other
-            found.append((args, {**keywords, _CALLS: {one: own[one] for one in run.blocks}}))
-        return hidden, found, seen
+            block_calls.append((args, {**keywords, _CALLS: {name: own[name] for name in run.blocks}}))
+        return hidden, block_calls, seen
 
     def through(
         self,
@@ -158,9 +158,11 @@ class Restacked(SectionedModel):
         keywords = {key: value for key, value in keywords.items() if key != _CALLS}
         if run.kept is None:
             return super().through(section, state, hidden, (args, keywords), places)
-        own = _renamed({name: one for name, one in state.items() if not name.startswith(_ASIDE)}, section, run.kept)
-        own |= {name.removeprefix(_ASIDE): one for name, one in state.items() if name.startswith(_ASIDE)}
-        there = {Place(_moved(one.module, section, run.kept), one.side): one for one in places}
+        own = _renamed(
+            {name: tensor for name, tensor in state.items() if not name.startswith(_ASIDE)}, section, run.kept
+        )
+        own |= {name.removeprefix(_ASIDE): tensor for name, tensor in state.items() if name.startswith(_ASIDE)}
+        there = {Place(_moved(place.module, section, run.kept), place.side): place for place in places}
         out, seen, entry = hidden, Seen(), hidden
         for block in run.blocks:
             looked_at = there if block == run.kept else ()
@@ -175,7 +177,7 @@ class Restacked(SectionedModel):
     def leave(
         self, state: State, batch: Batch, ends: Sequence[Tensor], places: Iterable[Place] = (), *, stop: bool = False
     ) -> tuple[Tensor | None, Seen]:
-        """See Network."""
+        """Runs the tail; see `SectionedModel.leave`."""
         return self._source.leave(state, batch, ends, places, stop=stop)
 
     def _blank(self, name: str) -> Tensor:

@@ -95,11 +95,11 @@ class SectionedModel:
         return SectionedModel(**{**{name: getattr(self, name) for name in names}, **changes})
 
     def prepared(self, prepare: Prepare | None) -> "SectionedModel":
-        """The same model with other preparation."""
+        """The same model with its parameters prepared in another way."""
         return self.but(prepare=prepare)
 
     def moved(self, module: nn.Module, move: Callable[[str, Tensor], Tensor]) -> "SectionedModel":
-        """A network of another module, whose parameters are made of this one's as they are read.
+        """A network of another module, whose parameters are computed from this one's as they are read.
 
         Args:
             module: like this one's, but for some sizes.
@@ -117,24 +117,24 @@ class SectionedModel:
         owners: dict[str, list[str]] = {}
         for name in self.binding.uses[section]:
             owners.setdefault(self.binding.owners[name], []).append(name)
-        found: State = {}
+        state: State = {}
         for owner, names in owners.items():
             if owner == section:
                 own = {name: self.read(name).to(self.device) for name in names}
                 check_finite(own, self.name)
                 own = in_float32(own) if self.float32 else own
-                found |= self.prepare(own, self.binding, section, self.name) if self.prepare else own
+                state |= self.prepare(own, self.binding, section, self.name) if self.prepare else own
             else:  # a tied one
                 others = self.parameters(owner)
-                found |= {name: others[name] for name in names}
-        return found
+                state |= {name: others[name] for name in names}
+        return state
 
     def state(self) -> State:
         """All parameters, prepared."""
-        found: State = {}
+        state: State = {}
         for section in self.binding.sections:
-            found = self.parameters(section) | found
-        return found
+            state = self.parameters(section) | state
+        return state
 
     def whole(self) -> nn.Module:
         """The model with all its prepared parameters, in eval mode."""
@@ -193,18 +193,18 @@ class SectionedModel:
             stop: go no further than the last of `places`.
             given: module -> what it puts out; it is not run.
         """
-        found = None
+        out = None
         returns = self.binding.family.stacks[self.binding.stack_of[section]].returns
         carried: dict[str, Any] = {}
         local = {name.removeprefix(f"{section}."): tensor for name, tensor in state.items()}
         hidden = hidden.to(_type_of(state))
         steps = {self.module.get_submodule(module): _giving(output) for module, output in (given or {}).items()}
         with _replaced(steps), captured(self.module, places, stop=stop) as seen:
-            found = functional_call(self.module.get_submodule(section), local, (hidden, *call[0]), call[1])
-            if isinstance(found, tuple):
-                found, *others = found
+            out = functional_call(self.module.get_submodule(section), local, (hidden, *call[0]), call[1])
+            if isinstance(out, tuple):
+                out, *others = out
                 carried = dict(zip(returns, others, strict=False))
-        return Passed(found, carried, {place: _by_sample(one, hidden) for place, one in seen.items()}, hidden)
+        return Passed(out, carried, {place: _by_sample(tensor, hidden) for place, tensor in seen.items()}, hidden)
 
     def leave(
         self, state: State, batch: Batch, ends: Sequence[Tensor], places: Iterable[Place] = (), *, stop: bool = False
@@ -221,10 +221,10 @@ class SectionedModel:
         Returns:
             The logits (None if stopped), and what was seen.
         """
-        found = None
+        logits = None
         with _replaced(self._passing(state, ends)), captured(self.module, places, stop=stop) as seen:
-            found = scores(self._run(state, batch))
-        return found, seen
+            logits = scores(self._run(state, batch))
+        return logits, seen
 
     def _passing(self, state: State, ends: Sequence[Tensor]) -> dict[nn.Module, Step]:
         """Steps past whole stacks of blocks, whose last ones put out what is known."""
@@ -241,11 +241,11 @@ class SectionedModel:
     def beneath(self, section: str) -> State:
         """The parameters that it takes to run a section beside its own: for a stem or the tail, those of the stems
         before it."""
-        found: State = {}
+        state: State = {}
         if section in self.binding.ends:
             for stem in self.binding.ends[: self.binding.ends.index(section)]:
-                found |= self.parameters(stem)
-        return found
+                state |= self.parameters(stem)
+        return state
 
     def states(self, section: str) -> State:
         """All parameters that it takes to run a section."""
@@ -268,14 +268,14 @@ class SectionedModel:
                 hidden, carried, *_ = self.through(section, self.states(section), hidden, call)  # type: ignore[assignment]
                 yield section, hidden
             ends.append(hidden)
-        found, _ = self.leave(self.states(TAIL), batch, ends)
-        assert found is not None
-        yield TAIL, found
+        logits, _ = self.leave(self.states(TAIL), batch, ends)
+        assert logits is not None
+        yield TAIL, logits
 
     def logits(self, batch: Batch) -> Tensor:
         """Runs the whole network on a batch, with one section in memory at a time; the logits."""
-        *_, (_, found) = self.walk(batch)
-        return found
+        *_, (_, logits) = self.walk(batch)
+        return logits
 
     def _run(self, state: State, batch: Batch) -> Any:
         args, keywords = arguments(self.module, batch, next(iter(state.values())))

@@ -82,10 +82,10 @@ def recorded(
         unless `gradients` are wanted.
     """
     taps = [tap for axis in axes if (tap := binding.taps[axis]).kind != "parameter"]
-    found: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
     with captured(model, map(place_of, taps), gradients=gradients) as seen:
-        yield found
-    found.update({tap.axis: units_of(seen, tap) for tap in taps})
+        yield activations
+    activations.update({tap.axis: units_of(seen, tap) for tap in taps})
 
 
 def place_of(tap: Tap) -> Place:

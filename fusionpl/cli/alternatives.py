@@ -17,7 +17,7 @@ def compared(words: Sequence[str]) -> tuple[dict[str, FuseConfig], list[str]]:
     Raises:
         FusionError: it is neither an alternative nor a file, or the file is no preset.
     """
-    found = {}
+    configs = {}
     for word in words:
         if word in ALTERNATIVES:
             continue
@@ -27,5 +27,5 @@ def compared(words: Sequence[str]) -> tuple[dict[str, FuseConfig], list[str]]:
                 f"--compare: there is no '{word}'{nearest(word, known)}; use {', '.join(known)}, or a file of your own"
             )
         file = preset("fuse", word)
-        found[f"fused ({file.stem})"] = load_config(file)
-    return found, [name for name in ALTERNATIVES if name in words]
+        configs[f"fused ({file.stem})"] = load_config(file)
+    return configs, [name for name in ALTERNATIVES if name in words]

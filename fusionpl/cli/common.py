@@ -73,7 +73,7 @@ def _stopping() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield came
         return
-    numbers = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield came
@@ -130,8 +130,8 @@ def _stopped(signals: Sequence[int]) -> str:
 
 def _allocation(error: BaseException) -> str:
     """What could not be allocated, without where in the library."""
-    found = re.search(r"[Tt]ried to allocate [\d.]+ ?\w+", str(error))
-    return found[0] if found else reason(error)
+    match = re.search(r"[Tt]ried to allocate [\d.]+ ?\w+", str(error))
+    return match[0] if match else reason(error)
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str], default: Path) -> Namespace:
@@ -164,14 +164,14 @@ def parse_options(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
 
 def configs_in(argv: Sequence[str]) -> list[tuple[int, str]]:
     """What `--config` names: the place of the word that ends with it, and the name."""
-    found = []
+    places = []
     for at, word in enumerate(argv):
         option, equals, value = word.partition("=")
         if option == "--config" and equals:
-            found.append((at, value))
+            places.append((at, value))
         elif option == "--config" and at + 1 < len(argv):
-            found.append((at + 1, argv[at + 1]))
-    return found
+            places.append((at + 1, argv[at + 1]))
+    return places
 
 
 def with_presets(argv: Sequence[str], kind: str) -> list[str]:
@@ -185,8 +185,8 @@ def with_presets(argv: Sequence[str], kind: str) -> list[str]:
         FusionError: there is no such file or preset, or it holds no settings.
     """
     if "--list-presets" in argv:
-        found = presets(kind)
-        print(*(f"{name.ljust(max(map(len, found)))}  {what}" for name, what in found.items()), sep="\n")
+        descriptions = presets(kind)
+        print(*(f"{name.ljust(max(map(len, descriptions)))}  {what}" for name, what in descriptions.items()), sep="\n")
         raise SystemExit(0)
     words = list(argv)
     for place, name in configs_in(argv):
@@ -224,7 +224,7 @@ def parser_for(argv: Sequence[str], option: str, build: Callable[[TaskName], Arg
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument(option, dest="models", nargs="+", default=[])
     known, _ = peek.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    origin = next((found for found in map(settings_in, known.models) if found), {})
+    origin = next((settings for settings in map(settings_in, known.models) if settings), {})
     return parser_like(argv, origin, known.models[:1], build)
 
 
@@ -323,8 +323,8 @@ def new_parser(description: str, *, presets: bool = True) -> ArgumentParser:
 
 def settings_of(parser: ArgumentParser, options: Namespace) -> dict[str, Any]:
     """What decides a result, as plain values: `--config` reads it back. Leaves out where the output goes."""
-    kept = options.clone()
+    result_options = options.clone()
     for key in ("config", "output", "overwrite", "resume", "push_to", "push_private"):
-        kept.pop(key, None)
-    settings: dict[str, Any] = yaml.safe_load(parser.dump(kept, skip_validation=True))
+        result_options.pop(key, None)
+    settings: dict[str, Any] = yaml.safe_load(parser.dump(result_options, skip_validation=True))
     return settings

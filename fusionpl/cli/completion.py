@@ -36,7 +36,7 @@ def build_parser() -> ArgumentParser:
 
 
 def run(argv: Sequence[str]) -> None:
-    """The command.
+    """Prints the script with which a shell completes fusionpl.
 
     Raises:
         FusionError: the shell is not known.
@@ -67,4 +67,4 @@ def _values(hint: Any) -> list[str]:
         return ["true", "false"]
     if get_origin(hint) is Literal:
         return [str(value) for value in get_args(hint)]
-    return [value for one in get_args(hint) for value in _values(one)]
+    return [value for member in get_args(hint) for value in _values(member)]

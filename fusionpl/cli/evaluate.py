@@ -38,7 +38,7 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
 
 
 def run(argv: Sequence[str]) -> None:
-    """The command; see `--help`.
+    """Runs the command; see `--help`.
 
     Raises:
         FusionError: a user's mistake.

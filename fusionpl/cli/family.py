@@ -16,7 +16,7 @@ from fusionpl.models.folders import check_there
 
 
 def run(argv: Sequence[str]) -> None:
-    """The command.
+    """Drafts the family of a model, or reads a given one, and checks it; see `--help`.
 
     Raises:
         FusionError: a user's mistake, or what is wrong with the family.

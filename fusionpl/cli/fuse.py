@@ -76,9 +76,9 @@ class Asked:
             raise FusionError("--compare adds rows to the report, and --report none makes none; leave one of them out")
         if alternatives:
             check_trains(args.task)
-        for one in (config, *presets.values()):
-            mixing_weights(one.weights, len(parents))
-            resolve_anchor(one, len(parents))
+        for candidate in (config, *presets.values()):
+            mixing_weights(candidate.weights, len(parents))
+            resolve_anchor(candidate, len(parents))
         check_there(args.parents)
         output = Path(args.output or in_sweep(_default_output(args.parents)))
         if not (args.dry_run or args.check or args.advise):
@@ -88,7 +88,7 @@ class Asked:
 
 
 def run(argv: Sequence[str]) -> None:
-    """The command; see `--help`.
+    """Runs the command; see `--help`.
 
     Raises:
         FusionError: a user's mistake.

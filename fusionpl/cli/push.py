@@ -14,7 +14,7 @@ from fusionpl.models.push import check_push
 
 
 def build_parser() -> ArgumentParser:
-    """The options."""
+    """The options of the command."""
     parser = new_parser("Puts a finished model on the hub, with its card and its report's pictures.", presets=False)
     parser.add_argument("run", type=str, help="what fuse or finetune wrote")
     parser.add_argument("--to", type=str | None, help="the repository, org/name; made where there is none")
@@ -24,7 +24,7 @@ def build_parser() -> ArgumentParser:
 
 
 def run(argv: Sequence[str]) -> None:
-    """The command; see `--help`.
+    """Runs the command; see `--help`.
 
     Raises:
         FusionError: a user's mistake.

@@ -22,7 +22,7 @@ Cell = dict[str, Any]
 
 
 def run(argv: Sequence[str]) -> None:
-    """The command: every combination of the swept values, evaluated on the test split.
+    """Fuses with every combination of the swept values, and evaluates each on the test split.
 
     Raises:
         FusionError: a user's mistake.

@@ -161,13 +161,13 @@ class FixedSplits(L.LightningDataModule):
         batch = self.sample()
         try:
             with torch.no_grad(), eval_mode(model):
-                found = run(batch) if run else logits(model, batch)
+                outputs = run(batch) if run else logits(model, batch)
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:  # each library has its own
             raise FusionError(f"the {name} can't read the data of '{path}': {reason(error)}") from error
         wanted = batch["labels"].ndim + (self.kind != TAGS)
-        if found.ndim != wanted or not self.fits(found.shape[-1]):
+        if outputs.ndim != wanted or not self.fits(outputs.shape[-1]):
             raise FusionError(
-                f"the {name} puts out {' x '.join(map(str, found.shape[1:]))} numbers a sample, which does not fit "
+                f"the {name} puts out {' x '.join(map(str, outputs.shape[1:]))} numbers a sample, which does not fit "
                 f"the {self.num_classes} classes of '{path}'; choose its own data with --task and --data"
             )
 

@@ -235,11 +235,13 @@ def _check_normalize(given: str | Mapping[str, Any]) -> None:
                 "{mean: [0.5], std: [0.25]}"
             )
         return
-    mean, std = (one if isinstance(one, list) else [one] for one in (given.get(key, []) for key in ("mean", "std")))
+    mean, std = (
+        value if isinstance(value, list) else [value] for value in (given.get(key, []) for key in ("mean", "std"))
+    )
     if given.keys() != {"mean", "std"} or len(mean) != len(std) or len(mean) not in (1, 3):
         raise FusionError(
             f"data.normalize is {dict(given)}; give mean and std, of one number or of one for each channel: "
             "{mean: [0.5], std: [0.25]}"
         )
-    if not all(isfinite(one) for one in mean) or not all(isfinite(one) and one > 0 for one in std):
+    if not all(isfinite(number) for number in mean) or not all(isfinite(number) and number > 0 for number in std):
         raise FusionError(f"data.normalize: std must be above 0, and all of {dict(given)} finite")

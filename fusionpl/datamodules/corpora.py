@@ -80,16 +80,16 @@ def blocks_of(documents: Documents, tokenizer: Any, frame: Frame, *, count_bytes
     def cut(batch: Mapping[str, list[str]]) -> dict[str, list[Any]]:
         texts = [text or "" for text in batch["text"]]  # an empty cell of a table holds none
         texts = [f"{text}\n" if frame.lines and text and not text.endswith("\n") else text for text in texts]
-        found = tokenizer(
+        encoding = tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False,
             return_offsets_mapping=count_bytes,
         )  # fmt: skip
-        tokens = [token for document in found["input_ids"] for token in document]
+        tokens = [token for document in encoding["input_ids"] for token in document]
         starts = range(0, len(tokens) - frame.inner + 1, step)
         ids = [[*frame.first, *tokens[start : start + frame.inner], *frame.last] for start in starts]
         if not count_bytes:
             return {"input_ids": ids}
-        ends = [0, *_ends(texts, found["offset_mapping"])]
+        ends = [0, *_ends(texts, encoding["offset_mapping"])]
         return {"input_ids": ids, "bytes": [ends[at + frame.inner] - ends[at + frame.shared] for at in starts]}
 
     return documents.map(cut, batched=True, batch_size=1000, remove_columns=["text"])
@@ -172,12 +172,12 @@ def _by_word(rest: Documents, shares: Mapping[str, float]) -> dict[str, Document
     import datasets
 
     text = "\n".join(text or "" for text in rest["text"])
-    found = {}
+    parts = {}
     for part, share in shares.items():
         at = int(len(text) * (1 - share))
         at = max(text.rfind(" ", 0, at), text.rfind("\n", 0, at)) + 1 or at
-        text, found[part] = text[:at], text[at:]
-    return {part: datasets.Dataset.from_dict({"text": [one]}) for part, one in {"train": text, **found}.items()}
+        text, parts[part] = text[:at], text[at:]
+    return {part: datasets.Dataset.from_dict({"text": [words]}) for part, words in {"train": text, **parts}.items()}
 
 
 def _streamed(splits: Mapping[str, Documents]) -> dict[str, Documents]:

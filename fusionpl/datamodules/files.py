@@ -52,8 +52,8 @@ def folder_arguments(folder: Path) -> dict[str, Any]:
     if kinds[IMAGES]:  # tables beside images tell about them
         kinds = Counter({IMAGES: kinds[IMAGES]})
     if len(kinds) > 1 and not described:
-        found = " and ".join(f"{count:,} of {kind}" for kind, count in kinds.most_common())
-        raise FusionError(f"{folder} has data files of several kinds, {found}; keep one kind there, or name a file")
+        counts = " and ".join(f"{count:,} of {kind}" for kind, count in kinds.most_common())
+        raise FusionError(f"{folder} has data files of several kinds, {counts}; keep one kind there, or name a file")
     return {"path": str(folder), **(_reading("text") if "text" in kinds else {})}
 
 

@@ -34,7 +34,7 @@ class ImageSet(Dataset[dict[str, Tensor]]):
 
     def to(self, device: torch.device | str) -> "ImageSet":
         """The same images on another device."""
-        return ImageSet(*(one.to(device) for one in (self.pixels, self.labels, self.scale, self.shift)))
+        return ImageSet(*(tensor.to(device) for tensor in (self.pixels, self.labels, self.scale, self.shift)))
 
     @property
     def device(self) -> torch.device:
@@ -106,11 +106,11 @@ class ImageDataModule(FixedSplits):
         Raises:
             FusionError: mean and deviation are of another number of channels.
         """
-        found = (self._processing or ImageProcessing()).at(self._size or (DEFAULT_SIZE, DEFAULT_SIZE))
+        processing = (self._processing or ImageProcessing()).at(self._size or (DEFAULT_SIZE, DEFAULT_SIZE))
         given = self._normalization
         if given is not None:
-            found = replace(found, mean=given.mean, std=given.std, decreed=True)
-        return found.of_channels(self.channels)
+            processing = replace(processing, mean=given.mean, std=given.std, decreed=True)
+        return processing.of_channels(self.channels)
 
     def follow(self, model: nn.Module, processing: ImageProcessing | None = None) -> None:
         """Takes size, channels and preparation of images from `model` where the options leave them open."""
@@ -177,7 +177,7 @@ def normalization(given: str | Mapping[str, Any]) -> ImageProcessing | None:
         return None
     if isinstance(given, str):
         return NORMALIZATIONS[given]
-    mean, std = (one if isinstance(one, list) else [one] for one in (given[key] for key in ("mean", "std")))
+    mean, std = (value if isinstance(value, list) else [value] for value in (given[key] for key in ("mean", "std")))
     return ImageProcessing(tuple(mean), tuple(std))
 
 

@@ -26,14 +26,14 @@ class Labels:
     def named(self, names: tuple[str, ...]) -> "Labels":
         """The same labels by the numbers that they have in `names`, which may be more."""
         places = np.array([names.index(name) for name in self.names or ()])
-        found = {}
+        numbers = {}
         for split, values in self.values.items():
             if self.kind == TAGS:
-                found[split] = np.zeros((len(values), len(names)), dtype=values.dtype)
-                found[split][:, places] = values
+                numbers[split] = np.zeros((len(values), len(names)), dtype=values.dtype)
+                numbers[split][:, places] = values
             else:
-                found[split] = np.where(values < 0, values, places[values])
-        return replace(self, values=found, names=names)
+                numbers[split] = np.where(values < 0, values, places[values])
+        return replace(self, values=numbers, names=names)
 
     def like(self, names: tuple[str, ...] | None, outputs: int) -> tuple[str, ...] | None:
         """The names by which a model numbers these labels, if it does so otherwise; None if not, or if it has others.
@@ -80,38 +80,38 @@ def tags_of(
     Raises:
         FusionError: a row without a list, or with a member that is no tag; names split and row.
     """
-    every = [one for values in rows.values() for one in values if one is not None]
+    every = [row for values in rows.values() for row in values if row is not None]
     hot = of_columns or _is_hot(every)
     known = list(names or ())
     if not known:
         length = max(Counter(map(len, every)).most_common(1), default=(0, 0))[0]
-        known = list(map(str, range(length))) if hot else _named({member for one in every for member in one})
+        known = list(map(str, range(length))) if hot else _named({member for row in every for member in row})
     if not known:
         raise FusionError(f"the data set '{config.path}' has no label in any row of column '{column}'; name another "
                           "column with --data.label_column")  # fmt: skip
     numbers = {name: number for number, name in enumerate(known)}
-    found = {}
+    matrices = {}
     for split, values in rows.items():
-        matrix = np.stack([_row(one, numbers, hot=hot) for one in values]) if len(values) else np.empty((0, len(known)))
+        matrix = np.stack([_row(row, numbers, hot=hot) for row in values]) if len(values) else np.empty((0, len(known)))
         wrong = [int(row) for row in np.flatnonzero(~np.isfinite(matrix).all(1))]
         if wrong:
             flawed(config, split, wrong, f"column '{column}' holds {values[wrong[0]]}, which are no tags", len(values))
             matrix[wrong] = np.nan
-        found[split] = matrix.astype(np.float32)
-    return Labels(found, tuple(known), TAGS)
+        matrices[split] = matrix.astype(np.float32)
+    return Labels(matrices, tuple(known), TAGS)
 
 
 def _is_hot(rows: Sequence[Sequence[Any]]) -> bool:
     """Whether lists are rows of 0 and 1, most of one length of two or more; else they say which tags hold."""
     length, count = Counter(map(len, rows)).most_common(1)[0] if rows else (0, 0)
-    return length > 1 and 2 * count > len(rows) and {member for one in rows for member in one} <= {0, 1}
+    return length > 1 and 2 * count > len(rows) and {member for row in rows for member in row} <= {0, 1}
 
 
 def _named(members: set[Any]) -> list[str]:
     """Names in order; numbers count from 0."""
-    if all(isinstance(one, int) and one >= 0 for one in members):
+    if all(isinstance(member, int) and member >= 0 for member in members):
         return [str(number) for number in range(max(members, default=-1) + 1)]
-    return sorted(str(one) for one in members if one is not None)
+    return sorted(str(member) for member in members if member is not None)
 
 
 def _row(members: Sequence[Any] | None, numbers: Mapping[str, int], *, hot: bool) -> NDArray[np.float64]:

@@ -75,28 +75,28 @@ class Objective(ABC):
 
 
 class MaskedTokens(Objective):
-    """BERT's: some tokens are masked and predicted from both sides."""
+    """As BERT learns: some tokens are masked and predicted from both sides."""
 
     needs = ("cls_token", "sep_token", "mask_token")
 
     @staticmethod
     def train_tokenizer(texts: Iterable[str], config: Any) -> PreTrainedTokenizerBase:
-        """A WordPiece as BERT's."""
+        """A WordPiece tokenizer like BERT's."""
         return train_wordpiece(texts, config.vocab_size)
 
     @property
     def frame(self) -> Frame:
-        """[CLS], text, [SEP]."""
+        """Blocks are [CLS], text, [SEP]."""
         return Frame(self.config.block_size - 2, (self.tokenizer.cls_token_id,), (self.tokenizer.sep_token_id,))
 
     def examples(self, ids: Tensor) -> dict[str, Tensor]:
-        """The blocks, masked."""
+        """The blocks with some tokens masked; the labels are those tokens."""
         special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
         masked, labels = self._collator.torch_mask_tokens(ids.clone(), special_tokens_mask=special)
         return {"input_ids": masked, "labels": labels}
 
     def candidates(self, ids: Tensor) -> Tensor:
-        """Those between [CLS] and [SEP]."""
+        """All tokens between [CLS] and [SEP]."""
         return ids[:, 1:-1].flatten()
 
     def model_args(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class MaskedTokens(Objective):
 
 
 class NextTokens(Objective):
-    """GPT's: each token is predicted from those before it.
+    """As GPT learns: each token is predicted from those before it.
 
     A block has a token more than the model reads, which is the next block's first: so every token but the corpus' first
     is predicted once, and labels are shifted here and nowhere else.
@@ -120,26 +120,26 @@ class NextTokens(Objective):
 
     @staticmethod
     def train_tokenizer(texts: Iterable[str], config: Any) -> PreTrainedTokenizerBase:
-        """A BPE of bytes as GPT-2's, with a token for padding of its own."""
+        """A BPE tokenizer of bytes like GPT-2's, with its own token for padding."""
         special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
         return train_bpe(texts, config.vocab_size, special)
 
     @property
     def frame(self) -> Frame:
-        """Text alone."""
+        """Blocks are text alone, each one token longer than the model reads."""
         return Frame(self.config.block_size + 1, shared=1, lines=True)
 
     def examples(self, ids: Tensor) -> dict[str, Tensor]:
-        """The blocks but for their last token, and but for their first one."""
+        """The blocks without their last token; the labels are the blocks without their first."""
         return {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
 
     def candidates(self, ids: Tensor) -> Tensor:
-        """All but the first."""
+        """All tokens of a block but its first."""
         return ids[:, 1:].flatten()
 
 
 class Spans(Objective):
-    """T5's: spans are cut out of the encoder's text, a sentinel in the place of each, and the decoder gives them.
+    """As T5 learns: spans are cut out of the encoder's text, each replaced by a sentinel, and the decoder gives them.
 
     All blocks have as many spans and as many tokens in them, so nothing is padded (Raffel et al., 1910.10683, 3.1.4).
     """
@@ -168,7 +168,7 @@ class Spans(Objective):
 
     @property
     def frame(self) -> Frame:
-        """Text alone."""
+        """Blocks are text alone."""
         return Frame(self.config.block_size, lines=True)
 
     def examples(self, ids: Tensor) -> dict[str, Tensor]:
@@ -198,9 +198,9 @@ class Spans(Objective):
 
     def _drawn(self, count: int) -> Tensor:
         """Which tokens are cut out, bool [count, T]: text and spans in turn, each of random length, text first."""
-        kept = _parts(count, self.config.block_size - self._cut, self._spans)
+        text = _parts(count, self.config.block_size - self._cut, self._spans)
         cut = _parts(count, self._cut, self._spans)
-        runs = torch.stack([kept, cut], 2).flatten(1)
+        runs = torch.stack([text, cut], 2).flatten(1)
         ends = runs.cumsum(1)
         at = torch.arange(self.config.block_size).expand(count, -1).contiguous()
         return torch.searchsorted(ends, at, right=True) % 2 == 1

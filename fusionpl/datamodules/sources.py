@@ -56,8 +56,8 @@ def digits() -> Source:
     rows = {"train": train, "test": test}
 
     def decode(split: str, indices: Indices, processing: ImageProcessing, channels: int) -> tuple[Tensor, Indices]:
-        found = small[rows[split][indices]]
-        large = functional.interpolate(found, processing.size, mode="bilinear", align_corners=False)
+        images = small[rows[split][indices]]
+        large = functional.interpolate(images, processing.size, mode="bilinear", align_corners=False)
         return large.round().to(torch.uint8).expand(-1, channels, -1, -1).contiguous(), indices
 
     return Source(
@@ -114,8 +114,8 @@ def hub_or_folder(config: SplitConfig) -> Source:
         if wrong:
             rows = [int(indices[row]) for row in wrong]
             flawed(config, split, rows, f"column '{image}' {next(iter(wrong.values()))}", len(indices))
-            kept = [row for row in range(len(indices)) if row not in wrong]
-            return pixels[kept], indices[kept]
+            good_rows = [row for row in range(len(indices)) if row not in wrong]
+            return pixels[good_rows], indices[good_rows]
         return pixels, indices
 
     def channels() -> int:
@@ -213,9 +213,9 @@ def _cause(error: BaseException) -> str:
     chain = [error]
     while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(before)
-    if any(isinstance(one, UnicodeError) or "UTF8" in str(one) for one in chain):
+    if any(isinstance(cause, UnicodeError) or "UTF8" in str(cause) for cause in chain):
         return "its text isn't UTF-8; convert it, for example by iconv -f latin1 -t utf-8"
-    if any(isinstance(one, StopIteration) or type(one).__name__ in EMPTY for one in chain):
+    if any(isinstance(cause, StopIteration) or type(cause).__name__ in EMPTY for cause in chain):
         return "it is empty"
     generated = type(error).__name__.startswith("DatasetGeneration") and error.__cause__
     return reason(error.__cause__ if generated and error.__cause__ else error)

@@ -46,11 +46,11 @@ def class_numbers(
     Raises:
         FusionError: a sample without a label, or with one that is no class; names split and row.
     """
-    found = {}
+    numbers = {}
     for split, values in labels.items():
-        kept = _checked(values, lambda value: _is_no_class(value, classes), LACKING, split, column, config)
-        found[split] = np.asarray(kept, dtype=np.int64)
-    return found
+        checked = _checked(values, lambda value: _is_no_class(value, classes), LACKING, split, column, config)
+        numbers[split] = np.asarray(checked, dtype=np.int64)
+    return numbers
 
 
 def check_classes(names: Sequence[str], column: str, config: SplitConfig) -> None:
@@ -64,12 +64,12 @@ def check_classes(names: Sequence[str], column: str, config: SplitConfig) -> Non
 def targets(
     labels: Mapping[str, Sequence[float | None]], column: str, config: SplitConfig
 ) -> dict[str, NDArray[np.float64]]:
-    """The same for numbers that are regressed; those that are none are NaN."""
-    found = {}
+    """The targets of a regression, read like `class_numbers`: NaN takes the place of what is no number."""
+    numbers = {}
     for split, values in labels.items():
-        kept = _checked(values, lambda value: value is None or not np.isfinite(value), np.nan, split, column, config)
-        found[split] = np.asarray(kept, dtype=np.float64)
-    return found
+        checked = _checked(values, lambda value: value is None or not np.isfinite(value), np.nan, split, column, config)
+        numbers[split] = np.asarray(checked, dtype=np.float64)
+    return numbers
 
 
 def _checked(
@@ -116,7 +116,7 @@ def labelled_parts(labels: Mapping[str, NDArray[Any]], config: SplitConfig) -> d
     Raises:
         FusionError: no split to train on.
     """
-    whole = {split: (split, np.flatnonzero(_is_labelled(found))) for split, found in labels.items()}
+    whole = {split: (split, np.flatnonzero(_is_labelled(values))) for split, values in labels.items()}
     source = _divided(list(labels), config)
     parts: dict[str, tuple[str, Indices]] = {}
     parts.update((split, whole[split]) for split in ("validation", "test") if split in whole and split != source)
@@ -137,19 +137,19 @@ def labelled_parts(labels: Mapping[str, NDArray[Any]], config: SplitConfig) -> d
 
 
 def _is_labelled(labels: NDArray[Any]) -> NDArray[np.bool_]:
-    found = np.isfinite(labels) if labels.dtype.kind == "f" else np.asarray(labels != LACKING)
-    return np.asarray(found.all(1)) if found.ndim == 2 else found
+    labelled = np.isfinite(labels) if labels.dtype.kind == "f" else np.asarray(labels != LACKING)
+    return np.asarray(labelled.all(1)) if labelled.ndim == 2 else labelled
 
 
 def _divided(splits: Sequence[str], config: SplitConfig) -> str:
     """The split that is trained on, and that other parts are taken from."""
     if "train" in splits:
         return "train"
-    found = "validation" if "validation" in splits else splits[0]
-    if found != "validation" and len(splits) > 1:
+    split = "validation" if "validation" in splits else splits[0]
+    if split != "validation" and len(splits) > 1:
         raise FusionError(f"the data set '{config.path}' has no train split; it has {', '.join(splits)}")
-    tell(f"{config.path}: no train split; {found} is used as one")
-    return found
+    tell(f"{config.path}: no train split; {split} is used as one")
+    return split
 
 
 def _sizes(asked: Mapping[str, int], count: int, config: SplitConfig) -> Mapping[str, int]:
@@ -159,14 +159,14 @@ def _sizes(asked: Mapping[str, int], count: int, config: SplitConfig) -> Mapping
     total = sum(asked.values())
     if total <= (count - 1 if chosen else count // 2):
         return asked
-    found, left, most = {}, max(count - 1, 0), max(round(SMALL_SHARE * count), 1)
+    sizes, left, most = {}, max(count - 1, 0), max(round(SMALL_SHARE * count), 1)
     for part, size in asked.items():
-        found[part] = min(size, most, left)
-        left -= found[part]
-    summary = ", ".join(f"{found[part]:,} for {part}" for part, size in asked.items() if size)
+        sizes[part] = min(size, most, left)
+        left -= sizes[part]
+    summary = ", ".join(f"{sizes[part]:,} for {part}" for part, size in asked.items() if size)
     names = " and ".join(f"data.{part} {size:,}" for part, size in asked.items() if size)
     tell(f"{config.path}: {count:,} training samples, too few for {names}: {summary}; these options take other numbers")
-    return found
+    return sizes
 
 
 def _carve(indices: Indices, size: int, labels: Indices, key: str) -> tuple[Indices, Indices]:

@@ -93,10 +93,10 @@ class TextDataModule(FixedSplits):
             return self._tokenizer
         config = self.config
         if config.tokenizer is not None:
-            found = load_tokenizer(config.tokenizer)
-            if found is None:
+            tokenizer = load_tokenizer(config.tokenizer)
+            if tokenizer is None:
                 raise FusionError(f"{config.tokenizer} has no tokenizer.json; give --data.tokenizer another folder")
-            return found
+            return tokenizer
         texts = self._documents["train"]
         if config.streaming:
             texts = texts.take(SHUFFLE_BUFFER)
@@ -153,10 +153,10 @@ class TextDataModule(FixedSplits):
         objective = self.objective
         count_bytes = objective.whole and parts == ("test",) and self.tokenizer.is_fast
         documents = concatenate_datasets([self._documents[part] for part in parts])
-        found = blocks_of(documents, self.tokenizer, objective.frame, count_bytes=count_bytes)
-        if not len(found):
+        blocks = blocks_of(documents, self.tokenizer, objective.frame, count_bytes=count_bytes)
+        if not len(blocks):
             return torch.empty(0, self.config.block_size, dtype=torch.long)
-        columns = found.with_format("numpy")
+        columns = blocks.with_format("numpy")
         if count_bytes:
             self._bytes["test"] = int(np.sum(columns["bytes"]))
         return torch.from_numpy(np.asarray(columns["input_ids"], dtype=np.int64))
@@ -215,8 +215,8 @@ class TextDataModule(FixedSplits):
         else:
             sample = self.dataset("train").tensors["input_ids"]
         with _fixed_draw():
-            found = self.objective.candidates(sample)
-        counts = torch.bincount(found, minlength=len(self.tokenizer)).double() + 1
+            tokens = self.objective.candidates(sample)
+        counts = torch.bincount(tokens, minlength=len(self.tokenizer)).double() + 1
         labels = self.dataset("test").tensors["labels"]
         return {"unigram_loss": float(-(counts / counts.sum()).log()[labels[labels != IGNORED]].mean())}
 
@@ -255,13 +255,13 @@ class TextDataModule(FixedSplits):
 
 
 class MaskedTextDataModule(TextDataModule):
-    """Blocks of which some tokens are masked: BERT's."""
+    """Blocks in which some tokens are masked, as BERT learns."""
 
     learns = MaskedTokens
 
 
 class CausalTextDataModule(TextDataModule):
-    """Blocks of which every token is predicted from those before it: GPT's."""
+    """Blocks of which every token is predicted from those before it, as GPT learns."""
 
     learns = NextTokens
 
@@ -287,7 +287,7 @@ class CausalTextDataModule(TextDataModule):
 
 
 class SpanTextDataModule(TextDataModule):
-    """Blocks that spans are cut out of: T5's."""
+    """Blocks that spans are cut out of, as T5 learns."""
 
     learns = Spans
 

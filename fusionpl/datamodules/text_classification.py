@@ -235,18 +235,20 @@ class TextClassificationDataModule(FixedSplits):
             columns = column.split(",")
             rows = {split: joined(rows, columns) for split, rows in self._splits.items()}
             return tags_of(rows, columns, column, self.config, of_columns=True)
-        found = {split: list(rows[column]) for split, rows in self._splits.items()}
+        labels = {split: list(rows[column]) for split, rows in self._splits.items()}
         if is_list(feature):
-            return tags_of(found, getattr(feature.feature, "names", None), column, self.config)
-        return self._of_one(found, feature)
+            return tags_of(labels, getattr(feature.feature, "names", None), column, self.config)
+        return self._of_one(labels, feature)
 
-    def _of_one(self, found: dict[str, list[Any]], feature: Any) -> Labels:
+    def _of_one(self, labels: dict[str, list[Any]], feature: Any) -> Labels:
         """Labels of which a sample has one, in a column that `datasets` describes by `feature`."""
         column, kind = self._label_column, str(getattr(feature, "dtype", type(feature).__name__))
-        if kind.startswith("float") and _are_classes(found):
+        if kind.startswith("float") and _are_classes(labels):
             kind = "int64"
-            found = {split: [None if value is None else int(value) for value in one] for split, one in found.items()}
-        known = {split: values for split, values in found.items()
+            labels = {
+                split: [None if value is None else int(value) for value in values] for split, values in labels.items()
+            }
+        known = {split: values for split, values in labels.items()
                  if not (kind.startswith("int") and values and all(value == HIDDEN for value in values))}  # fmt: skip
         if kind.startswith("float"):
             return Labels(targets(known, column, self.config), None, NUMBERS)
@@ -257,10 +259,10 @@ class TextClassificationDataModule(FixedSplits):
             )
         names = getattr(feature, "names", None)
         if names is None:
-            values = sorted({value for one in known.values() for value in one} - {None})
+            values = sorted({value for column_values in known.values() for value in column_values} - {None})
             names = [str(value) for value in values]
             numbers = {value: number for number, value in enumerate(values)}
-            known = {split: [numbers.get(value) for value in one] for split, one in known.items()}
+            known = {split: [numbers.get(value) for value in column_values] for split, column_values in known.items()}
         check_classes(names, column, self.config)
         return Labels(class_numbers(known, len(names), column, self.config), tuple(names))
 
@@ -282,5 +284,5 @@ class TextClassificationDataModule(FixedSplits):
 
 def _are_classes(labels: Mapping[str, list[float | None]]) -> bool:
     """Whether numbers are classes of which some lack: tables hold integers as floating-point numbers then."""
-    values = [value for one in labels.values() for value in one]
+    values = [value for column in labels.values() for value in column]
     return None in values and all(value is None or value == int(value) for value in values if value == value)

@@ -16,7 +16,7 @@ def continuation(model: nn.Module, tokenizer: Any, prompt: Tensor, tokens: int =
 
     Args:
         model: of transformers, on any device; its mode is kept.
-        tokenizer: the model's.
+        tokenizer: that of the model.
         prompt: token numbers, int64 [T].
         tokens: at most so many new ones, fewer where the text ends or the model has no more positions.
 
@@ -32,9 +32,9 @@ def continuation(model: nn.Module, tokenizer: Any, prompt: Tensor, tokens: int =
     if new < 1:
         return ""
     with torch.no_grad(), eval_mode(model):
-        found = whole.generate(
+        output = whole.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, num_beams=1,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             temperature=None, top_p=None, top_k=None,
         )  # fmt: skip
-    return str(tokenizer.decode(found[0, len(prompt) :], skip_special_tokens=True))
+    return str(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))

@@ -71,12 +71,12 @@ def evaluate_samples(
     return figures, outcomes
 
 
-def _of_floats(found: Tensor, wanted: Tensor) -> dict[str, float]:
+def _of_floats(predicted: Tensor, wanted: Tensor) -> dict[str, float]:
     """The figures of all samples together: of tags [N, tags] or of numbers [N]."""
     if are_tags(wanted):
-        return {"f1": float(binary_f1_score(found.flatten(), wanted.flatten().int(), threshold=0.5))}
+        return {"f1": float(binary_f1_score(predicted.flatten(), wanted.flatten().int(), threshold=0.5))}
     correlations = {"pearson": pearson_corrcoef, "spearman": spearman_corrcoef}
-    return {name: float(of(found, wanted)) for name, of in correlations.items()}
+    return {name: float(of(predicted, wanted)) for name, of in correlations.items()}
 
 
 def _mean(models: Sequence[nn.Module], batch: Mapping[str, Any], labels: Tensor) -> Tensor:
@@ -92,9 +92,9 @@ def _mean(models: Sequence[nn.Module], batch: Mapping[str, Any], labels: Tensor)
 def _log_probabilities(models: Sequence[nn.Module], batch: Mapping[str, Any]) -> Tensor:
     """The log of the mean probability over models, [B, classes] or [B, T, vocabulary], float32."""
     each = [logits(model, batch).float().log_softmax(-1) for model in models]
-    widest = max(one.shape[-1] for one in each)
+    widest = max(scores.shape[-1] for scores in each)
     # Vocabularies that are padded to different sizes are one but for their padding, which nothing is likely to be.
-    first, *others = (functional.pad(one, (0, widest - one.shape[-1]), value=-math.inf) for one in each)
+    first, *others = (functional.pad(scores, (0, widest - scores.shape[-1]), value=-math.inf) for scores in each)
     for other in others:
         first = torch.logaddexp(first, other.to(first.device))
     return first - math.log(len(models))

@@ -20,12 +20,12 @@ NEIGHBOURS = 10
 @torch.inference_mode()
 def embeddings(model: nn.Module, batches: Iterable[Mapping[str, Any]], pooling: Pooling) -> tuple[Tensor, Tensor]:
     """The embeddings of labelled batches, float32 [N, d], and their labels [N], on the CPU."""
-    found, labels = [], []
+    vectors, labels = [], []
     with eval_mode(model):
         for batch in batches:
-            found.append(embed(model, batch, pooling).cpu())
+            vectors.append(embed(model, batch, pooling).cpu())
             labels.append(batch["labels"].cpu())
-    return torch.cat(found), torch.cat(labels)
+    return torch.cat(vectors), torch.cat(labels)
 
 
 def similarities(embedded: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def agreement(found: Tensor, wanted: Tensor) -> Outcomes:
         `figures["accuracy"]` is their share. Its loss is the squared difference of the similarities, a mean over all.
     """
     count = min(NEIGHBOURS, len(found) - 1)
-    near = [_nearest(one, count) for one in (found, wanted)]
+    near = [_nearest(matrix, count) for matrix in (found, wanted)]
     same = torch.stack([torch.isin(ours, theirs).sum() for ours, theirs in zip(*near, strict=True)])
     apart = (found - wanted).square().mean(1) * count
     return Outcomes(torch.stack([apart, torch.full_like(apart, count), same.to(apart)], 1))
@@ -70,7 +70,7 @@ def probe(fitted: tuple[Tensor, Tensor], tested: tuple[Tensor, Tensor]) -> float
     return float(np.mean(model.predict(z) == truth))
 
 
-def _nearest(found: Tensor, count: int) -> Tensor:
+def _nearest(matrix: Tensor, count: int) -> Tensor:
     """For each sample, the numbers of its most similar others, [N, count]."""
-    others = found.clone().fill_diagonal_(-torch.inf)
+    others = matrix.clone().fill_diagonal_(-torch.inf)
     return others.topk(count, dim=1).indices

@@ -134,7 +134,7 @@ def _mid_p(only_ours: int, only_theirs: int) -> float:
 def save_outcomes(file: Path, outcomes: Mapping[str, Outcomes]) -> None:
     """Writes the outcomes of models by their names, as safetensors."""
     # safetensors refuses tensors that share memory, as those of one model under two names do
-    save_file({name: one.values.clone() for name, one in outcomes.items()}, file)
+    save_file({name: outcome.values.clone() for name, outcome in outcomes.items()}, file)
 
 
 def load_outcomes(file: Path) -> dict[str, Outcomes]:

@@ -114,7 +114,7 @@ def svg(panel: Panel, name: str) -> Markup:
 
 
 def _of_page(style: re.Match[str]) -> str:
-    named = re.sub("|".join(NAMED), lambda found: f"var(--{NAMED[found[0]]})", style[0])
+    named = re.sub("|".join(NAMED), lambda match: f"var(--{NAMED[match[0]]})", style[0])
     return re.sub("font-family: [^;]*; ", "", named)
 
 
@@ -217,8 +217,8 @@ def curves(found: Mapping[str, Curve]) -> list[Panel]:
     return [Panel(3.8, 3.3, partial(_curves, found, metric)) for metric in metrics if found]
 
 
-def _curves(found: Mapping[str, Curve], metric: Literal["accuracy", "loss"], axes: Axes) -> None:
-    for name, curve in found.items():
+def _curves(lines: Mapping[str, Curve], metric: Literal["accuracy", "loss"], axes: Axes) -> None:
+    for name, curve in lines.items():
         if metric == "accuracy":
             values, excess = [100 * value for value in curve.accuracy], curve.accuracy_drop
             text, below = f"drop {100 * curve.accuracy_barrier:.1f} points", True

@@ -92,11 +92,11 @@ class Report:
         if self.barrier:
             values = [f"{name} {readable('loss', curve.barrier)}" for name, curve in self.barrier.items()]
             parts.append(f"loss barrier: {', '.join(values)}")
-        found = self.verdicts
-        if alternatives := self.alternatives(found):
+        verdicts = self.verdicts
+        if alternatives := self.alternatives(verdicts):
             parts.append(text_table(alternatives, left=2))
-        if found:
-            parts += [text_table(verdict_cells(found), left=1), "\n".join(one.words for one in found)]
+        if verdicts:
+            parts += [text_table(verdict_cells(verdicts), left=1), "\n".join(verdict.words for verdict in verdicts)]
         if compared := compared_cells(self.rows, self.outcomes):
             parts.append(text_table(compared, left=1))
         return "\n\n".join(parts)
@@ -109,17 +109,17 @@ class Report:
         """
         title = "# Evaluation" if best_parent(self.rows, MODEL) else "# Fusion report"
         parts = [title, markdown_table(as_text_cells(self.rows)), *_embedded(BARS, figures)]
-        found = self.verdicts
-        if found:
+        verdicts = self.verdicts
+        if verdicts:
             parts += [
                 "## Verdict",
-                *(f"**{one.words}**" for one in found),
-                markdown_table(verdict_cells(found)),
+                *(f"**{verdict.words}**" for verdict in verdicts),
+                markdown_table(verdict_cells(verdicts)),
             ]
-            parts += [f"± is one standard error, from the same {found[-1].difference.samples:,} test samples."]
+            parts += [f"± is one standard error, from the same {verdicts[-1].difference.samples:,} test samples."]
         if compared := compared_cells(self.rows, self.outcomes):
             parts += ["## Beside the best model", markdown_table(compared)]
-        if alternatives := self.alternatives(found):
+        if alternatives := self.alternatives(verdicts):
             parts += ["## At equal cost", EQUAL_COST, markdown_table(alternatives)]
         if self.notes:
             parts += ["\n".join(f"- {note}" for note in self.notes)]
@@ -141,15 +141,15 @@ class Report:
         """The report as one page, with all that it shows in it."""
         sections = {"cost": plots.cost(self.rows), "barrier": plots.curves(self.barrier),
                     "blocks": plots.blocks(self.blocks), "maps": plots.maps(self.axes)}  # fmt: skip
-        found = self.verdicts
+        verdicts = self.verdicts
         return page(
             report=self,
             best=best_parent(self.rows, MODEL),
-            verdicts=found,
+            verdicts=verdicts,
             rows=as_text_cells(self.rows),
-            judged=verdict_cells(found) if found else [],
+            judged=verdict_cells(verdicts) if verdicts else [],
             compared=compared_cells(self.rows, self.outcomes),
-            alternatives=self.alternatives(found),
+            alternatives=self.alternatives(verdicts),
             axes=axes_cells(self.axes),
             words=WORDS,
             equal_cost=EQUAL_COST.replace("`", ""),
@@ -174,8 +174,8 @@ class Report:
         parent = f"parent {verdict.parent}"
         best = self.outcomes[parent, "one-shot"]
         against = {
-            name: verdict.summary(one.better(best, verdict.metric))
-            for (name, stage), one in self.outcomes.items()
+            name: verdict.summary(outcome.better(best, verdict.metric))
+            for (name, stage), outcome in self.outcomes.items()
             if stage == "one-shot" and name != parent
         }
         return equal_cost_cells(self.rows, parent, against)
@@ -207,7 +207,9 @@ class Report:
             (new / "report.md").write_text(self.markdown(tuple(pictures)), encoding="utf-8")
             (new / "report.html").write_text(self.html(), encoding="utf-8")
             if self.outcomes:
-                save_outcomes(new / SAMPLES, {f"{stage}/{name}": one for (name, stage), one in self.outcomes.items()})
+                save_outcomes(
+                    new / SAMPLES, {f"{stage}/{name}": outcome for (name, stage), outcome in self.outcomes.items()}
+                )
             if drawn := self._drawn():
                 save_file(drawn, new / PICTURES)
             (new / "report.json").write_text(json.dumps(self._as_dict(), indent=2) + "\n", encoding="utf-8")
@@ -261,12 +263,13 @@ class Report:
         return drawn | {name: picture.contiguous() for name, picture in shares.items() if picture is not None}
 
     def _as_dict(self) -> dict[str, Any]:
+        verdicts = self.verdicts
         continued = {"prompt": self.prompt, "continuations": self.continuations} if self.continuations else {}
         return {
             "rows": [row.as_dict() for row in self.rows],
             "config": _plain(self.config),
             "barrier": {name: curve.as_dict() for name, curve in self.barrier.items()},
-            **({"verdict": [one.as_dict() for one in found]} if (found := self.verdicts) else {}),
+            **({"verdict": [verdict.as_dict() for verdict in verdicts]} if verdicts else {}),
             **({"axes": {name: axis.as_dict() for name, axis in self.axes.items()}} if self.axes else {}),
             **({"blocks": {name: list(way) for name, (_, way) in self.blocks.items()}} if self.blocks else {}),
             **({"notes": self.notes} if self.notes else {}),

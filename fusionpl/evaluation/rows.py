@@ -120,7 +120,7 @@ def best_parent(rows: Sequence[Row], kind: str = PARENT) -> tuple[Row, Literal["
 
     def worth(row: Row) -> list[float]:
         figures = [row.validation if validated else None, getattr(row, metric)]
-        return [(one if metric in SHARES else -one) if known(one) else -math.inf for one in figures]
+        return [(figure if metric in SHARES else -figure) if known(figure) else -math.inf for figure in figures]
 
     return max(parents, key=worth), "validation" if validated else "test"
 
@@ -128,10 +128,10 @@ def best_parent(rows: Sequence[Row], kind: str = PARENT) -> tuple[Row, Literal["
 def baseline(rows: Sequence[Row]) -> Row | None:
     """What a fused model has to beat: the best parent, or that parent with its head alone fitted to the ensemble's
     predictions, whichever is better on the data by which the best parent was chosen."""
-    found = best_parent(rows)
-    if found is None:
+    choice = best_parent(rows)
+    if choice is None:
         return None
-    best, chosen = found
+    best, chosen = choice
     metric = judged_metric(rows)
     column = "validation" if chosen == "validation" else metric
     for row in rows:

@@ -49,19 +49,21 @@ class Verdict:
     @property
     def words(self) -> str:
         """The verdict in one sentence."""
-        found, name = self.difference, "fused, finetuned" if self.stage == "finetuned" else "fused"
+        difference, name = self.difference, "fused, finetuned" if self.stage == "finetuned" else "fused"
         best = "the best parent finetuned alike" if self.stage == "finetuned" else "the best parent"
         best += " with its head fitted" * self.head_fitted
-        if math.isnan(found.value):
+        if math.isnan(difference.value):
             return f"{name}: its {self.metric} is not a number: keep {best}"
-        if math.isnan(found.error):
+        if math.isnan(difference.error):
             return f"{name}: not to be told apart from {best} (one test sample): keep that one"
-        if not found.chance < SIGNIFICANT:
-            return f"{name}: not to be told apart from {best} ({self.summary(found)}): keep that one"
-        size = self.summary(Difference(abs(found.value), found.error, found.chance, found.samples)).removeprefix("+")
+        if not difference.chance < SIGNIFICANT:
+            return f"{name}: not to be told apart from {best} ({self.summary(difference)}): keep that one"
+        size = self.summary(
+            Difference(abs(difference.value), difference.error, difference.chance, difference.samples)
+        ).removeprefix("+")
         if self.metric in SHARES:
-            return f"{name}: {size} {'above' if found.value > 0 else 'below'} {best}" + self._advice
-        return f"{name}: {size} {'better' if found.value > 0 else 'worse'} than {best}" + self._advice
+            return f"{name}: {size} {'above' if difference.value > 0 else 'below'} {best}" + self._advice
+        return f"{name}: {size} {'better' if difference.value > 0 else 'worse'} than {best}" + self._advice
 
     @property
     def _advice(self) -> str:
@@ -73,9 +75,10 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         """The verdict for JSON; null for what is not known."""
-        found = self.difference
+        difference = self.difference
         numbers = {"best_parent": self.best, "ensemble": self.ensemble, "fused": self.fused, "share": self.share,
-                   "difference": found.value, "standard_error": found.error, "p_value": found.chance}  # fmt: skip
+                   "difference": difference.value, "standard_error": difference.error,
+                   "p_value": difference.chance}  # fmt: skip
         return {
             "stage": self.stage,
             "metric": self.metric,
@@ -83,7 +86,7 @@ class Verdict:
             "chosen_on": self.chosen,
             "head_fitted": self.head_fitted,
             **{key: value if known(value) else None for key, value in numbers.items()},
-            "samples": found.samples,
+            "samples": difference.samples,
             "words": self.words,
         }
 
@@ -115,9 +118,9 @@ def compared_cells(rows: Sequence[Row], outcomes: Mapping[tuple[str, Stage], Out
     held = outcomes[best.name, best.stage]
     body = []
     for row in (row for row in rows if row is not best):
-        found = outcomes[row.name, row.stage].better(held, metric)
-        alike = "" if math.isnan(found.chance) or found.chance < SIGNIFICANT else "not to be told apart"
-        body.append([row.name, _summary(found, metric, _unit(metric, row)), alike])
+        difference = outcomes[row.name, row.stage].better(held, metric)
+        alike = "" if math.isnan(difference.chance) or difference.chance < SIGNIFICANT else "not to be told apart"
+        body.append([row.name, _summary(difference, metric, _unit(metric, row)), alike])
     return [["", f"to {best.name}, the best by {data}", ""], *body]
 
 
@@ -136,7 +139,7 @@ def verdicts(rows: Sequence[Row], outcomes: Mapping[tuple[str, Stage], Outcomes]
     ensemble = by_key.get(("ensemble", "one-shot"))
     metric = judged_metric(rows)
     unit = _unit(metric, parent)
-    found = []
+    judgements = []
     stages: tuple[Stage, ...] = ("one-shot", "finetuned")
     held = baseline(rows) or parent
     for stage in stages:
@@ -144,22 +147,22 @@ def verdicts(rows: Sequence[Row], outcomes: Mapping[tuple[str, Stage], Outcomes]
         ours, theirs = (outcomes.get((name, stage)) for name in ("fused", beside.name))
         if ours is not None and theirs is not None:
             best, fused = (getattr(by_key[name, stage], metric) for name in (beside.name, "fused"))
-            found.append(
+            judgements.append(
                 Verdict(
                     stage, metric, unit, parent.name.removeprefix("parent "), data, best,
                     None if ensemble is None else getattr(ensemble, metric), fused, ours.better(theirs, metric),
                     beside is not parent,
                 )
             )  # fmt: skip
-    return found
+    return judgements
 
 
 def verdict_cells(found: Sequence[Verdict]) -> list[list[str]]:
     """Verdicts as a table of text, header first, a column each."""
     first = found[0]
-    header = ["before finetuning" if one.stage == "one-shot" else "after finetuning" for one in found]
+    header = ["before finetuning" if verdict.stage == "one-shot" else "after finetuning" for verdict in found]
     figures = [
-        [label, *(readable(one.metric, getattr(one, key)) for one in found)]
+        [label, *(readable(verdict.metric, getattr(verdict, key)) for verdict in found)]
         for label, key in (
             (f"best parent ({first.parent}, by {first.chosen}{', its head fitted' * first.head_fitted})", "best"),
             ("ensemble", "ensemble"), ("fused", "fused"),
@@ -168,12 +171,12 @@ def verdict_cells(found: Sequence[Verdict]) -> list[list[str]]:
     return [
         ["", *header],
         *figures,
-        ["share of the ensemble's gain", *(_share(one) for one in found)],
-        ["fused against best parent", *(one.summary(one.difference) for one in found)],
+        ["share of the ensemble's gain", *(_share(verdict) for verdict in found)],
+        ["fused against best parent", *(verdict.summary(verdict.difference) for verdict in found)],
     ]
 
 
-def _share(one: Verdict) -> str:
-    if one.share is not None:
-        return f"{one.share:.2f}".replace("-", MINUS)
-    return "undefined: no gain" if known(one.ensemble) else "-"
+def _share(verdict: Verdict) -> str:
+    if verdict.share is not None:
+        return f"{verdict.share:.2f}".replace("-", MINUS)
+    return "undefined: no gain" if known(verdict.ensemble) else "-"

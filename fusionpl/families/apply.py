@@ -49,7 +49,7 @@ def aligned_state(
 
     Args:
         source: the parameters to move, all of a model or those of whole sections; half precision is moved in float32.
-        binding: the model's.
+        binding: that of the model that is moved.
         target: the anchor's parameters of the same names.
         goal: the anchor's binding.
         maps: axis -> map [n_parent, n_anchor]; axes without one stay.
@@ -64,11 +64,11 @@ def aligned_state(
     paired = frozenset(axis for pair in pairs for axis in pair)
 
     def moved(slot: Slot) -> Tensor:
-        found = move(slot.of(source[slot.parameter]), slot, maps, skip=paired)
+        values = move(slot.of(source[slot.parameter]), slot, maps, skip=paired)
         if slot.rooted:  # the anchor multiplies by the root of its own width
-            ours, theirs = (one.axes[str(slot.axes[-1])].size for one in (binding, goal))
-            found = found * float(ours / theirs) ** 0.5
-        return found
+            ours, theirs = (side.axes[str(slot.axes[-1])].size for side in (binding, goal))
+            values = values * float(ours / theirs) ** 0.5
+        return values
 
     for slot, place in zip(binding.slots, goal.slots, strict=True):
         if slot.parameter not in source or any(second in slot.axes for _, second in pairs):
@@ -79,14 +79,14 @@ def aligned_state(
             offset = goal.family.offset if slot.gain == "norm" else 0
             place.put(state[place.parameter], torch.full_like(place.of(state[place.parameter]), gain - offset))
             continue
-        found = moved(slot)
+        values = moved(slot)
         for first, second in pairs:
             if first in slot.axes:
-                both = _mixed(torch.cat([found, moved(_partner(binding, slot, first, second))]), pairs[first, second])
-                found, other = both.split([len(both) // 2] * 2)
+                both = _mixed(torch.cat([values, moved(_partner(binding, slot, first, second))]), pairs[first, second])
+                values, other = both.split([len(both) // 2] * 2)
                 mate = _partner(goal, place, first, second)
                 mate.put(state[mate.parameter], other)
-        place.put(state[place.parameter], found)
+        place.put(state[place.parameter], values)
     return state
 
 
@@ -96,8 +96,8 @@ def copy_rows(state: State, source: Mapping[str, Tensor], binding: Binding, axis
         if slot.parameter in state and axis in slot.axes:
             place = rows.to(state[slot.parameter].device)
             dim = slot.axes.index(axis)
-            kept = slot.of(source[slot.parameter]).index_select(dim, place)
-            slot.of(state[slot.parameter]).index_copy_(dim, place, kept.to(state[slot.parameter].dtype))
+            values = slot.of(source[slot.parameter]).index_select(dim, place)
+            slot.of(state[slot.parameter]).index_copy_(dim, place, values.to(state[slot.parameter].dtype))
 
 
 def _mixed(rows: Tensor, plan: TransportMap) -> Tensor:

@@ -172,24 +172,26 @@ class Binding:
     @functools.cached_property
     def stack_of(self) -> Mapping[str, int]:
         """Section -> its stack; the tail belongs to the last."""
-        found: dict[str, int] = {}
+        stacks: dict[str, int] = {}
         for index, (stack, blocks) in enumerate(zip(self.family.stacks, self.stacks, strict=True)):
-            found |= dict.fromkeys((stack.stem_name, *blocks, TAIL), index)
-        return found
+            stacks |= dict.fromkeys((stack.stem_name, *blocks, TAIL), index)
+        return stacks
 
     @functools.cached_property
     def runs_over(self) -> Mapping[str, int]:
         """Axis -> the stack whose tokens it is computed for: what attention reads of another stack is that one's."""
-        found = {axis: self.stack_of[section_of(axis) or TAIL] for axis in self.axes}
+        stacks = {axis: self.stack_of[section_of(axis) or TAIL] for axis in self.axes}
         for slot in self.slots:
-            read = [axis for axis, reads in zip(slot.axes, slot.reads, strict=True) if axis and reads and axis in found]
+            read = [
+                axis for axis, reads in zip(slot.axes, slot.reads, strict=True) if axis and reads and axis in stacks
+            ]
             if slot.section not in self.blocks:
                 continue
             own = self.family.stacks[self.stack_of[slot.section]]
             if read and read[0] not in (own.enters, boundary(own.stem_name)):
                 stack = self.stack_of[section_of(read[0])]
-                found |= {axis: stack for axis in slot.axes if axis and slot.writes(axis)}
-        return found
+                stacks |= {axis: stack for axis in slot.axes if axis and slot.writes(axis)}
+        return stacks
 
     @functools.cached_property
     def owners(self) -> Mapping[str, str]:
@@ -261,7 +263,9 @@ class Binding:
             for slot in self.slots
             if slot.section == TAIL and slot.gain == "norm" and not self.closed  # a decoder may be the embedding
             for norm, readers in self.family.tail.norms.items()
-            if slot.parameter == f"{norm}.weight" and readers and not any(f"{one}.weight" in uses for one in readers)
+            if slot.parameter == f"{norm}.weight"
+            and readers
+            and not any(f"{reader}.weight" in uses for reader in readers)
         }
 
     def on_boundary(self, axis: str) -> bool:
@@ -271,13 +275,13 @@ class Binding:
     def writers(self, axis: str) -> tuple[Slot, ...]:
         """The slots whose rows describe the units of `axis` by their incoming weights (no biases, no norms), or
         its values where it is a parameter that is added to the stream as it is (a class token)."""
-        sections = dict.fromkeys(one.section for one in self.slots if one.writes(axis))
-        section = next((one for one in sections if one == section_of(axis)), next(iter(sections), None))
+        sections = dict.fromkeys(slot.section for slot in self.slots if slot.writes(axis))
+        section = next((name for name in sections if name == section_of(axis)), next(iter(sections), None))
         tap = self.taps.get(axis)
         value = tap.target if tap is not None and tap.kind == "parameter" else None
         return tuple(
-            one for one in self.slots
-            if one.section == section and one.writes(axis) and (len(one.axes) > 1 or one.parameter == value)
+            slot for slot in self.slots
+            if slot.section == section and slot.writes(axis) and (len(slot.axes) > 1 or slot.parameter == value)
         )  # fmt: skip
 
 

@@ -31,21 +31,21 @@ def bind(model: nn.Module, family: Family | None = None) -> Binding:
 
 
 def _count(model: nn.Module, family: Family, path: str) -> int:
-    found = attribute(model, path)
-    if found is None:
+    count = attribute(model, path)
+    if count is None:
         raise FusionError(f"{family.name}: the model has no {path}, which says how its units are grouped")
-    if not isinstance(found, int) or found < 1:
-        raise FusionError(f"{family.name}: the model's {path} is {type(found).__name__} {found}, not a number of heads")
-    return found
+    if not isinstance(count, int) or count < 1:
+        raise FusionError(f"{family.name}: the model's {path} is {type(count).__name__} {count}, not a number of heads")
+    return count
 
 
 def _rotated(model: nn.Module, family: Family) -> float:
     """How many units of a rotary head are rotated, or, up to 1, which share of them."""
     path = family.sizes.get(ROTATED)
-    found = 1.0 if path is None else attribute(model, path)
-    if not isinstance(found, int | float) or found <= 0:
-        raise FusionError(f"{family.name}: the model's {path} is {found}, not a number or a share of rotated units")
-    return found
+    share = 1.0 if path is None else attribute(model, path)
+    if not isinstance(share, int | float) or share <= 0:
+        raise FusionError(f"{family.name}: the model's {path} is {share}, not a number or a share of rotated units")
+    return share
 
 
 _Names = tuple[str, ...]
@@ -77,7 +77,7 @@ class _Binder:
 
     def bind(self) -> Binding:
         lines = {name: self._match(name, tensor) for name, tensor in self.parameters.items()}
-        self._one = {(lines[name].section, axis): one for name, axis, one in self._tied(lines)}
+        self._one = {(lines[name].section, axis): twin for name, axis, twin in self._tied(lines)}
         grouped, repeats = self._grouped(lines)
         layouts = {name: self._layout(line, grouped) for name, line in lines.items()}
         ranks = {section: rank for rank, (section, _) in enumerate(self.sections)}
@@ -131,15 +131,15 @@ class _Binder:
         return binding
 
     def _depth(self, stack: Stack) -> int:
-        indices = [found[0] for name in self.parameters if (found := stack.block_index(name))]
+        indices = [position[0] for name in self.parameters if (position := stack.block_index(name))]
         if not indices:
             raise FusionError(f"{self.family.name}: the model has no block {stack.block.path}")
         return max(indices) + 1
 
     def _match(self, name: str, tensor: Tensor) -> _Line:
         candidates = [
-            (stack.block.path.format(l=found[0]), found[1], stack.block)
-            for stack in self.family.stacks if (found := stack.block_index(name))
+            (stack.block.path.format(l=position[0]), position[1], stack.block)
+            for stack in self.family.stacks if (position := stack.block_index(name))
         ] or [
             *((stack.stem_name, name, stack.stem) for stack in self.family.stacks), (TAIL, name, self.family.tail)
         ]  # fmt: skip
@@ -167,14 +167,14 @@ class _Binder:
         for name, line in lines.items():
             if len(sections[self.first[name]]) > 1:
                 axes = {segment.axis for dim in line.dims for segment in dim.segments}
-                yield from ((name, axis, one) for axis, one in parts[line.section].tied.items() if axis in axes)
+                yield from ((name, axis, twin) for axis, twin in parts[line.section].tied.items() if axis in axes)
 
     def _uses(self, lines: Mapping[str, _Line]) -> dict[str, tuple[str, ...]]:
         names: dict[str, dict[str, None]] = {section: {} for section, _ in self.sections}
         # A class may define its modules in another order than it runs them (Phi-3).
-        for name, line in sorted(lines.items(), key=lambda one: one[1].place):
+        for name, line in sorted(lines.items(), key=lambda item: item[1].place):
             names[line.section][self.first[name]] = None
-        return {section: tuple(found) for section, found in names.items()}
+        return {section: tuple(parameters) for section, parameters in names.items()}
 
     def _name(self, section: str, local: str) -> str:
         """The global name of an axis: `in` is what the section before leaves as `out`, `decoder.stem.in` that of
@@ -196,14 +196,14 @@ class _Binder:
 
     def _grouped(self, lines: Mapping[str, _Line]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
         """Axis -> the axes that group its units; and repeating axis -> the one that it repeats."""
-        found: dict[str, set[tuple[str, ...]]] = {}
+        groupings: dict[str, set[tuple[str, ...]]] = {}
         for line in lines.values():
             for segment in (segment for dim in line.dims for segment in dim.segments):
                 if segment.groups:
-                    found.setdefault(self._name(line.section, segment.axis), set()).add(segment.groups)
+                    groupings.setdefault(self._name(line.section, segment.axis), set()).add(segment.groups)
         grouped: dict[str, tuple[str, ...]] = {}
         repeats: dict[str, str] = {}
-        for axis, ways in found.items():
+        for axis, ways in groupings.items():
             grouped[axis], *longer = sorted(ways, key=len)
             for groups in longer:
                 repeats[_repeating(axis, groups)] = axis
@@ -235,7 +235,7 @@ class _Binder:
     def _twins(self, layouts: Mapping[str, Layout]) -> Iterator[tuple[str, str, list[_Names], list[_Names]]]:
         """The names of tied tensors, and their axes, where these differ."""
         for name, twin in self.first.items():
-            ours, theirs = ([axes for axes, _ in layouts[one]] for one in (twin, name))
+            ours, theirs = ([axes for axes, _ in layouts[parameter]] for parameter in (twin, name))
             if ours != theirs:
                 yield twin, name, ours, theirs
 
@@ -245,7 +245,7 @@ class _Binder:
 
     def _check_ties(self, layouts: Mapping[str, Layout], tied: Mapping[str, str]) -> None:
         for twin, name, ours, theirs in self._twins(layouts):
-            moved = [[tuple(tied.get(axis, axis) for axis in axes) for axes in one] for one in (ours, theirs)]
+            moved = [[tuple(tied.get(axis, axis) for axis in axes) for axes in side] for side in (ours, theirs)]
             if moved[0] != moved[1]:
                 raise FusionError(
                     f"{self.family.name}: '{twin}' and '{name}' are one tied tensor on conflicting axes: "
@@ -266,7 +266,7 @@ class _Binder:
         ranks = {section: rank for rank, (section, _) in enumerate(self.sections)}
         # A class may define its head before what stands below it (XLM-RoBERTa): a tied tensor is the first section's.
         leaders: dict[str, str] = {}
-        for name in sorted(lines, key=lambda one: ranks[lines[one].section]):
+        for name in sorted(lines, key=lambda candidate: ranks[lines[candidate].section]):
             leaders.setdefault(self.first[name], name)
         for parameter in (name for name in lines if self.first[name] == name):
             name = leaders[parameter]

@@ -105,15 +105,15 @@ def without_scales(state: Mapping[str, Tensor], binding: Binding, section: str, 
         `state` itself where there is none, else tensors in float32 at least: half precision would round twice.
     """
     prefix, part = _part(binding, section)
-    found = {
+    scales = {
         name: writers
         for scale, writers in part.scales.items()
         for name in state if name.rpartition(".")[0] == f"{prefix}{scale}"
     }  # fmt: skip
-    if not found:
+    if not scales:
         return dict(state)
     state = in_float32(state)
-    for scale, writers in found.items():
+    for scale, writers in scales.items():
         gamma = state[scale]
         for name in (f"{prefix}{writer}.{leaf}" for writer in writers for leaf in ("weight", "bias")):
             if name in state:
@@ -176,8 +176,8 @@ def _balance(binding: Binding, group: tuple[str, ...], state: State) -> None:
             for (slot, at), part in zip(side, whole.split(widths, dim=2), strict=True):
                 axis = binding.axes[str(slot.axes[at])]
                 target = slot.of(state[slot.parameter]).movedim(at, 0)
-                found = part.unflatten(2, (axis.members, -1)).transpose(1, 2).reshape(target.shape)
-                slot.put(state[slot.parameter], found.movedim(0, at).to(target))
+                values = part.unflatten(2, (axis.members, -1)).transpose(1, 2).reshape(target.shape)
+                slot.put(state[slot.parameter], values.movedim(0, at).to(target))
 
 
 def _rows(binding: Binding, axis: str, *, reads: bool) -> list[tuple[Slot, int]]:

@@ -23,7 +23,7 @@ def check_compatible(bindings: Mapping[str, Binding]) -> None:
             )
         if binding.family.norm != reference.family.norm:
             kinds = {"pre": "LayerNorms", "rms": "RMSNorms"}
-            ours, theirs = (kinds[one.family.norm] for one in (reference, binding))
+            ours, theirs = (kinds[parent.family.norm] for parent in (reference, binding))
             raise FusionError(f"parents of different norms: {first} has {ours}, {name} has {theirs}")
         if bool(binding.closed) != bool(reference.closed):
             tied, untied = (first, name) if reference.closed else (name, first)
@@ -32,13 +32,13 @@ def check_compatible(bindings: Mapping[str, Binding]) -> None:
                 f"parents tied and untied: '{weight}' is embedding and decoder in one in {tied}, and not in {untied}; "
                 "take two that are alike"
             )
-        shown = {block for one in (reference, binding) for block in one.blocks}
+        shown = {block for parent in (reference, binding) for block in parent.blocks}
         shown -= set(reference.blocks) & set(binding.blocks)  # those that only the deeper one has
-        parts, others_parts = (_parts(one, shown) for one in (reference, binding))
+        parts, others_parts = (_parts(parent, shown) for parent in (reference, binding))
         for parameter in (*parts, *others_parts):
             if parts.get(parameter) != others_parts.get(parameter):
                 if parameter in parts and parameter in others_parts:
-                    ours, theirs = (", ".join(map(str, one[parameter])) for one in (parts, others_parts))
+                    ours, theirs = (", ".join(map(str, units[parameter])) for units in (parts, others_parts))
                     raise FusionError(
                         f"parents of different architecture: '{parameter}' has the units of {ours} in {first}, and of "
                         f"{theirs} in {name}"
@@ -63,7 +63,7 @@ def check_tied(bindings: Mapping[str, Binding]) -> None:
         for slot in reference.slots:
             if not slot.rooted or slot.parameter not in reference.closed | binding.closed:
                 continue
-            width, other = (one.axes[str(slot.axes[-1])].size for one in (reference, binding))
+            width, other = (parent.axes[str(slot.axes[-1])].size for parent in (reference, binding))
             if width != other:
                 raise FusionError(
                     f"parents of different widths: {first} has {width}, {name} has {other}, and '{slot.parameter}' "

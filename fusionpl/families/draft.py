@@ -68,7 +68,7 @@ class _Part:
         yield "  taps: {" + ", ".join(f"{axis}: {place}" for axis, place in self.taps.items()) + "}"
         for key, lists in (("joins", self.joins), ("norms", self.norms)):
             if lists:
-                yield f"  {key}: {{" + ", ".join(f"{one}: [{', '.join(its)}]" for one, its in lists.items()) + "}"
+                yield f"  {key}: {{" + ", ".join(f"{name}: [{', '.join(its)}]" for name, its in lists.items()) + "}"
         yield from (f"  {line}" for line in self.more)
 
 
@@ -142,11 +142,11 @@ class _Draft:
         norms = [name for name in order if name not in linear]
         # A norm stands before a branch (pre), in the stream behind it (post), or at the branch's end.
         ends = [seen[name] for name in (out, down) if name]
-        pre = any(seen[one].reads(seen[norm]) for norm in norms for one in role)
+        pre = any(seen[reader].reads(seen[norm]) for norm in norms for reader in role)
         self.post = bool(norms) and not pre and not any(seen[norm].reads(end) for norm in norms for end in ends)
         before_mlp = next((norm for norm in norms if any(seen[up].reads(seen[norm]) for up in ups)), None)
         parallel = pre and before_mlp is not None and (
-            seen[before_mlp].source == self.trace.entry or any(seen[one].reads(seen[before_mlp]) for one in role)
+            seen[before_mlp].source == self.trace.entry or any(seen[reader].reads(seen[before_mlp]) for reader in role)
         )  # fmt: skip
         self._attention(part, role, out, any(_GAIN.search(name) for name in norms))
         for name in norms:
@@ -255,14 +255,18 @@ class _Draft:
                 part.add(name, axes[module])
             elif tensor.ndim == 1:
                 before = [
-                    axes[one] for one in axes if one in modules and self.trace.of(module).reads(self.trace.of(one))
+                    axes[other]
+                    for other in axes
+                    if other in modules and self.trace.of(module).reads(self.trace.of(other))
                 ]
                 axis = "emb" if narrow else before[0] if before and not alone else "out"
                 part.add(name, axis)
                 part.taps |= {axis: module} if alone and (axis == "emb" or not projected) else {}
                 part.norms |= {} if self.post else {module: []}
             elif self._is_linear(module) and leaf == "weight":
-                embedded = any(self.parameters[one].shape[-1] == self._flow(module)[1] for one in tables if one != name)
+                embedded = any(
+                    self.parameters[table].shape[-1] == self._flow(module)[1] for table in tables if table != name
+                )
                 dims = f"out <- {'emb' if embedded else 'features'}"
                 part.add(name, dims)
                 axes[module] = "out"
@@ -316,7 +320,7 @@ class _Draft:
                     reads = "|".join(["in"] * (columns // self.width))
                 heads += [name] * (current == "in")
                 later = linear[linear.index(name) + 1 :]
-                if rows == self.vocabulary or rows not in {self._flow(one)[1] for one in later}:
+                if rows == self.vocabulary or rows not in {self._flow(other)[1] for other in later}:
                     scores = VOCABULARY if rows == self.vocabulary else "classes"
                     self._linear(part, name, scores, reads, "its outputs are classes" * (scores == "classes"), "")
                     continue

@@ -156,16 +156,16 @@ class Family:
             when={local(path): value for path, value in self.when.items()},
             unitwise={local(path): values for path, values in self.unitwise.items()},
             sizes={group: local(path) for group, path in self.sizes.items()},
-            stacks=tuple(replace(one, stem=part(one.stem), block=part(one.block)) for one in self.stacks),
+            stacks=tuple(replace(stack, stem=part(stack.stem), block=part(stack.block)) for stack in self.stacks),
             tail=part(self.tail),
         )
 
 
 def _all(place: str, one_or_more: Any) -> tuple[str, ...]:
-    found = one_or_more if isinstance(one_or_more, list) else [one_or_more]
-    if not all(isinstance(one, str) for one in found):
+    names = one_or_more if isinstance(one_or_more, list) else [one_or_more]
+    if not all(isinstance(name, str) for name in names):
         raise FusionError(f"{place}: '{one_or_more}' is no name and no list of names")
-    return tuple(found)
+    return tuple(names)
 
 
 _MAPPINGS = ("parameters", "taps", "joins", "circuits", "maps", "gates", "norms", "scales", "tied")
@@ -231,12 +231,12 @@ def _stacks(raw: Mapping[str, Any]) -> tuple[Stack, ...]:
         return (_stack("", raw, STEM),)
     if not isinstance(raw["stacks"], Mapping) or not raw["stacks"]:
         raise FusionError("stacks is no mapping of names to stem and block")
-    found = []
-    for number, (name, one) in enumerate(raw["stacks"].items()):
+    stacks = []
+    for number, (name, entry) in enumerate(raw["stacks"].items()):
         place = f"stacks.{name}"
-        _keys(one, place, _STACK, (*_STACK, *_OF_STACK))
-        found.append(_stack(f"{place}.", one, f"{name}.{STEM}" if number else STEM))
-    return tuple(found)
+        _keys(entry, place, _STACK, (*_STACK, *_OF_STACK))
+        stacks.append(_stack(f"{place}.", entry, f"{name}.{STEM}" if number else STEM))
+    return tuple(stacks)
 
 
 def _stack(place: str, raw: Mapping[str, Any], stem_name: str) -> Stack:
@@ -382,11 +382,13 @@ _DRAFTS = "`python -m fusionpl.cli.family MODEL --output my.yaml` drafts one for
 def _unknown(model: object, nearest: Sequence[Family]) -> str:
     """What is said of a model that no family describes, or only with other settings (`nearest`)."""
     cls = type(model)
-    unmet = {one.name: [f"{path} is {it}" for path, it in one.when.items() if attribute(model, path) != it]
-             for one in nearest}  # fmt: skip
+    unmet = {family.name: [f"{path} is {it}" for path, it in family.when.items() if attribute(model, path) != it]
+             for family in nearest}  # fmt: skip
     if nearest:
         least = min(map(len, unmet.values()))
-        ways = " or ".join(f"{name} ({', '.join(one)})" for name, one in unmet.items() if len(one) == least)
+        ways = " or ".join(
+            f"{name} ({', '.join(settings)})" for name, settings in unmet.items() if len(settings) == least
+        )
         return f"this {cls.__qualname__}, but for {ways}; {_DRAFTS}"
     names = [name.rpartition(".") for family in library().values() for name in family.models]
     beside = [name for module, _, name in names if module == cls.__module__]

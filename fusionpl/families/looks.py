@@ -33,7 +33,7 @@ def _read(model: nn.Module, binding: Binding) -> Iterator[tuple[str, nn.Module, 
     """The norms that linear modules of the model read, with parameters or without, and their widths."""
     for section, prefix, part in binding.family.sections(binding.depths):
         for norm, readers in part.norms.items():
-            there = [f"{prefix}{one}" for one in readers if f"{prefix}{one}.weight" in binding.uses[section]]
+            there = [f"{prefix}{reader}" for reader in readers if f"{prefix}{reader}.weight" in binding.uses[section]]
             module = attribute(model, f"{prefix}{norm}")
             if there and isinstance(module, nn.Module) and not isinstance(module, nn.Identity):
                 yield f"{prefix}{norm}", module, binding.axes[binding.reads(there[0])[0]].size
@@ -46,17 +46,19 @@ def _kind(norm: nn.Module, width: int, offset: int) -> Norm | str | None:
     probe = copy.copy(norm)  # which calls nobody's hooks
     probe.__dict__ |= {"_forward_hooks": {}, "_forward_pre_hooks": {}}
     probe.__dict__["_parameters"] = {
-        name: one if one is None else torch.full(one.shape, 1.0 - offset if name == "weight" else 0.0, device="cpu")
-        for name, one in norm._parameters.items()
+        name: parameter
+        if parameter is None
+        else torch.full(parameter.shape, 1.0 - offset if name == "weight" else 0.0, device="cpu")
+        for name, parameter in norm._parameters.items()
     }
     try:
         with torch.no_grad():
-            found = probe(row)
+            output = probe(row)
     except Exception:  # whatever a module raises that wants more than its input
         return None
     centred = row - row.mean()
     ways: dict[str, Tensor] = {"pre": centred / centred.square().mean().sqrt(), "rms": row / row.square().mean().sqrt()}
-    near = (name for name, way in ways.items() if torch.allclose(found, way, rtol=1e-2, atol=1e-2))
+    near = (name for name, way in ways.items() if torch.allclose(output, way, rtol=1e-2, atol=1e-2))
     return next(near, type(norm).__name__)
 
 
@@ -74,7 +76,7 @@ def _hindrances(model: nn.Module, binding: Binding, kinds: dict[str, Norm | str 
                 f"{'the others' if wanted in kinds.values() else f'{binding.family.name} says'}, {_SO}"
             )
     for section, prefix, part in binding.family.sections(binding.depths):
-        for reader in dict.fromkeys(one for readers in part.norms.values() for one in readers):
+        for reader in dict.fromkeys(reader for readers in part.norms.values() for reader in readers):
             before = any(f"{prefix}{norm}" in kinds for norm, readers in part.norms.items() if reader in readers)
             if f"{prefix}{reader}.weight" in binding.uses[section] and not before and wanted == "pre":
                 yield f"no norm stands before '{prefix}{reader}', which reads the mean of its stream, {_SO}"

@@ -52,7 +52,7 @@ def _of_heads(
     heads = {1: order, members: (order[:, None] * members + inside).flatten()}
     tied = binding.tied()
     blocks: dict[str, list[list[Tensor]]] = {}  # for each group, what becomes of the units of its heads
-    found = {}
+    maps = {}
     for axis in axes:
         root = tied[axis.repeats or axis.name]
         first = root not in blocks
@@ -66,8 +66,8 @@ def _of_heads(
             elif not first and not axis.repeats:
                 scale = 1 / scale
             plan[old, :, new] = turn * scale
-        found[axis.name] = TransportMap(plan.view(axis.size, axis.size), "random", "orthogonal")
-    return found
+        maps[axis.name] = TransportMap(plan.view(axis.size, axis.size), "random", "orthogonal")
+    return maps
 
 
 def _inside(axis: Axis, generator: torch.Generator) -> list[Tensor]:
@@ -86,11 +86,11 @@ def _inside(axis: Axis, generator: torch.Generator) -> list[Tensor]:
     return [turn, scale]
 
 
-def _scaled(found: TransportMap, generator: torch.Generator) -> TransportMap:
-    n = len(found.plan)
+def _scaled(transport: TransportMap, generator: torch.Generator) -> TransportMap:
+    n = len(transport.plan)
     sizes = torch.tensor([_scale(generator) for _ in range(n)], dtype=torch.float64)
     signs = 1 - 2 * torch.randint(2, (n,), generator=generator)
-    return replace(found, plan=found.plan * signs, sizes=(sizes, torch.ones_like(sizes)))
+    return replace(transport, plan=transport.plan * signs, sizes=(sizes, torch.ones_like(sizes)))
 
 
 def _scale(generator: torch.Generator) -> float:

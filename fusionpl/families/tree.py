@@ -52,7 +52,7 @@ class Trace:
 
 
 def traced(model: nn.Module, stack: str, block: str, run: Callable[[nn.Module], Any]) -> Trace:
-    """Runs the model once and looks on.
+    """Runs the model once and records which module reads what another puts out.
 
     Args:
         model: the model.
@@ -60,27 +60,27 @@ def traced(model: nn.Module, stack: str, block: str, run: Callable[[nn.Module], 
         run: runs the model.
     """
     modules: dict[str, Seen] = {}
-    kept: list[Any] = []  # what is alive keeps its place in memory
+    tensors: list[Any] = []  # what is alive keeps its place in memory
     starts: list[int] = []
     entries: list[int] = []
 
     def look(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if name not in modules and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                kept.extend((args[0], output))
-                modules[name] = Seen(len(kept), args[0].data_ptr(), output.data_ptr())
+                tensors.extend((args[0], output))
+                modules[name] = Seen(len(tensors), args[0].data_ptr(), output.data_ptr())
 
         return hook
 
     def begin(module: nn.Module, args: Any, keywords: Any) -> None:
         states = args[0] if args else keywords["hidden_states"]
-        kept.append(states)
-        starts.append(len(kept))
+        tensors.append(states)
+        starts.append(len(tensors))
         if module is model.get_submodule(block):
             entries.append(states.data_ptr())
 
     blocks = model.get_submodule(stack).children()
-    hooks = [one.register_forward_pre_hook(begin, with_kwargs=True) for one in blocks]
+    hooks = [child.register_forward_pre_hook(begin, with_kwargs=True) for child in blocks]
     for name, module in model.named_modules():
         if name and list(module.parameters(recurse=False)):
             hooks.append(module.register_forward_hook(look(name)))
@@ -99,20 +99,20 @@ def stack_of(model: nn.Module) -> tuple[str, list[str]]:
     Raises:
         FusionError: there is none.
     """
-    found = {}
+    sizes = {}
     for name, module in model.named_modules():
         blocks = list(module.children())
         if name and blocks and isinstance(module, nn.ModuleList | nn.Sequential):
             alike = len({type(block) for block in blocks}) == 1
             if alike and len(list(blocks[0].parameters())) > 4:  # more than a linear module and a norm
-                found[name] = sum(parameter.numel() for parameter in module.parameters())
-    if not found:
+                sizes[name] = sum(parameter.numel() for parameter in module.parameters())
+    if not sizes:
         raise FusionError(
             f"{type(model).__name__} has no list of blocks that are alike (a ModuleList or Sequential), "
             "which a family needs"
         )
-    best = max(found, key=lambda name: found[name])
-    return best, [name for name in found if not f"{name}.".startswith(f"{best}.") and not best.startswith(f"{name}.")]
+    best = max(sizes, key=lambda name: sizes[name])
+    return best, [name for name in sizes if not f"{name}.".startswith(f"{best}.") and not best.startswith(f"{name}.")]
 
 
 def offset_of(norm: nn.Module, width: int) -> int | None:

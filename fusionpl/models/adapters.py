@@ -59,7 +59,7 @@ def class_with_head(folder: Path, config: Mapping[str, Any]) -> str | None:
     """The class for the head that an adapter brings; None where it brings none, or for an unknown architecture.
 
     Args:
-        folder: the adapter's.
+        folder: the folder of the adapter.
         config: what the base's config.json says.
     """
     from transformers.models.auto import modeling_auto
@@ -71,10 +71,10 @@ def class_with_head(folder: Path, config: Mapping[str, Any]) -> str | None:
         known = modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
     else:
         return None
-    found = known.get(config.get("model_type", ""))
+    head_class = known.get(config.get("model_type", ""))
     own = (config.get("architectures") or [None])[0]
     # A tuple lists variants, the base's own among them or the first.
-    return (own if own in found else found[0]) if isinstance(found, tuple) else found
+    return (own if own in head_class else head_class[0]) if isinstance(head_class, tuple) else head_class
 
 
 def given_by(tensors: "Tensors") -> dict[str, str]:
@@ -104,9 +104,9 @@ def merged(folder: Path, base: "nn.Module", tensors: "Tensors") -> "nn.Module":
     """The base with the adapter in its weights.
 
     Args:
-        folder: the adapter's.
+        folder: the folder of the adapter.
         base: the base, which is used up.
-        tensors: the adapter's.
+        tensors: the tensors of the adapter.
 
     Raises:
         FusionError: the adapter doesn't fit the base, or peft can't merge one of its kind.
@@ -117,14 +117,14 @@ def merged(folder: Path, base: "nn.Module", tensors: "Tensors") -> "nn.Module":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about how to train it
             model: Any = peft.get_peft_model(cast(Any, base), _peft_config(folder))
-            found: Any = peft.set_peft_model_state_dict(model, dict(tensors))
+            report: Any = peft.set_peft_model_state_dict(model, dict(tensors))
     except Exception as error:  # peft and torch raise whatever a config or a shape leads to; the last line names it
         words = reason(Exception(str(error).strip().rpartition("\n")[2]))
         raise FusionError(f"{folder}: the adapter doesn't fit {type(base).__name__}: {words}") from error
-    lacking = sorted(name for name in found.missing_keys if ".default" in name)
-    if found.unexpected_keys or lacking:
-        name = (sorted(found.unexpected_keys) or lacking)[0].removeprefix(_PREFIX).replace(".default", "")
-        what = f"holds {name}, which it has not" if found.unexpected_keys else f"lacks {name}"
+    lacking = sorted(name for name in report.missing_keys if ".default" in name)
+    if report.unexpected_keys or lacking:
+        name = (sorted(report.unexpected_keys) or lacking)[0].removeprefix(_PREFIX).replace(".default", "")
+        what = f"holds {name}, which it has not" if report.unexpected_keys else f"lacks {name}"
         raise FusionError(f"{folder}: the adapter doesn't fit {type(base).__name__}: it {what}")
     try:
         whole: Any = model.merge_and_unload()

@@ -85,11 +85,11 @@ def transformers_class(name: str) -> type[transformers.PreTrainedModel]:
     Raises:
         FusionError: there is no such model class.
     """
-    found = getattr(transformers, name, None)
-    if not (inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel)):
+    model_class = getattr(transformers, name, None)
+    if not (inspect.isclass(model_class) and issubclass(model_class, transformers.PreTrainedModel)):
         hint = nearest(name, (known for known in dir(transformers) if "For" in known))
         raise FusionError(f"transformers has no model class '{name}'{hint}")
-    return found
+    return model_class
 
 
 def _build_timm(config: ModelConfig, num_classes: int, class_names: tuple[str, ...] | None) -> nn.Module:
@@ -99,10 +99,10 @@ def _build_timm(config: ModelConfig, num_classes: int, class_names: tuple[str, .
     model = cast(Any, timm.create_model(config.architecture, num_classes=num_classes, **config.args))
     # timm fills pretrained_cfg with the origin of its published weights, which this model does not have.
     channels = model.in_chans if hasattr(model, "in_chans") else 3
-    kept = {key: value for key, value in model.pretrained_cfg.items() if key in KEPT_CFG}
+    settings = {key: value for key, value in model.pretrained_cfg.items() if key in KEPT_CFG}
     half = (0.5,) * channels  # and the rest as `ImageProcessing` has it by default
     seen = {"mean": half, "std": half, "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"}
-    model.pretrained_cfg = {**kept, **seen, "num_classes": num_classes}
+    model.pretrained_cfg = {**settings, **seen, "num_classes": num_classes}
     if class_names is not None:
         model.pretrained_cfg["label_names"] = list(class_names)
     return cast(nn.Module, model)

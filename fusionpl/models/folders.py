@@ -28,10 +28,10 @@ def model_folder(source: str, *, allow_pickle: bool = False, weights: bool = Tru
         return path
     if path.exists():
         raise FusionError(f"{path} is a file; give the folder that holds config.json and model.safetensors")
-    found = hub_id(source)
-    if found is None:
+    hub = hub_id(source)
+    if hub is None:
         raise FusionError(f"no model at {path}; {_siblings(path)}")
-    return download(found, allow_pickle=allow_pickle, weights=weights)
+    return download(hub, allow_pickle=allow_pickle, weights=weights)
 
 
 def check_there(sources: Iterable[str]) -> None:
@@ -45,19 +45,19 @@ def base_folder(folder: Path, *, allow_pickle: bool = False, weights: bool = Tru
     """The folder of the model that an adapter was trained on.
 
     Args:
-        folder: the adapter's.
+        folder: the folder of the adapter.
         allow_pickle, weights: see `model_folder`.
 
     Raises:
         FusionError: there is no such model, or it is an adapter itself.
     """
     try:
-        found = model_folder(base_of(folder), allow_pickle=allow_pickle, weights=weights)
+        base = model_folder(base_of(folder), allow_pickle=allow_pickle, weights=weights)
     except FusionError as error:
         raise FusionError(f"the base of the adapter in {folder}: {error}") from error
-    if is_adapter(found):
-        raise FusionError(f"the base of the adapter in {folder} is an adapter itself, {found}; merge that first")
-    return found
+    if is_adapter(base):
+        raise FusionError(f"the base of the adapter in {folder} is an adapter itself, {base}; merge that first")
+    return base
 
 
 def model_config(folder: Path) -> dict[str, Any]:
@@ -92,7 +92,9 @@ def tell_of_adapter(folder: Path) -> None:
 
 def _siblings(path: Path) -> str:
     parent = next(folder for folder in path.absolute().parents if folder.is_dir())
-    found = sorted({file.parent for pattern in ("*", "*/*", "*/*/*") for file in parent.glob(f"{pattern}/config.json")})
-    runs = [folder.parent if folder.name == "model" else folder for folder in found]
+    folders = sorted(
+        {file.parent for pattern in ("*", "*/*", "*/*/*") for file in parent.glob(f"{pattern}/config.json")}
+    )
+    runs = [folder.parent if folder.name == "model" else folder for folder in folders]
     names = ", ".join(str(run.relative_to(parent)) for run in runs[:10])
     return f"under {parent} there are: {names}" if names else f"there are none under {parent}"

@@ -43,16 +43,16 @@ def with_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            found = transformers.AutoModelForSequenceClassification.from_config(config)
+            classifier = transformers.AutoModelForSequenceClassification.from_config(config)
         except ValueError as error:
             raise FusionError(f"transformers has no sequence classifier for {model.config.model_type}") from error
-    source, target = (dict(_encoder(one).named_parameters()) for one in (model, found))
+    source, target = (dict(_encoder(network).named_parameters()) for network in (model, classifier))
     for name, tensor in target.items():
         if name in source:
             tensor.data.copy_(source[name].data)
         elif not name.startswith("pooler."):  # masked language models have none
             raise FusionError(f"the encoder of {type(model).__name__} lacks '{name}'")
-    return cast(nn.Module, found.eval())
+    return cast(nn.Module, classifier.eval())
 
 
 def _encoder(model: Any) -> nn.Module:

@@ -41,11 +41,11 @@ def hub_id(source: str) -> HubId | None:
 
 def short_name(source: str | Path) -> str:
     """The last part of a path or hub id with its revision, as a name that a folder can have."""
-    found = hub_id(str(source))
-    if found is None:
+    hub = hub_id(str(source))
+    if hub is None:
         return Path(source).name
-    revision = "" if found.revision is None else f"@{found.revision.replace('/', '-')}"
-    return found.repo.rpartition("/")[2] + revision
+    revision = "" if hub.revision is None else f"@{hub.revision.replace('/', '-')}"
+    return hub.repo.rpartition("/")[2] + revision
 
 
 def download(source: HubId, *, allow_pickle: bool = False, weights: bool = True) -> Path:
@@ -95,7 +95,7 @@ def card_folder(source: HubId) -> Path:
 
 def _snapshot(source: HubId, patterns: Iterable[str]) -> Path:
     try:
-        found = huggingface_hub.snapshot_download(
+        folder = huggingface_hub.snapshot_download(
             source.repo, revision=source.revision, allow_patterns=list(patterns), ignore_patterns=list(ELSEWHERE)
         )
     except RevisionNotFoundError as error:
@@ -108,7 +108,7 @@ def _snapshot(source: HubId, patterns: Iterable[str]) -> Path:
         ) from error
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
         raise FusionError(f"'{source}' is neither a folder nor a model the hub gives out: {reason(error)}") from error
-    return Path(found)
+    return Path(folder)
 
 
 def _names(folder: Path) -> list[str]:
@@ -156,15 +156,15 @@ def _revisions(source: HubId) -> Iterator[str]:
 
 def _revisions_with(source: HubId, layouts: Iterable[Layout]) -> tuple[list[str], bool]:
     """Other revisions with weights in one of the layouts, and whether all revisions were looked into."""
-    found: list[str] = []
+    revisions: list[str] = []
     others = [name for name in _revisions(source) if name != (source.revision or "main")]
     for count, name in enumerate(others):
-        if count == ASKED or len(found) == SHOWN:
-            return found, False
+        if count == ASKED or len(revisions) == SHOWN:
+            return revisions, False
         names = huggingface_hub.HfApi().list_repo_files(source.repo, revision=name)
         if any(layout.held(names) for layout in layouts):
-            found.append(name)
-    return found, True
+            revisions.append(name)
+    return revisions, True
 
 
 def _listed(names: list[str]) -> str:

@@ -35,11 +35,11 @@ def grid_of(model: nn.Module) -> Grid | None:
     """How a model cuts images into patches; None where it reads none, or images of any size."""
     if isinstance(model, transformers.PreTrainedModel):
         source: Any = getattr(model.config, "vision_config", model.config)
-        found = getattr(source, "image_size", None), getattr(source, "patch_size", None)
+        sizes = getattr(source, "image_size", None), getattr(source, "patch_size", None)
     else:
         source = getattr(model, "patch_embed", None)
-        found = getattr(source, "img_size", None), getattr(source, "patch_size", None)
-    return None if None in found else Grid(*map(_pair, found))
+        sizes = getattr(source, "img_size", None), getattr(source, "patch_size", None)
+    return None if None in sizes else Grid(*map(_pair, sizes))
 
 
 def at_image_size(
@@ -51,7 +51,7 @@ def at_image_size(
 
     Args:
         model: of timm or transformers; it may be on the meta device, and stays as it is.
-        like: the other.
+        like: the model whose image size is taken.
         family: see `bind`.
         names: how messages call the two.
 
@@ -66,7 +66,7 @@ def at_image_size(
     if own is None or other is None or own == other:
         return None
     if own.patch != other.patch:
-        cut = [f"{name} of {_times(one.patch)}" for name, one in zip(names[::-1], (other, own), strict=True)]
+        cut = [f"{name} of {_times(grid.patch)}" for name, grid in zip(names[::-1], (other, own), strict=True)]
         raise FusionError(f"parents cut images into patches of different size: {', '.join(cut)}; use one patch size")
     places = places_of(model, family)
     if places is None:
@@ -77,18 +77,18 @@ def at_image_size(
         if parameter != name:
             return tensor
         table = tensor if tensor.ndim == 3 else tensor[None]
-        found: Tensor = resample_abs_pos_embed(table, list(other.size), list(own.size), num_prefix_tokens=prefix)
-        return found.reshape(*tensor.shape[:-2], *found.shape[1:])
+        resampled: Tensor = resample_abs_pos_embed(table, list(other.size), list(own.size), num_prefix_tokens=prefix)
+        return resampled.reshape(*tensor.shape[:-2], *resampled.shape[1:])
 
     return _empty(model, other), moved
 
 
 def with_image_size(model: nn.Module, like: nn.Module, family: Family | None = None) -> nn.Module:
     """A whole model for images of the size that another takes, or the model itself; see `at_image_size`."""
-    found = at_image_size(model, like, family)
-    if found is None:
+    replacement = at_image_size(model, like, family)
+    if replacement is None:
         return model
-    return refilled(model, *found)
+    return refilled(model, *replacement)
 
 
 def describe_resampling(name: str, model: nn.Module, anchor: str, like: nn.Module) -> str:
@@ -110,8 +110,8 @@ def places_of(model: nn.Module, family: Family | None = None) -> tuple[str, int]
         return None
     binding = bind(model, family)
     axis = next((binding.axes[name] for name in _PLACES if name in binding.axes), None)
-    found = [slot.parameter for slot in binding.slots if axis is not None and axis.name in slot.axes]
-    return (found[0], axis.size - grid.size[0] * grid.size[1]) if axis is not None and found else None
+    parameters = [slot.parameter for slot in binding.slots if axis is not None and axis.name in slot.axes]
+    return (parameters[0], axis.size - grid.size[0] * grid.size[1]) if axis is not None and parameters else None
 
 
 def _empty(model: Any, grid: Grid) -> nn.Module:
@@ -122,12 +122,12 @@ def _empty(model: Any, grid: Grid) -> nn.Module:
         getattr(config, "vision_config", config).image_size = grid.image[0] if square else list(grid.image)
         return reshaped(model, config)
     # Its parameters are the other's but for the one that timm replaces.
-    found = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     with torch.no_grad():
-        found.set_input_size(img_size=grid.image)
-    if hasattr(found, "pretrained_cfg"):
-        found.pretrained_cfg["input_size"] = (*found.pretrained_cfg.get("input_size", (3,))[:1], *grid.image)
-    return cast(nn.Module, found)
+        twin.set_input_size(img_size=grid.image)
+    if hasattr(twin, "pretrained_cfg"):
+        twin.pretrained_cfg["input_size"] = (*twin.pretrained_cfg.get("input_size", (3,))[:1], *grid.image)
+    return cast(nn.Module, twin)
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -18,8 +18,10 @@ def kind_of(model: Any) -> Kind:
 
     timm's classifiers and language models choose one class, or one token, of several.
     """
-    classifies = isinstance(model, transformers.PreTrainedModel) and any(one in type(model).__name__ for one in _HEADS)
+    classifies = isinstance(model, transformers.PreTrainedModel) and any(
+        head in type(model).__name__ for head in _HEADS
+    )
     if not classifies:
         return CLASSES
-    found: Kind | None = getattr(model.config, "problem_type", None)
-    return found or (NUMBERS if model.config.num_labels == 1 else CLASSES)
+    kind: Kind | None = getattr(model.config, "problem_type", None)
+    return kind or (NUMBERS if model.config.num_labels == 1 else CLASSES)

@@ -28,7 +28,7 @@ class Layout:
         return self.whole, f"{self.stem}-*.{self.suffix}"
 
     def held(self, names: Iterable[str]) -> list[str]:
-        """Those of some names that are weights in this layout."""
+        """The names, among those given, that are files of weights in this layout."""
         return sorted(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns))
 
 
@@ -37,5 +37,5 @@ MODELS, ADAPTERS = (SAFETENSORS, PICKLES), (Layout("adapter_model", "safetensors
 
 
 def pickle_hint(name: str) -> str:
-    """What to do about a pickle."""
+    """Says how a pickle can be read."""
     return f"{name} is a pickle: --allow-pickle (allow_pickle=True) reads the tensors in it and nothing else"

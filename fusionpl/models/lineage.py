@@ -39,14 +39,14 @@ def ancestor(name: str, source: str) -> Ancestor:
         name: a short one.
         source: see `load_model`.
     """
-    found = hub_id(source)
-    if found is None:
+    hub = hub_id(source)
+    if hub is None:
         return Ancestor(name, None, _licence(model_folder(source)))
     try:
-        folder = card_folder(found)
+        folder = card_folder(hub)
     except FusionError:  # the model itself may lie in the cache
-        return Ancestor(name, found, None)
-    return Ancestor(name, HubId(found.repo, folder.name), _licence(folder))
+        return Ancestor(name, hub, None)
+    return Ancestor(name, HubId(hub.repo, folder.name), _licence(folder))
 
 
 def base_models(source: str) -> frozenset[str]:
@@ -55,9 +55,9 @@ def base_models(source: str) -> frozenset[str]:
     Args:
         source: see `load_model`.
     """
-    found = hub_id(source)
+    hub = hub_id(source)
     try:
-        card = _card(model_folder(source) if found is None else card_folder(found))
+        card = _card(model_folder(source) if hub is None else card_folder(hub))
     except FusionError:  # see `ancestor`
         return frozenset()
     named = None if card is None else card.data.get("base_model")
@@ -67,25 +67,27 @@ def base_models(source: str) -> frozenset[str]:
 
 def lineage(ancestors: Sequence[Ancestor], relation: Relation) -> dict[str, Any]:
     """The metadata of a card: `base_model`, which are hub ids alone, and `license` where all are known."""
-    found: dict[str, Any] = {}
-    repos = list(dict.fromkeys(one.hub.repo for one in ancestors if one.hub))
+    metadata: dict[str, Any] = {}
+    repos = list(dict.fromkeys(parent.hub.repo for parent in ancestors if parent.hub))
     if repos:
-        found |= {"base_model": repos, "base_model_relation": relation}
-    licences = list(dict.fromkeys(one.licence for one in ancestors))
+        metadata |= {"base_model": repos, "base_model_relation": relation}
+    licences = list(dict.fromkeys(parent.licence for parent in ancestors))
     if None in licences:
-        return found
+        return metadata
     if len(licences) == 1:
-        return found | {"license": licences[0]}
-    return found | {"license": "other", "license_name": "-and-".join(map(str, licences))}
+        return metadata | {"license": licences[0]}
+    return metadata | {"license": "other", "license_name": "-and-".join(map(str, licences))}
 
 
 def parents_section(ancestors: Sequence[Ancestor]) -> str:
     """The ancestors as a section of a card: names, commits, licences."""
     lines = [PARENTS, "", "| | revision | license |", "|---|---|---|"]
-    for one in ancestors:
-        name, revision = (f"`{one.hub.repo}`", f"`{one.hub.revision or 'main'}`") if one.hub else (one.name, "local")
-        lines.append(f"| {name} | {revision} | {one.licence or 'unknown'} |")
-    licences = {one.licence for one in ancestors}
+    for parent in ancestors:
+        name, revision = (
+            (f"`{parent.hub.repo}`", f"`{parent.hub.revision or 'main'}`") if parent.hub else (parent.name, "local")
+        )
+        lines.append(f"| {name} | {revision} | {parent.licence or 'unknown'} |")
+    licences = {parent.licence for parent in ancestors}
     if None in licences:
         lines += ["", "The license of a parent is unknown, so this card names none."]
     elif len(licences) > 1:

@@ -79,8 +79,8 @@ def open_model(source: str | Path, *, allow_pickle: bool = False) -> ModelFolder
         return None
     sources = _complete(module, tensors, names)
     _settle(module, tensors, sources, names)
-    kept = tuple(names[name] for name in module.state_dict() if name in names and name not in sources)
-    return ModelFolder(path, module.eval(), tensors, sources, kept)
+    buffers = tuple(names[name] for name in module.state_dict() if name in names and name not in sources)
+    return ModelFolder(path, module.eval(), tensors, sources, buffers)
 
 
 def check_numbers(tensors: Tensors) -> None:
@@ -147,15 +147,15 @@ def _transformers_skeleton(folder: Path, config: Mapping[str, Any], tensors: Ten
 def _renamed(module: Any, tensors: Tensors) -> dict[str, str] | None:
     """Name in memory -> name in the files, where transformers does no more than rename."""
     transforms = get_model_conversion_mapping(module)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     wanted = module.state_dict()
     names: dict[str, str] = {}
     for name in tensors:
-        found, converter = rename_source_key(name, renamings, converters, module.base_model_prefix, wanted)
+        target, converter = rename_source_key(name, renamings, converters, module.base_model_prefix, wanted)
         if converter is not None:
             return None
-        names[found] = name
+        names[target] = name
     return {name: source for name, source in names.items() if name in wanted}
 
 
@@ -172,9 +172,9 @@ def _complete(module: nn.Module, tensors: Tensors, names: Mapping[str, str]) -> 
     parameters = dict(module.named_parameters(remove_duplicate=False))
     order = list(getattr(module, "all_tied_weights_keys", {}))  # without the names that the others are tied to
     ranks = {name: order.index(name) if name in order else -1 for name in parameters}
-    for name, parameter in sorted(parameters.items(), key=lambda one: (ranks[one[0]], one[0])):
+    for name, parameter in sorted(parameters.items(), key=lambda item: (ranks[item[0]], item[0])):
         groups.setdefault(id(parameter), []).append(name)
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for group in groups.values():
         first = next((names[name] for name in group if name in names), None)
         if first is None:
@@ -184,8 +184,8 @@ def _complete(module: nn.Module, tensors: Tensors, names: Mapping[str, str]) -> 
             held, wanted = tensors.entries[source].shape, parameters[name].shape
             if held != wanted:
                 raise misfit(tensors.source, source, held, wanted)
-            found[name] = first if source == first or torch.equal(tensors[source], tensors[first]) else source
-    return found
+            sources[name] = first if source == first or torch.equal(tensors[source], tensors[first]) else source
+    return sources
 
 
 def _settle(module: nn.Module, tensors: Tensors, sources: Mapping[str, str], names: Mapping[str, str]) -> None:

@@ -84,7 +84,7 @@ def _numbers(a: Tokenizer, b: Tokenizer) -> str | None:
     if len(a) != len(b):
         return f"{{0}} has {len(a)} tokens, {{1}} has {len(b)}"
     for index, (ours, theirs) in enumerate(
-        zip(*(one.convert_ids_to_tokens(list(range(len(one)))) for one in (a, b)), strict=True)
+        zip(*(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))) for tokenizer in (a, b)), strict=True)
     ):
         if ours != theirs:
             return f"token {index} is '{_plain(ours)}' in {{0}} and '{_plain(theirs)}' in {{1}}"
@@ -95,9 +95,9 @@ def _special(a: Tokenizer, b: Tokenizer) -> str | None:
     """The first special token that differs. One tokenizer may lack that for padding: models say what theirs is."""
     ours, theirs = a.special_tokens_map, b.special_tokens_map
     for key in {**ours, **theirs}:
-        found = ours.get(key), theirs.get(key)
-        if found[0] != found[1] and not (key == "pad_token" and None in found):
-            return f"the {key} is '{_plain(found[0])}' in {{0}} and '{_plain(found[1])}' in {{1}}"
+        pair = ours.get(key), theirs.get(key)
+        if pair[0] != pair[1] and not (key == "pad_token" and None in pair):
+            return f"the {key} is '{_plain(pair[0])}' in {{0}} and '{_plain(pair[1])}' in {{1}}"
     return None
 
 
@@ -136,17 +136,17 @@ def _telling(a: Tokenizer, b: Tokenizer) -> Iterator[str]:
 def _cuts(a: Tokenizer, b: Tokenizer, texts: Sequence[str]) -> str | None:
     """The first text, or pair of texts, that two tokenizers with the same numbers cut differently."""
     for text, ours, theirs in zip(
-        texts, *(one(list(texts), verbose=False)["input_ids"] for one in (a, b)), strict=True
+        texts, *(tokenizer(list(texts), verbose=False)["input_ids"] for tokenizer in (a, b)), strict=True
     ):
         if ours != theirs:
             at = next((at for at, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
             start = max((min(len(ours), len(theirs)) if at is None else at) - 1, 0)
-            cut = (_plain(" ".join(one.convert_ids_to_tokens(ids[start : start + SHOWN])))
-                   for one, ids in ((a, ours), (b, theirs)))  # fmt: skip
+            cut = (_plain(" ".join(tokenizer.convert_ids_to_tokens(ids[start : start + SHOWN])))
+                   for tokenizer, ids in ((a, ours), (b, theirs)))  # fmt: skip
             return "{{0}} cuts '{}' into '{}', {{1}} into '{}'".format(
                 _plain(textwrap.shorten(text, 60, placeholder=" ...") if len(text) > 60 else text), *cut
             )
-    pairs = [" ".join(one.convert_ids_to_tokens(one("a", "b")["input_ids"])) for one in (a, b)]
+    pairs = [" ".join(tokenizer.convert_ids_to_tokens(tokenizer("a", "b")["input_ids"])) for tokenizer in (a, b)]
     return (
         None
         if pairs[0] == pairs[1]
@@ -163,7 +163,7 @@ def _summary(a: Tokenizer, b: Tokenizer, names: tuple[str, str]) -> list[str]:
         for side in SIDES
         if getattr(a, side) != getattr(b, side)
     ]
-    marked = [any(one("a", "b").get("token_type_ids") or ()) for one in (a, b)]
+    marked = [any(tokenizer("a", "b").get("token_type_ids") or ()) for tokenizer in (a, b)]
     if marked[0] != marked[1]:
         does, leaves = names if marked[0] else names[::-1]
         lines.append(f"the tokenizer of {does} marks the second of two texts (token_type_ids), that of {leaves} does "
@@ -186,16 +186,16 @@ def _renumbered(a: Tokenizer, b: Tokenizer) -> bool:
 
 def steps_of(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a tokenizer does to text, with its tokens but without their numbers; and its added tokens."""
-    found = json.loads(tokenizer.backend_tokenizer.to_str())
-    added = {token["content"]: {**token, "id": None} for token in found["added_tokens"]}
-    model, entries = found["model"], found["model"]["vocab"]
+    pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = {token["content"]: {**token, "id": None} for token in pipeline["added_tokens"]}
+    model, entries = pipeline["model"], pipeline["model"]["vocab"]
     if isinstance(entries, dict):
         tokens: list[Any] = sorted(entries.keys() - added.keys())
     else:  # Unigram: pieces with their scores
         tokens = sorted(entry for entry in entries if entry[0] not in added)
         model = {**model, "unk_id": None if model["unk_id"] is None else entries[model["unk_id"]][0]}
-    steps = {step: found[step] for step in ("normalizer", "pre_tokenizer", "decoder")}
-    steps |= {"post_processor": _without_numbers(found["post_processor"]), "model": {**model, "vocab": tokens}}
+    steps = {step: pipeline[step] for step in ("normalizer", "pre_tokenizer", "decoder")}
+    steps |= {"post_processor": _without_numbers(pipeline["post_processor"]), "model": {**model, "vocab": tokens}}
     return steps, added
 
 

@@ -48,7 +48,7 @@ def for_pixels(
     own = own or ImageProcessing()
     if given is None or given.decreed or grid_of(model) is None or own.sees_as(given):
         return None
-    patches = next(((name, one) for name, one in model.named_modules() if isinstance(one, nn.Conv2d)), None)
+    patches = next(((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), None)
     places = places_of(model, family)
     if patches is None or any(patches[1].padding) or (patches[1].bias is None and places is None):
         raise FusionError(
@@ -64,16 +64,16 @@ def for_pixels(
 
     def moved(parameter: str, tensor: Tensor) -> Tensor:
         if parameter == weight:
-            found = (tensor.flip(1) if turned else tensor).double() * scale.to(tensor.device)[:, None, None]
-            return found.to(tensor.dtype)
+            values = (tensor.flip(1) if turned else tensor).double() * scale.to(tensor.device)[:, None, None]
+            return values.to(tensor.dtype)
         if parameter != target:
             return tensor
-        found = tensor.double()
+        values = tensor.double()
         if convolution.bias is None:
-            found[..., prefix:, :] += constant.to(tensor.device)
+            values[..., prefix:, :] += constant.to(tensor.device)
         else:
-            found += constant.to(tensor.device)
-        return found.to(tensor.dtype)
+            values += constant.to(tensor.device)
+        return values.to(tensor.dtype)
 
     return moved
 
@@ -90,10 +90,10 @@ def with_pixels(
     def read(name: str) -> Tensor:
         return model.get_parameter(name).detach()
 
-    found = for_pixels(model, image_processing(source), given, read, family, (short_name(str(source)), "the data"))
-    if found is not None:
+    moved = for_pixels(model, image_processing(source), given, read, family, (short_name(str(source)), "the data"))
+    if moved is not None:
         for name, parameter in model.named_parameters():
-            parameter.copy_(found(name, parameter.detach()))
+            parameter.copy_(moved(name, parameter.detach()))
     return model
 
 
@@ -127,10 +127,10 @@ def describe_differences(found: Mapping[str, ImageProcessing | None], anchor: st
 def _between(own: ImageProcessing, given: ImageProcessing, channels: int) -> tuple[Tensor, Tensor]:
     """Float64 [C] each: what the model takes is `scale * given + shift`, in the given order of channels."""
 
-    def numbers(one: ImageProcessing) -> Any:
-        found = one.of_channels(channels)
-        mean, std = (torch.tensor(values, dtype=torch.float64) for values in (found.mean, found.std))
-        return (mean.flip(0), std.flip(0)) if one is own and own.bgr != given.bgr else (mean, std)
+    def numbers(processing: ImageProcessing) -> Any:
+        per_channel = processing.of_channels(channels)
+        mean, std = (torch.tensor(values, dtype=torch.float64) for values in (per_channel.mean, per_channel.std))
+        return (mean.flip(0), std.flip(0)) if processing is own and own.bgr != given.bgr else (mean, std)
 
     (mean, std), (other_mean, other_std) = numbers(own), numbers(given)
     return other_std / std, (other_mean - mean) / std

@@ -64,15 +64,15 @@ class ImageProcessing:
         Raises:
             FusionError: it has them for another number of channels.
         """
-        found = []
+        statistics = []
         for values in (self.mean, self.std):
             if len(set(values)) > 1 and len(values) != count:
                 raise FusionError(
                     f"images of {count} channels are to be normalised by {len(values)} different numbers, "
                     f"{_numbers(values)}; give --data.normalize"
                 )
-            found.append(values if len(values) == count else values[:1] * count)
-        return replace(self, mean=found[0], std=found[1])
+            statistics.append(values if len(values) == count else values[:1] * count)
+        return replace(self, mean=statistics[0], std=statistics[1])
 
     def pixels(self, picture: Image.Image) -> Tensor:
         """An image as uint8 [C, H, W], resized and cropped but not normalised."""
@@ -85,23 +85,23 @@ class ImageProcessing:
         if self.crop is not None:
             _, *size = transforms.get_dimensions(image)
             image = transforms.crop(image, *map(self._start, size, self.crop), *self.crop)
-        found: Tensor = transforms.pil_to_tensor(image) if isinstance(image, Image.Image) else image
-        return found.flip(0) if self.bgr else found
+        tensor: Tensor = transforms.pil_to_tensor(image) if isinstance(image, Image.Image) else image
+        return tensor.flip(0) if self.bgr else tensor
 
-    def _start(self, length: int, kept: int) -> int:
+    def _start(self, length: int, window: int) -> int:
         """Where a crop begins: torchvision, which timm calls, rounds a half to even, and transformers down."""
-        middle = (length - kept) / 2
+        middle = (length - window) / 2
         return int(middle) if self.library == "transformers" or middle < 0 else round(middle)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """Float32 [C, 1, 1] each: the model sees `pixels / scale - shift`."""
-        mean, std = (torch.tensor(one, dtype=torch.float64)[:, None, None] for one in (self.mean, self.std))
+        mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (self.mean, self.std))
         return (255 * std).float(), (mean / std).float()
 
     def sees_as(self, other: "ImageProcessing") -> bool:
         """Whether a model sees the same numbers for a pixel as under the other one."""
-        count = max(len(one.mean) for one in (self, other))
-        ours, theirs = (one.of_channels(count) for one in (self, other))
+        count = max(len(processing.mean) for processing in (self, other))
+        ours, theirs = (processing.of_channels(count) for processing in (self, other))
         same = np.allclose(ours.mean, theirs.mean, atol=1e-6) and np.allclose(ours.std, theirs.std, rtol=1e-6)
         return bool(same) and self.bgr == other.bgr
 

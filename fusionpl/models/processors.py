@@ -67,9 +67,11 @@ def save_image_processing(folder: Path, processing: ImageProcessing) -> None:
     config = model_config(folder)
     if "architecture" in config:
         mode = "center" if isinstance(processing.resize, int) else "squash"
-        kept = {key: value for key, value in config.get("pretrained_cfg", {}).items() if not key.startswith("test_")}
-        channels = kept.get("input_size", [len(processing.mean)])[0]
-        config["pretrained_cfg"] = kept | {
+        settings = {
+            key: value for key, value in config.get("pretrained_cfg", {}).items() if not key.startswith("test_")
+        }
+        channels = settings.get("input_size", [len(processing.mean)])[0]
+        config["pretrained_cfg"] = settings | {
             "input_size": [channels, *(processing.size or ())],
             "mean": processing.mean,
             "std": processing.std,
@@ -84,19 +86,19 @@ def save_image_processing(folder: Path, processing: ImageProcessing) -> None:
 
 
 def _of_timm(place: str, cfg: Mapping[str, Any]) -> ImageProcessing:
-    found = resolve_data_config(pretrained_cfg=dict(cfg))
-    height, width = found["input_size"][-2:]
-    mode, interpolation = found["crop_mode"] or "center", found["interpolation"]
-    known = {one.value for one in InterpolationMode}
+    settings = resolve_data_config(pretrained_cfg=dict(cfg))
+    height, width = settings["input_size"][-2:]
+    mode, interpolation = settings["crop_mode"] or "center", settings["interpolation"]
+    known = {resampling.value for resampling in InterpolationMode}
     if mode not in ("squash", "center") or (mode == "center" and height != width) or interpolation not in known:
         raise FusionError(
             f"{place}: images of {height}x{width} with crop_mode {mode} and interpolation {interpolation} "
             "can't be prepared here; name a copy with others in its pretrained_cfg"
         )
-    scaled = tuple(int(side / found["crop_pct"]) for side in (height, width))
+    scaled = tuple(int(side / settings["crop_pct"]) for side in (height, width))
     return ImageProcessing(
-        mean=tuple(map(float, found["mean"])),
-        std=tuple(map(float, found["std"])),
+        mean=tuple(map(float, settings["mean"])),
+        std=tuple(map(float, settings["std"])),
         resize=scaled[0] if mode == "center" else cast(Size, scaled),
         crop=None if mode == "squash" and scaled == (height, width) else (height, width),
         interpolation=interpolation,
@@ -107,10 +109,10 @@ def _crop_pct(processing: ImageProcessing) -> float:
     """The share that timm divides a side by, and rounds down, to resize by it before the crop."""
     if processing.crop is None or processing.resize is None:
         return 1.0
-    kept = processing.crop[0]
+    side = processing.crop[0]
     scaled = processing.resize if isinstance(processing.resize, int) else processing.resize[0]
-    exact = (round(kept / scaled, digits) for digits in range(2, 16))
-    return next((share for share in exact if int(kept / share) == scaled), kept / (scaled + 0.5))
+    exact = (round(side / scaled, digits) for digits in range(2, 16))
+    return next((share for share in exact if int(side / share) == scaled), side / (scaled + 0.5))
 
 
 def _has_processor(folder: Path) -> bool:
@@ -122,9 +124,9 @@ def _has_processor(folder: Path) -> bool:
 def _forget_processor(folder: Path) -> None:
     """Takes out what would be read before preprocessor_config.json."""
     if (folder / PROCESSORS).is_file():
-        kept = json.loads((folder / PROCESSORS).read_text())
-        kept.pop(SECTION, None)
-        (folder / PROCESSORS).write_text(json.dumps(kept, indent=2))
+        sections = json.loads((folder / PROCESSORS).read_text())
+        sections.pop(SECTION, None)
+        (folder / PROCESSORS).write_text(json.dumps(sections, indent=2))
 
 
 def _of_transformers(folder: Path) -> ImageProcessing:
@@ -137,13 +139,13 @@ def _of_transformers(folder: Path) -> ImageProcessing:
             "it and give --data.normalize"
         ) from error
     try:
-        found = _settings_of(processor)
-        same = _prepares_alike(processor, found)
+        processing = _settings_of(processor)
+        same = _prepares_alike(processor, processing)
     except Exception as error:  # settings that are not there or not meant for images of one size
         raise _unknown(folder, processor) from error
     if not same:
         raise _unknown(folder, processor)
-    return found
+    return processing
 
 
 def _unknown(folder: Path, processor: Any) -> FusionError:
@@ -164,8 +166,8 @@ def _settings_of(processor: Any) -> ImageProcessing:
     normalises = bool(processor.do_normalize)
     means, deviations = (processor.image_mean, processor.image_std) if normalises else (0.0, 1.0)
     return ImageProcessing(
-        mean=tuple(float(one) / factor for one in np.atleast_1d(means)),
-        std=tuple(float(one) / factor for one in np.atleast_1d(deviations)),
+        mean=tuple(float(mean) / factor for mean in np.atleast_1d(means)),
+        std=tuple(float(deviation) / factor for deviation in np.atleast_1d(deviations)),
         resize=resize,
         crop=crop,
         interpolation=Image.Resampling(int(processor.resample)).name.lower() if processor.do_resize else "bilinear",
@@ -183,14 +185,14 @@ def _sides(size: Mapping[str, int]) -> Size:
     return size["height"], size["width"]
 
 
-def _prepares_alike(processor: Any, found: ImageProcessing) -> bool:
+def _prepares_alike(processor: Any, processing: ImageProcessing) -> bool:
     """Whether an image of no special shape comes out of a processor as `ImageProcessing` makes it."""
-    channels = len(found.mean) if len(found.mean) != 1 else 3
+    channels = len(processing.mean) if len(processing.mean) != 1 else 3
     noise = np.random.default_rng(0).integers(0, 256, (75, 120, channels), dtype=np.uint8)
     picture = Image.fromarray(noise)
     theirs = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"][0])
-    scale, shift = found.of_channels(channels).scale_and_shift()
-    ours = found.pixels(picture) / scale - shift
+    scale, shift = processing.of_channels(channels).scale_and_shift()
+    ours = processing.pixels(picture) / scale - shift
     return ours.shape == theirs.shape and float(((ours - theirs) * scale).abs().mean()) < NEAR
 
 

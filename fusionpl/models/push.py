@@ -89,6 +89,6 @@ def _check_token(user: Mapping[str, Any], repo: str) -> None:
     role = user.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
         raise FusionError(f"cannot push to {repo}: the token only reads; {LOGIN}, with one that writes")
-    names = [user["name"], *(one["name"] for one in user.get("orgs", []))]
+    names = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
     if role == "write" and repo.partition("/")[0] not in names:  # a token of finer grain doesn't list all it may
         raise FusionError(f"cannot push to {repo}: {user['name']} writes to {', '.join(names)}")

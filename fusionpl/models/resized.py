@@ -42,11 +42,11 @@ def resized(
     build = _transformers if isinstance(model, transformers.PreTrainedModel) else _timm
     try:
         with parameters_on_meta():
-            found = build(cast(Any, model), times, heads, depth)
+            new_model = build(cast(Any, model), times, heads, depth)
     except (TypeError, ValueError, AssertionError, AttributeError, KeyError, RuntimeError) as error:
         what = f"with {depth} blocks" if depth is not None else f"{float(times):g} times as wide"
         raise FusionError(f"a {type(model).__name__} can't be built {what}: {reason(error)}") from error
-    return _like(found, model)
+    return _like(new_model, model)
 
 
 def untied(model: nn.Module) -> tuple[nn.Module, dict[str, str]] | None:
@@ -64,17 +64,17 @@ def untied(model: nn.Module) -> tuple[nn.Module, dict[str, str]] | None:
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = False
     with parameters_on_meta():
-        found = _new(model, config)
+        new_model = _new(model, config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    new = [name for name, _ in found.named_parameters() if name not in names.values()]
-    return (_like(found, model), {name: names[id(model.get_parameter(name))] for name in new}) if new else None
+    new = [name for name, _ in new_model.named_parameters() if name not in names.values()]
+    return (_like(new_model, model), {name: names[id(model.get_parameter(name))] for name in new}) if new else None
 
 
 def reshaped(model: nn.Module, config: Any) -> nn.Module:
     """A model of the same class with another config, its parameters on the meta device; see `resized`."""
     with parameters_on_meta():
-        found = _new(model, config)
-    return _like(found, model)
+        new_model = _new(model, config)
+    return _like(new_model, model)
 
 
 def refilled(model: nn.Module, empty: nn.Module, moved: Callable[[str, Tensor], Tensor]) -> nn.Module:
@@ -93,38 +93,38 @@ def refilled(model: nn.Module, empty: nn.Module, moved: Callable[[str, Tensor], 
 def _new(model: Any, config: Any) -> nn.Module:
     """A model of the same class, with a pooler if the other has one."""
     without_pooler = {"add_pooling_layer": False} if getattr(model, "pooler", True) is None else {}
-    found: nn.Module = type(model)(config, **without_pooler)
-    without_cache(found)
-    return found
+    new_model: nn.Module = type(model)(config, **without_pooler)
+    without_cache(new_model)
+    return new_model
 
 
-def _like(found: nn.Module, model: nn.Module) -> nn.Module:
+def _like(new_model: nn.Module, model: nn.Module) -> nn.Module:
     """Gives the parameters of a model the type of another's, and buffers that are saved what they hold there; others,
     such as the factor of an embedding, follow from the width. What is not tied there comes apart."""
-    _part(found, model)
+    _part(new_model, model)
     buffers = dict(model.named_buffers())
     device, dtype = next(iter(buffers.values())).device if buffers else None, next(model.parameters()).dtype
-    for prefix, owner in found.named_modules():
+    for prefix, owner in new_model.named_modules():
         for key, buffer in owner.named_buffers(recurse=False):
             other = buffers.get(f"{prefix}.{key}" if prefix else key)
             same = other is not None and other.shape == buffer.shape and key not in owner._non_persistent_buffers_set
             owner._buffers[key] = other.clone() if same and other is not None else buffer.to(device)
-    for parameter in found.parameters():
+    for parameter in new_model.parameters():
         parameter.data = parameter.data.to(dtype)
-    return found.eval()
+    return new_model.eval()
 
 
-def _part(found: nn.Module, model: nn.Module) -> None:
+def _part(new_model: nn.Module, model: nn.Module) -> None:
     """Takes parameters apart that the class ties, and whose names are parameters of their own in another model: of
     files that hold two different tensors."""
     others = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     made: dict[tuple[int, int | None], nn.Parameter] = {}
-    for name, parameter in list(found.named_parameters(remove_duplicate=False)):
+    for name, parameter in list(new_model.named_parameters(remove_duplicate=False)):
         own = made.setdefault(
             (id(parameter), others.get(name)), nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
         )
         owner, _, leaf = name.rpartition(".")
-        found.get_submodule(owner)._parameters[leaf] = own
+        new_model.get_submodule(owner)._parameters[leaf] = own
 
 
 def _timm(model: Any, times: Fraction, heads: int | None, depth: int | None) -> nn.Module:
@@ -137,9 +137,9 @@ def _timm(model: Any, times: Fraction, heads: int | None, depth: int | None) -> 
         args |= {"embed_dim": int(model.embed_dim * times), "num_heads": int(heads * times)}
     if depth is not None:
         args["depth"] = depth
-    found = cast(Any, timm.create_model(model.pretrained_cfg["architecture"], **args))
-    found.pretrained_cfg = copy.deepcopy(model.pretrained_cfg)
-    return cast(nn.Module, found)
+    new_model = cast(Any, timm.create_model(model.pretrained_cfg["architecture"], **args))
+    new_model.pretrained_cfg = copy.deepcopy(model.pretrained_cfg)
+    return cast(nn.Module, new_model)
 
 
 def _transformers(model: Any, times: Fraction, heads: int | None, depth: int | None) -> nn.Module:

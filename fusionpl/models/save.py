@@ -72,9 +72,9 @@ def forget_places(folder: Path) -> None:
     for file in (folder / "config.json", folder / "tokenizer_config.json"):
         if file.is_file():
             settings = json.loads(file.read_text(encoding="utf-8"))
-            kept = {key: value for key, value in settings.items() if key not in PLACES}
-            if kept != settings:
-                file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            rest = {key: value for key, value in settings.items() if key not in PLACES}
+            if rest != settings:
+                file.write_text(json.dumps(rest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_card(folder: Path, library: str, card: str, data: Mapping[str, Any] | None = None) -> None:
@@ -86,8 +86,8 @@ def write_card(folder: Path, library: str, card: str, data: Mapping[str, Any] | 
         card: its Markdown body.
         data: more metadata, see `huggingface_hub.ModelCardData`.
     """
-    found = huggingface_hub.ModelCardData(**{"library_name": library, "tags": ["fusionpl"], **(data or {})})
-    huggingface_hub.ModelCard(f"---\n{found.to_yaml()}\n---\n\n{card}\n").save(folder / "README.md")
+    metadata = huggingface_hub.ModelCardData(**{"library_name": library, "tags": ["fusionpl"], **(data or {})})
+    huggingface_hub.ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{card}\n").save(folder / "README.md")
 
 
 def add_to_card(folder: Path, paragraph: str, data: Mapping[str, Any] | None = None) -> None:

@@ -22,7 +22,7 @@ def sentence_pooling(folder: Path) -> Pooling | None:
         FusionError: its files are damaged; it pools in another way than `Pooling` knows; it has a module with weights
             of its own.
     """
-    found: Pooling | None = None
+    pooling: Pooling | None = None
     for module in _modules(folder):
         kind = str(module.get("type", "")).rpartition(".")[2]
         if kind not in _WITHOUT_WEIGHTS:
@@ -31,8 +31,8 @@ def sentence_pooling(folder: Path) -> Pooling | None:
                 f"out of {MODULES}, or fuse encoders without one"
             )
         if kind == "Pooling":
-            found = _mode(folder / str(module["path"]) / "config.json")
-    return found
+            pooling = _mode(folder / str(module["path"]) / "config.json")
+    return pooling
 
 
 def check_pooling(poolings: Mapping[str, Pooling | None]) -> None:
@@ -75,10 +75,10 @@ def width_of(model: Any) -> int:
 
 def _modules(folder: Path) -> list[dict[str, Any]]:
     file = folder / MODULES
-    found = _read(file) if file.is_file() else []
-    if not isinstance(found, list) or not all(isinstance(module, dict) for module in found):
+    modules = _read(file) if file.is_file() else []
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise FusionError(f"{file} is damaged: it holds no list of modules; copy the model again")
-    return found
+    return modules
 
 
 def _mode(file: Path) -> Pooling:

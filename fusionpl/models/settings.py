@@ -48,13 +48,13 @@ def judgements(kind: Literal["config", "modules"]) -> Mapping[str, Judgement]:
         kind: settings of transformers' configurations, or attributes of other modules.
     """
     text = (resources.files("fusionpl.models") / "settings.yaml").read_text()
-    found: dict[str, Judgement] = {}
+    by_name: dict[str, Judgement] = {}
     for group in yaml.safe_load(text):
         assert group["is"] in get_args(Outcome), group
         for name in group.get(kind, []):
-            assert name not in found, name
-            found[name] = Judgement(group["is"], group["why"], group.get("where", ""))
-    return found
+            assert name not in by_name, name
+            by_name[name] = Judgement(group["is"], group["why"], group.get("where", ""))
+    return by_name
 
 
 def compare_settings(models: Mapping[str, nn.Module], anchor: str) -> list[str]:
@@ -76,11 +76,11 @@ def compare_settings(models: Mapping[str, nn.Module], anchor: str) -> list[str]:
             continue
         pair = _Pair(anchor, models[anchor], name, model)
         pair.check_buffers()
-        found = dict.fromkeys([*pair.classes(), *pair.attributes(), *pair.config()])
-        if found:
+        differences = dict.fromkeys([*pair.classes(), *pair.attributes(), *pair.config()])
+        if differences:
             lines.append(
                 f"{anchor} and {name} compute differently, and the fused model computes as {anchor} does: "
-                f"{'; '.join(found)}"
+                f"{'; '.join(differences)}"
             )
     return lines
 
@@ -99,7 +99,7 @@ class _Pair:
         for path, a, b in self._modules():
             if _runs_alike(a, b):
                 continue
-            if any(True for one in (a, b) for _ in one.parameters()):
+            if any(True for module in (a, b) for _ in module.parameters()):
                 what = f"'{path}'" if path else "the model"
                 raise FusionError(
                     f"parents of different function: {what} is a {_class(a)} in {self.anchor} and a {_class(b)} in "
@@ -163,7 +163,7 @@ class _Pair:
         return isinstance(self.ours, transformers.PreTrainedModel) and home.startswith(("torch.", "transformers."))
 
     def _same_shapes(self) -> bool:
-        a, b = ([tuple(one.shape) for one in model.parameters()] for model in (self.ours, self.theirs))
+        a, b = ([tuple(parameter.shape) for parameter in model.parameters()] for model in (self.ours, self.theirs))
         return a == b
 
     def _summary(self, key: str, ours: Any, theirs: Any, why: str) -> str:
@@ -182,8 +182,8 @@ def _runs_alike(a: nn.Module, b: nn.Module) -> bool:
         return True
     if vars(a).get("forward") != vars(b).get("forward"):
         return False
-    kinds = [type(one) for one in (a, b)]
-    homes, names = [one.__module__ for one in kinds], [one.__name__ for one in kinds]
+    kinds = [type(module) for module in (a, b)]
+    homes, names = [kind.__module__ for kind in kinds], [kind.__name__ for kind in kinds]
     if _same_methods(*kinds) or all(any(kind in name for kind in _IDENTITIES) for name in names):
         return True
     if names[0] == names[1] and {home.partition(".")[0] for home in homes} == {"torch", "timm"}:
@@ -212,15 +212,15 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _plain(module: nn.Module) -> dict[str, Any]:
     """Public attributes that are plain values or functions."""
-    found: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}
     for key, value in vars(module).items():
         if key.startswith("_") or key in ("training", "forward", "config", "default_cfg", "pretrained_cfg"):
             continue
         if isinstance(value, bool | int | float | str | tuple | list | type(None)):
-            found[key] = value
+            attributes[key] = value
         elif callable(value) and not isinstance(value, nn.Module):
-            found[key] = getattr(value, "__qualname__", type(value).__qualname__)
-    return found
+            attributes[key] = getattr(value, "__qualname__", type(value).__qualname__)
+    return attributes
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -67,7 +67,7 @@ def with_tags_of(model: nn.Module, like: nn.Module, family: Family | None = None
     names = class_names(like)
     if kind_of(model) != TAGS or not names or not set(class_names(model) or ()) <= set(names):
         return model
-    found = with_tags(model, names, family)
-    if found is None:
+    tagged = with_tags(model, names, family)
+    if tagged is None:
         return model
-    return refilled(model, *found)
+    return refilled(model, *tagged)

@@ -52,7 +52,7 @@ class Tensors(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path, *, allow_pickle: bool = False, layouts: tuple[Layout, Layout] = MODELS) -> None:
         allowed = layouts if allow_pickle else layouts[:1]
-        files = next((found for layout in allowed if (found := _files(folder, layout))), None)
+        files = next((layout_files for layout in allowed if (layout_files := _files(folder, layout))), None)
         if files is None:
             raise FusionError(f"{folder} has no {layouts[0].whole}{_instead(folder, *layouts)}")
         self.source, shards = files
@@ -78,7 +78,7 @@ class Tensors(Mapping[str, Tensor]):
 
     def _unpickle(self, file: Path) -> dict[str, Entry]:
         try:
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except pickle.UnpicklingError as error:
             raise FusionError(
                 f"{file} is damaged, or holds more than tensors, which is never read; convert it to safetensors where "
@@ -86,7 +86,7 @@ class Tensors(Mapping[str, Tensor]):
             ) from error
         except Exception as error:  # a damaged file raises whatever its parser does
             raise FusionError(f"{file} is truncated or damaged ({reason(error)}); copy or train it again") from error
-        tensors = found if isinstance(found, Mapping) else {}
+        tensors = content if isinstance(content, Mapping) else {}
         held = {str(name): tensor.detach() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
         if not held:
             raise FusionError(f"{file} is no table of tensors; save model.state_dict() to it, better as safetensors")

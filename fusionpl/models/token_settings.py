@@ -31,30 +31,32 @@ LARGEST = 2
 @cache
 def _reads(cls: type[Any]) -> frozenset[str]:
     """The settings that the forward pass of a class reads by itself, in `forward` or what that calls of it."""
-    todo, seen, found = ["forward"], set[str](), set[str]()
+    todo, seen, settings = ["forward"], set[str](), set[str]()
     while todo:
         name = todo.pop()
         if name in seen:
             continue
         seen.add(name)
-        method = next((vars(one)[name] for one in cls.__mro__
-                       if name in vars(one) and not one.__module__.startswith(_NO_MODEL)), None)  # fmt: skip
+        method = next((vars(base)[name] for base in cls.__mro__
+                       if name in vars(base) and not base.__module__.startswith(_NO_MODEL)), None)  # fmt: skip
         if isinstance(method, (staticmethod, classmethod)):
             method = method.__func__
         code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
         names = code.co_names if code else ()
-        found |= {one for one in names if _SETTING.fullmatch(one)}
+        settings |= {name for name in names if _SETTING.fullmatch(name)}
         todo += names
-    return frozenset(found)
+    return frozenset(settings)
 
 
 def _configs(model: nn.Module) -> list[Any]:
     """The configurations of a model and of its parts, each once."""
-    found: dict[int, Any] = {id(one.config): one.config for one in model.modules() if hasattr(one, "config")}
-    for config in list(found.values()):
+    configs: dict[int, Any] = {
+        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
+    }
+    for config in list(configs.values()):
         if hasattr(config, "get_text_config"):
-            found.setdefault(id(config.get_text_config()), config.get_text_config())
-    return list(found.values())
+            configs.setdefault(id(config.get_text_config()), config.get_text_config())
+    return list(configs.values())
 
 
 def _holders(model: nn.Module) -> Iterator[tuple[str, Any, nn.Module]]:
@@ -86,8 +88,8 @@ def padding_of(model: Any) -> int | None:
 
 def end_of(model: Any) -> int | None:
     """The number of a model's end of text, the first of several; None where it has none."""
-    found = getattr(model.config.get_text_config(), "eos_token_id", None)
-    return next(iter(found), None) if isinstance(found, (list, tuple)) else found
+    end = getattr(model.config.get_text_config(), "eos_token_id", None)
+    return next(iter(end), None) if isinstance(end, (list, tuple)) else end
 
 
 def pad_with(model: Any, number: int) -> None:
@@ -134,8 +136,8 @@ def renumber_settings(model: nn.Module, places: Mapping[int, int], name: str) ->
         for setting, value in list(vars(holder).items()):
             if _SETTING.fullmatch(setting) and value is not None:
                 many = isinstance(value, (list, tuple))
-                found = [places[one] for one in (value if many else [value]) if one in places]
-                setattr(holder, setting, found if many else next(iter(found), None))
+                numbers = [places[number] for number in (value if many else [value]) if number in places]
+                setattr(holder, setting, numbers if many else next(iter(numbers), None))
 
 
 def check_token_settings(models: Mapping[str, nn.Module]) -> list[str]:
@@ -164,11 +166,11 @@ def check_token_settings(models: Mapping[str, nn.Module]) -> list[str]:
 
 def _generated(a: Any, b: Any, first: str, name: str) -> list[str]:
     """What two models that generate look for differently."""
-    if not all(isinstance(one, transformers.PreTrainedModel) and one.can_generate() for one in (a, b)):
+    if not all(isinstance(model, transformers.PreTrainedModel) and model.can_generate() for model in (a, b)):
         return []
-    ours, theirs = (one.config.get_text_config() for one in (a, b))
+    ours, theirs = (model.config.get_text_config() for model in (a, b))
     return [
         f"{setting} is {values[0]} in {first} and {values[1]} in {name}: the fused model generates with the anchor's"
         for setting in ("bos_token_id", "eos_token_id")
-        if (values := [getattr(one, setting, None) for one in (ours, theirs)])[0] != values[1]
+        if (values := [getattr(config, setting, None) for config in (ours, theirs)])[0] != values[1]
     ]

@@ -52,9 +52,9 @@ def train_wordpiece(texts: Iterable[str], size: int) -> PreTrainedTokenizerBase:
             f"data.vocab_size {size} is too small: the training text has {len(alphabet)} letters, so it needs at least "
             f"{len(vocabulary)} entries"
         )
-    found = _untrained(models.WordPiece(vocab=vocabulary, unk_token=SPECIAL["unk_token"]))
-    found.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
-    return PreTrainedTokenizerFast(tokenizer_object=found, **SPECIAL)
+    trained = _untrained(models.WordPiece(vocab=vocabulary, unk_token=SPECIAL["unk_token"]))
+    trained.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+    return PreTrainedTokenizerFast(tokenizer_object=trained, **SPECIAL)
 
 
 def train_bpe(
@@ -112,12 +112,12 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
     if not _has_tokenizer(folder):
         return None
     try:
-        found: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a broken file raises whatever its parser does
         raise FusionError(
             f"{folder}: the tokenizer can't be read ({reason(error)}); copy or train the model again"
         ) from error
-    return found
+    return tokenizer
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -48,14 +48,14 @@ class Renumbering:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The anchor's: its tokenizer, and the rows of its model, which may be more."""
+    """The anchor's vocabulary: its tokenizer, and the number of rows in its model, which may be larger."""
 
     tokenizer: PreTrainedTokenizerBase
     size: int
 
     @classmethod
     def of(cls, source: str | Path, model: nn.Module, family: Family | None = None) -> "Vocabulary | None":
-        """That of a model that was read from `source`; None where it reads no tokens or has no tokenizer."""
+        """The vocabulary of a model that was read from `source`; None where it reads no tokens or has no tokenizer."""
         axis = bind(model, family).axes.get(VOCABULARY)
         tokenizer = load_tokenizer(source) if axis else None
         return cls(tokenizer, axis.size) if axis and tokenizer is not None else None
@@ -69,15 +69,15 @@ class Vocabulary:
         # fewer, its last one stands for the rest.
         padding = set(range(size)) - set(theirs.values())
         last = max(padding, default=size)
-        found = [row if row in padding else last for row in range(self.size)]
+        old_rows = [row if row in padding else last for row in range(self.size)]
         for token, row in ours.items():
             if row < self.size:
-                found[row] = theirs.get(token, size)
-        rows = torch.tensor(found)
+                old_rows[row] = theirs.get(token, size)
+        rows = torch.tensor(old_rows)
         missing_tokens = (rows >= size).nonzero()[:, 0]
         if size == self.size and torch.equal(rows, torch.arange(size)):
             return None
-        unknown = next((one for one in (tokenizer.unk_token_id, tokenizer.eos_token_id) if one is not None), 0)
+        unknown = next((number for number in (tokenizer.unk_token_id, tokenizer.eos_token_id) if number is not None), 0)
         rows[missing_tokens] = unknown
         return Renumbering(rows, missing_tokens, len(theirs.keys() - ours.keys()))
 
@@ -96,9 +96,9 @@ def load_parent(
     model = with_pixels(load_model(source, allow_pickle=allow_pickle), source, processing, family)
     if vocabulary is not None:
         axis = bind(model, family).axes[VOCABULARY]
-        found = vocabulary.renumbering(load_tokenizer(source), axis.size)
-        if found is not None:
-            renumber(model, found, family)
+        order = vocabulary.renumbering(load_tokenizer(source), axis.size)
+        if order is not None:
+            renumber(model, order, family)
     return model if like is None else with_tags_of(with_image_size(model, like, family), like, family)
 
 

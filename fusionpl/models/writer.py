@@ -37,8 +37,8 @@ class ModelWriter:
         for file in (file for pattern in SMALL_FILES for file in like.path.glob(pattern)):
             if not file.name.endswith(".index.json") and file.name != CONFIG:  # without its adapter it is no good
                 shutil.copy(file, self._new)
-        kept = [*dict.fromkeys(like.names.values()), *like.buffers]
-        layout = {name: (like.tensors.entries[name].shape, like.tensors.entries[name].dtype) for name in kept}
+        names = [*dict.fromkeys(like.names.values()), *like.buffers]
+        layout = {name: (like.tensors.entries[name].shape, like.tensors.entries[name].dtype) for name in names}
         self._file = TensorFile(self._new / "model.safetensors", layout)
         for name in like.buffers:
             self._file.write(name, like.tensors[name])

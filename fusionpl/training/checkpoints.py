@@ -18,7 +18,7 @@ class WholeCheckpoints(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Saves a checkpoint.
+        """Saves a checkpoint to a new file, then gives it its name.
 
         Raises:
             OSError: there is no room; what was there stays.

@@ -155,7 +155,7 @@ def build_trainer(
         "auto_insert_metric_name": False,
     }
     # the best first: the last must hold what the best was
-    kept: list[Callback] = [
+    checkpoints: list[Callback] = [
         ModelCheckpoint(filename="best", monitor=monitor, mode=mode, **always),
         ModelCheckpoint(filename="last", **always),
     ]
@@ -170,7 +170,7 @@ def build_trainer(
         return L.Trainer(
             default_root_dir=folder,
             logger=list(loggers) or False,
-            callbacks=[OwnSignals(), *bar, *callbacks, *kept],
+            callbacks=[OwnSignals(), *bar, *callbacks, *checkpoints],
             plugins=[WholeCheckpoints()],
             use_distributed_sampler=False,
             **args,

@@ -63,7 +63,7 @@ class MetricsFile(Logger):
             writer.writerows(self._rows.values())
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run's config.yaml has them."""
+        """Logs nothing: the run's config.yaml has them."""
 
 
 def make_loggers(

@@ -132,12 +132,12 @@ class ClassificationModule(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Puts the outcomes of all ranks together: the first has samples 0, n, 2n, ... of n ranks."""
-        found, world = self._scored.compute(), self.trainer.world_size
+        scores, world = self._scored.compute(), self.trainer.world_size
         self._scored.reset()
-        if isinstance(found, Tensor):
-            order = torch.cat([torch.arange(rank, len(found), world) for rank in range(world)])
-            values = torch.empty(found.shape)
-            values[order] = found.cpu()
+        if isinstance(scores, Tensor):
+            order = torch.cat([torch.arange(rank, len(scores), world) for rank in range(world)])
+            values = torch.empty(scores.shape)
+            values[order] = scores.cpu()
             self.outcomes = Outcomes(values)
 
     def on_train_epoch_end(self) -> None:

@@ -114,7 +114,7 @@ def task_of_model(config: Mapping[str, Any]) -> TaskName | None:
     if "architecture" in config:
         return "image-feature-extraction" if config.get("num_classes") == 0 else "image-classification"
     cls = config["architectures"][0]
-    found = next((name for name, task in TASKS.items() if any(head in cls for head in task.heads)), None)
-    if found is None and cls.endswith("Model"):
+    task_name = next((name for name, task in TASKS.items() if any(head in cls for head in task.heads)), None)
+    if task_name is None and cls.endswith("Model"):
         return "feature-extraction" if "vocab_size" in config else "image-feature-extraction"
-    return found
+    return task_name

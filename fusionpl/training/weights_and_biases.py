@@ -61,7 +61,7 @@ class FolderRun(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The run.
+        """The run of Weights & Biases, which the first use opens.
 
         Raises:
             FusionError: Weights & Biases refuses it.
@@ -83,8 +83,8 @@ class FolderRun(WandbLogger):
     def keep(self, folder: Path) -> None:
         """Writes the run's id and group into a folder."""
         run = self.experiment
-        kept = {"id": run.id, **({"group": run.group} if run.group else {})}
-        (folder / KEPT).write_text(yaml.safe_dump(kept, sort_keys=False))
+        identity = {"id": run.id, **({"group": run.group} if run.group else {})}
+        (folder / KEPT).write_text(yaml.safe_dump(identity, sort_keys=False))
 
 
 @rank_zero_only

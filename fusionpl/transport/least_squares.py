@@ -104,7 +104,7 @@ def fit_ridge(
     """
     if not float(held_out.count) or not float(rows.count):
         return prior, float("inf")
-    if not all(bool(one.isfinite().all()) for part in (rows, held_out) for one in (part.xx, part.xy)):
+    if not all(bool(matrix.isfinite().all()) for part in (rows, held_out) for matrix in (part.xx, part.xy)):
         raise FusionError("the activations of a refit hold NaN or infinite values; check calibration data and parents")
     trial, judge = (part.with_targets(_combined(part.xy)).less(_combined(prior)) for part in (rows, held_out))
 

@@ -46,15 +46,15 @@ def self_product(x: Tensor) -> Tensor:
     x, n = x.to(_kind(x)), x.shape[1]
     if n < _BLOCKS * _BLOCK_WIDTH:
         return x.T @ x
-    found = x.new_empty(n, n)
+    product = x.new_empty(n, n)
     cuts = [round(index * n / _BLOCKS) for index in range(_BLOCKS + 1)]
     blocks = [slice(*pair) for pair in itertools.pairwise(cuts)]
     for index, rows in enumerate(blocks):
-        found[rows, rows] = x[:, rows].T @ x[:, rows]
+        product[rows, rows] = x[:, rows].T @ x[:, rows]
         for columns in blocks[:index]:
-            found[rows, columns] = x[:, rows].T @ x[:, columns]
-            found[columns, rows] = found[rows, columns].T
-    return found
+            product[rows, columns] = x[:, rows].T @ x[:, columns]
+            product[columns, rows] = product[rows, columns].T
+    return product
 
 
 def _kind(x: Tensor) -> torch.dtype:

@@ -40,7 +40,7 @@ EXACT = 2**25  # products of rows and W up to which these are computed in float6
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a fit found.
+    """The result of a fit.
 
     Attributes:
         matrix: [n + 1, classes].
@@ -56,7 +56,7 @@ class Fitted:
 
 
 def spread(rows: int, entries: int) -> int:
-    """Of how many rows each is used, by a fit of so many rows to a W of so many entries."""
+    """A fit of `rows` rows to a W of `entries` entries uses one row in this many."""
     return max(1, -(-rows * entries // MOST))
 
 
@@ -70,8 +70,8 @@ def log_mean(logits: Sequence[Tensor], weights: Sequence[float | Tensor], link: 
     """
     log_of = functional.logsigmoid if link == "sigmoid" else partial(torch.log_softmax, dim=-1)
     each = [
-        log_of(one.float()) + torch.as_tensor(weight).to(one.device, torch.float32).log()
-        for one, weight in zip(logits, weights, strict=True)
+        log_of(scores.float()) + torch.as_tensor(weight).to(scores.device, torch.float32).log()
+        for scores, weight in zip(logits, weights, strict=True)
     ]
     return torch.stack(each).logsumexp(0)
 
@@ -163,27 +163,27 @@ class _Problem:
         values, vectors = torch.linalg.eigh(self._products)
         scales = (values.clamp_min(0) * STEEPEST + strength).rsqrt()
         turn = ((vectors * scales) @ vectors.T).to(matrix)
-        found = torch.linalg.solve(turn, matrix - prior)
+        coordinates = torch.linalg.solve(turn, matrix - prior)
         optimizer = torch.optim.LBFGS(
-            [found], max_iter=steps, history_size=HISTORY, tolerance_grad=TOLERANCE, line_search_fn="strong_wolfe"
+            [coordinates], max_iter=steps, history_size=HISTORY, tolerance_grad=TOLERANCE, line_search_fn="strong_wolfe"
         )
 
         def closure() -> Tensor:
-            away = turn @ found
-            total, gradient = found.new_zeros((), dtype=torch.float64), torch.zeros_like(found)
+            away = turn @ coordinates
+            total, gradient = coordinates.new_zeros((), dtype=torch.float64), torch.zeros_like(coordinates)
             now = (prior + away).to(self._kind)
             for x, p in self._held or self._rows():
                 lost, error = self._judged(x, p, now)
                 total += lost
                 gradient += (_with_constant(x.to(error)).T @ error).to(gradient)
             self._reduce([total, gradient])
-            found.grad = turn @ (gradient / self.count + strength * away)
+            coordinates.grad = turn @ (gradient / self.count + strength * away)
             loss: Tensor = total / self.count + 0.5 * strength * away.double().square().sum()
-            return loss.to(found)
+            return loss.to(coordinates)
 
         with torch.no_grad():
             optimizer.step(closure)
-        best: Tensor = prior + turn @ found
+        best: Tensor = prior + turn @ coordinates
         return best
 
     def _judged(self, x: Tensor, p: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,8 +192,8 @@ class _Problem:
         if self._link == "sigmoid":
             loss = functional.binary_cross_entropy_with_logits(outputs, p, reduction="sum")
             return loss.double(), outputs.sigmoid() - p
-        found: Tensor = outputs.log_softmax(-1)
-        return -(p * found).sum().double(), found.exp() - p
+        log_probabilities: Tensor = outputs.log_softmax(-1)
+        return -(p * log_probabilities).sum().double(), log_probabilities.exp() - p
 
 
 def _with_constant(x: Tensor) -> Tensor:

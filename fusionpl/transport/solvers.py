@@ -121,7 +121,7 @@ def _sinkhorn(mu: Tensor, nu: Tensor, cost: Tensor, reg: float) -> tuple[Tensor,
     method = "sinkhorn" if float(shifted.max()) / reg < _KERNEL_RANGE else "sinkhorn_log"
     problem: tuple[Any, ...] = (mu, nu, shifted)
     if cost.device.type == "cpu":
-        problem = tuple(one.numpy() for one in problem)
+        problem = tuple(tensor.numpy() for tensor in problem)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the caller reports non-convergence with the name of the axis
         plan, log = ot.sinkhorn(

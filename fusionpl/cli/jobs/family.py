@@ -60,7 +60,7 @@ def drafted(model: nn.Module, batch: Any) -> str:
     """
     _scores(model, batch)
     try:
-        return draft(model, lambda one: logits(one, batch))
+        return draft(model, lambda variant: logits(variant, batch))
     except FusionError:
         raise
     except Exception as error:  # guesses about a tree that nobody has foreseen
@@ -84,13 +84,13 @@ def proof(model: nn.Module, family: Family, batch: Any, source: str) -> str:
         raise FusionError(f"{source}: {error}") from error
     changed = changed_a_little(model)
     size = float(_scores(changed, batch).abs().max())
-    difference = permutation_error(changed, lambda one: logits(one, batch), family=family)
+    difference = permutation_error(changed, lambda variant: logits(variant, batch), family=family)
     if not difference <= PROOF_TOLERANCE * size:
         raise FusionError(
             f"{source}: all parameters are described, but moving units at random changes outputs by {difference:.1e} "
             f"(outputs up to {size:.1f}); look at its guesses, at joins, maps and gates, and at the order of q, k and v"
         )
-    change, size, what = folding_error(model, lambda one: logits(one, batch), family=family)
+    change, size, what = folding_error(model, lambda variant: logits(variant, batch), family=family)
     if not change <= PROOF_TOLERANCE * size:
         raise FusionError(
             f"{source}: its units move freely, but folding {what} changes outputs by {change:.1e} "
@@ -120,7 +120,7 @@ def random_batch(model: Any) -> Any:
         raise FusionError(f"{type(model).__name__} takes {kind}; only images and tokens can be made up")
     cut = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     owners = (getattr(model, "patch_embed", None), "img_size"), (config, "image_size"), (model, "image_size")
-    size = next((found for owner, name in owners if (found := getattr(owner, name, None))), 224)
+    size = next((side for owner, name in owners if (side := getattr(owner, name, None))), 224)
     height, width = (size, size) if isinstance(size, int) else size
     images = torch.randn(4, cut.in_channels if cut else 3, height, width, generator=generator)
     return images if config is None or not hasattr(model, "config_class") else {"pixel_values": images}

@@ -92,15 +92,15 @@ def _candidates(source: str, origin: dict[str, Any], options: Namespace, *, ever
     plain = vanilla(parents, mixing_weights(origin.get("weights"), len(parents)))
     report = Report.load(Path(source) / "report").rows
     rows = [row for row in report if row.name.startswith("parent ") and row.stage == "one-shot"]
-    found = best_parent(report)
-    if found is None:
+    best = best_parent(report)
+    if best is None:
         raise FusionError(
             f"nothing was measured when {source} was fused, so nobody knows its best parent; add --baselines false"
         )
     candidates |= {
         row.name: Candidate(parent, [path])
         for row, parent, path in zip(rows, parents, paths, strict=True)
-        if every_parent or row is found[0]
+        if every_parent or row is best[0]
     }
     return candidates | ({"vanilla": Candidate(plain, paths)} if plain is not None else {})
 
@@ -169,8 +169,8 @@ def _finetune(options: Namespace, settings: dict[str, Any], name: str, candidate
         )
         figures = ", ".join(f"{key} {readable(key, value)}" for key, value in tested.items())
         card = f"# {name}, finetuned from {public(options.model)}\n\non the test split: {figures}"
-        kept = {"tokenizer": data.tokenizer, "processing": data.processing}
-        save_model(result.model, place / "model", card=card, **kept)
+        extras = {"tokenizer": data.tokenizer, "processing": data.processing}
+        save_model(result.model, place / "model", card=card, **extras)
         if result.outcomes is not None:
             save_outcomes(place / SAMPLES, {name: result.outcomes})
         write_json(place / DONE, row.as_dict())
@@ -230,7 +230,7 @@ def _report(
     known = (source / "report" / "report.json").is_file()
     report = Report.load(source / "report") if known else Report()
     # Rows of an earlier finetuning may stay; what was finetuned otherwise is not compared.
-    report.outcomes = {key: one for key, one in report.outcomes.items() if key[1] != "finetuned"}
+    report.outcomes = {key: outcome for key, outcome in report.outcomes.items() if key[1] != "finetuned"}
     for row, outcomes in rows:
         report.add(row, outcomes)
     report.config["finetune"] = settings

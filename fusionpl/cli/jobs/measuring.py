@@ -105,10 +105,10 @@ def measure(
         bench.add_made(f"{HEAD_FITTED}{chosen[0].name}", *fitted)
     if plain is not None:
         bench.add("vanilla", [plain])
-    for one in result.matchings:
-        if one.reduced and depth == "full":
-            parent = result.parents[names.index(one.parent)]
-            bench.add(f"{one.parent} in {result.binding.depth} blocks", [parent.network.whole()])
+    for matching in result.matchings:
+        if matching.reduced and depth == "full":
+            parent = result.parents[names.index(matching.parent)]
+            bench.add(f"{matching.parent} in {result.binding.depth} blocks", [parent.network.whole()])
     for name, made in {**others, **trained}.items():
         bench.add_made(name, *made)
     aligned = depth == "full" and result.config.strategy == "transport"
@@ -119,8 +119,10 @@ def measure(
     bench.add_made("fused", result.model, cost)
     if aligned:
         drawn = _drawn(result)
-        report.axes = {name: MatchedAxis.of(found, drawn=name in drawn) for name, found in result.maps.items()}
-    report.blocks = {one.parent: (one.alike, one.path) for one in result.matchings if one.alike is not None}
+        report.axes = {name: MatchedAxis.of(transport, drawn=name in drawn) for name, transport in result.maps.items()}
+    report.blocks = {
+        matching.parent: (matching.alike, matching.path) for matching in result.matchings if matching.alike is not None
+    }
     if depth == "full" and report.rows[0].accuracy is not None:  # the curve of a regression has no accuracy to show
         other = next(index for index in range(len(names)) if index != result.anchor)
         ends: dict[str, tuple[Callable[[], nn.Module], ...]] = {}
@@ -208,8 +210,8 @@ class _Bench:
         weights = mixing_weights(config.weights, len(parents))
         calibration = self._data.calibration_dataloader(config.calibration.batch_size)
         samples = batches(calibration, config.calibration, whole=True)
-        found = fit_head(model, parents, weights, samples, family=family, memory=config.calibration.memory)
-        return (found[0], Cost("unlabelled data", time.monotonic() - started)) if found else None
+        fitted = fit_head(model, parents, weights, samples, family=family, memory=config.calibration.memory)
+        return (fitted[0], Cost("unlabelled data", time.monotonic() - started)) if fitted else None
 
     def add_models(
         self, kind: str, models: Mapping[str, nn.Module], weights: Sequence[float] | None
@@ -226,11 +228,11 @@ class _Bench:
     def curves(self, ends: Mapping[str, Sequence[Callable[[], nn.Module]]]) -> dict[str, Curve]:
         """The straight way between two models, on some of the validation data: name -> what gives the two."""
         batches = list(islice(self._data.val_dataloader(), CURVE_BATCHES))
-        found = {}
+        curves = {}
         for name, makers in ends.items():
             a, b = (make().to(self._device) for make in makers)
-            found[name] = interpolation(a, a.state_dict(), b.state_dict(), batches)
-        return found
+            curves[name] = interpolation(a, a.state_dict(), b.state_dict(), batches)
+        return curves
 
     def _validated(self, model: nn.Module) -> float | None:
         """The figure by which the best model is chosen; None without validation data."""
@@ -248,9 +250,9 @@ class _EmbeddingBench(_Bench):
     def add(self, name: str, models: Sequence[nn.Module], **more: Any) -> None:
         """Adds a row for an encoder, or for the mean of the similarities of several."""
         each = [self._embedded(model.to(self._device), self._batches) for model in models]
-        found = torch.stack([similarities(embedded) for embedded, _ in each]).mean(0)
+        similarity = torch.stack([similarities(embedded) for embedded, _ in each]).mean(0)
         assert self._wanted is not None  # the models come first
-        outcomes = agreement(found, self._wanted)
+        outcomes = agreement(similarity, self._wanted)
         probed = probe(self._fitted(models[0]), each[0]) if len(models) == 1 and self._labelled else None
         row = Row(
             name=name,

@@ -15,6 +15,7 @@ from fusionpl.calibration.forward import Batch, eval_mode, inputs_of
 from fusionpl.calibration.kept import GIB, budget, free_memory
 from fusionpl.calibration.moments import Key
 from fusionpl.calibration.sectioned import SectionedModel
+from fusionpl.calibration.tokens import window
 from fusionpl.errors import FusionError
 from fusionpl.families.axes import Binding, boundary
 from fusionpl.fusion.groups import LinearGroup
@@ -73,12 +74,17 @@ def needs_of(team: Team, plan: Plan, batch: Batch, samples: int, device: torch.d
         batch: one of the calibration set.
         samples: in the calibration set.
         device: where it will run.
+
+    Raises:
+        FusionError: `calibration.tokens` asks for a window that these images have not.
     """
     config, inputs = plan.config.calibration, inputs_of(batch)
     size = min(len(next(iter(inputs.values()))), config.batch_size)
     inputs = {key: value[:size] for key, value in inputs.items()}
     parents = [_Shapes.of(network, inputs) for network in team.networks]
     fused = parents[team.anchor] if plan.target is team.reference else _Shapes.of(plan.target, inputs)
+    if config.tokens.startswith("window:") and "pixel_values" in inputs:
+        window(parents[team.anchor].tokens, config.tokens)  # which refuses one that the grid has no room for
     rows = min(samples, config.samples) * parents[team.anchor].tokens
     kept = _kept(team, plan, parents, fused, rows)
     limit = budget(config.memory, device)

@@ -222,7 +222,7 @@ def test_a_fusion_that_fails_leaves_no_file(temporary: Path, monkeypatch: pytest
         assert any(str(temporary) in target for target in open_files())
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr("fusionpl.fusion.sweep.averaged", fails)
+    monkeypatch.setattr("fusionpl.fusion.sections.averaged", fails)
     config = fusionpl.load_config(None, {"calibration.memory": 0})
     with pytest.raises(RuntimeError, match="in the middle"):
         fusionpl.fuse([timm_vit(seed, depth=1) for seed in range(2)], [images(4)], config)

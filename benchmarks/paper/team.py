@@ -141,7 +141,9 @@ class Team:
         return plain_average(self.models)
 
     def fused(self, config: FuseConfig) -> nn.Module:
-        return fuse(self.models, self.subject.calibration, config, augment=self.subject.data.augmented).model
+        data = self.subject.data
+        more = data.unlabelled_dataloader() if config.refine.asked else None
+        return fuse(self.models, self.subject.calibration, config, augment=data.augmented, unlabelled=more).model
 
     def shrunk(self, make: Maker) -> nn.Module:
         """What training on starts from with `finetune.py --shrink`."""

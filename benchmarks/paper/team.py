@@ -107,13 +107,15 @@ class Team:
         data = self.subject.data
         steps = self.subject.scale.short * len(data.train_dataloader())
         config = RefineConfig(steps=steps, batch_size=data.config.batch_size, augment=True)
-        return self.one_shot(lambda: self._teach(1, [1.0, 0.0], config, data.unlabelled_dataloader()), FINETUNED)
+        return self.one_shot(lambda: self._teach(1, [1.0, 0.0], config), FINETUNED)
 
-    def _teach(self, index: int, weights: Sequence[float], config: RefineConfig, more: Any = None) -> nn.Module:
+    def _teach(self, index: int, weights: Sequence[float], config: RefineConfig) -> nn.Module:
         calibration = load_config(JOINT).calibration
         data = CalibrationSet(self.subject.calibration, calibration, Kept(budget(calibration.memory)))
         models = self.models[: len(weights)]
-        return teach_parent(index, models, weights, data, config, more=more, augment=self.subject.data.augmented).model
+        own = self.subject.data
+        more = own.unlabelled_dataloader()
+        return teach_parent(index, models, weights, data, config, more=more, augment=own.augmented).model
 
     def parent(self, index: int) -> nn.Module:
         return self.models[index]

@@ -23,10 +23,10 @@ from fusionpl.calibration.kept import Kept, budget
 from fusionpl.cli.jobs.alternative import trained_on
 from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble
 from fusionpl.fusion.config import FuseConfig, RefineConfig, load_config
+from fusionpl.fusion.fitting import held_out
 from fusionpl.fusion.fuse import fuse
 from fusionpl.fusion.heads import fit_head, head_of, read
 from fusionpl.fusion.methods.refinement import teach_parent
-from fusionpl.fusion.refit import held_out
 from fusionpl.training.module import shrunk
 from fusionpl.transport.softmax import fit_softmax, log_mean
 

@@ -25,6 +25,7 @@ from fusionpl.fusion import units
 from fusionpl.fusion.best_parent import keep_best_parent
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.depth import Matching
+from fusionpl.fusion.fitting import Fit, Section
 from fusionpl.fusion.forms import check_forms
 from fusionpl.fusion.methods.refinement import refine
 from fusionpl.fusion.needs import Needs, needs_of
@@ -32,7 +33,7 @@ from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.pixels import said
 from fusionpl.fusion.plan import Plan, describe, make_plan, remarks
 from fusionpl.fusion.prepare import check_taught, in_form, open_team
-from fusionpl.fusion.refit import Fit, Penalties, Section, advance, refit_section
+from fusionpl.fusion.refit import Penalties, advance, refit_section
 from fusionpl.fusion.result import FusionResult, InMemory, Writer, unconverged
 from fusionpl.fusion.saving import save, writer_of
 from fusionpl.fusion.sections import aligned_parents, anchored, average_section, completed, observed, wanted_in

@@ -12,7 +12,7 @@ from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.errors import FusionError
 from fusionpl.families.binding import bind
 from fusionpl.families.family import TAIL, VOCABULARY, Family, attribute
-from fusionpl.fusion.refit import held_out, predicting
+from fusionpl.fusion.fitting import held_out, predicting
 from fusionpl.fusion.target import untie
 from fusionpl.models.labels import NUMBERS, TAGS, kind_of
 from fusionpl.transport.softmax import LARGEST, Fitted, Link, Reduce, fit_softmax, log_mean, spread

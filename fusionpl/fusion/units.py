@@ -11,7 +11,7 @@ from fusionpl.calibration.cursor import Cursor, sum_over_ranks
 from fusionpl.families.family import TAIL
 from fusionpl.fusion.answers import log_probabilities
 from fusionpl.fusion.config import FuseConfig
-from fusionpl.fusion.refit import held_out
+from fusionpl.fusion.fitting import held_out
 from fusionpl.fusion.survey import APART, predictions
 from fusionpl.fusion.walk import Walk
 

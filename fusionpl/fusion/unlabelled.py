@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from fusionpl.calibration.batches import unlabelled
 from fusionpl.calibration.cursor import CalibrationSet, sum_over_ranks
 from fusionpl.errors import FusionError
-from fusionpl.fusion.refit import HOLD_OUT, held_out
+from fusionpl.fusion.fitting import HOLD_OUT, held_out
 
 JUDGES = 512  # held-out samples that are looked at, at most: a look then costs a few steps
 Inputs = dict[str, Tensor]

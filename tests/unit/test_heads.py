@@ -15,9 +15,9 @@ from fusionpl.calibration.forward import logits
 from fusionpl.errors import FusionError
 from fusionpl.families.proof import permuted
 from fusionpl.fusion.config import FuseConfig, RefitConfig
+from fusionpl.fusion.fitting import predicting
 from fusionpl.fusion.fuse import fuse
 from fusionpl.fusion.heads import fit_head, head_of
-from fusionpl.fusion.refit import predicting
 from fusionpl.models.load import load_model
 from fusionpl.models.save import save_model
 from tests.models_for_tests import FAMILIES, images, largest_difference, redrawn, timm_vit

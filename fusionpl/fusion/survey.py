@@ -10,7 +10,7 @@ from fusionpl.calibration.batches import Progress, no_progress
 from fusionpl.calibration.cursor import or_zeros, sum_over_ranks
 from fusionpl.calibration.kept import Kept
 from fusionpl.calibration.moments import Key, Moments
-from fusionpl.calibration.observe import Wanted
+from fusionpl.calibration.observe import Statistics, Wanted
 from fusionpl.families.axes import section_of
 from fusionpl.families.family import TAIL
 from fusionpl.fusion.answers import log_probabilities
@@ -90,16 +90,19 @@ def survey_streams(walk: Walk, plan: Plan, kept: Kept, progress: Progress = no_p
     last = max((at for at, each in enumerate(wanted) if each.keys or each.together), default=-1)
     with walk.at_work():
         for each in progress(wanted[: last + 1], "look"):
-            shown = walk.observe(each, walk.states(each.section), others=True)
-            for own, seen in zip(moments, shown.moments, strict=True):
-                own.add(seen)
-            for join, products in shown.together.items():
-                streams[plan.together[join]] = streams.get(plan.together[join], 0) + products / products.trace()
-            del shown  # the next section's is not in memory beside it
+            # No name for what is shown: the next section's is not in memory beside it.
+            _add(moments, streams, plan, walk.observe(each, walk.states(each.section), others=True))
     joint = plan.config.strategy == "joint"
     share = specialisation(walk) if joint and walk.team.classifies else None
     fits = plan.config.strategy == "head" or plan.config.refit.method != "none" or plan.config.refine.asked
     return Survey(moments, streams, share, knowledge(walk) if walk.team.kind == TAGS and fits else None)
+
+
+def _add(moments: Sequence["_Kept"], streams: dict[str, Tensor], plan: Plan, shown: Statistics) -> None:
+    for own, seen in zip(moments, shown.moments, strict=True):
+        own.add(seen)
+    for join, products in shown.together.items():
+        streams[plan.together[join]] = streams.get(plan.together[join], 0) + products / products.trace()
 
 
 def specialisation(walk: Walk) -> float:

@@ -57,6 +57,7 @@ TINY = dataclasses.replace(
     text_widths=(1, 2),
     text_family="bert",
     minutes=0.005,
+    teaching=(1,),
     widths=(1, 2),
     samples=(25,),
     text=(*options("model.args", BERT), *options("trainer", {"max_epochs": 1}), *options("data", BERT_DATA)),
@@ -81,7 +82,7 @@ def rows(file: Path) -> dict[str, set[str]]:
     with file.open(newline="") as lines:
         found: dict[str, set[str]] = {}
         for line in csv.DictReader(lines):
-            assert 0 <= float(line["value"]) <= 1 or line["metric"] == "loss"
+            assert 0 <= float(line["value"]) <= 1 or line["metric"] != "accuracy"
             found.setdefault(line["row"], set()).add(line["column"])
         return found
 
@@ -109,6 +110,7 @@ ROWS = {
         "best parent, distilled as long",
     },
     "worth-text": {"best parent", "ensemble", "one stream, 2 times as wide", "best parent, distilled as long"},
+    "teach": {"best parent", "best parent, head fitted", "one stream", "taught for 1 s, start auto"},
     "parents": {"ensemble", "vanilla", "transport + refit"},
     "widths": {"wide parent", "narrow parent, taught by the wide one", "wide into narrow, transport + refit"},
     "depths": {"deep parent", "shallow into deep, one stream", "bert: deep into shallow, default"},
@@ -122,6 +124,7 @@ COLUMNS = {
     "finetune": ("transport + refit", {"0", "1"}),
     "worth": ("one stream", {"same data", "80:20, 3 parents"}),
     "worth-text": ("one stream", {"same data", "80:20, 3 parents"}),
+    "teach": ("one stream", {"same data", "80:20, 3 parents"}),
     "parents": ("transport + refit", {"2 parents", "3 parents"}),
     "widths": ("wide parent", {"one-shot", "finetuned"}),
     "depths": ("deep into shallow, one stream", {"one-shot", "finetuned", "anchor alone, trained on as long"}),
@@ -137,6 +140,7 @@ LONG = (
     "worth-text",
     "families",
     "worth",
+    "teach",
     "finetune",
     "parents",
     "beyond",

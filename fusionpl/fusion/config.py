@@ -55,10 +55,10 @@ class RefineConfig:
         method: `none`, or `gradient`: predictions are drawn to the parents' mean, as far as held-out samples say that
             it helps; `auto`: `gradient` where steps or minutes are given.
         start: what is taught: the `fused` model, or the `parent` that is nearest to the parents' mean once its head is
-            fitted; `auto`: whichever of the two is nearer to it after a short race, and the fused model where a width
+            fitted; `auto`: each for half of the time, and whichever is nearer then, or the fused model where a width
             or depth is asked for, or no head of a parent can be fitted. What starts from a parent has its architecture.
-        steps: optimiser steps, and a quarter more for the race where there is one; null: 300, or as many as fit into
-            `minutes`.
+        steps: optimiser steps of all starts together, and a quarter more for the race where there is one; null: 300, or
+            as many as fit into `minutes`.
         minutes: train until this time is over, in place of a number of steps; the race takes a quarter of it. How many
             steps that are depends on the machine, so such a result does not repeat number for number.
         batch_size: samples a step and process.

@@ -149,7 +149,7 @@ def test_the_race_takes_a_quarter_of_the_minutes_and_looks_count(monkeypatch: py
     now = 100.0
     monkeypatch.setattr(REFINE, "time", SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(REFINE, "_by_clock", lambda seconds, _: seconds)
-    course = REFINE._Course(RefineConfig(minutes=1), CPU)
+    course = REFINE._Course(RefineConfig(minutes=1), CPU, now)
     now = 104.0  # the heads are fitted, and 56 seconds are left
     looks: Any = SimpleNamespace(seconds=1.0)
     assert course.heat(0.5, 0.5, looks) == 56 / 8 - 1

@@ -8,9 +8,11 @@ held out, with AdamW, a warm-up and a cosine:
 (of tags the mean of each one's own; of numbers the mean squared error to the mean). The judge is D = L less the entropy
 of p, the mean Kullback-Leibler divergence of q from p, on the held-out fifth of the samples.
 
-The race: every start with each learning rate is taught for a little while, the half with the lower D twice as long, and
-so on until one is left. That one is taught to the end, from its weights s to e. What is kept has the lowest D of s, the
-weights after each quarter of the teaching, e, and s + t (e - s) with t = 1/4, 1/2 and 3/4. So D never rises.
+Each start has its share of the time. A race chooses its learning rate: it is taught with each for a little while, with
+the half that has the lower D twice as long, and so on until one is left. With that it is taught to the end, from its
+weights s to e. What is kept has the lowest D of all that was looked at: for each start s, the weights after each
+quarter of the teaching, e, and s + t (e - s) with t = 1/4, 1/2 and 3/4. So D never rises. Starts don't race each other:
+what is nearer at first learns more slowly, and is overtaken.
 
 Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015 (arXiv 1503.02531), at temperature 1. The
 race halves as that of Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization",
@@ -18,6 +20,7 @@ AISTATS 2016; the straight way is that of Wortsman et al., "Robust Fine-Tuning o
 """
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -72,9 +75,6 @@ class Start:
     divergence: float
 
 
-Entrant = tuple[Start, float]  # with a learning rate
-
-
 def check_start(config: FuseConfig, models: Sequence[nn.Module], binding: Binding) -> None:
     """Raises FusionError where refinement is to start from a parent, and no head of one can be fitted."""
     if config.refine.asked and config.refine.start == "parent" and not can_fit_heads(models, binding.family):
@@ -116,8 +116,7 @@ def refine(
     Raises:
         FusionError: see `Unlabelled`.
     """
-    asked = config.refine
-    course = _Course(asked, device_of(model))
+    asked, begun = config.refine, time.monotonic()
     teachers = [parent.network.original.whole() for parent in parents]
     weights: Sequence[float | Tensor] = tags or [parent.weight for parent in parents]
     teaching = _teaching(teachers, weights, binding.family, data, asked, more, augment, seed)
@@ -126,7 +125,7 @@ def refine(
         starts.append(Start("the fused model", model, None, teaching.divergence(model)))
     if asked.start != "fused" and (parent := _best_parent(parents, weights, data, config, teaching)) is not None:
         starts.append(parent)
-    return _taught(starts, teaching, course, progress)
+    return _taught(starts, teaching, asked, begun, progress)
 
 
 def teach_parent(
@@ -157,13 +156,13 @@ def teach_parent(
     Raises:
         FusionError: see `Unlabelled`.
     """
-    course, family = _Course(config, device_of(parents[index])), bind(parents[index], family).family
+    begun, family = time.monotonic(), bind(parents[index], family).family
     teaching = _teaching(parents, weights, family, data, config, more, augment, seed)
     fits = can_fit_heads(parents, family)
     student = _with_head(parents, weights, data, memory, family, [index])[1] if fits else copy.deepcopy(parents[index])
     model = student.float().eval()
     start = Start(f"the parent{' with its head fitted' if fits else ''}", model, index, teaching.divergence(model))
-    return _taught([start], teaching, course, no_progress)
+    return _taught([start], teaching, config, begun, no_progress)
 
 
 def _teaching(
@@ -216,53 +215,63 @@ def _with_head(
     return best, copy.deepcopy(model).eval()  # it shares its parameters with the parent
 
 
-def _taught(starts: Sequence[Start], teaching: Teaching, course: "_Course", progress: Progress) -> Taught:
-    """The race, the teaching of what won it, and the nearest of all that was looked at."""
-    rates = RATES if course.config.lr is None else (course.config.lr,)
-    start, lr = _race([(start, lr) for lr in rates for start in starts], teaching, course, progress)
-    kept = _Nearest(start, teaching)
-    student = copy.deepcopy(start.model)
-    finite = teaching.run(student, lr, progress(course.rest(teaching), "refine"), kept.on_the_way(student))
-    kept.look_back(student)
-    kept.give(student)
+def _taught(
+    starts: Sequence[Start], teaching: Teaching, config: RefineConfig, begun: float, progress: Progress
+) -> Taught:
+    """The nearest of all that is looked at while each start is taught for its share of the time."""
+    best, found, end = starts[0], "", ""
+    model, nearest = starts[0].model, math.inf
+    for place, start in enumerate(starts):
+        course = _Course(config, teaching.device, begun, place, len(starts))
+        lr = _race(start, RATES if config.lr is None else (config.lr,), teaching, course, progress)
+        kept, student = _Nearest(start, teaching), copy.deepcopy(start.model)
+        finite = teaching.run(student, lr, progress(course.rest(teaching), "refine"), kept.on_the_way(student))
+        kept.look_back(student)
+        kept.give(student)
+        if not kept.divergence >= nearest:
+            best, model, nearest = start, student, kept.divergence
+            found, end = f"learning rate {lr:g}: {kept.where}", "" if finite else "; it diverged, so lower refine.lr"
     summary = (
-        f"taught from {start.name}, learning rate {lr:g}: {kept.where}; held-out divergence from the parents' mean "
-        f"{start.divergence:.4f} before, {kept.divergence:.4f} after"
+        f"taught from {best.name}, {found}; held-out divergence from the parents' mean {best.divergence:.4f} before, "
+        f"{nearest:.4f} after"
     )
-    summary += "".join(f" ({other.name}: {other.divergence:.4f} before)" for other in starts if other is not start)
-    return Taught(
-        student, start.parent, summary if finite else f"{summary}; it diverged, so lower refine.lr", teaching.steps
-    )
+    summary += "".join(f" ({other.name}: {other.divergence:.4f} before)" for other in starts if other is not best)
+    return Taught(model, best.parent, summary + end, teaching.steps)
 
 
-def _race(entrants: list[Entrant], teaching: Teaching, course: "_Course", progress: Progress) -> Entrant:
-    """Teaches all for a little while, the nearer half twice as long, and so on; each time from the start."""
-    rounds = (len(entrants) - 1).bit_length()
+def _race(start: Start, rates: Sequence[float], teaching: Teaching, course: "_Course", progress: Progress) -> float:
+    """The learning rate: with each the start is taught for a little while, with the better half twice as long, and so
+    on; each time from its own weights."""
+    rounds = (len(rates) - 1).bit_length()
     for number in range(rounds):
-        part, reached = 1 / rounds / len(entrants), []
-        for place, (start, lr) in enumerate(progress(entrants, "race")):
+        part, reached = 1 / rounds / len(rates), []
+        for place, lr in enumerate(progress(rates, "race")):
             model, until = copy.deepcopy(start.model), number / rounds + (place + 1) * part
             teaching.run(model, lr, course.heat(part, until, teaching))
-            found = teaching.divergence(model)
+            divergence = teaching.divergence(model)
             # What makes a start worse, or no number, leaves it as it is.
-            reached.append(found if found < start.divergence else start.divergence)
-        order = sorted(range(len(entrants)), key=reached.__getitem__)
-        entrants = [entrants[at] for at in order[: (len(entrants) + 1) // 2]]
-    return entrants[0]
+            reached.append(divergence if divergence < start.divergence else start.divergence)
+        order = sorted(range(len(rates)), key=reached.__getitem__)
+        rates = [rates[at] for at in order[: (len(rates) + 1) // 2]]
+    return rates[0]
 
 
 class _Course:
-    """How long a refinement takes, in steps or by the first rank's clock.
+    """How long one start is taught, in steps or by the first rank's clock.
 
     Args:
-        config: says so.
+        config: how long all are.
         device: where ranks exchange what the clock shows.
+        begun: when the refinement began.
+        place: of the start.
+        count: of starts, each of which has as much.
     """
 
-    def __init__(self, config: RefineConfig, device: torch.device) -> None:
-        self.config, self._device = config, device
-        self._seconds = None if config.minutes is None else 60 * config.minutes
-        self._started = time.monotonic()
+    def __init__(
+        self, config: RefineConfig, device: torch.device, begun: float, place: int = 0, count: int = 1
+    ) -> None:
+        self._device, self._steps = device, max(1, round(config.planned / count))
+        self._end = None if config.minutes is None else begun + 60 * config.minutes * (place + 1) / count
         self._race: float | None = None  # when it began
 
     def heat(self, part: float, until: float, teaching: Teaching) -> Iterable[float]:
@@ -273,18 +282,18 @@ class _Course:
             until: the share of the race that is over then.
             teaching: knows how long it takes to look at the result, which counts.
         """
-        if self._seconds is None:
-            return _by_steps(max(1, round(RACE * part * self.config.planned)))
-        now = time.monotonic() - self._started
+        if self._end is None:
+            return _by_steps(max(1, round(RACE * part * self._steps)))
+        now = time.monotonic()
         self._race = now if self._race is None else self._race
-        end = self._race + RACE * until * (self._seconds - self._race)
+        end = self._race + RACE * until * (self._end - self._race)
         return _by_clock(end - now - teaching.seconds, self._device)
 
     def rest(self, teaching: Teaching) -> Iterable[float]:
         """The steps of the teaching itself."""
-        if self._seconds is None:
-            return _by_steps(self.config.planned)
-        left = self._seconds - (time.monotonic() - self._started)
+        if self._end is None:
+            return _by_steps(self._steps)
+        left = self._end - time.monotonic()
         looks = (len(QUARTERS) + 1) * teaching.seconds
         return _by_clock(left - min(looks, left / 2), self._device)
 

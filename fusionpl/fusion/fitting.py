@@ -123,7 +123,7 @@ def passage(fit: Fit, section: Section, group: LinearGroup | None, batch: int) -
 def shown(fit: Fit, section: Section, group: LinearGroup, parent: int, batch: int) -> Tensor:
     """What a parent shows of a group's targets, side by side, in its own units; of a decoder what it reads."""
     parts = [fit.data.targets[target.key(section.name, parent, batch)] for target in group.targets]
-    if not group.decodes:
+    if not group.narrow:
         orders = [section.parents[parent].binding.order(module) for module in group.modules]
         parts = [part if order is None else part[..., order] for part, order in zip(parts, orders, strict=True)]
     return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]

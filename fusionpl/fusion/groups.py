@@ -20,8 +20,8 @@ class LinearGroup:
     Attributes:
         modules: module -> the axes that it writes, in the order of its output.
         norm: whether the module is a norm.
-        decodes: whether it puts out a number for each entry of the vocabulary, which is too much to keep: what it puts
-            out is then known by what it reads.
+        narrow: whether it reads fewer units than it writes, as a decoder does: what it puts out is then known by what
+            it reads, which is less to keep and to multiply.
         last: whether the module is a norm whose output is that of an encoder without a head.
         predicts: whether what it puts out are the logits of classes or tokens.
         skips: axis that is added to the stream -> (axis of the sum, axis of the stream that it is added to).
@@ -29,7 +29,7 @@ class LinearGroup:
 
     modules: Mapping[str, tuple[str, ...]]
     norm: bool
-    decodes: bool
+    narrow: bool
     skips: Mapping[str, tuple[str, str]]
     last: bool = False
     predicts: bool = False
@@ -55,7 +55,7 @@ class LinearGroup:
     @property
     def targets(self) -> tuple[Target, ...]:
         """What a parent shows that is fitted to."""
-        if self.decodes:
+        if self.narrow:
             return (Target(Place(self.first, "input")),)
         if self.norm:
             total = None if self.last else self.axes[0]
@@ -86,7 +86,7 @@ def groups_of(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Lin
     """
     if section in binding.ends and section != TAIL:
         behind = binding.end_norm(section) if binding.family.norm == "post" else None
-        return (LinearGroup({behind: (boundary(section),)}, norm=True, decodes=False, skips={}),) if behind else ()
+        return (LinearGroup({behind: (boundary(section),)}, norm=True, narrow=False, skips={}),) if behind else ()
     # What a post-LN head puts out goes through a norm too.
     norms = {
         tap.target: axis
@@ -124,10 +124,18 @@ def groups_of(binding: Binding, section: str, keep: frozenset[str]) -> tuple[Lin
         written = [axis for axes in modules.values() for axis in axes]
         skips = {} if norm else {axis: branches[axis] for axis in written if axis in branches}
         decodes = VOCABULARY in written
+        narrow = decodes or (section in binding.blocks and not norm and not skips and _narrow(binding, linear, modules))
         predicts = section == TAIL and (decodes or written == ["classes"])
         last = next(iter(modules)) in binding.last_norms
-        groups.append(LinearGroup(modules, norm, decodes, skips, last=last, predicts=predicts))
+        groups.append(LinearGroup(modules, norm, narrow, skips, last=last, predicts=predicts))
     return tuple(groups)
+
+
+def _narrow(binding: Binding, linear: Mapping[str, list[Slot]], modules: Mapping[str, tuple[str, ...]]) -> bool:
+    """Whether modules of a block read fewer units than they write."""
+    read = {axis for module in modules for axis in _axes(linear[module][0], reads=True)}
+    written = [axis for axes in modules.values() for axis in axes]
+    return sum(binding.axes[axis].size for axis in read) < sum(binding.axes[axis].size for axis in written)
 
 
 def _is_norm(binding: Binding, axis: str) -> bool:

@@ -136,7 +136,7 @@ class _Shapes:
 
     def shows(self, group: LinearGroup, binding: Binding) -> int:
         """The width of what is kept of a group, in a network that it is fitted to."""
-        return self.reads(group.first) if group.decodes else group.width(binding)
+        return self.reads(group.first) if group.narrow else group.width(binding)
 
 
 def _units(binding: Binding, key: Key) -> int:
@@ -189,7 +189,7 @@ def _in_section(section: SectionPlan, team: Team, plan: Plan, fused: _Shapes, sa
     for group in section.groups:
         if not group.norm:
             n, m = fused.reads(group.first), group.width(ours)
-            columns = n * len(team) if group.decodes else m
+            columns = n * len(team) if group.narrow else m
             fits.append(8 * (5 * n * n + 2 * n * columns + 5 * n * m))
     passing = 4 * fused.tokens * samples * 2 * sum(group.width(ours) for group in section.groups)
     return held + max(sum(moments) + 6 * max(moments, default=0), max(fits, default=0)) + passing

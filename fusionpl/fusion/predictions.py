@@ -24,7 +24,7 @@ def fit_predictions(fit: Fit, section: Section, group: LinearGroup, start: Tenso
         fit, section, group: see `fit_group`.
         start: where the fit starts, [n + 1, m].
     """
-    decoders = {index: decoder_of(section, group, index) for index in range(len(section.parents)) if group.decodes}
+    decoders = {index: decoder_of(section, group, index) for index in range(len(section.parents)) if group.narrow}
     weights: Sequence[float | Tensor] = fit.tags or [parent.weight for parent in section.parents]
     link: Link = "sigmoid" if fit.kind == TAGS else "softmax"
     count = sum(fit.data.predicting[batch][..., 0].numel() for batch in fit.data)
@@ -37,7 +37,7 @@ def fit_predictions(fit: Fit, section: Section, group: LinearGroup, start: Tenso
             given = []
             for index in range(len(section.parents)):
                 own = shown(fit, section, group, index, batch).flatten(0, -2)[at].float()
-                given.append(_outputs(own, decoders[index]) if group.decodes else own)
+                given.append(_outputs(own, decoders[index]) if group.narrow else own)
             yield x.flatten(0, -2)[at], log_mean(given, weights, link)
 
     def rows(part: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -87,21 +87,21 @@ def normal_equations(
     """Products of a group's inputs with themselves and with its targets, over the samples that are fitted and over
     those that choose the penalty.
 
-    What decoders put out would be too much to keep. What the parents' put in is: as theirs are linear, the products of
-    the inputs with the targets are made of those with what the parents put in.
+    Of narrow groups it is kept what the parents put in: as theirs are linear, the products of the inputs with the
+    targets are made of those with what the parents put in.
 
     Args:
         fit, section, group: see `fit_group`.
         prior: the average of the aligned parents' maps, [n + 1, m].
     """
     parents = _taking_part(section, group)
-    decoders = {index: decoder_of(section, group, index) for index in parents if group.decodes}
+    decoders = {index: decoder_of(section, group, index) for index in parents if group.narrow}
     widths = [len(each) - 1 for each in decoders.values()] or [prior.shape[1]]
     sums = [NormalEquations.zeros(len(prior) - 1, sum(widths), device=prior.device) for _ in range(2)]
     for batch in fit.data:
         passed = passage(fit, section, group, batch)
         x = passed.seen[Place(group.first, "input")]
-        if group.decodes:
+        if group.narrow:
             targets = [shown(fit, section, group, index, batch) for index in parents]
         else:
             targets = [_lacking(fit, passed, group, x)]
@@ -116,7 +116,7 @@ def normal_equations(
     sum_over_ranks([tensor for part in sums for tensor in part.tensors()])
 
     def wanted(part: NormalEquations) -> Tensor:
-        if not group.decodes:
+        if not group.narrow:
             return part.xy
         total = torch.zeros_like(prior)
         for (index, decoder), products in zip(decoders.items(), part.xy.split(widths, dim=1), strict=True):

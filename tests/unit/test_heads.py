@@ -150,7 +150,7 @@ def test_a_decoder_that_is_too_large_stays_the_average(monkeypatch: pytest.Monke
     parents = [gpt2(transformers.GPT2LMHeadModel, seed, tie_word_embeddings=False) for seed in range(2)]
     config = FuseConfig(refit=RefitConfig("ridge"))
     fitted = fuse(parents, [texts()], config).model.get_parameter("lm_head.weight")
-    for place in ("heads", "refit"):
+    for place in ("heads", "predictions"):
         monkeypatch.setattr(f"fusionpl.fusion.{place}.LARGEST", 100)
     assert fit_head(parents[0], parents, EVEN, SAMPLES) is None
     result = fuse(parents, [texts()], config)

@@ -55,8 +55,9 @@ class RefineConfig:
         method: `none`, or `gradient`: predictions are drawn to the parents' mean, as far as held-out samples say that
             it helps; `auto`: `gradient` where steps or minutes are given.
         start: what is taught: the `fused` model, or the `parent` that is nearest to the parents' mean once its head is
-            fitted; `auto`: each for half of the time, and whichever is nearer then, or the fused model where a width
-            or depth is asked for, or no head of a parent can be fitted. What starts from a parent has its architecture.
+            fitted; `auto`: each for half of the time, and whichever is nearer then, or the fused model where a
+            width or depth is asked for, no head of a parent can be fitted, or the parents know other classes. What
+            starts from a parent has its architecture.
         steps: optimiser steps of all starts together, and a quarter more for the race where there is one; null: 300, or
             as many as fit into `minutes`.
         minutes: train until this time is over, in place of a number of steps; the race takes a quarter of it. How many

@@ -204,7 +204,8 @@ class Fusion:
             if config.refine.asked:
                 taught = refine(
                     result.model, plan.target.binding, parents, walk.data, plan.config, more=unlabelled,
-                    augment=augment, seed=seed, tags=survey.tag_weights(plan.weights), progress=progress,
+                    augment=augment, seed=seed, tags=survey.tag_weights(plan.weights), apart=survey.apart,
+                    progress=progress,
                 )  # fmt: skip
                 result = replace(result, teaching=taught, refitted=result.model, notes=[*notes, taught.summary])
         result = replace(

@@ -23,6 +23,7 @@ from fusionpl.datamodules.config import DataConfig, MaskedTextConfig
 from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.datamodules.text import MaskedTextDataModule
 from fusionpl.errors import FusionError
+from fusionpl.fusion import survey
 from fusionpl.fusion.config import FuseConfig, RefineConfig, load_config
 from fusionpl.fusion.methods.refinement import Taught, refine, teach_parent
 from fusionpl.fusion.result import FusionResult
@@ -204,6 +205,17 @@ def test_auto_takes_the_fused_model_where_it_is_nearer(monkeypatch: pytest.Monke
     assert result.teaching is not None
     assert result.teaching.parent is None
     assert result.notes[-1].endswith("(a stranger: 9.0000 before)")
+
+
+def test_parents_that_know_other_classes_are_taught_from_the_fused_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents, config = pair(), load_config("joint", {"refine.steps": 2})
+    near = REFINE.Start("a parent", parents[1], 1, 0.0)
+    monkeypatch.setattr(REFINE, "_best_parent", lambda *_: near)
+    for share, parent in ((0.0, 1), (1.0, None)):
+        monkeypatch.setattr(survey, "specialisation", lambda walk, share=share: share)
+        result = fusionpl.fuse(parents, [images(100)], config)
+        assert result.teaching is not None
+        assert result.teaching.parent == parent
 
 
 def test_a_parent_keeps_its_own_width_and_depth() -> None:

@@ -95,6 +95,7 @@ def refine(
     augment: Augment | None = None,
     seed: int = 0,
     tags: Sequence[Tensor] | None = None,
+    apart: bool = False,
     progress: Progress = no_progress,
 ) -> Taught:
     """Teaches what parents were fused to, or the best of them, what they predict together.
@@ -111,6 +112,8 @@ def refine(
         augment: see `Teaching`; used where `refine.augment` asks for it.
         seed: see `Teaching`.
         tags: the teachers' weights for each tag, [tags] each, in place of their own; see `Team.tag_weights`.
+        apart: whether the parents know other classes. A parent with its head fitted is then nearer to their mean, which
+            is half and half, and right less often than the fused model: `auto` starts from that one.
         progress: wraps the steps.
 
     Raises:
@@ -123,7 +126,8 @@ def refine(
     starts = []
     if asked.start != "parent":
         starts.append(Start("the fused model", model, None, teaching.divergence(model)))
-    if asked.start != "fused" and (parent := _best_parent(parents, weights, data, config, teaching)) is not None:
+    alone = asked.start == "fused" or (asked.start == "auto" and apart)
+    if not alone and (parent := _best_parent(parents, weights, data, config, teaching)) is not None:
         starts.append(parent)
     return _taught(starts, teaching, asked, begun, progress)
 

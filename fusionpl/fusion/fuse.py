@@ -183,44 +183,39 @@ class Fusion:
     ) -> FusionResult:
         """Carries it out; see `fuse`."""
         config, folder = self.plan.config, None if output is None else Path(output)
-        limit = budget(config.calibration.memory, self.team.reference.device)
-        kept = Kept(limit)
+        kept = Kept(budget(config.calibration.memory, self.team.reference.device))
         observes = config.refine.asked or config.strategy == "head" or self.plan.observes
         data = CalibrationSet(calibration, config.calibration, kept) if observes else None
         fusion = self if data is None else self.matched(data)
-        team, walk, survey = fusion.team, Walk(fusion.team, data), Survey([{} for _ in fusion.team.networks])
+        walk, survey = Walk(fusion.team, data), Survey([{} for _ in fusion.team.networks])
         if data is not None:
-            check_forms(team.networks, config, data)
+            check_forms(fusion.team.networks, config, data)
             survey = survey_streams(walk, self.plan, kept, progress)
         if config.strategy == "head":
             result = keep_best_parent(walk, self.plan, survey)
         else:
             plan, notes = choose_units(walk, self.plan, survey, progress)
-            writer = writer_of(team, plan, folder, Kept(sys.maxsize))
-            with closing(writer):
-                parents, _ = fuse_sections(walk, plan, survey, writer, Kept(limit), progress)
-                writer.finish()
-            result = FusionResult(writer, parents, team.anchor, plan.target, plan.config, plan.keep, notes=notes)
-            if config.refine.asked:
-                taught = refine(
-                    result.model, plan.target.binding, parents, walk.data, plan.config, more=unlabelled,
-                    augment=augment, seed=seed, tags=survey.tag_weights(plan.weights), apart=survey.apart,
-                    progress=progress,
-                )  # fmt: skip
-                result = replace(result, teaching=taught, refitted=result.model, notes=[*notes, taught.summary])
+            result = replace(make_model(walk, plan, survey, folder, progress), notes=notes)
+        if config.refine.asked:
+            taught = refine(
+                result.model, result.binding, result.parents, walk.data, result.config, more=unlabelled,
+                augment=augment, seed=seed, tags=survey.tag_weights(self.plan.weights), apart=survey.apart,
+                progress=progress,
+            )  # fmt: skip
+            result = replace(result, teaching=taught, refitted=result.model, notes=[*result.notes, taught.summary])
         result = replace(
             result,
             matchings=fusion.matchings,
             notes=[*(matching.summary for matching in fusion.matchings), *survey.notes, *result.notes],
             warnings=[
-                *team.lines,
+                *fusion.team.lines,
                 *(matching.warning for matching in fusion.matchings if matching.warning),
-                *remarks(team, self.plan),
+                *remarks(fusion.team, self.plan),
                 *unconverged(result.parents),
             ],
         )
         if folder is not None:
-            save(result, team, self.processing, folder)
+            save(result, fusion.team, self.processing, folder)
         return result
 
 
@@ -247,6 +242,32 @@ def choose_units(walk: Walk, plan: Plan, survey: Survey, progress: Progress = no
         distances.append(units.distances_of(few, fused, survey.tag_weights(candidate.weights) or candidate.weights))
     clear, line = units.nearer(*distances)
     return plans[0 if clear else 1], [line]
+
+
+def make_model(
+    walk: Walk, plan: Plan, survey: Survey, folder: Path | None, progress: Progress = no_progress
+) -> FusionResult:
+    """Fuses section by section, into a run folder or in memory; nothing half written is left.
+
+    Args:
+        walk: the parents before the stem.
+        plan: what to do.
+        survey: what is known of whole networks.
+        folder: see `fuse`.
+        progress: wraps the sections.
+    """
+    writer = writer_of(walk.team, plan, folder, Kept(sys.maxsize))
+    with closing(writer):
+        parents, _ = fuse_sections(
+            walk,
+            plan,
+            survey,
+            writer,
+            Kept(budget(plan.config.calibration.memory, walk.team.reference.device)),
+            progress,
+        )
+        writer.finish()
+    return FusionResult(writer, parents, walk.team.anchor, plan.target, plan.config, plan.keep)
 
 
 def fuse_sections(

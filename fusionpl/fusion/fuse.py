@@ -256,16 +256,10 @@ def make_model(
         folder: see `fuse`.
         progress: wraps the sections.
     """
+    maps = Kept(budget(plan.config.calibration.memory, walk.team.reference.device))
     writer = writer_of(walk.team, plan, folder, Kept(sys.maxsize))
     with closing(writer):
-        parents, _ = fuse_sections(
-            walk,
-            plan,
-            survey,
-            writer,
-            Kept(budget(plan.config.calibration.memory, walk.team.reference.device)),
-            progress,
-        )
+        parents, _ = fuse_sections(walk, plan, survey, writer, maps, progress)
         writer.finish()
     return FusionResult(writer, parents, walk.team.anchor, plan.target, plan.config, plan.keep)
 

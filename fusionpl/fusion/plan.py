@@ -1,6 +1,7 @@
 """What a fusion will do, before any weight is read: `fuse.py --dry-run` prints it, `fuse` carries it out."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from fusionpl.alignment.config import AlignConfig
 from fusionpl.alignment.problem import Observed, Problem
@@ -64,6 +65,11 @@ class Plan:
     def problems(self) -> tuple[Problem, ...]:
         """All alignment problems."""
         return (*self.whole, *(problem for section in self.sections for problem in section.problems))
+
+    @cached_property
+    def problem_of(self) -> dict[str, Problem]:
+        """Axis -> the problem that gives it its map."""
+        return {axis: problem for problem in self.problems for axis in problem.axes}
 
     @property
     def survey(self) -> tuple[Key, ...]:
@@ -136,7 +142,7 @@ def observed_of(team: Team, plan: Plan) -> Observed:
     return Observed(
         parents=team.bindings, target=plan.target.binding, anchor=team.anchor, weights=plan.weights,
         config=plan.config.align, device=team.reference.device, missing=team.missing,
-        problems={axis: problem for problem in plan.problems for axis in problem.axes},
+        problems=plan.problem_of,
     )  # fmt: skip
 
 
@@ -183,7 +189,6 @@ def describe(plan: Plan, team: Team) -> str:
         f"{len(reference.free)} free axes; anchor: {anchor.name}; {how}"
         + (f"; refit: {config.refit.method}" if config.refit.method != "none" else "")
     )
-    problem_of = {axis: problem for problem in plan.problems for axis in problem.axes}
     rows = [("axis", "units", "heads", "map")]
     for name in reference.free:
         axes = [binding.axes[name] for binding in bindings]
@@ -192,7 +197,7 @@ def describe(plan: Plan, team: Team) -> str:
         heads = " / ".join(dict.fromkeys(str(axis.heads) for axis in axes))
         if own.size != like.size:
             sizes, heads = f"{sizes} -> {own.size}", f"{heads} -> {own.heads}"
-        summary = problem_of[name].summary(name, reference)
+        summary = plan.problem_of[name].summary(name, reference)
         rows.append((name, sizes, heads if max(axis.heads for axis in (*axes, own)) > 1 else "", summary))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusionpl.calibration.batches import Progress, no_progress
 from fusionpl.calibration.cursor import or_zeros, sum_over_ranks
-from fusionpl.calibration.kept import Kept
+from fusionpl.calibration.kept import Kept, Store
 from fusionpl.calibration.moments import Key, Moments
 from fusionpl.calibration.observe import Statistics, Wanted
 from fusionpl.families.axes import section_of
@@ -172,18 +173,18 @@ class _Kept(Mapping[Key, Moments]):
     """The moments of a parent, read when they are asked for."""
 
     def __init__(self, kept: Kept, parent: int) -> None:
-        self._kept, self._parent, self._keys = kept, parent, dict[Key, None]()
+        self._store, self._keys = Store[Key, dict[str, Any]](kept, ("moments", parent)), dict[Key, None]()
 
     def add(self, moments: Mapping[Key, Moments]) -> None:
         """Keeps the moments of a section."""
         for key, own in moments.items():
-            self._kept["moments", self._parent, key] = vars(own)
+            self._store[key] = vars(own)
             self._keys[key] = None
 
     def __getitem__(self, key: Key) -> Moments:
         if key not in self._keys:
             raise KeyError(key)
-        return Moments(**self._kept["moments", self._parent, key])
+        return Moments(**self._store[key])
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self._keys)

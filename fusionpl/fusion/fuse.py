@@ -113,10 +113,17 @@ def prepare(
     allow_pickle: bool = False,
     family: Family | str | Path | None = None,
 ) -> "Fusion":
-    """Parents that are opened and compared, and what will be done with them; see `fuse`.
+    """Parents that are opened and compared, and what will be done with them, with no weight read where their library
+    allows that.
+
+    Args:
+        parents, config, names, device, processing, allow_pickle, family: see `fuse`.
+
+    Returns:
+        A fusion that describes itself, says what memory and disk it needs, and runs; it can run again.
 
     Raises:
-        FusionError: see `fuse`.
+        FusionError: as `fuse`, of all that needs no calibration data.
     """
     config = config or FuseConfig()
     team = open_team(

@@ -3,32 +3,28 @@
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.common import DEVICE, JOINT, TRANSPORT, Figures, Maker, Parents, finetuned, plain_average
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.choices import ALL, VARIANTS
 from benchmarks.paper.scales import Subject
-from fusionpl.calibration.batches import batches
-from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.forward import eval_mode, logits
 from fusionpl.calibration.kept import Kept, budget
 from fusionpl.cli.jobs.alternative import trained_on
 from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble
 from fusionpl.fusion.config import FuseConfig, RefineConfig, load_config
-from fusionpl.fusion.fitting import held_out
 from fusionpl.fusion.fuse import fuse
-from fusionpl.fusion.heads import fit_head, head_of, read
+from fusionpl.fusion.heads import HeadFit, fit_head
 from fusionpl.fusion.methods.refinement import teach_parent
+from fusionpl.fusion.voting import Voting
 from fusionpl.training.module import shrunk
-from fusionpl.transport.softmax import fit_softmax, log_mean
 
 SHRINK = 0.7
 ONE_SHOT, FINETUNED = "one-shot", "finetuned"
@@ -110,12 +106,15 @@ class Team:
         return self.one_shot(lambda: self._teach(1, [1.0, 0.0], config), FINETUNED)
 
     def _teach(self, index: int, weights: Sequence[float], config: RefineConfig) -> nn.Module:
-        calibration = load_config(JOINT).calibration
-        data = CalibrationSet(self.subject.calibration, calibration, Kept(budget(calibration.memory)))
         models = self.models[: len(weights)]
         own = self.subject.data
         more = own.unlabelled_dataloader()
-        return teach_parent(index, models, weights, data, config, more=more, augment=own.augmented).model
+        data, voting = self._calibrated(), Voting(weights)
+        return teach_parent(index, models, voting, data, config, more=more, augment=own.augmented).model
+
+    def _calibrated(self) -> CalibrationSet:
+        calibration = load_config(JOINT).calibration
+        return CalibrationSet(self.subject.calibration, calibration, Kept(budget(calibration.memory)))
 
     def parent(self, index: int) -> nn.Module:
         return self.models[index]
@@ -126,14 +125,13 @@ class Team:
 
     def head_fitted(self) -> nn.Module:
         """The best parent with its head alone fitted to what all predict."""
-        samples = batches(self.subject.calibration, load_config(JOINT).calibration)
-        found = fit_head(self.best(), self.models, self._even, samples)
+        found = fit_head(self.best(), self.models, Voting(self._even), self._calibrated())
         assert found is not None, "this family has no head to fit"
         return found[0]
 
     def side_by_side(self) -> nn.Module:
         """All trunks and one head, fitted likewise: what no trunk of one parent's size is expected to pass."""
-        return SideBySide(self.models, self.subject.calibration, load_config(JOINT).calibration)
+        return HeadFit(self.models, Voting(self._even), self._calibrated()).side_by_side()
 
     @property
     def _even(self) -> list[float]:
@@ -183,49 +181,3 @@ class Team:
             Cell("parents, mean", repeat, partial(self.mean, column), self.subject.metric),
             Cell("ensemble", repeat, partial(self.ensemble, column), self.subject.metric),
         ]
-
-
-class SideBySide(nn.Module):
-    """Networks whose heads read all their features, side by side.
-
-    Args:
-        models: with a linear head each.
-        calibration: batches.
-        config: which of them count.
-    """
-
-    def __init__(self, models: Sequence[nn.Module], calibration: Sequence[Any], config: CalibrationConfig) -> None:
-        super().__init__()
-        self.models = nn.ModuleList(models)
-        if hasattr(models[0], "config_class"):
-            self.config_class = models[0].config_class
-        self._heads = [cast(nn.Linear, one.get_submodule(str(head_of(one)))) for one in models]
-        weights = [1 / len(models)] * len(models)
-        shown = [(first, self._features(batch)) for first, batch in batches(calibration, config)]
-        prior = torch.cat([weight * head.weight.T for weight, head in zip(weights, self._heads, strict=True)])
-        biases = [head.bias for head in self._heads]
-        bias = (
-            prior.new_zeros(prior.shape[1])
-            if biases[0] is None
-            else sum(biases, torch.zeros_like(biases[0])) / len(biases)
-        )
-
-        def rows(part: int) -> Iterator[tuple[Tensor, Tensor]]:
-            for first, each in shown:
-                at = (held_out(first, len(each[0])) == bool(part)).nonzero()[:, 0].to(each[0].device)
-                own = [one[at].flatten(0, -2) for one in each]
-                given = [head(one) for head, one in zip(self._heads, own, strict=True)]
-                yield torch.cat(own, dim=-1), log_mean(given, weights).exp()
-
-        with torch.no_grad():
-            self.matrix = fit_softmax(lambda: rows(0), lambda: rows(1), torch.cat([prior, bias[None]]).double()).matrix
-
-    def _features(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
-        with torch.no_grad():
-            return [read(one, head, batch) for one, head in zip(self.models, self._heads, strict=True)]
-
-    def forward(self, *args: Tensor, **keywords: Tensor) -> Tensor:
-        """The logits."""
-        batch = keywords or {"pixel_values": args[0]}
-        x = torch.cat(self._features(batch), dim=-1)
-        return x @ self.matrix[:-1].to(x) + self.matrix[-1].to(x)

@@ -1,9 +1,10 @@
-"""Cuts a calibration set into batches, and shares them among ranks."""
+"""Cuts calibration data into batches, and shares them among ranks."""
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from torch import Tensor
 
 from fusionpl.calibration.config import CalibrationConfig
@@ -23,32 +24,104 @@ def unlabelled(item: Any) -> dict[str, Tensor]:
     return inputs_of(item[0] if isinstance(item, (tuple, list)) else item)
 
 
-def batches(
-    calibration: Iterable[Any], config: CalibrationConfig, *, whole: bool = False
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Cuts the first `samples` of an iterable of batches into model inputs of `batch_size`.
+class Samples(NamedTuple):
+    """Some samples of a calibration set.
 
-    Items may be mappings, image tensors, or (inputs, labels) pairs. Under torch.distributed each rank takes its
-    share of the batches, unless this one alone is at work and takes the `whole`.
+    Attributes:
+        first: the number of the first of them.
+        inputs: of a model.
+        owner: the index of the parent whose data they are; None where nobody said.
+        turn: the number by which ranks share them.
+    """
 
-    Yields:
-        The number of the batch's first sample, and the batch.
+    first: int
+    inputs: dict[str, Tensor]
+    owner: int | None
+    turn: int
+
+
+@dataclass(frozen=True)
+class OfEachParent:
+    """Data of each parent, in the parents' order.
+
+    Attributes:
+        sets: iterables of batches; or data loaders, where samples are drawn in any order.
+    """
+
+    sets: tuple[Iterable[Any], ...]
+
+
+def by_owner(data: Iterable[Any], parents: int) -> Iterable[Any] | OfEachParent:
+    """Data as they are, or those of each parent where a list (or tuple) holds an iterable of batches for each.
+
+    A batch is a tensor, a mapping, a tuple, or a list such as [inputs, labels], whose parts are not alike; a list of
+    batches is one set.
+
+    >>> by_owner([[torch.zeros(2, 3)], [torch.ones(4, 3)]], parents=2)
+    OfEachParent(sets=([tensor([[0., 0., 0.],
+            [0., 0., 0.]])], [tensor([[1., 1., 1.],
+            [1., 1., 1.],
+            [1., 1., 1.],
+            [1., 1., 1.]])]))
+    >>> by_owner([torch.zeros(1), torch.ones(1)], parents=2)  # two batches
+    [tensor([0.]), tensor([1.])]
 
     Raises:
-        FusionError: the iterable is empty.
+        FusionError: there are several sets, and not one for each parent.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not whole else (0, 1)
-    seen = index = 0
-    for item in calibration:
+    if not isinstance(data, list | tuple) or len(data) < 2 or any(map(_is_batch, data)):
+        return data
+    if len(data) != parents:
+        raise FusionError(
+            f"there are {len(data)} sets of data and {parents} parents; give one for each parent, in their order, or "
+            "one for all"
+        )
+    return OfEachParent(tuple(data))
+
+
+def _is_batch(item: Any) -> bool:
+    if isinstance(item, Tensor | Mapping | tuple):
+        return True
+    return isinstance(item, list) and len({getattr(part, "ndim", type(part)) for part in item}) > 1
+
+
+def batches(calibration: Iterable[Any] | OfEachParent, config: CalibrationConfig) -> Iterator[Samples]:
+    """Cuts the first `samples` of an iterable of batches into model inputs of `batch_size`; of data of each parent
+    those of each, which take turns.
+
+    Items may be mappings, image tensors, or (inputs, labels) pairs.
+
+    Raises:
+        FusionError: a set is empty.
+    """
+    owned = isinstance(calibration, OfEachParent)
+    sets = calibration.sets if isinstance(calibration, OfEachParent) else (calibration,)
+    cut, first = {owner: _cut(own, config) for owner, own in enumerate(sets)}, 0
+    for turn in count():
+        for owner, own in list(cut.items()):
+            inputs = next(own, None)
+            if inputs is not None:
+                yield Samples(first, inputs, owner if owned else None, turn + owner)
+                first += len(next(iter(inputs.values())))
+                continue
+            if turn == 0:
+                whose = f" of parent {owner}" if owned else ""
+                raise FusionError(
+                    f"the calibration set{whose} is empty; give calibration data or use align.evidence weights"
+                )
+            del cut[owner]
+        if not cut:
+            return
+
+
+def _cut(items: Iterable[Any], config: CalibrationConfig) -> Iterator[dict[str, Tensor]]:
+    seen = 0
+    for item in items:
         inputs = unlabelled(item)
         size = min(config.samples - seen, len(next(iter(inputs.values()))))
         for start in range(0, size, config.batch_size):
-            if index % world == rank:
-                end = min(start + config.batch_size, size)
-                yield seen + start, {key: value[start:end] for key, value in inputs.items()}
-            index += 1
+            end = min(start + config.batch_size, size)
+            yield {key: value[start:end] for key, value in inputs.items()}
         seen += size
         if seen >= config.samples:
-            break
-    if index == 0:
-        raise FusionError("the calibration set is empty; give calibration data or use align.evidence weights")
+            return

@@ -1,7 +1,8 @@
 """A calibration set and the hidden states of networks over it, kept where a sweep stands."""
 
 import copy
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusionpl.calibration.batches import batches
+from fusionpl.calibration.batches import OfEachParent, batches
 from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.calibration.kept import Kept, Store
 from fusionpl.calibration.sectioned import Call, SectionedModel, Seen
@@ -23,12 +24,14 @@ class CalibrationSet:
     """This rank's calibration batches, which are iterated once and kept.
 
     Args:
-        calibration: any iterable of batches.
+        calibration: any iterable of batches, or one for each parent.
         config: samples and batch size.
         kept: where the batches are kept, and all that is made of them.
+        whole: this rank alone is at work, and takes the batches of all.
 
     Attributes:
         firsts: the number of each batch's first sample.
+        owners: the index of the parent whose data each batch is; None where nobody said.
         grid: whether samples are images, cut into a grid of patches.
         targets: what a network shows of what a refit fits to: see `Target`.
         outputs: (module without its block, batch) -> what it puts out in the fused network.
@@ -38,28 +41,53 @@ class CalibrationSet:
         FusionError: the iterable is empty.
     """
 
-    def __init__(self, calibration: Iterable[Any], config: CalibrationConfig, kept: Kept) -> None:
+    def __init__(
+        self, calibration: Iterable[Any] | OfEachParent, config: CalibrationConfig, kept: Kept, *, whole: bool = False
+    ) -> None:
         self.kept = kept
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.grid = False
         self.firsts: list[int] = []
+        self.owners: list[int | None] = []
         self.targets = Store[Hashable, Tensor](kept, "targets")
         self.outputs = Store[tuple[str, int], Tensor](kept, "outputs")
         self.predicting = Store[int, Tensor](kept, "predicting")
         self._batches = Store[int, dict[str, Tensor]](kept, "batches")
         self._masks: list[dict[str, Tensor]] = []
-        for index, (first, batch) in enumerate(batches(calibration, config)):
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not whole else (0, 1)
+        counts: Counter[int | None] = Counter()
+        for first, batch, owner, turn in batches(calibration, config):
+            counts[owner] += len(next(iter(batch.values())))
+            if turn % world != rank:
+                continue
             self.grid = "pixel_values" in batch and "input_ids" not in batch
-            self.firsts.append(first)
             self._masks.append({key: value.bool().clone() for key, value in batch.items() if key.endswith("mask")})
             # Whoever made the batch may write the next one into the same memory.
-            self._batches[index] = {key: value.clone() for key, value in batch.items()}
+            self._batches[len(self.firsts)] = {key: value.clone() for key, value in batch.items()}
+            self.firsts.append(first)
+            self.owners.append(owner)
+        self._weights = {owner: counts.total() / len(counts) / count for owner, count in counts.items()}
+        self._alone = whole
 
     def head(self, samples: int) -> "CalibrationSet":
         """The batches that begin within the first samples of all ranks; what is kept of them is kept here."""
         subset = copy.copy(self)
         subset.firsts = [first for first in self.firsts if first < samples]
         return subset
+
+    @property
+    def owned(self) -> bool:
+        """Whether the data say whose they are."""
+        return None not in self._weights
+
+    def sum_over_ranks(self, tensors: Sequence[Tensor]) -> None:
+        """Adds up, in place, what each rank made of its batches."""
+        if not self._alone:
+            sum_over_ranks([*tensors])
+
+    def weight(self, batch: int) -> float:
+        """How much each sample of a batch counts: all parents' data together count alike, the mean is 1."""
+        return self._weights[self.owners[batch]]
 
     def __len__(self) -> int:
         return len(self.firsts)

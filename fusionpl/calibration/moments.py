@@ -52,8 +52,9 @@ class Moments:
         """All sums, in a fixed order; those of `unshifted` moments are additive."""
         return [self.count, self.sum_a, self.square_a, self.sum_b, self.square_b, self.cross]
 
-    def update(self, a: Tensor, b: Tensor) -> None:
-        """Adds rows: a [rows, n_parent], b [rows, n_anchor], of the same samples and tokens."""
+    def update(self, a: Tensor, b: Tensor, weight: float = 1.0) -> None:
+        """Adds rows: a [rows, n_parent], b [rows, n_anchor], of the same samples and tokens; each counts `weight`
+        times."""
         if not len(a):
             return
         a, b = (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (a, b))
@@ -61,12 +62,12 @@ class Moments:
             self.shift_a, self.shift_b = a.mean(0).double(), b.mean(0).double()
             self.started = True
         a, b = a - self.shift_a.to(a.dtype), b - self.shift_b.to(b.dtype)
-        self.count += len(a)
-        self.sum_a += a.sum(0)
-        self.square_a += a.square().sum(0)
-        self.sum_b += b.sum(0)
-        self.square_b += b.square().sum(0)
-        self.cross += cross_product(a, b)
+        self.count += weight * len(a)
+        self.sum_a += weight * a.sum(0)
+        self.square_a += weight * a.square().sum(0)
+        self.sum_b += weight * b.sum(0)
+        self.square_b += weight * b.square().sum(0)
+        self.cross.add_(cross_product(a, b), alpha=weight)
 
     def unshifted(self) -> "Moments":
         """The same moments about zero: batches may be cut anywhere, and ranks combine by one all-reduce."""

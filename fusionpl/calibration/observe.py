@@ -103,6 +103,7 @@ def observe(
     order = [anchor, *(index for index in range(len(cursors)) if index != anchor)]
     tokens = data.meant(wanted.tokens)
     for batch in data:
+        weight = data.weight(batch)
         mask_of = partial(data.mask, batch, bindings[anchor])
         theirs: dict[str, Tensor] = {}
         joined: dict[int, dict[str, Tensor]] = {}
@@ -116,13 +117,14 @@ def observe(
             if index == anchor:
                 theirs = rows
                 for axis, total in sums.items():
-                    total[:-1] += rows[axis].abs().sum(0)
-                    total[-1] += len(rows[axis])
+                    total[:-1] += weight * rows[axis].abs().sum(0)
+                    total[-1] += weight * len(rows[axis])
             else:
                 for key in seen:
-                    moments[index][key].update(_beside(rows, key), _beside(theirs, key))
+                    moments[index][key].update(_beside(rows, key), _beside(theirs, key), weight)
         for axis, total in statistics.together.items():
-            total += self_product(torch.cat([joined[index][axis] for index in range(len(cursors))], dim=-1))
+            beside = torch.cat([joined[index][axis] for index in range(len(cursors))], dim=-1)
+            total.add_(self_product(beside), alpha=weight)
     _sum(statistics, seen, sums)
     for (axis,) in values:
         tap = bindings[anchor].taps[axis]

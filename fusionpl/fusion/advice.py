@@ -1,11 +1,12 @@
 """What parents are to each other, before any work, and what a minute is best spent on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.forward import eval_mode, logits
 from fusionpl.families.binding import bind
 from fusionpl.families.family import Family
@@ -13,6 +14,7 @@ from fusionpl.fusion.answers import log_probabilities
 from fusionpl.fusion.heads import best_head
 from fusionpl.fusion.survey import APART, divergence
 from fusionpl.fusion.units import SPECIALISED
+from fusionpl.fusion.voting import Voting
 from fusionpl.models.labels import CLASSES, kind_of
 
 ADVISED = 300  # samples
@@ -79,8 +81,8 @@ class Advice:
 def advise(
     models: Sequence[nn.Module],
     names: Sequence[str],
-    weights: Sequence[float],
-    samples: Sequence[tuple[int, Mapping[str, Tensor]]],
+    voting: Voting,
+    data: CalibrationSet,
     *,
     base: bool = False,
     family: Family | None = None,
@@ -90,21 +92,19 @@ def advise(
     Args:
         models: the parents, with one numbering of classes or tokens.
         names: what messages call them.
-        weights: one a parent.
-        samples: see `fit_head`.
+        voting, data, family: see `HeadFit`.
         base: whether they share one, see `kinship`.
-        family: see `fit_head`.
 
     Raises:
         FusionError: these models have no head to fit.
     """
-    index, _, fit = best_head(models, weights, samples, family=family)
+    index, _, fit = best_head(models, voting, data, family=family)
     share = None
     if kind_of(models[0]) == CLASSES and "classes" in bind(models[0], family).axes:
         with eval_mode(*models):
             shown = [
-                torch.stack([log_probabilities(logits(one, batch), CLASSES).exp().double() for one in models])
-                for _, batch in samples
+                torch.stack([log_probabilities(logits(one, data[batch]), CLASSES).exp().double() for one in models])
+                for batch in data
             ]
         whole = torch.cat([one.flatten(1, -2) for one in shown], dim=1)
         total = float(divergence(whole).mean())

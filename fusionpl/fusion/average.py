@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fusionpl.families.apply import State, own_state, with_parameters
 from fusionpl.families.axes import Binding
 from fusionpl.fusion.parents import AlignedParent
+from fusionpl.models.classes import missing_classes, partial_heads, whole_heads
 
 
 def average(
@@ -41,7 +42,8 @@ def averaged(
     target: State,
     goal: Binding,
 ) -> State:
-    """The mean of the aligned parents' parameters, in the type that they were moved in.
+    """The mean of the aligned parents' parameters, in the type that they were moved in; of a class, the mean of those
+    that know it.
 
     Args:
         parents: with the maps that these parameters need.
@@ -52,7 +54,9 @@ def averaged(
         goal: the fused network's binding.
     """
     aligned = [parent.aligned(state, target, goal) for parent, state in zip(parents, states, strict=True)]
-    return average(aligned, [parent.weight for parent in parents], kept, anchor)
+    weights = [parent.weight for parent in parents]
+    mean = average(aligned, weights, kept, anchor)
+    return _of_those_who_know(mean, [parent.network.original.module for parent in parents], weights)
 
 
 def vanilla(parents: Sequence[nn.Module], weights: Sequence[float]) -> nn.Module | None:
@@ -65,4 +69,21 @@ def vanilla(parents: Sequence[nn.Module], weights: Sequence[float]) -> nn.Module
     shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
     if any(other != shapes[0] for other in shapes[1:]):
         return None
-    return with_parameters(parents[0], average(states, weights)).eval()
+    mean = _of_those_who_know(average(states, weights), parents, weights)
+    return whole_heads(with_parameters(parents[0], mean)).eval()
+
+
+def _of_those_who_know(mean: State, models: Sequence[nn.Module], weights: Sequence[float]) -> State:
+    """A mean in which heads are that of the models which know a class: the rows of others are 0."""
+    missing = [missing_classes(model) for model in models]
+    known = [1.0 if own is None else (~own).double() for own in missing]
+    share = sum(weight * own for weight, own in zip(weights, known, strict=True))
+    if not isinstance(share, Tensor):  # all know all
+        return mean
+    heads = {name for model in models for name in partial_heads(model)}
+    return {
+        name: tensor / share.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
+        if name.rpartition(".")[0] in heads
+        else tensor
+        for name, tensor in mean.items()
+    }

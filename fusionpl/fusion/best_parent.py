@@ -2,7 +2,6 @@
 
 import sys
 
-from fusionpl.calibration.cursor import sum_over_ranks
 from fusionpl.calibration.kept import Kept
 from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.families.apply import own_state
@@ -21,15 +20,11 @@ def keep_best_parent(walk: Walk, plan: Plan, survey: Survey) -> FusionResult:
     Raises:
         FusionError: see `best_head`.
     """
-    team, data = walk.team, walk.data
+    team = walk.team
     index, model, fit = best_head(
-        [network.whole() for network in team.networks],
-        survey.tag_weights(plan.weights) or plan.weights,
-        [(first, data[batch]) for batch, first in enumerate(data.firsts)],
+        [network.whole() for network in team.networks], survey.voting(plan.weights), walk.data,
         family=team.binding.family,
-        memory=plan.config.calibration.memory,
-        reduce=lambda sums: sum_over_ranks([*sums]),
-    )
+    )  # fmt: skip
     binding, device = bind(model, team.binding.family), team.networks[index].device
     target = SectionedModel(model, binding, "the fused model", device=device)
     writer = InMemory(target, Kept(sys.maxsize))

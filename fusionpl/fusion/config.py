@@ -107,6 +107,9 @@ class RefineConfig:
         return 300 if self.steps is None else self.steps
 
 
+Labels = Literal["union", "anchor"]
+
+
 @dataclass(frozen=True)
 class FuseConfig:
     """Everything that decides a fusion, apart from the parents and the calibration data.
@@ -132,6 +135,8 @@ class FuseConfig:
             useful; `even`, as many of each parent's, for parents that saw different data; `auto`: `even` where the
             predictions of classifiers on the calibration set say that they did, and no trial on a part of it speaks
             for `anchor`.
+        labels: what parents whose classes have other names are fused to: `union`, one head for the classes of all, the
+            anchor's first; `anchor`, the anchor's classes alone.
     """
 
     anchor: int = 0
@@ -144,6 +149,7 @@ class FuseConfig:
     width: int | float | None = None
     depth: int | None = None
     units: Literal["anchor", "even", "auto"] = "auto"
+    labels: Labels = "union"
 
     def __post_init__(self) -> None:
         """Raises FusionError for options that contradict each other."""

@@ -13,6 +13,7 @@ from fusionpl.families.apply import State
 from fusionpl.families.axes import Binding
 from fusionpl.fusion.groups import LinearGroup
 from fusionpl.fusion.parents import AlignedParent
+from fusionpl.fusion.voting import Voting
 from fusionpl.models.labels import Kind, kind_of
 
 # Every fifth sample chooses the regularisation.
@@ -54,15 +55,15 @@ class Fit:
     Attributes:
         cursor: the fused network, which stands before the section that is fitted.
         data: the calibration set, with the parents' targets of the section.
+        voting: how much each parent's predictions count.
         apart: whether the parents know other classes.
-        tags: each parent's weights for tags, [tags] each, where classifiers give several at once.
         trial: whether nothing is fitted to the samples that are held out, so that a fusion can be judged by them.
     """
 
     cursor: Cursor
     data: CalibrationSet
+    voting: Voting
     apart: bool = False
-    tags: Sequence[Tensor] | None = None
     trial: bool = False
 
     @property

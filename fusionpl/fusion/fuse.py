@@ -16,7 +16,7 @@ import torch
 
 from fusionpl.alignment.maps import Maps, Plans
 from fusionpl.alignment.problem import solve_all
-from fusionpl.calibration.batches import Progress, no_progress
+from fusionpl.calibration.batches import Progress, by_owner, no_progress
 from fusionpl.calibration.cursor import CalibrationSet, Cursor
 from fusionpl.calibration.kept import Kept, budget
 from fusionpl.calibration.sectioned import SectionedModel
@@ -69,14 +69,16 @@ def fuse(
         parents: two or more models of one family and set of classes, or anything `load_model` takes; widths and depths
             may differ. Models are used where they are; of what is named, one block at a time is in memory.
         calibration: any iterable of batches (mapping of model inputs, or image tensor [B, C, H, W]); labels are never
-            read. With `align.evidence: weights` it may be empty. It is iterated once.
+            read. With `align.evidence: weights` it may be empty. It is iterated once. A list with an iterable for each
+            parent says whose data they are: on these, its predictions alone are what the fused model is fitted to.
         config: see FuseConfig.
         names: how messages call the parents.
         device: where parents that are named are fused; by default where the others are, or the CPU.
         output: a run folder that gets model/, maps.safetensors and config.yaml; where the anchor is named, the fused
             model is written into it block by block, and loaded only when `FusionResult.model` is asked for.
         unlabelled: a DataLoader of more samples that learned refinement teaches on, beside the calibration set: its
-            data set and collate function are used, in an order of its own; labels are never read.
+            data set and collate function are used, in an order of its own; labels are never read. Or a list of one for
+            each parent.
         augment: changes a batch of model inputs at random, from torch's global RNG, where `refine.augment` asks for it.
         processing: how images of `calibration` are prepared, and the fused model takes them; by default as the anchor's
             folder says. A parent that is named, and whose folder says another mean or deviation, has its patch
@@ -190,9 +192,11 @@ class Fusion:
     ) -> FusionResult:
         """Carries it out; see `fuse`."""
         config, folder = self.plan.config, None if output is None else Path(output)
+        samples = by_owner(calibration, len(self.team))
+        more = None if unlabelled is None else by_owner(unlabelled, len(self.team))
         kept = Kept(budget(config.calibration.memory, self.team.reference.device))
         observes = config.refine.asked or config.strategy == "head" or self.plan.observes
-        data = CalibrationSet(calibration, config.calibration, kept) if observes else None
+        data = CalibrationSet(samples, config.calibration, kept) if observes else None
         fusion = self if data is None else self.matched(data)
         walk, survey = Walk(fusion.team, data), Survey([{} for _ in fusion.team.networks])
         if data is not None:
@@ -205,8 +209,8 @@ class Fusion:
             result = replace(make_model(walk, plan, survey, folder, progress), notes=notes)
         if config.refine.asked:
             taught = refine(
-                result.model, result.binding, result.parents, walk.data, result.config, more=unlabelled,
-                augment=augment, seed=seed, tags=survey.tag_weights(self.plan.weights), apart=survey.apart,
+                result.model, result.binding, result.parents, walk.data, result.config,
+                survey.voting(self.plan.weights), more=more, augment=augment, seed=seed, apart=survey.apart,
                 progress=progress,
             )  # fmt: skip
             result = replace(result, teaching=taught, refitted=result.model, notes=[*result.notes, taught.summary])
@@ -246,7 +250,7 @@ def choose_units(walk: Walk, plan: Plan, survey: Survey, progress: Progress = no
         kept = Kept(walk.data.kept.limit)
         _, fused = fuse_sections(few, candidate, survey, InMemory(candidate.target, kept), kept, progress, trial=True)
         assert fused is not None  # one stream is refitted
-        distances.append(units.distances_of(few, fused, survey.tag_weights(candidate.weights) or candidate.weights))
+        distances.append(units.distances_of(few, fused, survey.voting(candidate.weights)))
     clear, line = units.nearer(*distances)
     return plans[0 if clear else 1], [line]
 
@@ -301,8 +305,8 @@ def fuse_sections(
     )
     fit = None
     if plan.fits:
-        tags = survey.tag_weights(plan.weights)
-        fit = Fit(Cursor(fused, walk.data, "fused"), walk.data, survey.apart, tags, trial)
+        voting = survey.voting(plan.weights)
+        fit = Fit(Cursor(fused, walk.data, "fused"), walk.data, voting, survey.apart, trial)
     wanted = [wanted_in(section, plan) for section in plan.sections]
     others = any(each.keys or each.targets for each in wanted)
     last = max((at for at, section in enumerate(plan.sections) if section.observes), default=-1)

@@ -1,66 +1,58 @@
 """One parent whose head alone is fitted to what all parents predict: the cheapest thing that a fusion has to beat."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.forward import eval_mode, logits
-from fusionpl.calibration.kept import Kept, budget
+from fusionpl.calibration.kept import Store
 from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.errors import FusionError
 from fusionpl.families.binding import bind
 from fusionpl.families.family import TAIL, VOCABULARY, Family, attribute
 from fusionpl.fusion.fitting import held_out, predicting
 from fusionpl.fusion.target import untie
+from fusionpl.fusion.voting import Voting
+from fusionpl.models.classes import whole_heads
 from fusionpl.models.labels import NUMBERS, TAGS, kind_of
-from fusionpl.transport.softmax import LARGEST, Fitted, Link, Reduce, fit_softmax, log_mean, spread
+from fusionpl.transport.softmax import LARGEST, Fitted, Link, fit_softmax, log_mean, spread
 
 
 def fit_head(
-    model: nn.Module,
-    models: Sequence[nn.Module],
-    weights: Sequence[float | Tensor],
-    samples: Iterable[tuple[int, Mapping[str, Tensor]]],
-    *,
-    family: Family | None = None,
-    memory: float | None = None,
+    model: nn.Module, models: Sequence[nn.Module], voting: Voting, data: CalibrationSet, *, family: Family | None = None
 ) -> tuple[nn.Module, Fitted] | None:
-    """A copy of a model whose last linear map is fitted to the mean of all models' probabilities, without labels.
+    """A copy of a model whose last linear map is fitted to what all models predict together, without labels.
 
     A decoder that is the embedding comes apart from it.
 
     Args:
         model: one of the models.
-        models, weights, samples, family: see `HeadFit`.
-        memory: GiB that what heads read may take; what exceeds it goes to a temporary file.
+        models, voting, data, family: see `HeadFit`.
 
     Returns:
         The model, where it was, and what the fit found; None where no linear map puts predictions out last.
     """
     if not can_fit_heads(models, family):
         return None
-    heads = HeadFit(models, weights, samples, Kept(budget(memory)), family)
+    heads = HeadFit(models, voting, data, family)
     return heads.fitted(next(index for index, one in enumerate(models) if one is model))
 
 
 def best_head(
     models: Sequence[nn.Module],
-    weights: Sequence[float | Tensor],
-    samples: Iterable[tuple[int, Mapping[str, Tensor]]],
+    voting: Voting,
+    data: CalibrationSet,
     *,
     family: Family | None = None,
-    memory: float | None = None,
-    reduce: Reduce = lambda sums: None,
     among: Sequence[int] | None = None,
 ) -> tuple[int, nn.Module, Fitted]:
     """Of models whose heads are fitted, the one that predicts held-out samples most as all do together.
 
     Args:
-        models, weights, samples, family: see `HeadFit`.
-        memory: see `fit_head`.
-        reduce: see `HeadFit.fitted`.
+        models, voting, data, family: see `HeadFit`.
         among: the indices of those that may be it; None for all.
 
     Returns:
@@ -74,8 +66,8 @@ def best_head(
             "these models have no linear map of their own that puts out classes or tokens last, so there is no head to "
             "fit; fuse them as they are"
         )
-    heads = HeadFit(models, weights, samples, Kept(budget(memory)), family)
-    fits = {index: heads.fitted(index, reduce) for index in among or range(len(models))}
+    heads = HeadFit(models, voting, data, family)
+    fits = {index: heads.fitted(index) for index in among or range(len(models))}
     index = min(fits, key=lambda at: fits[at][1].after)
     return index, *fits[index]
 
@@ -99,71 +91,111 @@ def can_fit_heads(models: Sequence[nn.Module], family: Family | None = None) -> 
 
 
 class HeadFit:
-    """What the heads of models read, kept so that any of them can be fitted to what all predict.
+    """What the heads of models read, kept so that any of them, or one for all side by side, can be fitted to what all
+    predict.
 
     Args:
         models: of which `can_fit_heads` is true.
-        weights: one a model, or for each of its tags [tags], summing to 1.
-        samples: batches, each with the number of its first sample; under torch.distributed this rank's.
-        kept: where what heads read is kept.
+        voting: how much each one's predictions count.
+        data: calibration batches; under torch.distributed this rank's.
         family: the models', where the library does not say.
     """
 
     def __init__(
-        self,
-        models: Sequence[nn.Module],
-        weights: Sequence[float | Tensor],
-        samples: Iterable[tuple[int, Mapping[str, Tensor]]],
-        kept: Kept,
-        family: Family | None = None,
+        self, models: Sequence[nn.Module], voting: Voting, data: CalibrationSet, family: Family | None = None
     ) -> None:
-        self._models, self._weights, self._kept, self._family = models, weights, kept, family
+        self._models, self._voting, self._data, self._family = models, voting, data, family
         self._link: Link = "sigmoid" if kind_of(models[0]) == TAGS else "softmax"
         self._names = [str(head_of(model, family)) for model in models]
         self._heads = [
             cast(nn.Linear, model.get_submodule(name)) for model, name in zip(models, self._names, strict=True)
         ]
+        self._read = Store[int, tuple[list[Tensor], Tensor]](data.kept, "heads")
         mask = bind(models[0], family).family.stacks[-1].mask
-        self._firsts: list[int] = []
         count = 0
         with torch.no_grad(), eval_mode(*models):
-            for index, (first, batch) in enumerate(samples):
-                self._firsts.append(first)
+            for index in data:
+                batch = data[index]
                 read_by = [read(model, head, batch) for model, head in zip(models, self._heads, strict=True)]
                 count += read_by[0][..., 0].numel()
-                kept["heads", index] = read_by, predicting(models[0], read_by[0], batch.get(mask))
+                self._read[index] = read_by, predicting(models[0], read_by[0], batch.get(mask))
         self._step = spread(count, self._heads[0].weight.numel())
 
-    def fitted(self, index: int, reduce: Reduce = lambda sums: None) -> tuple[nn.Module, Fitted]:
+    def fitted(self, index: int) -> tuple[nn.Module, Fitted]:
         """A copy of a model with its head fitted, and what the fit found.
 
         Args:
             index: which model.
-            reduce: adds up tensors over the processes, in place, where each has samples of its own.
         """
         model = self._models[index]
-        student = untie(SectionedModel(model, bind(model, self._family), "the model")).whole()
+        student = whole_heads(untie(SectionedModel(model, bind(model, self._family), "the model")).whole())
         head = cast(nn.Linear, student.get_submodule(self._names[index]))
         with torch.no_grad():
-            bias = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
-            prior = torch.cat([head.weight.T, bias[None]]).double()
-            fit = fit_softmax(
-                lambda: self._rows(index, 0), lambda: self._rows(index, 1), prior, link=self._link, reduce=reduce
-            )
+            fit = self._fit([index], _matrix(head))
             # New ones: those of the model are shared.
             head.weight = nn.Parameter(fit.matrix[:-1].T.to(head.weight).contiguous())
             if head.bias is not None:
                 head.bias = nn.Parameter(fit.matrix[-1].to(head.bias))
         return student, fit
 
-    def _rows(self, index: int, part: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch, first in enumerate(self._firsts):
-            read_by, counts = self._kept["heads", batch]
-            x = read_by[index]
-            here = held_out(first, len(x)).view(-1, *[1] * (x.ndim - 2)) == bool(part)
+    def side_by_side(self) -> nn.Module:
+        """All models side by side with one head that reads what each of theirs does: what a fused model of one's size
+        is not expected to pass."""
+        matrices = [_matrix(head) for head in self._heads]
+        prior = torch.cat([matrix[:-1] for matrix in matrices]) / len(matrices)
+        bias = torch.stack([matrix[-1] for matrix in matrices]).mean(0, keepdim=True)
+        with torch.no_grad():
+            fit = self._fit(range(len(self._models)), torch.cat([prior, bias]))
+        return SideBySide(self._models, self._heads, fit.matrix)
+
+    def _fit(self, trunks: Sequence[int], prior: Tensor) -> Fitted:
+        return fit_softmax(
+            lambda: self._rows(trunks, 0), lambda: self._rows(trunks, 1), prior, link=self._link,
+            reduce=self._data.sum_over_ranks,
+        )  # fmt: skip
+
+    def _rows(self, trunks: Sequence[int], part: int) -> Iterator[tuple[Tensor, Tensor, float]]:
+        for batch in self._data:
+            read_by, counts = self._read[batch]
+            x = read_by[trunks[0]]
+            here = held_out(self._data.firsts[batch], len(x)).view(-1, *[1] * (x.ndim - 2)) == bool(part)
             at = (counts & here).flatten().nonzero()[:: self._step, 0].to(x.device)
-            given = [head(inputs.flatten(0, -2)[at]) for head, inputs in zip(self._heads, read_by, strict=True)]
-            yield x.flatten(0, -2)[at], log_mean(given, self._weights, self._link).exp()
+            rows = [inputs.flatten(0, -2)[at] for inputs in read_by]
+            given = [head(own) for head, own in zip(self._heads, rows, strict=True)]
+            wanted = log_mean(given, self._voting.on(self._data.owners[batch]), self._link).exp()
+            yield torch.cat([rows[index] for index in trunks], dim=-1), wanted, self._data.weight(batch)
+
+
+class SideBySide(nn.Module):
+    """Models whose features, side by side, one head reads.
+
+    Args:
+        models: with a linear head each.
+        heads: theirs.
+        matrix: of the one head, with the constant in the last row, [sum of features + 1, classes].
+    """
+
+    def __init__(self, models: Sequence[nn.Module], heads: Sequence[nn.Linear], matrix: Tensor) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.matrix = nn.Parameter(matrix.float(), requires_grad=False)
+        self._heads = heads
+        if hasattr(models[0], "config_class"):  # by which a model of transformers is told
+            self.config_class, self.config = models[0].config_class, models[0].config
+
+    def forward(self, *args: Tensor, **keywords: Tensor) -> Tensor:
+        """The logits."""
+        batch = keywords or {"pixel_values": args[0]}
+        x = torch.cat([read(model, head, batch) for model, head in zip(self.models, self._heads, strict=True)], dim=-1)
+        logits: Tensor = x @ self.matrix[:-1].to(x) + self.matrix[-1].to(x)
+        return logits
+
+
+def _matrix(head: nn.Linear) -> Tensor:
+    """Weight and, in the last row, bias, [n + 1, classes], float64."""
+    weight = head.weight.detach()
+    bias = torch.zeros_like(weight[:, 0]) if head.bias is None else head.bias.detach()
+    return torch.cat([weight.T, bias[None]]).double()
 
 
 def head_of(model: nn.Module, family: Family | None = None) -> str | None:

@@ -1,45 +1,47 @@
-"""Brings parents to one: the anchor's size and preparation of images, its tokens, its padding, the tags of all.
+"""Brings parents to one: the anchor's size and preparation of images, its tokens, its padding, the classes of all.
 
 Each step takes a team and gives one, whose `lines` say what it did.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from fusionpl.errors import FusionError
 from fusionpl.families.binding import bind
 from fusionpl.families.family import VOCABULARY
+from fusionpl.fusion.config import Labels
 from fusionpl.fusion.pixels import match_pixels
 from fusionpl.fusion.team import Team
 from fusionpl.models.adapters import adapter_beside
+from fusionpl.models.classes import united, with_classes
 from fusionpl.models.images import at_image_size, describe_resampling
-from fusionpl.models.labels import IN_WORDS, Kind
+from fusionpl.models.labels import IN_SHORT, IN_WORDS, NUMBERS, Kind, kind_of
 from fusionpl.models.pipelines import check_tokenizers
 from fusionpl.models.preprocessing import ImageProcessing
 from fusionpl.models.save import class_names
-from fusionpl.models.tags import united, with_tags
 from fusionpl.models.token_settings import check_token_settings, end_of, pad_with, padding_of, pads_text
 from fusionpl.models.tokenizers import load_tokenizer
 from fusionpl.models.vocabulary import Vocabulary, renumber
 
 
-def matched(team: Team, processing: ImageProcessing | None = None) -> Team:
-    """Parents that see images, tokens and tags alike.
+def matched(team: Team, processing: ImageProcessing | None = None, labels: Labels = "union") -> Team:
+    """Parents that see images, tokens and classes alike.
 
     Args:
         team: the parents as they were opened.
         processing: how images are prepared, in place of what the anchor's folder says.
+        labels: see `match_classes`.
 
     Raises:
         FusionError: parents that cut images into patches of different size, or can't take images as they are prepared;
-            see `check_tokenizers`, `match_padding` and `check_token_settings`.
+            see `check_tokenizers`, `match_classes`, `match_padding` and `check_token_settings`.
     """
     team = team.noting(
         line for folder in team.folders if folder is not None and (line := adapter_beside(folder.path)) is not None
     )
     team = match_pixels(match_images(team), processing)
-    team = match_padding(match_tags(match_vocabularies(team)))
+    team = match_padding(match_classes(match_vocabularies(team), labels))
     # The anchor first, whose settings the fused model has.
     modules = {network.name: network.module for network in (team.reference, *team.networks)}
     return team.noting(check_token_settings(modules))
@@ -106,18 +108,80 @@ def check_kinds(kinds: Mapping[str, Kind]) -> None:
             )
 
 
-def match_tags(team: Team) -> Team:
-    """Gives parents of tags those of all of them, by their names."""
-    names = united({network.name: network.module for network in team.networks}, team.reference.name)
+def match_classes(team: Team, labels: Labels) -> Team:
+    """Gives parents the classes, or tags, of all of them, by their names; parents without names are taken by number.
+
+    Args:
+        team: the parents.
+        labels: `union`: the anchor's classes and then the others', each once; `anchor`: the anchor's alone.
+
+    Raises:
+        FusionError: outputs of different kinds; classes without names that are not as many; two of one name; with
+            `anchor` a parent that knows none of the anchor's classes.
+    """
+    check_kinds({network.name: kind_of(network.module) for network in team.networks})
+    if "classes" not in team.binding.axes or team.kind == NUMBERS:
+        return team
+    names = {network.name: own for network in team.networks if (own := class_names(network.module)) is not None}
+    counts = {network.name: network.binding.axes["classes"].size for network in team.networks}
+    if len(names) < len(team):
+        _check_numbers(counts, names)
+    if len(set(names.values())) < 2:
+        return team
+    first = team.reference.name if team.reference.name in names else next(iter(names))
+    classes = names[first] if labels == "anchor" else united(names, first)
     networks, lines = list(team.networks), []
     for index, network in enumerate(networks):
-        if names is None or (extended := with_tags(network.module, names, network.binding.family)) is None:
-            continue
-        own = class_names(network.module) or ()
-        networks[index] = network.moved(*extended)
-        if set(own) < set(names):
-            lines.append(f"{network.name} knows {len(own)} of the {len(names)} tags of all parents; it gives no other")
-    return team.of(networks, lines)
+        own = names.get(network.name, ())
+        if own and not set(own) & set(classes):
+            raise FusionError(
+                f"{network.name} knows none of the classes of {first} ('{own[0]}', ...), and labels is anchor; use "
+                "labels union"
+            )
+        if network.name in names and (changed := with_classes(network.module, classes, network.binding.family)):
+            networks[index] = network.moved(*changed)
+            lines.append(_in_words(network.name, own, classes, IN_SHORT[team.kind]))
+    return team.of(networks, [*lines, *_nearly_alike(names)])
+
+
+def _check_numbers(counts: Mapping[str, int], names: Mapping[str, Sequence[str]]) -> None:
+    """Raises FusionError where classes without names can't be taken by number."""
+    (first, ours), *others = counts.items()
+    without = next(name for name in counts if name not in names)
+    for name, theirs in others:
+        if theirs != ours:
+            raise FusionError(
+                f"{first} has {ours} classes, {name} has {theirs}, and {without} has no names for its own; name them "
+                "in id2label (of timm in label_names), so that they can be told apart"
+            )
+    if len(set(names.values())) > 1:
+        raise FusionError(
+            f"{without} has no names for its classes, and {' and '.join(names)} name theirs differently; name them in "
+            "id2label (of timm in label_names)"
+        )
+
+
+def _in_words(name: str, own: Sequence[str], classes: Sequence[str], what: str) -> str:
+    known, dropped = [one for one in own if one in classes], len(set(own) - set(classes))
+    if len(known) == len(classes):
+        return f"{name} has its {what} in another order" + (f"; {dropped} of its own are dropped" if dropped else "")
+    return f"{name} knows {len(known)} of the {len(classes)} {what} of all parents; it gives no other" + (
+        f"; {dropped} of its own are dropped" if dropped else ""
+    )
+
+
+def _nearly_alike(names: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line for classes of different parents whose names differ in capitals alone."""
+    written: dict[str, tuple[str, str]] = {}
+    for model, own in names.items():
+        for name in own:
+            other, by = written.setdefault(name.strip().casefold(), (name, model))
+            if other != name:
+                return [
+                    f"'{other}' of {by} and '{name}' of {model} are taken for two classes; if they are one, give them "
+                    "one name in id2label"
+                ]
+    return []
 
 
 def match_padding(team: Team) -> Team:

@@ -12,20 +12,18 @@ from fusionpl.families.family import Family, is_bare, read_family
 from fusionpl.fusion.config import FuseConfig, mixing_weights, resolve_anchor
 from fusionpl.fusion.depth import Matching, match_depths
 from fusionpl.fusion.kin import kinship
-from fusionpl.fusion.matching import check_kinds, matched
+from fusionpl.fusion.matching import matched
 from fusionpl.fusion.methods import METHODS
 from fusionpl.fusion.methods.refinement import check_start
 from fusionpl.fusion.target import tie_alike, untie_all
 from fusionpl.fusion.team import (
     Parent,
     Team,
-    check_classes,
     check_count,
     check_devices,
     differing_settings,
     open_parents,
 )
-from fusionpl.models.labels import kind_of
 from fusionpl.models.preprocessing import ImageProcessing
 
 
@@ -49,11 +47,9 @@ def open_team(
     mixing_weights(config.weights, len(parents))
     names = list(names or (f"parent {index}" for index in range(len(parents))))
     opened = open_parents(parents, names, anchor, device, allow_pickle=allow_pickle, family=read_family(family))
-    team = tie_alike(matched(opened, processing))
+    team = tie_alike(matched(opened, processing, config.labels))
     check_devices(team)
-    check_kinds({network.name: kind_of(network.module) for network in team.networks})
     check_compatible(dict(zip(team.names, team.bindings, strict=True)))
-    check_classes(team)
     return team.noting(differing_settings(team)).noting(kinship(team.networks, team.sources, anchor))
 
 

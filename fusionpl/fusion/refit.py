@@ -28,6 +28,7 @@ from fusionpl.fusion.fitting import Fit, LinearMap, Section, decoder_of, passage
 from fusionpl.fusion.groups import LinearGroup
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.predictions import beyond_a_fit, fit_predictions
+from fusionpl.models.classes import partial_heads
 from fusionpl.models.labels import NUMBERS
 from fusionpl.transport.least_squares import NormalEquations, fit_ridge
 
@@ -69,8 +70,12 @@ def fit_group(fit: Fit, section: Section, group: LinearGroup, penalty: float | N
     """
     maps = [LinearMap.of(fit.binding, section.state, module) for module in group.modules]
     prior = torch.cat([each.matrix for each in maps], dim=1)
-    parts = normal_equations(fit, section, group, prior)
-    solution, penalty = fit_ridge(*parts, prior, penalty, both=not fit.trial)
+    if group.predicts and any(partial_heads(parent.network.original.module) for parent in section.parents):
+        keep_inputs(fit, section, group)  # what never is no number to fit squares to
+        solution, penalty = prior, float("inf")
+    else:
+        parts = normal_equations(fit, section, group, prior)
+        solution, penalty = fit_ridge(*parts, prior, penalty, both=not fit.trial)
     if group.predicts:
         if fit.kind != NUMBERS:
             solution = fit_predictions(fit, section, group, solution)
@@ -105,14 +110,14 @@ def normal_equations(
             targets = [shown(fit, section, group, index, batch) for index in parents]
         else:
             targets = [_lacking(fit, passed, group, x)]
+            votes = fit.voting.on(fit.data.owners[batch])
             for index, parent in parents.items():
-                targets[0] = targets[0] + parent.weight * _moved(
-                    parent, group, shown(fit, section, group, index, batch)
-                )
+                own = _moved(parent, group, shown(fit, section, group, index, batch))
+                targets[0] = targets[0] + (votes[index] if group.predicts else parent.weight) * own
         if group.predicts:
             fit.data.predicting[batch] = fit.data.as_kept(x)
         for part, rows in zip(sums, rows_of(fit, group, x, batch), strict=True):
-            part.update(*(tensor.flatten(0, -2)[rows] for tensor in (x, *targets)))
+            part.update(*(tensor.flatten(0, -2)[rows] for tensor in (x, *targets)), weight=fit.data.weight(batch))
     sum_over_ranks([tensor for part in sums for tensor in part.tensors()])
 
     def wanted(part: NormalEquations) -> Tensor:
@@ -126,6 +131,13 @@ def normal_equations(
 
     first, second = (part.with_targets(wanted(part)) for part in sums)
     return first, second
+
+
+def keep_inputs(fit: Fit, section: Section, group: LinearGroup) -> None:
+    """Keeps what the fused network puts into what predicts."""
+    for batch in fit.data:
+        passed = passage(fit, section, group, batch)
+        fit.data.predicting[batch] = fit.data.as_kept(passed.seen[Place(group.first, "input")])
 
 
 def fit_norm(fit: Fit, section: Section, group: LinearGroup) -> State:
@@ -143,9 +155,10 @@ def fit_norm(fit: Fit, section: Section, group: LinearGroup) -> State:
         fitted, choosing = rows_of(fit, group, out, batch)
         rows = fitted if fit.trial else torch.cat([fitted, choosing])
         out, target = (tensor.flatten(0, -2)[rows].double() for tensor in (out, target))
-        count += len(rows)
+        weight = fit.data.weight(batch)
+        count += weight * len(rows)
         for total, values in zip(sums, (out, out.square(), target, out * target), strict=True):
-            total += values.sum(0)
+            total += weight * values.sum(0)
     sum_over_ranks([count, *sums])
     if shift is None:  # RMSNorm's
         new = {f"{module}.weight": (gain * torch.where(xx > 0, xy / xx, 1.0) - offset).to(gain)}

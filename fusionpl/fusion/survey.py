@@ -16,7 +16,9 @@ from fusionpl.families.axes import section_of
 from fusionpl.families.family import TAIL
 from fusionpl.fusion.answers import log_probabilities
 from fusionpl.fusion.plan import Plan
+from fusionpl.fusion.voting import Voting
 from fusionpl.fusion.walk import Walk
+from fusionpl.models.classes import missing_classes
 from fusionpl.models.labels import TAGS
 
 # Classifiers that saw other classes had 99 % and more, those of 80 % of half the classes at most 68 %.
@@ -37,12 +39,14 @@ class Survey:
             where that was not asked for.
         knowledge: how much each parent knows of each tag, [parents, tags]; None where nobody asked, or they give no
             tags.
+        outputs: for each parent, which tags it has an output for, bool [tags]; None where it has not been asked.
     """
 
     moments: Sequence[Mapping[Key, Moments]]
     streams: Mapping[str, Tensor] = field(default_factory=dict)
     share: float | None = None
     knowledge: Tensor | None = None
+    outputs: Sequence[Tensor] | None = None
 
     @property
     def apart(self) -> bool:
@@ -58,14 +62,19 @@ class Survey:
             else []
         )
 
-    def tag_weights(self, weights: Sequence[float]) -> list[Tensor] | None:
-        """The parents' weights for each tag, [tags] each: a tag is mostly of those that know it. None without tags."""
+    def voting(self, weights: Sequence[float]) -> Voting:
+        """How much each parent's predictions count; a tag is mostly of those that know it.
+
+        Args:
+            weights: one a parent, summing to 1.
+        """
         if self.knowledge is None:
-            return None
+            return Voting(weights)
         own = torch.tensor(weights, dtype=torch.float64)[:, None]
         weighted = own * self.knowledge
         known = weighted.sum(0) > 0
-        return list(torch.where(known, weighted, own.expand_as(weighted)) / torch.where(known, weighted.sum(0), 1))
+        shares = torch.where(known, weighted, own.expand_as(weighted)) / torch.where(known, weighted.sum(0), 1)
+        return Voting(list(shares), self.outputs)
 
 
 def survey_streams(walk: Walk, plan: Plan, kept: Kept, progress: Progress = no_progress) -> Survey:
@@ -96,7 +105,12 @@ def survey_streams(walk: Walk, plan: Plan, kept: Kept, progress: Progress = no_p
     joint = plan.config.strategy == "joint"
     share = specialisation(walk) if joint and walk.team.classifies else None
     fits = plan.config.strategy == "head" or plan.config.refit.method != "none" or plan.config.refine.asked
-    return Survey(moments, streams, share, knowledge(walk) if walk.team.kind == TAGS and fits else None)
+    if walk.team.kind != TAGS or not fits:
+        return Survey(moments, streams, share)
+    known = knowledge(walk)
+    missing = [missing_classes(network.original.module) for network in walk.team.networks]
+    outputs = [torch.ones(known.shape[1], dtype=torch.bool) if own is None else ~own for own in missing]
+    return Survey(moments, streams, share, known, outputs)
 
 
 def _add(moments: Sequence["_Kept"], streams: dict[str, Tensor], plan: Plan, shown: Statistics) -> None:
@@ -119,9 +133,10 @@ def specialisation(walk: Walk) -> float:
     means: Tensor | None = None
     sums = torch.zeros(2, dtype=torch.float64)  # samples, and what all diverge by
     with walk.at_work():
-        for _, shown in predictions(walk):
-            sums += torch.tensor([shown.shape[1], float(divergence(shown).sum())])
-            total = shown.double().sum(1).cpu()
+        for batch, shown in predictions(walk):
+            weight = walk.data.weight(batch)
+            sums += weight * torch.tensor([shown.shape[1], float(divergence(shown).sum())])
+            total = weight * shown.double().sum(1).cpu()
             means = total if means is None else means + total
     means = or_zeros(means)
     sum_over_ranks([sums, means])
@@ -142,6 +157,7 @@ def knowledge(walk: Walk) -> Tensor:
         for batch in data:
             holds = torch.stack([each.logits(data[batch]).double().cpu().sigmoid() for each in walk.team.networks])
             sums = torch.stack([torch.ones_like(holds).sum(1), holds.sum(1), holds.square().sum(1)])
+            sums *= data.weight(batch)
             total = sums if total is None else total + sums
     total = or_zeros(total)
     sum_over_ranks([total])

@@ -1,5 +1,6 @@
 """What is to be made: what `auto` stands for, and a network like the anchor or of another width."""
 
+import copy
 import math
 from dataclasses import replace
 from fractions import Fraction
@@ -14,6 +15,7 @@ from fusionpl.families.binding import bind
 from fusionpl.families.canonical import inseparable
 from fusionpl.fusion.config import FuseConfig, changed
 from fusionpl.fusion.team import Team
+from fusionpl.models.classes import missing_classes, whole_heads
 from fusionpl.models.resized import resized, untied
 
 # The largest number that is meant as a factor: no stream has so few units.
@@ -100,9 +102,12 @@ def target_of(network: SectionedModel, config: FuseConfig) -> SectionedModel:
     """
     # Heads need not divide a width that nobody asked to change.
     times, heads = (Fraction(1), None) if config.width is None else _times(network.binding, config.width)
-    if times == 1 and network.original is network:
+    partial = missing_classes(network.module) is not None
+    if times == 1 and network.original is network and not partial:
         return network
     module = network.module if times == 1 else resized(network.module, times=times, heads=heads)
+    if times == 1 and partial:
+        module = whole_heads(copy.deepcopy(module))
     binding = bind(module, network.binding.family)
 
     def blank(name: str) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn import functional
 from fusionpl.calibration.cursor import sum_over_ranks
 from fusionpl.calibration.forward import device_of, eval_mode, logits
 from fusionpl.fusion.unlabelled import Inputs, Unlabelled
+from fusionpl.fusion.voting import Voting
 from fusionpl.models.labels import CLASSES, NUMBERS, TAGS, Kind, kind_of
 from fusionpl.schedule import warmup_cosine
 
@@ -27,7 +28,7 @@ class Teaching:
 
     Args:
         teachers: models with the same outputs.
-        weights: one a teacher, or for each of its tags [tags], summing to 1.
+        voting: how much each teacher's predictions count.
         mask: the model input that says which of [B, T] count, where there is one.
         samples: to teach on, and those that are held out.
         size: samples a step and process.
@@ -44,14 +45,14 @@ class Teaching:
     def __init__(
         self,
         teachers: Sequence[nn.Module],
-        weights: Sequence[float | Tensor],
+        voting: Voting,
         mask: str,
         samples: Unlabelled,
         size: int,
         augment: Augment | None,
         seed: int,
     ) -> None:
-        self._teachers, self._weights, self._mask = teachers, weights, mask
+        self._teachers, self._voting, self._mask = teachers, voting, mask
         self._samples, self._size, self._augment, self._seed = samples, size, augment, seed
         self._means: dict[int, Tensor] = {}  # of held-out batches, where they are few numbers
         self.seconds, self.steps = 0.0, 0
@@ -79,10 +80,10 @@ class Teaching:
                 look(share)
                 model.train()
                 optimizer.zero_grad()
-                batch = next(batches)
-                if batch is not None:
-                    self._loss(model, batch).backward()
-                _average_gradients(model, took_part=batch is not None)
+                drawn = next(batches)
+                if drawn is not None:
+                    self._loss(model, *drawn).backward()
+                _average_gradients(model, took_part=drawn is not None)
                 finite = bool(nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite())
                 if not finite:
                     break
@@ -100,31 +101,36 @@ class Teaching:
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         with torch.no_grad(), eval_mode(model), torch.random.fork_rng():
             torch.manual_seed(HELD_OUT_SEED)
-            for index, batch in enumerate(self._samples.held(self._size)):
+            for index, (owner, batch) in enumerate(self._samples.held(self._size)):
                 batch = self._here(batch)
-                output, mean = _counted(logits(model, batch), self._held_mean(index, batch), batch.get(self._mask))
+                mean = self._held_mean(index, owner, batch)
+                output, mean = _counted(logits(model, batch), mean, batch.get(self._mask))
                 distance = _loss(output, mean, self._kind) - _least(mean, self._kind)
                 total += torch.stack([distance.double() * len(output), total.new_full((), len(output))])
         sum_over_ranks([total])
         self.seconds = time.monotonic() - started
         return float(total[0] / total[1])
 
-    def _loss(self, model: nn.Module, batch: Inputs) -> Tensor:
+    def _loss(self, model: nn.Module, owner: int | None, batch: Inputs) -> Tensor:
         batch = self._here(batch)
         batch = dict(self._augment(batch)) if self._augment is not None else batch
-        return loss_to_mean(logits(model, batch), self._given(batch), self._weights, batch.get(self._mask), self._kind)
+        given, weights = self._given(owner, batch)
+        return loss_to_mean(logits(model, batch), given, weights, batch.get(self._mask), self._kind)
 
     def _here(self, batch: Inputs) -> Inputs:
         return {key: value.to(self.device) for key, value in batch.items()}
 
     @torch.no_grad()
-    def _given(self, batch: Inputs) -> list[Tensor]:
-        return [logits(teacher, batch) for teacher in self._teachers]
+    def _given(self, owner: int | None, batch: Inputs) -> tuple[list[Tensor], list[float | Tensor]]:
+        """What the teachers whose predictions count say, and how much they do."""
+        votes = self._voting.on(owner)
+        asked = [index for index, vote in enumerate(votes) if isinstance(vote, Tensor) or vote > 0]
+        return [logits(self._teachers[index], batch) for index in asked], [votes[index] for index in asked]
 
-    def _held_mean(self, index: int, batch: Inputs) -> Tensor:
+    def _held_mean(self, index: int, owner: int | None, batch: Inputs) -> Tensor:
         if index in self._means:
             return self._means[index]
-        mean = mean_of(self._given(batch), self._weights, self._kind)
+        mean = mean_of(*self._given(owner, batch), self._kind)
         if mean.ndim == 2:  # a distribution for every token would be too much to keep
             self._means[index] = mean
         return mean

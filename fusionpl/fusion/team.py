@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -17,7 +16,6 @@ from fusionpl.families.family import Family
 from fusionpl.models.labels import NUMBERS, Kind, kind_of
 from fusionpl.models.load import load_model
 from fusionpl.models.opened import ModelFolder, open_model
-from fusionpl.models.save import class_names
 from fusionpl.models.settings import compare_settings
 
 Parent = nn.Module | str | Path
@@ -133,19 +131,6 @@ def open_parents(
             networks.append(SectionedModel(model, bind(model, family), name))
         folders.append(folder)
     return Team(tuple(networks), anchor, tuple(parents), tuple(folders))
-
-
-def check_classes(team: Team) -> None:
-    """Raises FusionError where parents name their classes differently."""
-    classes = {network.name: labels for network in team.networks if (labels := class_names(network.module))}
-    named, reference = next(iter(classes.items()), ("", ()))
-    for name, labels in classes.items():
-        if labels != reference:
-            ours, theirs = next((a, b) for a, b in zip_longest(reference, labels) if a != b)
-            raise FusionError(
-                f"parents of different class names: where {named} has '{ours}', {name} has '{theirs}'; "
-                "train both on the same classes"
-            )
 
 
 def check_devices(team: Team) -> None:

@@ -1,7 +1,6 @@
 """Whose units one stream takes: what classifiers know decides, or two fusions on trial."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,6 +12,7 @@ from fusionpl.fusion.answers import log_probabilities
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.fitting import held_out
 from fusionpl.fusion.survey import APART, predictions
+from fusionpl.fusion.voting import Voting
 from fusionpl.fusion.walk import Walk
 
 # Classifiers of digits and CIFAR-10 of the same data, or of halves that were cut at random, had shares below 0.026;
@@ -72,20 +72,21 @@ def nearer(anchor: Tensor, even: Tensor) -> tuple[bool, str]:
     )
 
 
-def distances_of(walk: Walk, fused: Cursor, weights: Sequence[float | Tensor]) -> Tensor:
+def distances_of(walk: Walk, fused: Cursor, voting: Voting) -> Tensor:
     """The Kullback-Leibler divergence, in nats, of what a fused classifier predicts for each held-out sample from the
     mean of what its parents do.
 
     Args:
         walk: the parents before the tail.
         fused: the fused network there.
-        weights: the parents' shares, or those of each tag: see `Survey.tag_weights`.
+        voting: how much each parent's predictions count.
     """
     kind, device = walk.team.kind, walk.team.reference.device
     distances, state = [torch.zeros(0, dtype=torch.float64)], fused.network.states(TAIL)
-    shares = [weight[:, None].to(device) if isinstance(weight, Tensor) else weight for weight in weights]
     with walk.at_work():
         for batch, shown in predictions(walk):
+            weights = voting.on(walk.data.owners[batch])
+            shares = [weight[:, None].to(device) if isinstance(weight, Tensor) else weight for weight in weights]
             mean = torch.stack([share * own for share, own in zip(shares, shown, strict=True)]).sum(0)
             predicted = log_probabilities(fused.logits(state, batch), kind)
             far = (torch.special.xlogy(mean, mean) - mean * predicted).flatten(1).sum(1).double().cpu()

@@ -1,6 +1,6 @@
 """Samples without labels that a model is taught on, and those of them that say whether it helps."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice, repeat
 from typing import Any
@@ -10,15 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from fusionpl.calibration.batches import unlabelled
+from fusionpl.calibration.batches import OfEachParent, unlabelled
 from fusionpl.calibration.cursor import CalibrationSet, sum_over_ranks
 from fusionpl.errors import FusionError
 from fusionpl.fusion.fitting import HOLD_OUT, held_out
 
 JUDGES = 512  # held-out samples that are looked at, at most: a look then costs a few steps
 Inputs = dict[str, Tensor]
+Owned = tuple[int | None, Inputs]  # the parent whose data they are
 Sample = tuple[int, int]  # the batch of a calibration set that it is in, and where
-Streams = list[tuple[int, Iterator[Inputs]]]  # how many samples, and batches of them without end
+Streams = list[tuple[int | None, int, Iterator[Inputs]]]  # whose and how many samples, and batches of them without end
 
 
 class Unlabelled:
@@ -26,7 +27,7 @@ class Unlabelled:
 
     Args:
         calibration: its samples come first.
-        more: a DataLoader of a data set with a length, which is read as it is needed; or None.
+        more: a DataLoader of a data set with a length, which is read as it is needed, or one for each parent; or None.
         limit: samples of both that count, on all ranks together; None for all.
         device: where counts are added up over the ranks.
 
@@ -35,61 +36,77 @@ class Unlabelled:
     """
 
     def __init__(
-        self, calibration: CalibrationSet, more: Iterable[Any] | None, limit: int | None, device: torch.device
+        self,
+        calibration: CalibrationSet,
+        more: Iterable[Any] | OfEachParent | None,
+        limit: int | None,
+        device: torch.device,
     ) -> None:
         self._calibration = calibration if limit is None else calibration.head(limit)
         own = [len(next(iter(self._calibration[index].values()))) for index in self._calibration]
         count = torch.full((), float(sum(own)), device=device)
         sum_over_ranks([count])
         left = None if limit is None else max(0, limit - int(count))
-        self._loaded = None if more is None or left == 0 else _Loaded(more, left)
-        most = max(int(count), self._loaded.count if self._loaded else 0)
+        sets = dict(enumerate(more.sets)) if isinstance(more, OfEachParent) else {} if more is None else {None: more}
+        left = None if left is None else left // max(1, len(sets))
+        self._loaded = {owner: _Loaded(own, left) for owner, own in sets.items() if left != 0}
+        most = max(int(count), *(own.count for own in self._loaded.values()), 0)
         if most < HOLD_OUT:
             raise FusionError(
                 f"refinement holds out every fifth unlabelled sample, and there are {most}; give at least {HOLD_OUT}"
             )
 
-    def taught(self, size: int, seed: int) -> Iterator[Inputs | None]:
+    def taught(self, size: int, seed: int) -> Iterator[Owned | None]:
         """Batches of `size` samples, in a new order each time through, without end; None where this rank has none.
 
-        Samples that are padded to other lengths don't meet.
+        Samples that are padded to other lengths, or are of several parents, don't meet; of all parents there are as
+        many.
         """
         generator = torch.Generator().manual_seed(seed)
         streams = _drawn(self._calibration, size, generator)
-        if self._loaded:
-            streams += self._loaded.drawn(size, generator)
+        for owner, own in self._loaded.items():
+            streams += own.drawn(owner, size, generator)
         if not streams:
             yield from repeat(None)
-        counts = torch.tensor([float(count) for count, _ in streams])
+        totals: Counter[int | None] = Counter()
+        for owner, count, _ in streams:
+            totals[owner] += count
+        shares = torch.tensor([count / totals[owner] for owner, count, _ in streams])
         while True:
-            yield next(streams[int(torch.multinomial(counts, 1, generator=generator))][1])
+            owner, _, stream = streams[int(torch.multinomial(shares, 1, generator=generator))]
+            yield owner, next(stream)
 
-    def held(self, size: int) -> Iterator[Inputs]:
+    def held(self, size: int) -> Iterator[Owned]:
         """The held-out samples that are looked at, the same each time: the calibration set's, which no parent was
-        trained on, before others."""
-        left = max(1, JUDGES // (dist.get_world_size() if dist.is_initialized() else 1))
-        for batch in chain(_held(self._calibration), self._loaded.held(size) if self._loaded else ()):
-            batch = {key: value[:left] for key, value in batch.items()}
-            left -= len(next(iter(batch.values())))
-            yield batch
-            if left == 0:
+        trained on, before others; of each parent as many at most."""
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        owners = {*self._calibration.owners, *self._loaded} or {None}
+        left = dict.fromkeys(owners, max(1, JUDGES // ranks // len(owners)))
+        more = (((owner, batch) for batch in own.held(size)) for owner, own in self._loaded.items())
+        for owner, batch in chain(_held(self._calibration), *more):
+            if left[owner] == 0:
+                continue
+            batch = {key: value[: left[owner]] for key, value in batch.items()}
+            left[owner] -= len(next(iter(batch.values())))
+            yield owner, batch
+            if not any(left.values()):
                 return
 
 
 def _drawn(data: CalibrationSet, size: int, generator: torch.Generator) -> Streams:
-    """Batches of what is not held out, one stream for each length."""
-    alike: dict[tuple[torch.Size, ...], list[Sample]] = defaultdict(list)
+    """Batches of what is not held out, one stream for each owner and length."""
+    alike: dict[tuple[Any, ...], list[Sample]] = defaultdict(list)
     for index in data:
         values = list(data[index].values())
         taught = (~held_out(data.firsts[index], len(values[0]))).nonzero()[:, 0].tolist()
-        alike[tuple(value.shape[1:] for value in values)] += [(index, row) for row in taught]
+        alike[data.owners[index], *(value.shape[1:] for value in values)] += [(index, row) for row in taught]
 
     def stream(samples: Sequence[Sample]) -> Iterator[Inputs]:
         order = _endless(samples, generator)
         while True:
             yield _gathered(data, islice(order, size))
 
-    return [(len(samples), stream(samples)) for samples in alike.values() if samples]
+    return [(key[0], len(samples), stream(samples)) for key, samples in alike.items() if samples]
 
 
 def _endless(samples: Sequence[Sample], generator: torch.Generator) -> Iterator[Sample]:
@@ -106,12 +123,12 @@ def _gathered(data: CalibrationSet, samples: Iterable[Sample]) -> Inputs:
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
-def _held(data: CalibrationSet) -> Iterator[Inputs]:
+def _held(data: CalibrationSet) -> Iterator[Owned]:
     for index in data:
         batch = data[index]
         rows = held_out(data.firsts[index], len(next(iter(batch.values()))))
         if rows.any():
-            yield {key: value[rows.to(value.device)] for key, value in batch.items()}
+            yield data.owners[index], {key: value[rows.to(value.device)] for key, value in batch.items()}
 
 
 class _Loaded:
@@ -129,7 +146,7 @@ class _Loaded:
         held = held_out(0, self.count)
         self._taught, self._held = (rows.nonzero()[rank::world, 0].tolist() for rows in (~held, held))
 
-    def drawn(self, size: int, generator: torch.Generator) -> Streams:
+    def drawn(self, owner: int | None, size: int, generator: torch.Generator) -> Streams:
         """Batches of what is not held out."""
 
         def stream() -> Iterator[Inputs]:
@@ -139,7 +156,7 @@ class _Loaded:
                 for batch in self._batches(self._taught, size, order, shuffle=True, drop_last=whole):
                     yield unlabelled(batch)
 
-        return [(len(self._taught), stream())] if self._taught else []
+        return [(owner, len(self._taught), stream())] if self._taught else []
 
     def held(self, size: int) -> Iterator[Inputs]:
         """What is held out, in order."""

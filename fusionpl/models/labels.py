@@ -10,6 +10,7 @@ CLASSES: Kind = "single_label_classification"
 TAGS: Kind = "multi_label_classification"
 NUMBERS: Kind = "regression"
 IN_WORDS = {CLASSES: "one class each", TAGS: "tags, several at once", NUMBERS: "numbers"}
+IN_SHORT = {CLASSES: "classes", TAGS: "tags", NUMBERS: "numbers"}
 _HEADS = ("ForSequenceClassification", "ForImageClassification")
 
 

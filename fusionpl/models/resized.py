@@ -1,7 +1,7 @@
 """Models like another, whose parameters are still to come: of other width or depth, or with a decoder of their own."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, cast
 
@@ -77,6 +77,19 @@ def reshaped(model: nn.Module, config: Any) -> nn.Module:
     return _like(new_model, model)
 
 
+def relabelled(model: Any, names: Sequence[str]) -> nn.Module:
+    """A model of the same architecture with other classes, its parameters on the meta device; see `resized`."""
+    if isinstance(model, transformers.PreTrainedModel):
+        config = copy.deepcopy(model.config)
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: at for at, name in enumerate(names)}
+        return reshaped(model, config)
+    with parameters_on_meta():
+        new_model: Any = _of_timm(model, {"num_classes": len(names)})
+    new_model.pretrained_cfg |= {"num_classes": len(names), "label_names": list(names)}
+    return _like(new_model, model)
+
+
 def refilled(model: nn.Module, empty: nn.Module, moved: Callable[[str, Tensor], Tensor]) -> nn.Module:
     """A model that holds another's parameters, changed.
 
@@ -128,15 +141,22 @@ def _part(new_model: nn.Module, model: nn.Module) -> None:
 
 
 def _timm(model: Any, times: Fraction, heads: int | None, depth: int | None) -> nn.Module:
+    changes: dict[str, Any] = {}
+    if heads is not None:
+        changes |= {"embed_dim": int(model.embed_dim * times), "num_heads": int(heads * times)}
+    if depth is not None:
+        changes["depth"] = depth
+    return _of_timm(model, changes)
+
+
+def _of_timm(model: Any, changes: Mapping[str, Any]) -> nn.Module:
+    """A model of timm that is made again, with some arguments changed."""
     if not hasattr(model, "pretrained_cfg"):
         raise FusionError(
-            f"a {type(model).__name__} of another width or depth needs parents that were made by create_model of timm"
+            f"a {type(model).__name__} of another width or depth, or with other classes, needs parents that were made "
+            "by create_model of timm"
         )
-    args = timm.models.get_model_args(model)
-    if heads is not None:
-        args |= {"embed_dim": int(model.embed_dim * times), "num_heads": int(heads * times)}
-    if depth is not None:
-        args["depth"] = depth
+    args = {**timm.models.get_model_args(model), **changes}
     new_model = cast(Any, timm.create_model(model.pretrained_cfg["architecture"], **args))
     new_model.pretrained_cfg = copy.deepcopy(model.pretrained_cfg)
     return cast(nn.Module, new_model)

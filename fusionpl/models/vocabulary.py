@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from fusionpl.families.binding import bind
 from fusionpl.families.family import VOCABULARY, Family
+from fusionpl.models.classes import with_classes_of
 from fusionpl.models.images import with_image_size
 from fusionpl.models.load import load_model
 from fusionpl.models.pixels import with_pixels
 from fusionpl.models.preprocessing import ImageProcessing
-from fusionpl.models.tags import with_tags_of
 from fusionpl.models.token_settings import renumber_settings
 from fusionpl.models.tokenizers import load_tokenizer
 
@@ -92,14 +92,15 @@ def load_parent(
     family: Family | None = None,
 ) -> nn.Module:
     """Loads a whole model (see `load_model`) that reads and writes the tokens of `vocabulary`, if one is given, takes
-    images of the size that `like` takes and prepared by `processing` and, if it gives tags, has those of `like`."""
+    images of the size that `like` takes and prepared by `processing` and has the classes of `like`, where both have
+    names for theirs."""
     model = with_pixels(load_model(source, allow_pickle=allow_pickle), source, processing, family)
     if vocabulary is not None:
         axis = bind(model, family).axes[VOCABULARY]
         order = vocabulary.renumbering(load_tokenizer(source), axis.size)
         if order is not None:
             renumber(model, order, family)
-    return model if like is None else with_tags_of(with_image_size(model, like, family), like, family)
+    return model if like is None else with_classes_of(with_image_size(model, like, family), like, family)
 
 
 def renumber(

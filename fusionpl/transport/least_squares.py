@@ -41,22 +41,23 @@ class NormalEquations:
         """All sums; they are additive over rows, batches and ranks."""
         return [self.count, self.xx, self.xy]
 
-    def update(self, x: Tensor, *targets: Tensor) -> None:
+    def update(self, x: Tensor, *targets: Tensor, weight: float = 1.0) -> None:
         """Adds rows: x [rows, n] without the constant; the targets [rows, m_i] stand side by side.
 
-        A batch is multiplied in float32 (in float64 if it is that) and added up in float64.
+        A batch is multiplied in float32 (in float64 if it is that) and added up in float64; each row counts `weight`
+        times.
         """
-        self.count += len(x)
-        self.xx[:-1, :-1] += self_product(x)
-        sums = x.sum(0)
+        self.count += weight * len(x)
+        self.xx[:-1, :-1].add_(self_product(x), alpha=weight)
+        sums = weight * x.sum(0)
         self.xx[:-1, -1] += sums
         self.xx[-1, :-1] += sums
-        self.xx[-1, -1] += len(x)
+        self.xx[-1, -1] += weight * len(x)
         start = 0
         for y in targets:
             columns = slice(start, start + y.shape[1])
-            self.xy[:-1, columns] += cross_product(x, y)
-            self.xy[-1, columns] += y.sum(0)
+            self.xy[:-1, columns].add_(cross_product(x, y), alpha=weight)
+            self.xy[-1, columns] += weight * y.sum(0)
             start = columns.stop
 
     def __add__(self, other: "NormalEquations") -> "NormalEquations":

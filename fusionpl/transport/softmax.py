@@ -21,7 +21,8 @@ from torch.nn import functional
 from fusionpl.transport.products import self_product
 
 Link = Literal["softmax", "sigmoid"]
-Rows = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+# Inputs [rows, n], probabilities [rows, classes], and how much each of these rows counts.
+Rows = Callable[[], Iterable[tuple[Tensor, Tensor, float]]]
 Reduce = Callable[[Sequence[Tensor]], None]
 
 # In units of the inputs' mean energy, from the strongest on.
@@ -72,6 +73,7 @@ def log_mean(logits: Sequence[Tensor], weights: Sequence[float | Tensor], link: 
     each = [
         log_of(scores.float()) + torch.as_tensor(weight).to(scores.device, torch.float32).log()
         for scores, weight in zip(logits, weights, strict=True)
+        if isinstance(weight, Tensor) or weight > 0
     ]
     return torch.stack(each).logsumexp(0)
 
@@ -90,7 +92,8 @@ def fit_softmax(
     The rows are gone through anew for each step, so that memory stays flat.
 
     Args:
-        rows, held_out: give inputs [rows, n], without the constant, and probabilities [rows, classes], batch by batch.
+        rows, held_out: give inputs [rows, n], without the constant, probabilities [rows, classes], and how much each of
+            these rows counts, batch by batch.
         prior: [n + 1, classes], for the constant in the last row.
         link: what makes probabilities of W^T x.
         both: whether the solution uses the held-out rows too, once they have chosen the penalty.
@@ -111,7 +114,7 @@ def fit_softmax(
         best, penalty, after = matrix, candidate, loss
     if both and penalty < float("inf"):
 
-        def together() -> Iterable[tuple[Tensor, Tensor]]:
+        def together() -> Iterable[tuple[Tensor, Tensor, float]]:
             yield from rows()
             yield from held_out()
 
@@ -125,22 +128,22 @@ class _Problem:
 
     def __init__(self, rows: Rows, prior: Tensor, link: Link, reduce: Reduce) -> None:
         self._rows, self._link, self._reduce = rows, link, reduce
-        self._held: list[tuple[Tensor, Tensor]] | None = []  # all rows, as long as they are few
         n = len(prior)
         xx = prior.new_zeros(n, n, dtype=torch.float64)  # of inputs with their constant
         sums = xx.new_zeros(2)  # rows, entropy of the targets
         size = 0
-        for x, p in rows():
+        held: list[tuple[Tensor, Tensor, Tensor]] = []
+        for x, p, weight in rows():
             size += x.numel() + p.numel()
-            self._held = None if self._held is None or size > HELD else [*self._held, (x.float(), p)]
-            xx += self_product(_with_constant(x)).to(xx)
+            if size <= HELD:
+                held.append((x.float(), p, p.new_full((len(p), 1), weight)))
+            xx.add_(self_product(_with_constant(x)), alpha=weight)
             own = torch.special.entr(p).double().sum()
             own = own + torch.special.entr(1 - p).double().sum() if link == "sigmoid" else own
-            sums[0] += len(x)
-            sums[1] += own
-        if self._held:
-            xs, ps = zip(*self._held, strict=True)
-            self._held = [(torch.cat(xs), torch.cat(ps))]
+            sums[0] += weight * len(x)
+            sums[1] += weight * own
+        # All rows, as long as they are few.
+        self._held = [tuple(map(torch.cat, zip(*held, strict=True)))] if held and size <= HELD else None
         reduce([xx, sums])
         self.count = float(sums[0])
         exact = self._held is not None and self.count * prior.numel() <= EXACT
@@ -151,8 +154,8 @@ class _Problem:
     def loss(self, matrix: Tensor) -> float:
         """The mean cross-entropy of W [n + 1, classes]."""
         total = matrix.new_zeros((), dtype=torch.float64)
-        for x, p in self._held or self._rows():
-            total += self._judged(x, p, matrix.to(self._kind))[0]
+        for x, p, weight in self._held or self._rows():
+            total += self._judged(x, p, weight, matrix.to(self._kind))[0]
         self._reduce([total])
         return float(total) / self.count
 
@@ -172,8 +175,8 @@ class _Problem:
             away = turn @ coordinates
             total, gradient = coordinates.new_zeros((), dtype=torch.float64), torch.zeros_like(coordinates)
             now = (prior + away).to(self._kind)
-            for x, p in self._held or self._rows():
-                lost, error = self._judged(x, p, now)
+            for x, p, weight in self._held or self._rows():
+                lost, error = self._judged(x, p, weight, now)
                 total += lost
                 gradient += (_with_constant(x.to(error)).T @ error).to(gradient)
             self._reduce([total, gradient])
@@ -186,14 +189,15 @@ class _Problem:
         best: Tensor = prior + turn @ coordinates
         return best
 
-    def _judged(self, x: Tensor, p: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    def _judged(self, x: Tensor, p: Tensor, weight: Tensor | float, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the cross-entropy over rows, and its derivatives by the outputs, [rows, classes]."""
         outputs, p = torch.addmm(matrix[-1], x.to(matrix), matrix[:-1]), p.to(matrix)
+        weight = weight.to(p) if isinstance(weight, Tensor) else weight
         if self._link == "sigmoid":
-            loss = functional.binary_cross_entropy_with_logits(outputs, p, reduction="sum")
-            return loss.double(), outputs.sigmoid() - p
+            loss = weight * functional.binary_cross_entropy_with_logits(outputs, p, reduction="none")
+            return loss.sum().double(), weight * (outputs.sigmoid() - p)
         log_probabilities: Tensor = outputs.log_softmax(-1)
-        return -(p * log_probabilities).sum().double(), log_probabilities.exp() - p
+        return -(weight * p * log_probabilities).sum().double(), weight * (log_probabilities.exp() - p)
 
 
 def _with_constant(x: Tensor) -> Tensor:

@@ -21,8 +21,10 @@ def drawn(
     return x, outputs + noise * torch.randn(outputs.shape, generator=generator), matrix
 
 
-def cut(x: Tensor, p: Tensor, size: int = 64) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
-    return lambda: zip(x.split(size), p.split(size), strict=True)
+def cut(
+    x: Tensor, p: Tensor, size: int = 64, weight: float = 1.0
+) -> Callable[[], Iterator[tuple[Tensor, Tensor, float]]]:
+    return lambda: ((a, b, weight) for a, b in zip(x.split(size), p.split(size), strict=True))
 
 
 def test_the_minimum_is_that_of_scipy() -> None:

@@ -19,6 +19,7 @@ from fusionpl.cli.jobs.parents import Job
 from fusionpl.datamodules.base import FixedSplits
 from fusionpl.fusion.config import mixing_weights
 from fusionpl.fusion.methods.refinement import teach_parent
+from fusionpl.fusion.voting import Voting
 from fusionpl.presets import CONF
 from fusionpl.training.callbacks import SeedEpochs
 from fusionpl.training.config import OptimConfig
@@ -41,10 +42,10 @@ def distilled(job: Job, seconds: float, best: int, parents: Sequence[nn.Module])
     """
     started, config = monotonic(), job.config
     taught = teach_parent(
-        best, parents, mixing_weights(config.weights, len(parents)), job.calibration(),
+        best, parents, Voting(mixing_weights(config.weights, len(parents))), job.calibration(),
         replace(config.refine, method="gradient", steps=None, minutes=seconds / 60),
-        family=job.team.binding.family, memory=config.calibration.memory, more=job.data.unlabelled_dataloader(),
-        augment=job.data.augmented, seed=job.args.seed,
+        family=job.team.binding.family, more=job.data.unlabelled_dataloader(), augment=job.data.augmented,
+        seed=job.args.seed,
     )  # fmt: skip
     print(f"distilled: {taught.summary}")
     return taught.model, Cost("unlabelled data", monotonic() - started, taught.steps)

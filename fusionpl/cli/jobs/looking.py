@@ -5,9 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fusionpl.calibration.batches import batches
+from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.embeddings import embed
 from fusionpl.calibration.forward import logits
+from fusionpl.calibration.kept import Kept, budget
 from fusionpl.cli.jobs.parents import Job
 from fusionpl.errors import FusionError
 from fusionpl.families.proof import PROOF_TOLERANCE, allowed, permutation_error
@@ -15,17 +16,18 @@ from fusionpl.fusion.advice import ADVISED, Advice, advise
 from fusionpl.fusion.config import mixing_weights
 from fusionpl.fusion.forms import folding_error
 from fusionpl.fusion.kin import ALIKE, weights_alike
+from fusionpl.fusion.voting import Voting
 
 
 def advised(job: Job) -> Advice:
     """What the parents are to each other, and what a minute is best spent on: `--advise`."""
     names, size = list(job.parents), job.config.calibration.batch_size
     few = replace(job.config.calibration, samples=min(ADVISED, job.config.calibration.samples))
-    samples = list(batches(job.data.calibration_dataloader(size), few))
+    data = CalibrationSet(job.data.calibration_dataloader(size), few, Kept(budget(few.memory)))
     others = [network for index, network in enumerate(job.team.networks) if index != job.team.anchor]
     alike = max(weights_alike(job.team.reference, other) or 0.0 for other in others)
-    weights = mixing_weights(job.config.weights, len(names))
-    return advise([job.load(name) for name in names], names, weights, samples, base=alike >= ALIKE, family=job.family)
+    voting = Voting(mixing_weights(job.config.weights, len(names)))
+    return advise([job.load(name) for name in names], names, voting, data, base=alike >= ALIKE, family=job.family)
 
 
 def check(job: Job) -> None:

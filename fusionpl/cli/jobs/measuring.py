@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusionpl.calibration.batches import batches
+from fusionpl.calibration.cursor import CalibrationSet
+from fusionpl.calibration.kept import Kept, budget
 from fusionpl.cli.fuse import Depth
 from fusionpl.datamodules.base import FixedSplits
 from fusionpl.errors import FusionError
@@ -26,6 +27,7 @@ from fusionpl.fusion.average import vanilla
 from fusionpl.fusion.config import mixing_weights
 from fusionpl.fusion.heads import fit_head
 from fusionpl.fusion.result import FusionResult
+from fusionpl.fusion.voting import Voting
 from fusionpl.models.labels import CLASSES
 
 CURVE_BATCHES = 4
@@ -207,10 +209,10 @@ class _Bench:
     def head_fitted(self, model: nn.Module, parents: Sequence[nn.Module], result: FusionResult) -> Made | None:
         """A parent whose head alone is fitted to what all predict on the calibration data; None where it has none."""
         started, config, family = time.monotonic(), result.config, result.binding.family
-        weights = mixing_weights(config.weights, len(parents))
-        calibration = self._data.calibration_dataloader(config.calibration.batch_size)
-        samples = batches(calibration, config.calibration, whole=True)
-        fitted = fit_head(model, parents, weights, samples, family=family, memory=config.calibration.memory)
+        voting, options = Voting(mixing_weights(config.weights, len(parents))), config.calibration
+        loader = self._data.calibration_dataloader(options.batch_size)
+        data = CalibrationSet(loader, options, Kept(budget(options.memory)), whole=True)
+        fitted = fit_head(model, parents, voting, data, family=family)
         return (fitted[0], Cost("unlabelled data", time.monotonic() - started)) if fitted else None
 
     def add_models(

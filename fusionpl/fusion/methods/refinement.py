@@ -5,8 +5,9 @@ held out, with AdamW, a warm-up and a cosine:
 
     p(. | x) = sum over k of w_k p_k(. | x),        L = - mean over x of sum over c of p(c | x) log q(c | x)
 
-(of tags the mean of each one's own; of numbers the mean squared error to the mean). The judge is D = L less the entropy
-of p, the mean Kullback-Leibler divergence of q from p, on the held-out fifth of the samples.
+(on the data of one parent p is its own; of tags the mean of each one's own; of numbers the mean squared error to the
+mean). The judge is D = L less the entropy of p, the mean Kullback-Leibler divergence of q from p, on the held-out fifth
+of the samples.
 
 Each start has its share of the time. A race chooses its learning rate: it is taught with each for a little while, with
 the half that has the lower D twice as long, and so on until one is left. With that it is taught to the end, from its
@@ -30,8 +31,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fusionpl.calibration.batches import Progress, no_progress
-from fusionpl.calibration.cursor import CalibrationSet, sum_over_ranks
+from fusionpl.calibration.batches import OfEachParent, Progress, no_progress
+from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.forward import device_of
 from fusionpl.errors import FusionError
 from fusionpl.families.axes import Binding
@@ -42,6 +43,7 @@ from fusionpl.fusion.heads import best_head, can_fit_heads
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.teaching import Augment, Teaching
 from fusionpl.fusion.unlabelled import Unlabelled
+from fusionpl.fusion.voting import Voting
 from fusionpl.schedule import Clock
 
 RATES = (1e-4, 3e-4, 3e-5)  # of AdamW; the first wins where none is nearer
@@ -90,11 +92,11 @@ def refine(
     parents: Sequence[AlignedParent],
     data: CalibrationSet,
     config: FuseConfig,
+    voting: Voting,
     *,
-    more: Iterable[Any] | None = None,
+    more: Iterable[Any] | OfEachParent | None = None,
     augment: Augment | None = None,
     seed: int = 0,
-    tags: Sequence[Tensor] | None = None,
     apart: bool = False,
     progress: Progress = no_progress,
 ) -> Taught:
@@ -105,13 +107,13 @@ def refine(
     Args:
         model: the fused one; it stays as it is.
         binding: the model's.
-        parents: the teachers, with their weights.
+        parents: the teachers.
         data: this rank's calibration batches.
         config: its `refine` says how.
+        voting: how much each parent's predictions count.
         more: what is taught on besides the calibration set; see `Unlabelled`.
         augment: see `Teaching`; used where `refine.augment` asks for it.
         seed: see `Teaching`.
-        tags: the teachers' weights for each tag, [tags] each, in place of their own; see `Team.tag_weights`.
         apart: whether the parents know other classes. A parent with its head fitted is then nearer to their mean, which
             is half and half, and right less often than the fused model: `auto` starts from that one.
         progress: wraps the steps.
@@ -121,13 +123,12 @@ def refine(
     """
     asked, begun = config.refine, time.monotonic()
     teachers = [parent.network.original.whole() for parent in parents]
-    weights: Sequence[float | Tensor] = tags or [parent.weight for parent in parents]
-    teaching = _teaching(teachers, weights, binding.family, data, asked, more, augment, seed)
+    teaching = _teaching(teachers, voting, binding.family, data, asked, more, augment, seed)
     starts = []
     if asked.start != "parent":
         starts.append(Start("the fused model", model, None, teaching.divergence(model)))
     alone = asked.start == "fused" or (asked.start == "auto" and apart)
-    if not alone and (parent := _best_parent(parents, weights, data, config, teaching)) is not None:
+    if not alone and (parent := _best_parent(parents, voting, data, config, teaching)) is not None:
         starts.append(parent)
     return _taught(starts, teaching, asked, begun, progress)
 
@@ -135,13 +136,12 @@ def refine(
 def teach_parent(
     index: int,
     parents: Sequence[nn.Module],
-    weights: Sequence[float],
+    voting: Voting,
     data: CalibrationSet,
     config: RefineConfig,
     *,
     family: Family | None = None,
-    memory: float | None = None,
-    more: Iterable[Any] | None = None,
+    more: Iterable[Any] | OfEachParent | None = None,
     augment: Augment | None = None,
     seed: int = 0,
 ) -> Taught:
@@ -150,20 +150,19 @@ def teach_parent(
     Args:
         index: which.
         parents: the teachers; they stay as they are.
-        weights: one a parent, summing to 1.
+        voting: how much each one's predictions count.
         data: calibration batches.
         config: how long, in which steps and on what.
         family: the parents', where the library does not say.
-        memory: see `fit_head`.
         more, augment, seed: see `refine`.
 
     Raises:
         FusionError: see `Unlabelled`.
     """
     begun, family = time.monotonic(), bind(parents[index], family).family
-    teaching = _teaching(parents, weights, family, data, config, more, augment, seed)
+    teaching = _teaching(parents, voting, family, data, config, more, augment, seed)
     fits = can_fit_heads(parents, family)
-    student = _with_head(parents, weights, data, memory, family, [index])[1] if fits else copy.deepcopy(parents[index])
+    student = _with_head(parents, voting, data, family, [index])[1] if fits else copy.deepcopy(parents[index])
     model = student.float().eval()
     start = Start(f"the parent{' with its head fitted' if fits else ''}", model, index, teaching.divergence(model))
     return _taught([start], teaching, config, begun, no_progress)
@@ -171,22 +170,22 @@ def teach_parent(
 
 def _teaching(
     teachers: Sequence[nn.Module],
-    weights: Sequence[float | Tensor],
+    voting: Voting,
     family: Family,
     data: CalibrationSet,
     asked: RefineConfig,
-    more: Iterable[Any] | None,
+    more: Iterable[Any] | OfEachParent | None,
     augment: Augment | None,
     seed: int,
 ) -> Teaching:
     samples = Unlabelled(data, more, asked.samples, device_of(teachers[0]))
     augment = augment if asked.augment else None
-    return Teaching(teachers, weights, family.stacks[-1].mask, samples, asked.batch_size, augment, seed)
+    return Teaching(teachers, voting, family.stacks[-1].mask, samples, asked.batch_size, augment, seed)
 
 
 def _best_parent(
     parents: Sequence[AlignedParent],
-    weights: Sequence[float | Tensor],
+    voting: Voting,
     data: CalibrationSet,
     config: FuseConfig,
     teaching: Teaching,
@@ -198,24 +197,15 @@ def _best_parent(
     plain = [parent.network.original.prepared(None).whole() for parent in parents]  # as trained, in no canonical form
     if (config.width, config.depth) != (None, None) or not whole or not can_fit_heads(plain, family):
         return None
-    best, model = _with_head(plain, weights, data, config.calibration.memory, family, whole)
+    best, model = _with_head(plain, voting, data, family, whole)
     return Start(f"{parents[best].network.name} with its head fitted", model, best, teaching.divergence(model))
 
 
 def _with_head(
-    models: Sequence[nn.Module],
-    weights: Sequence[float | Tensor],
-    data: CalibrationSet,
-    memory: float | None,
-    family: Family,
-    among: Sequence[int],
+    models: Sequence[nn.Module], voting: Voting, data: CalibrationSet, family: Family, among: Sequence[int]
 ) -> tuple[int, nn.Module]:
     """The index of the one `among` models that predicts best once its head is fitted, and that model."""
-    numbered = ((data.firsts[index], data[index]) for index in data)
-    best, model, _ = best_head(
-        models, weights, numbered, family=family, memory=memory, reduce=lambda sums: sum_over_ranks([*sums]),
-        among=among,
-    )  # fmt: skip
+    best, model, _ = best_head(models, voting, data, family=family, among=among)
     return best, copy.deepcopy(model).eval()  # it shares its parameters with the parent
 
 

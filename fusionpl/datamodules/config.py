@@ -1,6 +1,6 @@
 """Options of data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from fusionpl.errors import FusionError, nearest
 BUILT_IN = ("digits", "pydoc")
 AUTO = "auto"
 NORMALIZATIONS = ("imagenet", "clip", "half", "none")  # what `data.normalize` calls them
+Class = bool | int | float | str  # YAML makes no string of names such as yes, 7 or 1.5
 LARGEST = 2**13  # pixels of a side: no model takes more, and a slip of the pen would ask for all memory
 
 
@@ -20,6 +21,10 @@ class DataConfig:
     Args:
         path: `digits` (ships with scikit-learn), a hub id, a data file (.parquet), a folder of them, or a folder of
             images by class: images/train/cat/1.png, or images/cat/1.png.
+        classes: the classes whose samples are served, by name or by number, such as `[cat, dog]` or `[0, 2, 5]`; null
+            for all. The labels are these alone, numbered 0, 1, ... in this order. Numbers count from 0, unless classes
+            have numbers for names. All parts are cut of the whole data first (`validation` and `calibration` are sizes
+            before other classes are left out): no choice of classes moves a sample from one part to another.
         image_size: height and width in pixels; others are resized. Null for the model's.
         channels: 1 (grey) or 3 (RGB); null for the model's. A model that is built then has as many as the images:
             1 where all are grey.
@@ -27,7 +32,8 @@ class DataConfig:
             are -1..1 then), `none` (they stay), or `{mean: [0.5], std: [0.25]}`, one for each channel or for all; auto
             is what the model's folder says, else half. What is said here is taken for all models.
         batch_size: training images a step and process.
-        train_limit: train on at most this many images; null for all. The other splits stay as they are.
+        train_limit: train on at most this many images, of the classes asked for; null for all. The other splits stay
+            as they are.
         validation: images taken from the training split for validation, if the data set has no such split; of few
             images a share.
         calibration: images taken from the training split for calibration; of few images a share.
@@ -39,6 +45,7 @@ class DataConfig:
     """
 
     path: str = "digits"
+    classes: list[Class] | None = None
     image_size: int | None = None
     channels: int | None = None
     normalize: str | dict[str, float | list[float]] = AUTO
@@ -66,6 +73,7 @@ class DataConfig:
             raise FusionError(f"data.on_device needs data.num_workers 0, not {self.num_workers}")
         _check_normalize(self.normalize)
         _check_parts(self)
+        _check_classes(self.classes)
 
 
 @dataclass(frozen=True)
@@ -174,11 +182,16 @@ class TextClassificationConfig:
             floating-point numbers, which are regressed; or of tags, of which several may hold: lists of names or
             numbers, or of 0 and 1, or several columns of 0 and 1, such as `toxic,insult`. Null for `label`, else
             `coarse_label`, else the one ClassLabel, else `labels`.
+        classes: the classes whose samples are served, by name or by number, such as `[cat, dog]` or `[0, 2, 5]`; null
+            for all. The labels are these alone, numbered 0, 1, ... in this order. Numbers count from 0, unless classes
+            have numbers for names; a regression and tags have no classes. All parts are cut of the whole data first
+            (`validation` and `calibration` are sizes before other classes are left out): no choice of classes moves a
+            sample from one part to another.
         metrics: what is measured besides the loss: accuracy, f1, matthews, pearson, spearman; null for accuracy, for
             pearson and spearman of a regression, or for accuracy and f1 of tags, which have no others.
         max_length: longer sentences are cut, in tokens; a batch is padded to its longest.
         batch_size: training sentences a step and process.
-        train_limit: train on at most this many; null for all.
+        train_limit: train on at most this many, of the classes asked for; null for all.
         validation: taken from the training split for validation, if the data set has no such split; of few sentences
             a share.
         calibration: taken from the training split for calibration; of few sentences a share.
@@ -190,6 +203,7 @@ class TextClassificationConfig:
     name: str | None = None
     text_columns: list[str] | None = None
     label_column: str | None = None
+    classes: list[Class] | None = None
     metrics: list[str] | None = None
     max_length: int = 64
     batch_size: int = 32
@@ -202,6 +216,7 @@ class TextClassificationConfig:
     def __post_init__(self) -> None:
         """Raises FusionError for values out of range."""
         _check_parts(self)
+        _check_classes(self.classes)
 
 
 @dataclass(frozen=True)
@@ -224,6 +239,26 @@ def _check_parts(config: DataConfig | TextClassificationConfig) -> None:
             raise FusionError(f"data.{part} is {size}; it must be 0 or more")
 
 
+def _check_classes(given: Sequence[Class] | None) -> None:
+    """Raises FusionError for classes that no data could have: less than two, or one twice."""
+    if given is None:
+        return
+    words = list(map(str, given))
+    if len(words) < 2:
+        raise FusionError(f"data.classes is [{', '.join(words)}]; a classifier needs two or more classes")
+    twice = next((word for at, word in enumerate(words) if word in words[:at]), None)
+    if twice is not None:
+        raise FusionError(f"data.classes has '{twice}' twice; give each class once")
+
+
+def mean_and_std(given: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+    """The two lists of `data.normalize`, of which each may be one number; empty where one is not there."""
+    mean, std = (
+        value if isinstance(value, list) else [value] for value in (given.get(key, []) for key in ("mean", "std"))
+    )
+    return mean, std
+
+
 def _check_normalize(given: str | Mapping[str, Any]) -> None:
     """Raises FusionError where there is no such name, and where mean and deviation are not there, are no numbers, or
     don't fit together."""
@@ -235,9 +270,7 @@ def _check_normalize(given: str | Mapping[str, Any]) -> None:
                 "{mean: [0.5], std: [0.25]}"
             )
         return
-    mean, std = (
-        value if isinstance(value, list) else [value] for value in (given.get(key, []) for key in ("mean", "std"))
-    )
+    mean, std = mean_and_std(given)
     if given.keys() != {"mean", "std"} or len(mean) != len(std) or len(mean) not in (1, 3):
         raise FusionError(
             f"data.normalize is {dict(given)}; give mean and std, of one number or of one for each channel: "

@@ -87,8 +87,13 @@ class TextEmbeddingDataModule(_Embedded, TextClassificationDataModule):
         return super()._label_column if self.config.label_column or named or classes else NO_LABELS
 
     @cached_property
-    def _labels(self) -> Labels:
+    def _every(self) -> Labels:
         """The labels, or one class for all where there are none."""
         if self._label_column != NO_LABELS:
-            return super()._labels
+            return super()._every
+        if self.config.classes is not None:
+            raise FusionError(
+                f"data.classes: the data set '{self.config.path}' has no labels; name their column with "
+                "--data.label_column, or leave data.classes out"
+            )
         return Labels({name: np.zeros(len(rows), dtype=np.int64) for name, rows in self._splits.items()}, ("",))

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from fusionpl.datamodules.base import FixedSplits, Run
-from fusionpl.datamodules.config import AUTO, DataConfig
+from fusionpl.datamodules.base import Run
+from fusionpl.datamodules.config import AUTO, DataConfig, mean_and_std
+from fusionpl.datamodules.labelled import LabelledSplits
+from fusionpl.datamodules.labels import Labels
 from fusionpl.datamodules.sources import Source, digits, hub_or_folder
-from fusionpl.datamodules.splits import Indices, labelled_parts
 from fusionpl.errors import FusionError
 from fusionpl.models.preprocessing import NORMALIZATIONS, ImageProcessing
 
@@ -55,7 +56,7 @@ class ImageSet(Dataset[dict[str, Tensor]]):
         }
 
 
-class ImageDataModule(FixedSplits):
+class ImageDataModule(LabelledSplits):
     """Train, validation, test and calibration images; no seed changes which image is in which split.
 
     Args:
@@ -75,12 +76,7 @@ class ImageDataModule(FixedSplits):
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, in the order of the labels."""
-        return self._source.class_names
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
+        return self._labels.names or ()
 
     def describe(self) -> str:
         """Number of training images."""
@@ -113,7 +109,10 @@ class ImageDataModule(FixedSplits):
         return processing.of_channels(self.channels)
 
     def follow(self, model: nn.Module, processing: ImageProcessing | None = None) -> None:
-        """Takes size, channels and preparation of images from `model` where the options leave them open."""
+        """Takes size, channels and preparation of images from `model` where the options leave them open, and the
+        numbers of classes that were asked for from one that knows them all by name."""
+        if self.config.classes is not None:
+            self._number_like(model)
         if self._sets:
             return
         self._processing = self._processing or processing
@@ -145,7 +144,7 @@ class ImageDataModule(FixedSplits):
             split, indices = self._parts[part]
             processing = self.processing
             pixels, read = self._source.decode(split, indices, processing, self.channels)
-            labels = torch.from_numpy(self._source.labels[split][read])
+            labels = torch.from_numpy(self._labels.values[split][read])
             self._sets[part] = ImageSet(pixels, labels, *processing.scale_and_shift())
         return self._sets[part]
 
@@ -166,9 +165,8 @@ class ImageDataModule(FixedSplits):
         return digits() if self.config.path == "digits" else hub_or_folder(self.config)
 
     @cached_property
-    def _parts(self) -> dict[str, tuple[str, Indices]]:
-        """For every part, the split it is from and its indices there."""
-        return labelled_parts(self._source.labels, self.config)
+    def _every(self) -> Labels:
+        return Labels(self._source.labels, self._source.class_names)
 
 
 def normalization(given: str | Mapping[str, Any]) -> ImageProcessing | None:
@@ -177,7 +175,7 @@ def normalization(given: str | Mapping[str, Any]) -> ImageProcessing | None:
         return None
     if isinstance(given, str):
         return NORMALIZATIONS[given]
-    mean, std = (value if isinstance(value, list) else [value] for value in (given[key] for key in ("mean", "std")))
+    mean, std = mean_and_std(given)
     return ImageProcessing(tuple(mean), tuple(std))
 
 

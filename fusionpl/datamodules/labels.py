@@ -1,17 +1,21 @@
 """What labels are: a class, a number, or tags: lists of names or numbers, rows of 0 and 1, or a column for each."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
-from fusionpl.datamodules.splits import SplitConfig, flawed
-from fusionpl.errors import FusionError
-from fusionpl.models.labels import CLASSES, TAGS, Kind
+from fusionpl.datamodules.config import Class
+from fusionpl.datamodules.splits import LACKING, SplitConfig, flawed
+from fusionpl.errors import FusionError, nearest
+from fusionpl.models.labels import CLASSES, IN_WORDS, TAGS, Kind
 
+LISTED = 10  # names of classes that a line has room for
 LISTS = ("List", "LargeList", "Sequence")  # as versions of `datasets` call them
 
 
@@ -22,6 +26,32 @@ class Labels:
     values: Mapping[str, NDArray[Any]]
     names: tuple[str, ...] | None
     kind: Kind = CLASSES
+
+    def of_classes(self, asked: Sequence[Class], path: str) -> "Labels":
+        """The labels of some classes alone, numbered in the order in which these are asked for; others are `LACKING`.
+
+        Args:
+            asked: names or numbers, see `DataConfig.classes`.
+            path: of the data, for messages.
+
+        Raises:
+            FusionError: these labels are no classes; a class is none, is asked for twice, or has no sample.
+        """
+        if self.names is None or self.kind != CLASSES:
+            raise FusionError(f"data.classes: the labels of '{path}' are {IN_WORDS[self.kind]}; leave data.classes out")
+        chosen: list[int] = []
+        for one in asked:
+            number = _class_number(one, self.names, path)
+            if number in chosen:
+                raise FusionError(f"data.classes has the class '{self.names[number]}' of '{path}' twice; "
+                                  "give each class once")  # fmt: skip
+            if not any((values == number).any() for values in self.values.values()):
+                raise FusionError(f"data.classes: '{path}' has no sample of class '{self.names[number]}'; leave it out")
+            chosen.append(number)
+        numbers = np.full(len(self.names) + 1, LACKING)  # the last place is that of LACKING itself
+        numbers[chosen] = np.arange(len(chosen))
+        values = {split: numbers[values] for split, values in self.values.items()}
+        return replace(self, values=values, names=tuple(self.names[number] for number in chosen))
 
     def named(self, names: tuple[str, ...]) -> "Labels":
         """The same labels by the numbers that they have in `names`, which may be more."""
@@ -48,6 +78,36 @@ class Labels:
             return names
         numbered = self.kind == TAGS and self.names == tuple(map(str, range(len(self.names))))
         return tuple(map(str, range(outputs))) if numbered and outputs > len(self.names) else None
+
+
+def _class_number(asked: Class, names: Sequence[str], path: str) -> int:
+    """The number of a class that is asked for by name, or by number where no name is one.
+
+    Raises:
+        FusionError: there is none; names the nearest.
+    """
+    if str(asked) in names:
+        return names.index(str(asked))
+    read = list(map(_as_read, names))
+    same = [number for number, value in enumerate(read) if type(value) is type(asked) and value == asked]
+    if len(same) == 1:
+        return same[0]
+    where = f"data.classes: '{path}' has no class {asked!r}"
+    if re.fullmatch(r"-?\d+", str(asked)) and not any(isinstance(value, int | float) for value in read):
+        if 0 <= int(asked) < len(names):
+            return int(asked)
+        raise FusionError(f"{where}; its {len(names)} classes have the numbers 0 to {len(names) - 1}")
+    meant = nearest(asked, names) if isinstance(asked, str) else ""
+    known = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED:,} more" if len(names) > LISTED else "")
+    raise FusionError(f"{where}{meant or f'; its classes are {known}'}")
+
+
+def _as_read(name: str) -> Any:
+    """What YAML, and so the command line, makes of a name that stands there without quotes."""
+    try:
+        return yaml.safe_load(name)
+    except yaml.YAMLError:
+        return name
 
 
 def is_list(feature: Any) -> bool:

@@ -23,6 +23,8 @@ class SplitConfig(Protocol):
     @property
     def path(self) -> str: ...  # noqa: D102
     @property
+    def classes(self) -> Sequence[Any] | None: ...  # noqa: D102
+    @property
     def validation(self) -> int: ...  # noqa: D102
     @property
     def calibration(self) -> int: ...  # noqa: D102
@@ -46,11 +48,12 @@ def class_numbers(
     Raises:
         FusionError: a sample without a label, or with one that is no class; names split and row.
     """
-    numbers = {}
-    for split, values in labels.items():
-        checked = _checked(values, lambda value: _is_no_class(value, classes), LACKING, split, column, config)
-        numbers[split] = np.asarray(checked, dtype=np.int64)
-    return numbers
+    return {
+        split: np.asarray(
+            _checked(values, lambda value: _is_no_class(value, classes), LACKING, split, column, config), np.int64
+        )
+        for split, values in labels.items()
+    }
 
 
 def check_classes(names: Sequence[str], column: str, config: SplitConfig) -> None:
@@ -65,11 +68,10 @@ def targets(
     labels: Mapping[str, Sequence[float | None]], column: str, config: SplitConfig
 ) -> dict[str, NDArray[np.float64]]:
     """The targets of a regression, read like `class_numbers`: NaN takes the place of what is no number."""
-    numbers = {}
-    for split, values in labels.items():
-        checked = _checked(values, lambda value: value is None or not np.isfinite(value), np.nan, split, column, config)
-        numbers[split] = np.asarray(checked, dtype=np.float64)
-    return numbers
+    return {
+        split: np.asarray(_checked(values, _is_no_number, np.nan, split, column, config), np.float64)
+        for split, values in labels.items()
+    }
 
 
 def _checked(
@@ -102,7 +104,13 @@ def _is_no_class(value: Any, classes: int | None) -> bool:
     return value is None or value < 0 or (classes is not None and value >= classes)
 
 
-def labelled_parts(labels: Mapping[str, NDArray[Any]], config: SplitConfig) -> dict[str, tuple[str, Indices]]:
+def _is_no_number(value: float | None) -> bool:
+    return value is None or not np.isfinite(value)
+
+
+def labelled_parts(
+    labels: Mapping[str, NDArray[Any]], config: SplitConfig, kept: Mapping[str, NDArray[Any]] | None = None
+) -> dict[str, tuple[str, Indices]]:
     """For train, validation, calibration and test, the split that each is from and its indices there.
 
     What the data set lacks is taken from its training split, with the classes in proportion; without a test split,
@@ -112,9 +120,11 @@ def labelled_parts(labels: Mapping[str, NDArray[Any]], config: SplitConfig) -> d
     Args:
         labels: split -> labels [N], targets [N] or tags [N, tags].
         config: sizes of the parts that are taken; smaller ones of few samples, see `_sizes`.
+        kept: split -> labels of which more are `LACKING`: those samples are left out once the parts are cut, so that
+            no choice of classes moves a sample from one part to another. `train_limit` counts what is left.
 
     Raises:
-        FusionError: no split to train on.
+        FusionError: no split to train on; nothing is left to train on.
     """
     whole = {split: (split, np.flatnonzero(_is_labelled(values))) for split, values in labels.items()}
     source = _divided(list(labels), config)
@@ -131,9 +141,25 @@ def labelled_parts(labels: Mapping[str, NDArray[Any]], config: SplitConfig) -> d
     for part, size in _sizes(asked, len(rest), config).items():
         rest, taken = _carve(rest, size, labels[source], f"data.{part}")
         parts[part] = (source, taken)
+    parts = {"train": (source, rest), **parts}
+    if kept is not None:
+        parts = _of_kept(parts, kept, config)
+        rest = parts["train"][1]
     if config.train_limit is not None and config.train_limit < len(rest):
         _, rest = _carve(rest, config.train_limit, labels[source], "data.train_limit")
     return {**parts, "train": (source, rest)}
+
+
+def _of_kept(
+    parts: Mapping[str, tuple[str, Indices]], kept: Mapping[str, NDArray[Any]], config: SplitConfig
+) -> dict[str, tuple[str, Indices]]:
+    left = {part: (split, rows[_is_labelled(kept[split][rows])]) for part, (split, rows) in parts.items()}
+    counts = ", ".join(f"{len(left[part][1]):,} of {len(rows):,} for {part}" for part, (_, rows) in parts.items())
+    if not len(left["train"][1]):
+        raise FusionError(f"data.classes: of '{config.path}' these classes leave nothing to train on ({counts}); "
+                          "choose others, or smaller parts with data.validation and data.calibration")  # fmt: skip
+    tell(f"{config.path}: samples of the classes asked for: {counts}")
+    return left
 
 
 def _is_labelled(labels: NDArray[Any]) -> NDArray[np.bool_]:

@@ -11,25 +11,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fusionpl.datamodules.base import Collate, FixedSplits, Run
+from fusionpl.datamodules.base import Collate, Run
 from fusionpl.datamodules.config import TextClassificationConfig
+from fusionpl.datamodules.labelled import LabelledSplits
 from fusionpl.datamodules.labels import Labels, is_list, joined, tags_of
 from fusionpl.datamodules.sources import load
-from fusionpl.datamodules.splits import (
-    LACKING,
-    Indices,
-    check_classes,
-    class_numbers,
-    flawed,
-    labelled_parts,
-    targets,
-    tell,
-)
+from fusionpl.datamodules.splits import LACKING, check_classes, class_numbers, flawed, targets, tell
 from fusionpl.datamodules.text import check_length
 from fusionpl.errors import FusionError
 from fusionpl.models.labels import CLASSES, NUMBERS, TAGS, Kind
 from fusionpl.models.preprocessing import ImageProcessing
-from fusionpl.models.save import class_names
 from fusionpl.models.token_settings import pad_with, padding_of, pads_text
 
 METRICS_OF: Mapping[Kind, list[str]] = {
@@ -58,7 +49,7 @@ class Sentences(Dataset[dict[str, Any]]):
         return {**{key: values[index] for key, values in self.encoded.items()}, "labels": self.labels[index]}
 
 
-class TextClassificationDataModule(FixedSplits):
+class TextClassificationDataModule(LabelledSplits):
     """Train, validation, calibration and test sentences; no seed changes which is in which split.
 
     A test split whose labels are kept back, as GLUE's, is left out: validation is the test then.
@@ -86,21 +77,6 @@ class TextClassificationDataModule(FixedSplits):
             )
         self.config, self.tokenizer = config, tokenizer
         self._sets: dict[str, Sentences] = {}
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes, in the order of the labels; None for a regression."""
-        return self._labels.names
-
-    @property
-    def kind(self) -> Kind:
-        """What the labels are."""
-        return self._labels.kind
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes; 1 for a regression."""
-        return len(self._labels.names) if self._labels.names else 1
 
     @property
     def metrics(self) -> list[str]:  # type: ignore[override]
@@ -135,7 +111,7 @@ class TextClassificationDataModule(FixedSplits):
         Raises:
             FusionError: there is nothing to pad with.
         """
-        self._name_like(model)
+        self._number_like(model)
         tokenizer: Any = self.tokenizer
         reads = pads_text(model)
         if tokenizer.pad_token is None:
@@ -171,13 +147,6 @@ class TextClassificationDataModule(FixedSplits):
     def collate(self, part: str) -> Collate:
         """Pads a batch to its longest sentence."""
         return self._padded
-
-    def _name_like(self, model: Any) -> None:
-        """Numbers classes and tags as `model` does, where it knows the names of all of them."""
-        outputs = getattr(getattr(model, "config", None), "num_labels", 0)
-        if (names := self._labels.like(class_names(model), outputs)) is not None:
-            self._labels = self._labels.named(names)
-            self._sets.clear()
 
     def _padded(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         labels = torch.stack([row["labels"] for row in rows])
@@ -229,7 +198,7 @@ class TextClassificationDataModule(FixedSplits):
         return str(wanted)
 
     @cached_property
-    def _labels(self) -> Labels:
+    def _every(self) -> Labels:
         column, feature = self._label_column, self._features.get(self._label_column)
         if feature is None:
             columns = column.split(",")
@@ -266,13 +235,9 @@ class TextClassificationDataModule(FixedSplits):
         check_classes(names, column, self.config)
         return Labels(class_numbers(known, len(names), column, self.config), tuple(names))
 
-    @cached_property
-    def _parts(self) -> dict[str, tuple[str, Indices]]:
-        return labelled_parts({split: self._with_text(split) for split in self._labels.values}, self.config)
-
-    def _with_text(self, split: str) -> NDArray[Any]:
+    def _usable(self, split: str) -> NDArray[Any]:
         """Labels of a split, that of a row without text as of one that is left out."""
-        labels = self._labels.values[split]
+        labels = super()._usable(split)
         for column in self._text_columns:
             empty = [row for row, text in enumerate(self._splits[split][column]) if text is None]
             if empty:

@@ -99,7 +99,7 @@ def _class_number(asked: Class, names: Sequence[str], path: str) -> int:
         raise FusionError(f"{where}; its {len(names)} classes have the numbers 0 to {len(names) - 1}")
     meant = nearest(asked, names) if isinstance(asked, str) else ""
     known = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED:,} more" if len(names) > LISTED else "")
-    raise FusionError(f"{where}{meant or f'; its classes are {known}'}")
+    raise FusionError(f"{where}{meant or f'; its classes are {known}; null is all of them'}")
 
 
 def _as_read(name: str) -> Any:

@@ -74,6 +74,33 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+def test_a_model_of_some_classes(preset: Path) -> None:
+    words = ("--data.train_limit", "null", "--trainer.max_epochs", 6, "--data.classes", "[4,0,7]")
+    assert run("--config", preset, "--seed", 1, *words) == 0
+    folder = Path("runs/tiny/seed-1")
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    assert settings["data"]["classes"] == [4, 0, 7]
+    model = load_model(folder / "model")
+    assert class_names(model) == ("4", "0", "7")
+    data = ImageDataModule(DataConfig(image_size=8, channels=1, classes=[4, 0, 7]))
+    figures = evaluate(model, data.test_dataloader())
+    assert figures["accuracy"] > 0.6  # a third by chance
+    other = ImageDataModule(DataConfig(image_size=8, channels=1, classes=[0, 4, 7]))
+    other.check_model(model)  # numbers classes as the model does
+    assert evaluate(model, other.test_dataloader()) == figures
+
+
+def test_classes_that_are_none(preset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for given, words in {
+        "[3]": "data.classes is [3]; a classifier needs two or more classes",
+        "[3,3]": "data.classes has '3' twice; give each class once",
+        "[3,10]": "data.classes: 'digits' has no class 10; its classes are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9; "
+        "null is all of them",
+    }.items():
+        assert run("--config", preset, "--data.classes", given) == 2
+        assert capsys.readouterr().err == f"error: {words}\n"
+
+
 def test_a_run_folder_holds_all_of_a_run(preset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--config", preset, "--seed", 1) == 0
     folder = Path("runs/tiny/seed-1")

@@ -24,7 +24,8 @@ class DataConfig:
         classes: the classes whose samples are served, by name or by number, such as `[cat, dog]` or `[0, 2, 5]`; null
             for all. The labels are these alone, numbered 0, 1, ... in this order. Numbers count from 0, unless classes
             have numbers for names. All parts are cut of the whole data first (`validation` and `calibration` are sizes
-            before other classes are left out): no choice of classes moves a sample from one part to another.
+            before other classes are left out): no choice of classes moves a sample from one part to another. A model
+            that knows all of them by name keeps its own numbers.
         image_size: height and width in pixels; others are resized. Null for the model's.
         channels: 1 (grey) or 3 (RGB); null for the model's. A model that is built then has as many as the images:
             1 where all are grey.
@@ -186,7 +187,7 @@ class TextClassificationConfig:
             for all. The labels are these alone, numbered 0, 1, ... in this order. Numbers count from 0, unless classes
             have numbers for names; a regression and tags have no classes. All parts are cut of the whole data first
             (`validation` and `calibration` are sizes before other classes are left out): no choice of classes moves a
-            sample from one part to another.
+            sample from one part to another. A model that knows all of them by name keeps its own numbers.
         metrics: what is measured besides the loss: accuracy, f1, matthews, pearson, spearman; null for accuracy, for
             pearson and spearman of a regression, or for accuracy and f1 of tags, which have no others.
         max_length: longer sentences are cut, in tokens; a batch is padded to its longest.

@@ -6,9 +6,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from fusionpl.datamodules.base import FixedSplits
+from fusionpl.datamodules.base import FixedSplits, Run
 from fusionpl.datamodules.labels import Labels
 from fusionpl.datamodules.splits import Indices, labelled_parts
+from fusionpl.errors import FusionError
 from fusionpl.models.labels import Kind
 from fusionpl.models.save import class_names
 
@@ -32,6 +33,19 @@ class LabelledSplits(FixedSplits):
     def num_classes(self) -> int:
         """Number of classes; 1 for a regression."""
         return len(self._labels.names) if self._labels.names else 1
+
+    def check_model(self, model: Any, run: Run | None = None) -> None:
+        """Raises FusionError where `model` knows other classes of these data by name, of which there may be as many;
+        else see `FixedSplits`."""
+        known, served, every = (set(names or ()) for names in (class_names(model), self.class_names, self._every.names))
+        if known and known < every and not served <= known:
+            own = ", ".join(class_names(model) or ())
+            raise FusionError(
+                f"the {type(model).__name__} knows the classes {own} of '{self.config.path}' and not "
+                f"{', '.join(name for name in self.class_names or () if name not in known)}; its own are "
+                f"--data.classes '[{own}]'"
+            )
+        super().check_model(model, run)
 
     @property
     @abstractmethod

@@ -8,6 +8,7 @@ from torch import nn
 
 from fusionpl.errors import FusionError
 from fusionpl.models.labels import CLASSES, NUMBERS, TAGS, Kind, kind_of
+from fusionpl.models.save import class_names as known_names
 
 
 def with_classifier(
@@ -23,7 +24,8 @@ def with_classifier(
         kind: what the outputs shall mean; None as transformers takes it, a number where there is one, else classes.
 
     Returns:
-        `model` itself if it gives as many outputs of that kind already, else a new model of the same architecture.
+        `model` itself if it gives as many outputs of that kind already, by the names of these classes, else a new model
+        of the same architecture.
 
     Raises:
         FusionError: `model` is not of transformers, or transformers has no classifier for its architecture.
@@ -33,13 +35,14 @@ def with_classifier(
     kind = kind or (NUMBERS if num_classes == 1 else CLASSES)
     classifies = type(model).__name__.endswith("ForSequenceClassification")
     if classifies and model.config.num_labels == num_classes and kind_of(model) == kind:
+        if class_names is not None and _knows_others(model, class_names):
+            _name(model.config, class_names)
         return model
     config = type(model.config).from_dict(model.config.to_dict())
     config.num_labels = num_classes
     config.problem_type = kind if kind == TAGS else None  # the others follow from the number
     if class_names is not None:
-        config.id2label = dict(enumerate(class_names))
-        config.label2id = {name: index for index, name in enumerate(class_names)}
+        _name(config, class_names)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -53,6 +56,18 @@ def with_classifier(
         elif not name.startswith("pooler."):  # masked language models have none
             raise FusionError(f"the encoder of {type(model).__name__} lacks '{name}'")
     return cast(nn.Module, classifier.eval())
+
+
+def _knows_others(model: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether a model calls its outputs otherwise; words may mean the same as the numbers of data without names."""
+    own = known_names(model)
+    words_for_numbers = all(map(str.isdigit, names)) and not all(map(str.isdigit, own or ()))
+    return own is not None and set(own) != set(names) and not words_for_numbers
+
+
+def _name(config: Any, names: tuple[str, ...]) -> None:
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
 
 
 def _encoder(model: Any) -> nn.Module:

@@ -15,12 +15,18 @@ from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.datamodules.labelled import LabelledSplits
 from fusionpl.datamodules.text_classification import TextClassificationDataModule
 from fusionpl.errors import FusionError
+from fusionpl.models.build import build_model
+from fusionpl.models.config import ModelConfig
+from fusionpl.models.heads import with_classifier
+from fusionpl.models.save import class_names
 from fusionpl.models.tokenizers import train_wordpiece
+from tests.integration.runs import ARGS as RUN_ARGS
 from tests.models_for_tests import text_model
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 PARTS = ("train", "validation", "calibration", "test")
 KINDS = ("hot dog", "cat", "dog", "ox")
+ARGS: dict[str, Any] = {**RUN_ARGS, "img_size": 8}
 Rows = dict[str, set[tuple[Any, str]]]
 
 
@@ -164,6 +170,29 @@ def test_a_model_that_numbers_classes_otherwise_moves_no_sentence(tmp_path: Path
         data.follow(model)
         assert data.class_names == names
         assert sentences_of(data) == of_classes(rows, names)
+
+
+def test_a_model_of_other_classes_is_refused(tmp_path: Path) -> None:
+    model = build_model(ModelConfig("timm", "vit_tiny_patch16_224", ARGS), num_classes=3, class_names=("4", "0", "7"))
+    digits([7, 0]).check_model(model)
+    for classes, others in {(1, 2, 3): "1, 2, 3", (4, 0, 9): "9", (): "1, 2, 3, 5, 6, 8, 9"}.items():
+        with pytest.raises(FusionError) as raised:
+            digits(list(classes) or None).check_model(model)
+        assert str(raised.value) == (
+            f"the VisionTransformer knows the classes 4, 0, 7 of 'digits' and not {others}; its own are "
+            "--data.classes '[4, 0, 7]'"
+        )
+    foreign = build_model(ModelConfig("timm", "vit_tiny_patch16_224", ARGS), num_classes=3, class_names=("a", "b", "c"))
+    digits([1, 2, 3]).check_model(foreign)
+
+
+def test_a_classifier_of_other_classes_is_renamed() -> None:
+    model: Any = with_classifier(text_model("bert"), 3, ("5", "0", "3"), seed=0)
+    other: Any = with_classifier(model, 3, ("0", "1", "2"), seed=0)
+    assert class_names(other) == ("0", "1", "2")
+    named: Any = with_classifier(text_model("bert"), 2, ("bad", "good"), seed=0)
+    assert class_names(with_classifier(named, 2, ("0", "1"), seed=0)) == ("bad", "good")
+    assert class_names(with_classifier(named, 2, ("good", "bad"), seed=0)) == ("bad", "good")  # data follow its order
 
 
 @pytest.mark.parametrize(

@@ -161,16 +161,22 @@ class Cursor:
     """The hidden states of a network over a calibration set, kept at the boundary that it has reached.
 
     Args:
-        network: the network.
+        network: the network; one that stands for a network of another depth is read, and that one is run: see `Cut`.
         data: the calibration set.
         name: tells its hidden states from those of other networks.
     """
 
     def __init__(self, network: SectionedModel, data: CalibrationSet, name: str) -> None:
         self.network, self.data = network, data
+        self._original = network.original
         self._hidden = Store[tuple[int, int], Tensor](data.kept, (name, "hidden"))  # (stack, batch)
-        self._calls = Store[int, list[Call]](data.kept, (name, "calls"))
+        self._calls = Store[int, dict[str, Call]](data.kept, (name, "calls"))  # batch -> block -> call
         self._carried = Store[int, dict[str, Any]](data.kept, (name, "carried"))
+
+    def states(self, section: str, own: State) -> State:
+        """The parameters that a step through a section takes, of which `own` are the section's."""
+        cut = self.network.cut
+        return self.network.states(section, own) if cut is None or section not in cut.runs else cut.states(section, own)
 
     def step(
         self,
@@ -186,7 +192,7 @@ class Cursor:
 
         Args:
             section: the next section.
-            state: the parameters that it takes: see `SectionedModel.states`.
+            state: the parameters that it takes: see `states`.
             index: the batch.
             places: where to look on the way.
             stop: go no further than the last of `places`; the batch then still stands before the section.
@@ -198,18 +204,21 @@ class Cursor:
         out: Tensor | None = None
         if section in binding.blocks:
             assert entry is not None
-            args, keywords = self._calls[index][binding.stacks[stack].index(section)]
-            call = args, keywords | self._carried[index]
-            out, carried, seen, entry = self.network.through(
-                section, state, entry, call, places, stop=stop, given=given
-            )
+            calls, cut = self._calls[index], self.network.cut
+            if cut is None or section in cut.missing:  # what computes nothing is called like any other
+                args, keywords = calls[section] if cut is None else next(iter(calls.values()))
+                call = args, keywords | self._carried[index]
+                passed = self.network.through(section, state, entry, call, places, stop=stop, given=given)
+            else:
+                passed = cut.through(section, state, entry, calls, places)
+            out, carried, seen, entry = passed
             if out is not None and not stop:
                 self._arrive(stack, index, out, carried)
         elif section == TAIL:
-            _, seen = self.network.leave(state, self.data[index], self._ends(index, stack), places, stop=stop)
+            _, seen = self._original.leave(state, self.data[index], self._ends(index, stack), places, stop=stop)
         else:
-            out, calls, seen = self.network.enter(state, self.data[index], self._ends(index, stack), places)
-            self._calls[index] = calls
+            out, listed, seen = self._original.enter(state, self.data[index], self._ends(index, stack), places)
+            self._calls[index] = dict(zip(self._original.binding.stacks[stack + 1], listed, strict=True))
             if not stop:
                 self._arrive(stack + 1, index, out, {})
         return Passage(binding, section, seen, entry, out)
@@ -230,7 +239,7 @@ class Cursor:
             index: the batch.
         """
         ends = self._ends(index, len(self.network.binding.stacks) - 1)
-        logits, _ = self.network.leave(state, self.data[index], ends)
+        logits, _ = self._original.leave(state, self.data[index], ends)
         assert logits is not None
         return logits
 

@@ -81,7 +81,7 @@ def observe(
     Args:
         cursors: of the networks, which stand before the section.
         anchor: index of the anchor.
-        states: the networks' parameters of the section.
+        states: the networks' parameters of the section; what else it takes to run it is read.
         data: the calibration set; targets are kept with it.
         wanted: what to collect. Moments and magnitudes are those of all ranks.
     """
@@ -102,6 +102,7 @@ def observe(
         statistics.together[axis] = torch.zeros(width, width, dtype=torch.float64, device=device)
     order = [anchor, *(index for index in range(len(cursors)) if index != anchor)]
     tokens = data.meant(wanted.tokens)
+    running = [cursor.states(wanted.section, state) for cursor, state in zip(cursors, states, strict=True)]
     for batch in data:
         weight = data.weight(batch)
         mask_of = partial(data.mask, batch, bindings[anchor])
@@ -109,7 +110,7 @@ def observe(
         joined: dict[int, dict[str, Tensor]] = {}
         for index in order:
             looked_at = list(dict.fromkeys([*axes, *wanted.together, *(sums if index == anchor else ())]))
-            passage = _pass(cursors[index], states[index], batch, looked_at, wanted)
+            passage = _pass(cursors[index], running[index], batch, looked_at, wanted)
             for target in wanted.targets:
                 data.targets[target.key(wanted.section, index, batch)] = data.as_kept(_target(passage, target))
             rows = {axis: select(passage.units(axis), tokens, mask_of(axis)) for axis in looked_at}

@@ -3,8 +3,9 @@
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from fusionpl.families.axes import Binding
 from fusionpl.families.binding import bind
 from fusionpl.families.compatible import check_finite
 from fusionpl.families.family import TAIL
+
+if TYPE_CHECKING:
+    from fusionpl.calibration.cut import Cut
 
 _HIDDEN = "hidden_states"  # by which transformers name them
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with behind the hidden states
@@ -57,6 +61,7 @@ class SectionedModel:
             of half precision are many times slower there.
         prepare: what is done to the parameters of a section when they are read: `canonical`, `without_scales`.
         missing_tokens: rows of the vocabulary that the model has not, and that hold something else in its place.
+        cut: what a `Cursor` runs in its place, where it stands for a network of another depth.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class SectionedModel:
         float32: bool = False,
         prepare: Prepare | None = None,
         missing_tokens: Tensor | None = None,
+        cut: "Cut | None" = None,
     ) -> None:
         self.module, self.binding, self.name = module, binding, name
         self.read = read or (lambda parameter: module.get_parameter(parameter).detach())
@@ -77,26 +83,23 @@ class SectionedModel:
         self.float32 = float32 or self.device.type == "cpu"
         self.prepare = prepare
         self.missing_tokens = missing_tokens
+        self.cut = cut
         self._stacks = [[module.get_submodule(path) for path in stack] for stack in binding.stacks]
 
     @property
     def original(self) -> "SectionedModel":
-        """The network as it was trained: see `Restacked`."""
-        return self
-
-    @property
-    def missing_blocks(self) -> frozenset[str]:
-        """The blocks that compute nothing: see `Restacked`."""
-        return frozenset()
+        """The network that a `Cursor` runs: in its own blocks."""
+        return self if self.cut is None else self.cut.source
 
     def but(self, **changes: Any) -> "SectionedModel":
         """The same network with some of its arguments changed."""
-        names = ("module", "binding", "name", "read", "device", "float32", "prepare", "missing_tokens")
+        names = ("module", "binding", "name", "read", "device", "float32", "prepare", "missing_tokens", "cut")
         return SectionedModel(**{**{name: getattr(self, name) for name in names}, **changes})
 
     def prepared(self, prepare: Prepare | None) -> "SectionedModel":
         """The same model with its parameters prepared in another way."""
-        return self.but(prepare=prepare)
+        cut = None if self.cut is None else replace(self.cut, source=self.cut.source.prepared(prepare))
+        return self.but(prepare=prepare, cut=cut)
 
     def moved(self, module: nn.Module, move: Callable[[str, Tensor], Tensor]) -> "SectionedModel":
         """A network of another module, whose parameters are computed from this one's as they are read.
@@ -238,18 +241,14 @@ class SectionedModel:
             steps |= dict.fromkeys(blocks, skip) | {blocks[-1]: _giving(_returned(known, stack.returns))}
         return steps
 
-    def beneath(self, section: str) -> State:
-        """The parameters that it takes to run a section beside its own: for a stem or the tail, those of the stems
-        before it."""
+    def states(self, section: str, own: State | None = None) -> State:
+        """All parameters that it takes to run a section: its own, which are read unless they are given, and for a stem
+        or the tail those of the stems before it."""
         state: State = {}
         if section in self.binding.ends:
             for stem in self.binding.ends[: self.binding.ends.index(section)]:
                 state |= self.parameters(stem)
-        return state
-
-    def states(self, section: str) -> State:
-        """All parameters that it takes to run a section."""
-        return self.beneath(section) | self.parameters(section)
+        return state | (self.parameters(section) if own is None else own)
 
     @torch.no_grad()
     def walk(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fusionpl.alignment.blocks import likeness, matched, spread, telling
 from fusionpl.calibration.cursor import CalibrationSet, Cursor
+from fusionpl.calibration.cut import Run, cut_into
 from fusionpl.calibration.forward import eval_mode
-from fusionpl.calibration.restacked import Restacked, Run
 from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.calibration.tokens import select
 from fusionpl.errors import FusionError
@@ -131,7 +131,7 @@ def match_depths(
         data: what streams are compared on; without it blocks are matched evenly.
 
     Returns:
-        The parents, those of another depth restacked, and a matching for each of these.
+        The parents, those of another depth cut into its blocks, and a matching for each of these.
 
     Raises:
         FusionError: see `depth_of`.
@@ -163,7 +163,7 @@ def match_depths(
         index: [_kept(path, at, streams.get(index)) for at in range(goal)] for index, (path, _) in paths.items()
     }
     paths, standing = _of_first_rank((paths, standing))
-    matchings, restacked = [], list(networks)
+    matchings, cut = [], list(networks)
     for index, (path, alike) in sorted(paths.items()):
         network = networks[index]
         if path == list(range(network.binding.depth + 1)):
@@ -177,10 +177,10 @@ def match_depths(
             block: Run(blocks[before:after], None if which is None else blocks[which])
             for block, (before, after), which in zip(binding.blocks, pairwise(path), standing[index], strict=True)
         }
-        restacked[index] = Restacked(network, module, binding, runs)
+        cut[index] = cut_into(network, module, binding, runs)
         numbers = {block: number for number, block in enumerate(blocks, 1)}
         matchings.append(Matching(network.name, runs, path, alike, numbers))
-    return restacked, matchings
+    return cut, matchings
 
 
 def _streams(network: SectionedModel, data: CalibrationSet, index: int) -> list[Tensor]:
@@ -205,7 +205,7 @@ def _streams(network: SectionedModel, data: CalibrationSet, index: int) -> list[
 
 def _bare(binding: Binding) -> bool:
     """Whether no norm ends what stands before the blocks of a post-LN network, so that none that adds nothing can
-    be the first: see `Restacked`."""
+    be the first: see `cut_into`."""
     return binding.family.norm == "post" and binding.end_norm(binding.sections[0]) is None
 
 

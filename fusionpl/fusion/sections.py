@@ -74,7 +74,7 @@ def aligned_parents(walk: Walk, plan: Plan, maps: Sequence[Maps]) -> list[Aligne
             network,
             None if transports and index == team.anchor else own,
             weight,
-            network.missing_blocks if transports else frozenset(),
+            team.missing[index] if transports else frozenset(),
         )
         for index, (network, own, weight) in enumerate(zip(team.networks, maps, plan.weights, strict=True))
     ]
@@ -94,7 +94,7 @@ def completed(section: str, own: State, fused: SectionedModel, writer: Writer) -
     """The fused network's parameters that it takes to run a section: its own, and those of earlier sections."""
     others = [name for name in fused.binding.uses[section] if name not in own]
     written = {name: writer.read(name).to(fused.device) for name in others}
-    return fused.beneath(section) | own | in_float32(written)
+    return fused.states(section, own | in_float32(written))
 
 
 def anchored(fitted: State, average: State, walk: Walk) -> State:

@@ -155,7 +155,8 @@ def knowledge(walk: Walk) -> Tensor:
     data = walk.data.head(TRIAL)
     with walk.at_work():
         for batch in data:
-            holds = torch.stack([each.logits(data[batch]).double().cpu().sigmoid() for each in walk.team.networks])
+            given = [network.original.logits(data[batch]) for network in walk.team.networks]
+            holds = torch.stack([logits.double().cpu().sigmoid() for logits in given])
             sums = torch.stack([torch.ones_like(holds).sum(1), holds.sum(1), holds.square().sum(1)])
             sums *= data.weight(batch)
             total = sums if total is None else total + sums

@@ -103,7 +103,7 @@ def target_of(network: SectionedModel, config: FuseConfig) -> SectionedModel:
     # Heads need not divide a width that nobody asked to change.
     times, heads = (Fraction(1), None) if config.width is None else _times(network.binding, config.width)
     partial = missing_classes(network.module) is not None
-    if times == 1 and network.original is network and not partial:
+    if times == 1 and network.cut is None and not partial:
         return network
     module = network.module if times == 1 else resized(network.module, times=times, heads=heads)
     if times == 1 and partial:

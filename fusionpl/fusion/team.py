@@ -65,7 +65,7 @@ class Team:
     @property
     def missing(self) -> list[frozenset[str]]:
         """For each parent, the blocks of the fused network that it has not."""
-        return [network.missing_blocks for network in self.networks]
+        return [network.cut.missing if network.cut else frozenset() for network in self.networks]
 
     @property
     def kind(self) -> Kind:

@@ -52,8 +52,6 @@ class Walk:
             states: the parents' parameters of the section.
             others: whether the parents beside the anchor go too.
         """
-        networks = self.team.networks
-        states = [network.beneath(wanted.section) | state for network, state in zip(networks, states, strict=True)]
         if others:
             return observe(self.cursors, self.team.anchor, states, self.data, wanted)
         anchor = self.team.anchor

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import CLIPForImageClassification
 
 import fusionpl
-from fusionpl.calibration.restacked import Restacked, Run
+from fusionpl.calibration.cut import Run, cut_into
 from fusionpl.calibration.sectioned import SectionedModel
 from fusionpl.errors import FusionError
 from fusionpl.families.binding import bind
@@ -62,7 +62,7 @@ def expanded(model: nn.Module, places: Sequence[int], seed: int = 0) -> nn.Modul
         [(place, True) for place in places] + [(at, False) for at in range(depth)], key=lambda one: (one[0], not one[1])
     )]  # fmt: skip
     runs = {block: Run((kept,) if kept else (), kept) for block, kept in zip(binding.blocks, order, strict=True)}
-    found = Restacked(network, module, binding, runs).whole()
+    found = cut_into(network, module, binding, runs).whole()
     generator = torch.Generator().manual_seed(seed)
     for slot in binding.slots:
         if not runs.get(slot.section, Run((), "")).kept and slot.section in binding.blocks and not slot.gain:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from fusionpl.cli.common import main
+from fusionpl.cli.running import main
 
 
 def run(argv: Sequence[str]) -> None:

@@ -14,12 +14,12 @@ import yaml
 from torch import nn
 
 from fusionpl.cli import train
-from fusionpl.cli.common import settings_in
 from fusionpl.datamodules.base import FixedSplits
 from fusionpl.fusion.average import vanilla
 from fusionpl.models.heads import with_classifier
 from fusionpl.models.load import load_model
 from fusionpl.models.tokenizers import load_tokenizer
+from fusionpl.options import settings_in
 from fusionpl.presets import CONF
 from fusionpl.training.config import OptimConfig
 from fusionpl.training.data import DATA_MODULES

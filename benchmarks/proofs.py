@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from benchmarks.common import markdown
 from benchmarks.origin import Origin, footer, here
 from fusionpl.calibration.forward import logits
-from fusionpl.cli.common import main as run_command
-from fusionpl.cli.common import quiet
+from fusionpl.cli.running import main as run_command
+from fusionpl.cli.running import quiet
 from fusionpl.families.binding import bind
 from fusionpl.families.proof import permutation_error
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import markdown
-from fusionpl.cli.common import main as run_command
+from fusionpl.cli.running import main as run_command
 from fusionpl.families.family import library
 from fusionpl.models.settings import judgements
 

@@ -1,9 +1,11 @@
 """Files and folders that are there whole or not at all, whatever kills the process that writes them."""
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -44,3 +46,9 @@ def put_in_place(new: Path, path: Path) -> None:
         if replaced.exists():
             replaced.rename(path)
         raise
+
+
+def write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    """Writes a file that is never half there."""
+    with whole(path) as new:
+        new.write_text(json.dumps(tree, indent=2) + "\n")

@@ -11,6 +11,8 @@ from jsonargparse import ArgumentParser
 
 from fusionpl.errors import FusionError, nearest
 
+SETTINGS = "config.yaml"  # of a run
+
 
 class _Once(yaml.SafeLoader):
     """Plain values alone, and each key once: of two, a reader would see the first and the program take the last."""
@@ -46,6 +48,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if tree is not None and not isinstance(tree, dict):
         raise FusionError(f"{path} holds a {type(tree).__name__}, not settings like `align: {{solver: emd}}`")
     return tree or {}
+
+
+def settings_in(run: str | Path) -> dict[str, Any]:
+    """What a run's config.yaml holds; nothing where there is none."""
+    file = Path(run) / SETTINGS
+    return read_yaml(file) if file.is_file() else {}
+
+
+def write_settings(run: Path, settings: Mapping[str, Any]) -> None:
+    """Writes a run's config.yaml, which `settings_in` reads."""
+    (run / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False))
 
 
 def check_sections(tree: Mapping[str, Any], parser: ArgumentParser, path: object) -> None:

@@ -12,8 +12,8 @@ import benchmarks.paper
 from benchmarks.paper.cells import known, measure, write
 from benchmarks.paper.scales import SCALES, Lab
 from benchmarks.paper.tables import TABLES
-from fusionpl.cli.common import main as run_command
-from fusionpl.cli.common import quiet
+from fusionpl.cli.running import main as run_command
+from fusionpl.cli.running import quiet
 from fusionpl.errors import FusionError
 
 DATA_SETS = {"images": "the images", "corpus": "the text corpus", "sst2": "SST-2", "trec": "TREC"}

@@ -12,8 +12,8 @@ import benchmarks.speed
 from benchmarks.paper.cells import known, measure
 from benchmarks.speed.report import PICTURE, draw, measured_of, write
 from benchmarks.speed.tables import FULL, QUICK, TABLES, Table
-from fusionpl.cli.common import main as run_command
-from fusionpl.cli.common import quiet
+from fusionpl.cli.running import main as run_command
+from fusionpl.cli.running import quiet
 from fusionpl.errors import FusionError
 
 

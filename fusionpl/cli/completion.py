@@ -8,8 +8,8 @@ import shtab
 from jsonargparse import ArgumentParser
 
 from fusionpl.cli import evaluate, family, finetune, fuse, push, sweep, train
-from fusionpl.cli.common import parse_options
 from fusionpl.cli.main import COMMANDS
+from fusionpl.cli.parsing import parse_options
 from fusionpl.presets import presets
 
 PARSERS = {

@@ -6,17 +6,11 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from fusionpl.cli.common import (
-    add_logger_option,
-    add_reading_options,
-    main,
-    new_parser,
-    parse_options,
-    parser_for,
-    quiet,
-    settings_of,
-)
+from fusionpl.cli.options import add_logger_option, add_reading_options
 from fusionpl.cli.outputs import check_output
+from fusionpl.cli.parsing import new_parser, parse_options, settings_of
+from fusionpl.cli.running import main, quiet
+from fusionpl.cli.tasks import parser_for
 from fusionpl.errors import FusionError
 from fusionpl.models.folders import check_there
 from fusionpl.training.tasks import TASKS, TaskName, task_named

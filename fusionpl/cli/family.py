@@ -10,7 +10,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from fusionpl.cli.common import add_reading_options, main, parse_options, quiet
+from fusionpl.cli.options import add_reading_options
+from fusionpl.cli.parsing import parse_options
+from fusionpl.cli.running import main, quiet
 from fusionpl.errors import FusionError
 from fusionpl.models.folders import check_there
 

@@ -9,25 +9,16 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, restricted_number_type
 
-from fusionpl.cli.common import (
-    add_logger_option,
-    add_reading_options,
-    add_trainer_options,
-    check_trains,
-    new_parser,
-    parse,
-    parser_like,
-    quiet,
-    settings_in,
-    settings_of,
-    task_of,
-    with_presets,
-)
-from fusionpl.cli.outputs import in_sweep, is_main_process, resumed, run_folder
+from fusionpl.cli.options import add_logger_option, add_reading_options, add_trainer_options
+from fusionpl.cli.outputs import in_sweep, resumed, run_folder
+from fusionpl.cli.parsing import new_parser, parse, settings_of, with_presets
 from fusionpl.cli.push import add_push_options, check_push_options
+from fusionpl.cli.running import is_main_process, quiet
+from fusionpl.cli.tasks import check_trains, parser_like, task_of
 from fusionpl.errors import FusionError
 from fusionpl.models.folders import check_there
 from fusionpl.models.hub import short_name
+from fusionpl.options import settings_in
 from fusionpl.presets import CONF
 from fusionpl.training.config import OptimConfig
 from fusionpl.training.tasks import TASKS, TaskName, task_named

@@ -9,20 +9,12 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt
 
 from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON, compared
-from fusionpl.cli.common import (
-    add_logger_option,
-    add_reading_options,
-    add_trainer_options,
-    check_trains,
-    new_parser,
-    parse,
-    parser_for,
-    quiet,
-    settings_of,
-    with_presets,
-)
+from fusionpl.cli.options import add_logger_option, add_reading_options, add_trainer_options
 from fusionpl.cli.outputs import check_output, in_sweep
+from fusionpl.cli.parsing import new_parser, parse, settings_of, with_presets
 from fusionpl.cli.push import add_push_options, check_push_options
+from fusionpl.cli.running import quiet
+from fusionpl.cli.tasks import check_trains, parser_for
 from fusionpl.errors import FusionError
 from fusionpl.fusion.config import FuseConfig, mixing_weights, resolve_anchor
 from fusionpl.models.folders import check_there

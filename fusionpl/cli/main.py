@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from fusionpl.cli import common
+from fusionpl.cli import running
 from fusionpl.errors import FusionError, nearest
 
 COMMANDS = {
@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> None:
 
 def main() -> int:
     """The console command."""
-    return common.main(run)
+    return running.main(run)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from fusionpl.cli.common import main, new_parser, parse_options, quiet
-from fusionpl.cli.outputs import is_main_process, staged
+from fusionpl.cli.outputs import staged
+from fusionpl.cli.parsing import new_parser, parse_options
+from fusionpl.cli.running import is_main_process, main, quiet
 from fusionpl.errors import FusionError
 from fusionpl.models.push import check_push
 

@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from fusionpl.cli.common import main, quiet, settings_of
 from fusionpl.cli.fuse import arguments, fuse_config, fusing_parser
 from fusionpl.cli.outputs import check_output
+from fusionpl.cli.parsing import settings_of
+from fusionpl.cli.running import main, quiet
 from fusionpl.errors import FusionError, flattened
 from fusionpl.fusion.config import load_config, mixing_weights, resolve_anchor
 from fusionpl.models.folders import check_there

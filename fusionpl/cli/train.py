@@ -9,20 +9,14 @@ import yaml
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt
 
-from fusionpl.cli.common import (
-    add_logger_option,
-    add_trainer_options,
-    check_trains,
-    new_parser,
-    parse,
-    quiet,
-    settings_of,
-    task_of,
-    with_presets,
-)
+from fusionpl.cli.options import add_logger_option, add_trainer_options
 from fusionpl.cli.outputs import in_sweep, resumed, run_folder
+from fusionpl.cli.parsing import new_parser, parse, settings_of, with_presets
+from fusionpl.cli.running import quiet
+from fusionpl.cli.tasks import check_trains, task_of
 from fusionpl.errors import FusionError, flattened
 from fusionpl.models.config import ModelConfig
+from fusionpl.options import SETTINGS
 from fusionpl.presets import CONF
 from fusionpl.training.config import OptimConfig
 from fusionpl.training.tasks import TASKS, TaskName, task_named
@@ -85,9 +79,9 @@ def run(argv: Sequence[str]) -> None:
 
 def _check_same(folder: Path, settings: dict[str, Any]) -> None:
     """Refuses to resume a run with other settings than it was started with."""
-    file = folder / "config.yaml"
+    file = folder / SETTINGS
     if not file.is_file():
-        raise FusionError(f"there is no run to resume in {folder} (no config.yaml); start one without --resume")
+        raise FusionError(f"there is no run to resume in {folder} (no {SETTINGS}); start one without --resume")
     before, now = flattened(yaml.safe_load(file.read_text())), flattened(settings)
     for key in sorted(before.keys() | now.keys()):
         if key not in MAY_CHANGE and before.get(key) != now.get(key):

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import yaml
 
-from fusionpl.cli.common import main
 from fusionpl.cli.main import run
+from fusionpl.cli.running import main
 from tests.integration.runs import DATA, make_run
 
 ROOT = Path(__file__).parents[2]

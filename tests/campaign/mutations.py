@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from fusionpl.cli import train
-from fusionpl.cli.common import settings_in, task_of, with_presets
 from fusionpl.cli.fuse import arguments, build_parser, fuse_config
+from fusionpl.cli.parsing import with_presets
+from fusionpl.cli.tasks import task_of
 from fusionpl.datamodules.config import DataConfig, MaskedTextConfig
 from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.datamodules.text import MaskedTextDataModule
@@ -23,6 +24,7 @@ from fusionpl.families.family import library, read_family
 from fusionpl.fusion.config import load_config
 from fusionpl.models.load import load_model
 from fusionpl.models.tokenizers import load_tokenizer
+from fusionpl.options import settings_in
 from fusionpl.presets import CONF
 from fusionpl.training.fit import read_checkpoint
 
@@ -121,7 +123,7 @@ def _preset(kind: str) -> Callable[[Path], object]:
 def _train_options(folder: Path) -> object:
     words = with_presets(["--config", str(folder / "mine.yaml")], "train")
     parser = train.build_parser(task_of(words))
-    from fusionpl.cli.common import parse
+    from fusionpl.cli.parsing import parse
 
     return parser.instantiate(parse(parser, words, train.PRESET))
 

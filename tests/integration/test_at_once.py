@@ -78,7 +78,7 @@ def test_a_mistake_is_answered_at_once(name: str, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     argv, words = WRONG[name]
-    code = f"from fusionpl.cli import common, main; assert common.main(main.run, {argv}) == 2"
+    code = f"from fusionpl.cli import main, running; assert running.main(main.run, {argv}) == 2"
     loaded, said = python(code, tmp_path)
     assert words in said
     assert said.startswith("error: ")

@@ -12,8 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from fusionpl.cli import evaluate, finetune, fuse
-from fusionpl.cli.common import main, parse
 from fusionpl.cli.outputs import in_sweep
+from fusionpl.cli.parsing import parse
+from fusionpl.cli.running import main
 from fusionpl.presets import CONF
 from fusionpl.training.dashboard import log_models
 from fusionpl.training.loggers import finish_loggers, make_loggers

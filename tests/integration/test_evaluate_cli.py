@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fusionpl.cli import evaluate as command
-from fusionpl.cli.common import main
+from fusionpl.cli.running import main
 from fusionpl.datamodules.config import DataConfig
 from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble

@@ -12,8 +12,8 @@ from transformers import BartConfig, BartForConditionalGeneration
 
 from fusionpl.calibration.forward import logits
 from fusionpl.cli import family, fuse, sweep
-from fusionpl.cli.common import main
 from fusionpl.cli.jobs import family as job
+from fusionpl.cli.running import main
 from fusionpl.errors import FusionError
 from fusionpl.families import draft
 from fusionpl.families.axes import Binding

@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 from fusionpl import load_model
 from fusionpl.cli import evaluate, finetune, fuse, sweep, train
-from fusionpl.cli.common import main
 from fusionpl.cli.jobs import fuse as job
+from fusionpl.cli.running import main
 from fusionpl.datamodules.config import DataConfig
 from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.evaluation.metrics import evaluate_samples

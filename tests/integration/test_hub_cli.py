@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fusionpl import load_model
 from fusionpl.cli import finetune, fuse, sweep
-from fusionpl.cli.common import main
+from fusionpl.cli.running import main
 from fusionpl.evaluation.report import Report
 from fusionpl.models.save import save_model
 from fusionpl.models.tokenizers import train_wordpiece

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fusionpl.cli import evaluate, finetune, fuse, train
-from fusionpl.cli.common import main
+from fusionpl.cli.running import main
 from fusionpl.evaluation.report import Report
 from fusionpl.models.tokenizers import load_tokenizer
 from tests.integration.runs import make_corpus, make_sentences

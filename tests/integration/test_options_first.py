@@ -12,7 +12,7 @@ from fusionpl.alignment.config import AlignConfig
 from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.cli import fuse as command
 from fusionpl.cli import sweep
-from fusionpl.cli.common import main
+from fusionpl.cli.running import main
 from fusionpl.errors import FusionError
 from fusionpl.fusion.config import FuseConfig, RefineConfig
 from fusionpl.fusion.fuse import Fusion

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fusionpl import load_model
 from fusionpl.calibration.forward import logits
 from fusionpl.cli import evaluate, finetune, fuse, sweep, train
-from fusionpl.cli.common import main
+from fusionpl.cli.running import main
 from fusionpl.datamodules.config import DataConfig
 from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.evaluation.report import Report

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fusionpl import load_model
 from fusionpl.cli import evaluate, finetune, fuse
-from fusionpl.cli.common import main
+from fusionpl.cli.running import main
 from fusionpl.evaluation.report import Report
 from tests import published
 from tests.published import IMAGES, TEXTS, lines, make_pair

@@ -12,7 +12,7 @@ from wandb.proto import wandb_internal_pb2
 
 from fusionpl import load_model
 from fusionpl.cli import finetune, fuse, push
-from fusionpl.cli.common import main
+from fusionpl.cli.running import main
 from tests import hub
 from tests.integration.runs import DATA, make_run
 

@@ -7,7 +7,7 @@ import torch
 
 from fusionpl import load_model
 from fusionpl.cli import finetune, fuse
-from fusionpl.cli.common import main
+from fusionpl.cli.running import main
 from fusionpl.evaluation.report import Report
 from fusionpl.models.save import save_model
 from tests.integration.runs import DATA, make_run

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fusionpl.cli import finetune, fuse, sweep, train
-from fusionpl.cli.common import main
+from fusionpl.cli.running import main
 from fusionpl.models.load import load_model
 from fusionpl.models.save import save_model
 from fusionpl.models.tokenizers import load_tokenizer

@@ -19,8 +19,8 @@ import yaml
 from safetensors import SafetensorError
 
 from fusionpl.cli import train
-from fusionpl.cli.common import main
 from fusionpl.cli.outputs import resumed, run_folder, staged
+from fusionpl.cli.running import main
 from fusionpl.datamodules.config import DataConfig
 from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.errors import FusionError

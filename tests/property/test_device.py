@@ -14,7 +14,7 @@ import fusionpl
 from benchmarks.common import EXACT
 from fusionpl.calibration.forward import has_float64
 from fusionpl.calibration.sectioned import SectionedModel
-from fusionpl.cli.common import main
+from fusionpl.cli.running import main
 from fusionpl.errors import FusionError
 from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble
 from fusionpl.presets import CONF

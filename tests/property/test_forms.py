@@ -27,7 +27,7 @@ from transformers import (
 from fusionpl import FusionError, fuse, load_config
 from fusionpl.calibration.forward import logits
 from fusionpl.cli import fuse as command
-from fusionpl.cli.common import main
+from fusionpl.cli.running import main
 from fusionpl.families.binding import bind
 from fusionpl.families.canonical import inseparable
 from fusionpl.families.family import Family, library, parse_family

@@ -10,7 +10,8 @@ from lightning import Trainer
 import fusionpl
 from fusionpl.alignment.config import AlignConfig
 from fusionpl.cli import finetune, fuse, train
-from fusionpl.cli.common import parse, task_of, with_presets
+from fusionpl.cli.parsing import parse, with_presets
+from fusionpl.cli.tasks import task_of
 from fusionpl.errors import FusionError
 from fusionpl.fusion.config import FuseConfig, RefitConfig
 from fusionpl.training.config import TrainerConfig

@@ -11,8 +11,9 @@ from jsonargparse import Namespace
 
 from fusionpl.cli import finetune, fuse, sweep, train
 from fusionpl.cli.alternatives import compared
-from fusionpl.cli.common import parse, parse_options, task_of, with_presets
 from fusionpl.cli.completion import PARSERS
+from fusionpl.cli.parsing import parse, parse_options, with_presets
+from fusionpl.cli.tasks import task_of
 from fusionpl.fusion.config import load_config
 from fusionpl.training.tasks import TaskName
 

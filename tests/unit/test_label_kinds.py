@@ -13,10 +13,10 @@ import transformers
 from torch import Tensor, nn
 
 from fusionpl import fuse, load_config
-from fusionpl.cli.common import main
 from fusionpl.cli.evaluate import run as evaluate_command
 from fusionpl.cli.finetune import run as finetune
 from fusionpl.cli.fuse import run as fuse_command
+from fusionpl.cli.running import main
 from fusionpl.datamodules.config import TextClassificationConfig
 from fusionpl.datamodules.text_classification import TextClassificationDataModule
 from fusionpl.errors import FusionError

@@ -251,7 +251,7 @@ def test_heads_built_otherwise_are_told() -> None:
 
 def test_the_command_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from fusionpl.cli import fuse as command
-    from fusionpl.cli.common import main
+    from fusionpl.cli.running import main
 
     for name, model in {"a": hf_vit(), "b": hf_vit(1, hidden_act="relu")}.items():
         model.save_pretrained(tmp_path / name)

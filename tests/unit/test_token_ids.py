@@ -12,10 +12,10 @@ import transformers
 from torch import Tensor
 
 from fusionpl import fuse, load_config
-from fusionpl.cli.common import main
 from fusionpl.cli.evaluate import run as evaluate
 from fusionpl.cli.finetune import run as finetune
 from fusionpl.cli.fuse import run as fuse_command
+from fusionpl.cli.running import main
 from fusionpl.errors import FusionError
 from fusionpl.models.load import load_model
 from fusionpl.models.tokenizers import load_tokenizer

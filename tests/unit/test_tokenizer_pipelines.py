@@ -13,9 +13,9 @@ from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fusionpl import fuse, load_config
-from fusionpl.cli.common import main
 from fusionpl.cli.evaluate import run as evaluate
 from fusionpl.cli.fuse import run as fuse_command
+from fusionpl.cli.running import main
 from fusionpl.errors import FusionError
 from fusionpl.models.pipelines import check_tokenizers
 from fusionpl.models.tokenizers import load_tokenizer

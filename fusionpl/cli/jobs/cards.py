@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from fusionpl import __version__
-from fusionpl.cli.common import configs_in
+from fusionpl.cli.parsing import configs_in
 from fusionpl.datamodules.config import BUILT_IN
 from fusionpl.evaluation.report import Report
 from fusionpl.evaluation.rows import FIGURES

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fusionpl.cli.common import NOT_SAID
+from fusionpl.cli.tasks import NOT_SAID
 from fusionpl.datamodules.base import PIXELS, FixedSplits
 from fusionpl.errors import FusionError
 from fusionpl.models.folders import model_folder

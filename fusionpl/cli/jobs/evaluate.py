@@ -4,15 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import Namespace
 
 from fusionpl.calibration.forward import device_named
-from fusionpl.cli.common import quiet
 from fusionpl.cli.fuse import named
 from fusionpl.cli.jobs.data import common_tokenizer, data_module, follow
 from fusionpl.cli.jobs.measuring import measure_models
 from fusionpl.cli.outputs import staged
+from fusionpl.cli.running import quiet
 from fusionpl.datamodules.base import PIXELS
 from fusionpl.datamodules.config import AUTO
 from fusionpl.models.load import load_model
@@ -20,6 +19,7 @@ from fusionpl.models.pipelines import check_tokenizers
 from fusionpl.models.pixels import describe_differences, with_pixels
 from fusionpl.models.processors import image_processing
 from fusionpl.models.tokenizers import load_tokenizer
+from fusionpl.options import write_settings
 from fusionpl.training.dashboard import log_models, log_report
 from fusionpl.training.loggers import finish_loggers, make_loggers
 from fusionpl.training.weights_and_biases import group_of
@@ -62,7 +62,7 @@ def evaluate(options: Namespace, settings: dict[str, Any]) -> None:
         return
     output = Path(options.output)
     with staged(output, options.overwrite) as folder:
-        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        write_settings(folder, settings)
         report.save(folder / "report")
     loggers = make_loggers(
         options.logger,

@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 from torch import Tensor, nn
 
 from fusionpl.calibration.forward import logits
-from fusionpl.cli.common import quiet
+from fusionpl.cli.running import quiet
 from fusionpl.errors import FusionError, reason
 from fusionpl.families import draft
 from fusionpl.families.binding import bind

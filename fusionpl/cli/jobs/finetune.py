@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
-from fusionpl.cli.common import quiet, settings_in
 from fusionpl.cli.finetune import PRESET
 from fusionpl.cli.jobs.cards import command_section, metadata
 from fusionpl.cli.jobs.data import data_module, follow
-from fusionpl.cli.outputs import is_main_process, write_json
+from fusionpl.cli.running import is_main_process, quiet
 from fusionpl.datamodules.config import AUTO
 from fusionpl.errors import FusionError
 from fusionpl.evaluation.cost import flops, parameters
@@ -24,6 +22,7 @@ from fusionpl.evaluation.outcomes import Outcomes, load_outcomes, save_outcomes
 from fusionpl.evaluation.report import Report
 from fusionpl.evaluation.rows import Row, best_parent, readable
 from fusionpl.families.family import read_family
+from fusionpl.files import write_json
 from fusionpl.fusion.average import vanilla
 from fusionpl.fusion.config import mixing_weights
 from fusionpl.models.heads import with_classifier
@@ -35,6 +34,7 @@ from fusionpl.models.processors import image_processing
 from fusionpl.models.save import add_to_card, save_model
 from fusionpl.models.tokenizers import load_tokenizer
 from fusionpl.models.vocabulary import Vocabulary, load_parent
+from fusionpl.options import settings_in, write_settings
 from fusionpl.paths import public
 from fusionpl.training.dashboard import log_models, log_report
 from fusionpl.training.fit import fit
@@ -126,7 +126,7 @@ def finetune(
     made_of = _made_of(options.model, origin) if is_main_process() else ("", {})
     candidates = _candidates(options.model, origin, options, every_parent=_elsewhere(options, origin))
     if is_main_process():
-        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        write_settings(folder, settings)
     rows = []
     for index, (name, candidate) in enumerate(candidates.items()):
         place = folder if index == 0 else folder / "baselines" / name.replace("parent ", "")

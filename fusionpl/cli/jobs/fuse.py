@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from jsonargparse import Namespace
 from torch import nn
 from tqdm import tqdm
@@ -17,7 +16,6 @@ from tqdm import tqdm
 from fusionpl.calibration.batches import no_progress
 from fusionpl.calibration.forward import has_float64
 from fusionpl.cli.alternatives import DISTILLED
-from fusionpl.cli.common import quiet
 from fusionpl.cli.fuse import PRESET, Asked
 from fusionpl.cli.jobs.alternative import distilled, trained_on
 from fusionpl.cli.jobs.cards import command_section, fused_card, metadata
@@ -25,13 +23,15 @@ from fusionpl.cli.jobs.looking import advised, check
 from fusionpl.cli.jobs.measuring import Cost, Made, measure
 from fusionpl.cli.jobs.parents import Job
 from fusionpl.cli.jobs.push import push_run
-from fusionpl.cli.outputs import is_main_process, staged
+from fusionpl.cli.outputs import staged
+from fusionpl.cli.running import is_main_process, quiet
 from fusionpl.errors import FusionError
 from fusionpl.evaluation.report import Report
 from fusionpl.fusion.fuse import Fusion
 from fusionpl.fusion.result import FusionResult
 from fusionpl.models.lineage import Ancestor, ancestor, lineage, parents_section
 from fusionpl.models.save import forget_places, library_of, write_card
+from fusionpl.options import write_settings
 from fusionpl.training.dashboard import log_models, log_report
 from fusionpl.training.loggers import finish_loggers, make_loggers
 from fusionpl.training.tasks import TASKS
@@ -91,7 +91,7 @@ def fuse(asked: Asked) -> None:
             made[name] = compared.model, seconds
         if not fabric.is_global_zero:
             return
-        (folder / "config.yaml").write_text(yaml.safe_dump(job.settings, sort_keys=False))
+        write_settings(folder, job.settings)
         if job.tokenizer is not None:
             job.tokenizer.save_pretrained(folder / "model")
             forget_places(folder / "model")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import huggingface_hub
 
-from fusionpl.cli.common import settings_in
 from fusionpl.errors import FusionError
 from fusionpl.evaluation.plots import CAPTIONS
 from fusionpl.models.push import push
+from fusionpl.options import settings_in
 
 PICTURES = "## Pictures"
 

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 
-from fusionpl.cli.common import quiet
 from fusionpl.cli.fuse import named
 from fusionpl.cli.jobs.data import common_tokenizer, data_module, follow
 from fusionpl.cli.jobs.fuse import progress_bar
 from fusionpl.cli.outputs import staged
+from fusionpl.cli.running import quiet
 from fusionpl.evaluation.metrics import evaluate
 from fusionpl.evaluation.report import Report
 from fusionpl.evaluation.rows import Row
@@ -25,6 +24,7 @@ from fusionpl.models.load import load_model
 from fusionpl.models.pipelines import check_tokenizers
 from fusionpl.models.pixels import with_pixels
 from fusionpl.models.tokenizers import load_tokenizer
+from fusionpl.options import write_settings
 from fusionpl.training.dashboard import log_models, log_report
 from fusionpl.training.loggers import finish_loggers, make_loggers
 
@@ -71,7 +71,7 @@ def sweep(args: Namespace, settings: dict[str, Any], configs: Mapping[str, FuseC
         seconds = round(time.monotonic() - started, 2)
         report.add(Row(name, **_scores(evaluate(result.model, test)), seconds=seconds))
     with staged(output, args.overwrite) as folder:
-        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        write_settings(folder, settings)
         report.save(folder / "report")
         columns, rows = report.rows_as_table()
         with (folder / "sweep.csv").open("w", newline="") as file:

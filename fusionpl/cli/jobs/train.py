@@ -8,13 +8,14 @@ import lightning as L
 import yaml
 from jsonargparse import Namespace
 
-from fusionpl.cli.common import quiet
 from fusionpl.cli.jobs.cards import metadata
-from fusionpl.cli.outputs import is_main_process, write_json
+from fusionpl.cli.running import is_main_process, quiet
 from fusionpl.datamodules.base import FixedSplits
 from fusionpl.evaluation.rows import readable
+from fusionpl.files import write_json
 from fusionpl.models.build import build_model
 from fusionpl.models.save import save_model
+from fusionpl.options import write_settings
 from fusionpl.paths import public_settings
 from fusionpl.training.dashboard import log_models
 from fusionpl.training.data import DATA_MODULES
@@ -45,7 +46,7 @@ def train(options: Namespace, settings: dict[str, Any], folder: Path) -> None:
     name = f"{options.name}/seed-{options.seed}"
     loggers = make_loggers(options.logger, folder, name=name, job="train", config=settings, resume=options.resume)
     if is_main_process():
-        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        write_settings(folder, settings)
         size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         print(
             f"training {options.model.architecture} ({size:.2f} M parameters) on {data.describe()} of"

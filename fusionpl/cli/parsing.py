@@ -12,6 +12,11 @@ from fusionpl.errors import FusionError
 from fusionpl.options import check_sections, explain, read_yaml
 from fusionpl.presets import preset, presets
 
+# Options that don't change what comes out.
+NO_SETTINGS = (
+    "config", "output", "overwrite", "resume", "push_to", "push_private", "advise", "check", "dry_run",
+)  # fmt: skip
+
 
 def new_parser(description: str, *, presets: bool = True) -> ArgumentParser:
     """A parser whose mistakes `parse` turns into one line; an option is its full name, never an abbreviation.
@@ -103,9 +108,10 @@ def with_presets(argv: Sequence[str], kind: str) -> list[str]:
 
 
 def settings_of(parser: ArgumentParser, options: Namespace) -> dict[str, Any]:
-    """What decides a result, as plain values: `--config` reads it back. Leaves out where the output goes."""
+    """What decides a result, as plain values: `--config` reads it back. Leaves out where the output goes, and what only
+    looks."""
     result_options = options.clone()
-    for key in ("config", "output", "overwrite", "resume", "push_to", "push_private"):
+    for key in NO_SETTINGS:
         result_options.pop(key, None)
     settings: dict[str, Any] = yaml.safe_load(parser.dump(result_options, skip_validation=True))
     return settings

@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from fusionpl.cli.fuse import arguments, fuse_config, fusing_parser
+from fusionpl.cli.fusing import arguments, check_configs, fuse_config, fusing_parser
 from fusionpl.cli.outputs import check_output
 from fusionpl.cli.parsing import settings_of
 from fusionpl.cli.running import main, quiet
 from fusionpl.errors import FusionError, flattened
-from fusionpl.fusion.config import load_config, mixing_weights, resolve_anchor
+from fusionpl.fusion.config import load_config
 from fusionpl.models.folders import check_there
 from fusionpl.training.tasks import TaskName
 
@@ -30,16 +30,13 @@ def run(argv: Sequence[str]) -> None:
     """
     quiet()
     parser, args = arguments(argv, build_parser)
-    settings = {key: value for key, value in settings_of(parser, args).items() if key not in ("check", "dry_run")}
-    chosen = parser.instantiate(args)
+    chosen, settings = parser.instantiate(args), settings_of(parser, args)
     base = asdict(fuse_config(chosen))
     cells = grid(args.sweep)
     if base["strategy"] == "auto" and any(key.startswith("align.") for key in cells[0]):
         base["strategy"] = "transport"
     configs = {label(cell): load_config(None, {**flattened(base), **cell}) for cell in cells}
-    for config in configs.values():
-        mixing_weights(config.weights, len(args.parents))
-        resolve_anchor(config, len(args.parents))
+    check_configs(configs.values(), len(args.parents))
     first = Path(args.parents[0])
     output = Path(args.output or (first.parent if first.is_dir() else Path("runs")) / "sweep")
     check_output(output, args.overwrite)

@@ -1,5 +1,6 @@
 """How the units of a parent were matched, axis by axis, small enough to keep beside a report."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,16 @@ class MatchedAxis:
     def as_dict(self) -> dict[str, Any]:
         """All but the picture, for JSON."""
         return {key: value if known(value) else None for key, value in vars(self).items() if key != "picture"}
+
+
+def matched_axes(maps: Mapping[str, TransportMap]) -> dict[str, MatchedAxis]:
+    """What a report shows of maps, by axis; a few that tell the story have pictures: the embedding, one block in the
+    middle, the last of the stream."""
+    drawn = [name for name in maps if name.startswith("stem.")][-1:]
+    sections = list(dict.fromkeys(name.rpartition(".")[0] for name in maps if not name.startswith("stem.")))
+    middle = sections[(len(sections) - 1) // 2]
+    drawn += [*(f"{middle}.{axis}" for axis in ("q", "v", "attn", "ffn")), f"{sections[-1]}.out"]
+    return {name: MatchedAxis.of(transport, drawn=name in drawn) for name, transport in maps.items()}
 
 
 def _picture(shares: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Models on the hub: `org/name`, or `org/name@revision` for a branch, a tag, a commit or `refs/pr/1`."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +46,14 @@ def short_name(source: str | Path) -> str:
         return Path(source).name
     revision = "" if hub.revision is None else f"@{hub.revision.replace('/', '-')}"
     return hub.repo.rpartition("/")[2] + revision
+
+
+def named(paths: Sequence[str]) -> dict[str, str]:
+    """Gives each model the shortest name that tells it from the others: name -> path."""
+    names = [short_name(path) for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{name}#{index + 1}" for index, name in enumerate(names)]
+    return dict(zip(names, paths, strict=True))
 
 
 def download(source: HubId, *, allow_pickle: bool = False, weights: bool = True) -> Path:

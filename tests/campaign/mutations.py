@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from fusionpl.cli import train
-from fusionpl.cli.fuse import arguments, build_parser, fuse_config
+from fusionpl.cli.fuse import build_parser
+from fusionpl.cli.fusing import arguments, fuse_config
 from fusionpl.cli.parsing import with_presets
 from fusionpl.cli.tasks import task_of
 from fusionpl.datamodules.config import DataConfig, MaskedTextConfig

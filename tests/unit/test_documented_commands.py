@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 from jsonargparse import Namespace
 
-from fusionpl.cli import finetune, fuse, sweep, train
+from fusionpl.cli import finetune, fusing, sweep, train
 from fusionpl.cli.alternatives import compared
 from fusionpl.cli.completion import PARSERS
 from fusionpl.cli.parsing import parse, parse_options, with_presets
@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- needs: (\w+) -->\n)?```(\w*)\n(.*?)```", re.DOTALL)
 OURS = re.compile(r"(?:python (?:\w+\.py|-m (?:fusionpl|benchmarks))|fusionpl|make) ", re.ASCII)
-PRESETS = {"train": train.PRESET, "finetune": finetune.PRESET, "fuse": fuse.PRESET, "sweep": fuse.PRESET,
-           "check": fuse.PRESET}  # fmt: skip
+PRESETS = {"train": train.PRESET, "finetune": finetune.PRESET, "fuse": fusing.PRESET, "sweep": fusing.PRESET,
+           "check": fusing.PRESET}  # fmt: skip
 OF_A_SERVICE = ("hf", "wandb")
 AT_HAND = re.compile(r"digits|pydoc|(\.\.|data)/.+")  # data that need no network
 OTHERS = {"--logdir", "--render", "--scale", "--trainer.KEY"}
@@ -60,8 +60,8 @@ def parsed(name: str, *words: str) -> Namespace:
     parser = PARSERS[name](task_of(argv))
     args = parse(parser, argv, preset)
     chosen = parser.instantiate(args)
-    if preset == fuse.PRESET:
-        fuse.fuse_config(chosen)
+    if preset == fusing.PRESET:
+        fusing.fuse_config(chosen)
         compared(args.compare)
     for cell in sweep.grid(args.sweep) if name == "sweep" else []:
         load_config(None, cell)

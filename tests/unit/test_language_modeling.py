@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +17,15 @@ from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForMaskedLM
 
 from fusionpl.calibration.forward import logits
-from fusionpl.cli.jobs.measuring import Cost, measure
 from fusionpl.datamodules.config import MaskedTextConfig, SpanTextConfig, TextConfig
 from fusionpl.datamodules.corpora import corpus
 from fusionpl.datamodules.text import CausalTextDataModule, MaskedTextDataModule, SpanTextDataModule
 from fusionpl.errors import FusionError
 from fusionpl.evaluation import continuation
 from fusionpl.evaluation.barrier import interpolation
+from fusionpl.evaluation.bench import Cost
+from fusionpl.evaluation.encoders import bench_for
+from fusionpl.evaluation.measuring import Beside, measure
 from fusionpl.evaluation.metrics import evaluate, evaluate_ensemble
 from fusionpl.evaluation.report import Report
 from fusionpl.evaluation.rows import Row
@@ -314,10 +317,10 @@ def test_a_report_shows_how_models_go_on(folder: Path, tmp_path: Path) -> None:
     result: Any = SimpleNamespace(
         config=FuseConfig(), refitted=None, warnings=[], matchings=[], notes=[], model=model, binding=bind(model)
     )
-    report = measure(
-        list(parents), lambda name: load_model(parents[name]), result, Cost("unlabelled data", 1.0), {}, {}, data,
-        torch.device("cpu"), {}, "rows",
-    )  # fmt: skip
+    report = Report()
+    bench = bench_for(report, data, torch.device("cpu"))
+    beside = Beside({name: partial(load_model, path) for name, path in parents.items()})
+    measure(bench, result, Cost("unlabelled data", 1.0), beside, full=False)
     assert set(report.continuations) == {"parent seed-1", "parent seed-2", "vanilla", "fused"}
     assert report.continuations["fused"] == report.continuations["parent seed-1"]
     assert report.prompt == data.tokenizer.decode(data.prompt)

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -14,9 +15,11 @@ from lightning.pytorch.callbacks import Timer
 from torch import nn
 
 from fusionpl.calibration.forward import device_of
-from fusionpl.cli.jobs.measuring import Cost, Made
+from fusionpl.cli.alternatives import DISTILLED
 from fusionpl.cli.jobs.parents import Job
 from fusionpl.datamodules.base import FixedSplits
+from fusionpl.evaluation.bench import Cost, Made
+from fusionpl.evaluation.measuring import Alternative
 from fusionpl.fusion.config import mixing_weights
 from fusionpl.fusion.methods.refinement import teach_parent
 from fusionpl.fusion.voting import Voting
@@ -26,6 +29,24 @@ from fusionpl.training.config import OptimConfig
 from fusionpl.training.module import ClassificationModule
 
 SEED = 0
+
+
+def alternatives(job: Job, seconds: float) -> dict[str, Alternative]:
+    """What `--compare` asks for besides other fusions: row -> what makes it.
+
+    Args:
+        job: what was asked for.
+        seconds: wall time that each may take.
+    """
+
+    def make(name: str, best: int, parents: Sequence[nn.Module]) -> Made:
+        print(f"{name}: the best parent for {seconds:.0f} s")
+        if name == DISTILLED:
+            return distilled(job, seconds, best, parents)
+        given = {key: job.asked.args.trainer[key] for key in ("accelerator", "precision")}
+        return trained_on(job.data, seconds, given, parents[best])
+
+    return {name: partial(make, name) for name in job.asked.alternatives}
 
 
 def distilled(job: Job, seconds: float, best: int, parents: Sequence[nn.Module]) -> Made:
@@ -40,12 +61,12 @@ def distilled(job: Job, seconds: float, best: int, parents: Sequence[nn.Module])
     Raises:
         FusionError: too few samples to hold one out.
     """
-    started, config = monotonic(), job.config
+    started, config = monotonic(), job.asked.config
     taught = teach_parent(
         best, parents, Voting(mixing_weights(config.weights, len(parents))), job.calibration(),
         replace(config.refine, method="gradient", steps=None, minutes=seconds / 60),
         family=job.team.binding.family, more=job.data.unlabelled_dataloader(), augment=job.data.augmented,
-        seed=job.args.seed,
+        seed=job.asked.args.seed,
     )  # fmt: skip
     print(f"distilled: {taught.summary}")
     return taught.model, Cost("unlabelled data", monotonic() - started, taught.steps)

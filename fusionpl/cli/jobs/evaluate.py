@@ -1,5 +1,6 @@
 """Figures of models, of their ensemble and plain average, without fusing."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,15 @@ import torch
 from jsonargparse import Namespace
 
 from fusionpl.calibration.forward import device_named
-from fusionpl.cli.fuse import named
 from fusionpl.cli.jobs.data import common_tokenizer, data_module, follow
-from fusionpl.cli.jobs.measuring import measure_models
 from fusionpl.cli.outputs import staged
 from fusionpl.cli.running import quiet
 from fusionpl.datamodules.base import PIXELS
 from fusionpl.datamodules.config import AUTO
+from fusionpl.evaluation.encoders import bench_for
+from fusionpl.evaluation.measuring import measure_models
+from fusionpl.evaluation.report import Report
+from fusionpl.models.hub import named
 from fusionpl.models.load import load_model
 from fusionpl.models.pipelines import check_tokenizers
 from fusionpl.models.pixels import describe_differences, with_pixels
@@ -44,10 +47,10 @@ def evaluate(options: Namespace, settings: dict[str, Any]) -> None:
     for line in check_tokenizers(tokenizers, renumbered=False, texts=data.texts()):
         print(f"warning: {line}")
 
-    def load(name: str) -> torch.nn.Module:
-        model = load_model(models[name], allow_pickle=options.allow_pickle)
+    def load(path: str) -> torch.nn.Module:
+        model = load_model(path, allow_pickle=options.allow_pickle)
         follow(data, model, options.models[0])
-        model = with_pixels(model, models[name], data.processing)
+        model = with_pixels(model, path, data.processing)
         data.check_model(model)
         return model
 
@@ -56,7 +59,8 @@ def evaluate(options: Namespace, settings: dict[str, Any]) -> None:
         for line in describe_differences(said, next(iter(said))):
             print(f"warning: {line}")
 
-    report = measure_models(list(models), load, data, device, settings)
+    report = Report(config=settings)
+    measure_models(bench_for(report, data, device), {name: partial(load, path) for name, path in models.items()})
     print(report.table())
     if options.output is None:
         return

@@ -1,4 +1,4 @@
-"""What `fuse.py --check` and `--advise` show of parents; nothing is fused."""
+"""What `fuse.py --dry-run`, `--check` and `--advise` show of parents; nothing is fused."""
 
 from dataclasses import replace
 
@@ -15,18 +15,25 @@ from fusionpl.families.proof import PROOF_TOLERANCE, allowed, permutation_error
 from fusionpl.fusion.advice import ADVISED, Advice, advise
 from fusionpl.fusion.config import mixing_weights
 from fusionpl.fusion.forms import folding_error
+from fusionpl.fusion.fuse import Fusion
 from fusionpl.fusion.kin import ALIKE, weights_alike
 from fusionpl.fusion.voting import Voting
 
 
+def show_plan(job: Job, fusion: Fusion) -> None:
+    """Says what would be done, and what it needs: `--dry-run`."""
+    fusion = fusion.matched(job.calibration()) if fusion.matchings else fusion
+    print(fusion.describe(), job.check_room(fusion), *(f"warning: {line}" for line in job.team.lines), sep="\n")
+
+
 def advised(job: Job) -> Advice:
     """What the parents are to each other, and what a minute is best spent on: `--advise`."""
-    names, size = list(job.parents), job.config.calibration.batch_size
-    few = replace(job.config.calibration, samples=min(ADVISED, job.config.calibration.samples))
-    data = CalibrationSet(job.data.calibration_dataloader(size), few, Kept(budget(few.memory)))
+    names, config = list(job.asked.parents), job.asked.config
+    few = replace(config.calibration, samples=min(ADVISED, config.calibration.samples))
+    data = CalibrationSet(job.data.calibration_dataloader(few.batch_size), few, Kept(budget(few.memory)))
     others = [network for index, network in enumerate(job.team.networks) if index != job.team.anchor]
     alike = max(weights_alike(job.team.reference, other) or 0.0 for other in others)
-    voting = Voting(mixing_weights(job.config.weights, len(names)))
+    voting = Voting(mixing_weights(config.weights, len(names)))
     return advise([job.load(name) for name in names], names, voting, data, base=alike >= ALIKE, family=job.family)
 
 
@@ -47,7 +54,7 @@ def check(job: Job) -> None:
 
     print(f"what may be done to the units of {job.team.reference.name}, and keeps its function:\n")
     print(allowed(job.team.reference.binding), end="\n\n")
-    for name in job.parents:
+    for name in job.asked.parents:
         model = job.load(name)
         with torch.inference_mode():
             size = float(shown(model).abs().max())

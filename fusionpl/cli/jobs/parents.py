@@ -1,11 +1,9 @@
 """Parents and data that a command line names, opened, with no weight read."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jsonargparse import Namespace
 from torch import nn
 
 from fusionpl.calibration.cursor import CalibrationSet
@@ -27,13 +25,10 @@ from fusionpl.models.vocabulary import Vocabulary, load_parent
 
 @dataclass(frozen=True)
 class Job:
-    """What a command line asks for.
+    """What a command line asks for, with parents and data.
 
     Attributes:
-        args: the options.
-        settings: those that decide the result, as plain values.
-        config: how to fuse.
-        parents: short name -> where the parent comes from.
+        asked: the command line, read.
         team: the parents.
         device: where they are fused.
         data: to calibrate and test on.
@@ -41,10 +36,7 @@ class Job:
         family: the user's own, or None.
     """
 
-    args: Namespace
-    settings: dict[str, Any]
-    config: FuseConfig
-    parents: Mapping[str, str]
+    asked: Asked
     team: Team
     device: torch.device
     data: FixedSplits
@@ -63,15 +55,12 @@ class Job:
         decreed = ImageProcessing(decreed=True) if getattr(args.data, "normalize", AUTO) != AUTO else None
         tokenizers = {name: load_tokenizer(path) for name, path in parents.items()}
         tokenizer = common_tokenizer(tokenizers, anchor)
-        team = open_team(
-            list(parents.values()), config, names=list(parents), device=device, processing=decreed,
-            allow_pickle=args.allow_pickle, family=family,
-        )  # fmt: skip
+        team = _open(asked, config, device, decreed, family)
         data = data_module(args.task, args.data, 0, tokenizer, args.parents)
         follow(data, team.reference.module, list(parents.values())[anchor])
         check_tokenizers(tokenizers, texts=data.texts())
         data.check_reads(team.reference.module)
-        return cls(args, asked.settings, config, parents, team, device, data, tokenizer, family)
+        return cls(asked, team, device, data, tokenizer, family)
 
     def prepared(self, config: FuseConfig) -> Fusion:
         """The fusion under a configuration.
@@ -81,10 +70,7 @@ class Job:
         """
         team = self.team
         if resolve_anchor(config, len(team)) != team.anchor:
-            team = open_team(
-                list(self.parents.values()), config, names=list(self.parents), device=self.device,
-                processing=self.data.processing, allow_pickle=self.args.allow_pickle, family=self.family,
-            )  # fmt: skip
+            team = _open(self.asked, config, self.device, self.data.processing, self.family)
         return prepare_team(team, config, self.data.processing)
 
     def check_room(self, fusion: Fusion, output: Any = None) -> str:
@@ -95,7 +81,7 @@ class Job:
         """
         loader = self.data.calibration_dataloader(fusion.plan.config.calibration.batch_size)
         needs = fusion.needs(next(iter(loader)), len(loader.dataset), self.device)  # type: ignore[arg-type]
-        if not self.args.dry_run:
+        if not self.asked.args.dry_run:
             needs.check(self.device, output)
         return needs.summary(self.device)
 
@@ -104,13 +90,22 @@ class Job:
         axis, like = self.team.binding.axes.get(VOCABULARY), self.team.reference.module
         vocabulary = Vocabulary(self.tokenizer, axis.size) if axis and self.tokenizer is not None else None
         model = load_parent(
-            self.parents[name], vocabulary, like, processing=self.data.processing,
-            allow_pickle=self.args.allow_pickle, family=self.family,
+            self.asked.parents[name], vocabulary, like, processing=self.data.processing,
+            allow_pickle=self.asked.args.allow_pickle, family=self.family,
         )  # fmt: skip
         self.data.follow(model)
         return model
 
     def calibration(self) -> CalibrationSet:
         """The calibration set, in this process."""
-        config = self.config.calibration
+        config = self.asked.config.calibration
         return CalibrationSet(self.data.calibration_dataloader(config.batch_size), config, Kept(budget(config.memory)))
+
+
+def _open(
+    asked: Asked, config: FuseConfig, device: torch.device, processing: ImageProcessing | None, family: Family | None
+) -> Team:
+    return open_team(
+        list(asked.parents.values()), config, names=list(asked.parents), device=device, processing=processing,
+        allow_pickle=asked.args.allow_pickle, family=family,
+    )  # fmt: skip

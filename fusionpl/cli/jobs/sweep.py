@@ -8,7 +8,6 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from fusionpl.cli.fuse import named
 from fusionpl.cli.jobs.data import common_tokenizer, data_module, follow
 from fusionpl.cli.jobs.fuse import progress_bar
 from fusionpl.cli.outputs import staged
@@ -19,6 +18,7 @@ from fusionpl.evaluation.rows import Row
 from fusionpl.families.family import read_family
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.fuse import fuse
+from fusionpl.models.hub import named
 from fusionpl.models.images import with_image_size
 from fusionpl.models.load import load_model
 from fusionpl.models.pipelines import check_tokenizers

@@ -1,24 +1,25 @@
 """`python finetune.py --model runs/vit-digits/fused`: finetunes a model and, beside it, what it is compared with."""
 
-import argparse
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, restricted_number_type
 
 from fusionpl.cli.options import add_logger_option, add_reading_options, add_trainer_options
 from fusionpl.cli.outputs import in_sweep, resumed, run_folder
-from fusionpl.cli.parsing import new_parser, parse, settings_of, with_presets
+from fusionpl.cli.parsing import new_parser, parse, said, settings_of, with_presets
 from fusionpl.cli.push import add_push_options, check_push_options
 from fusionpl.cli.running import is_main_process, quiet
 from fusionpl.cli.tasks import check_trains, parser_like, task_of
 from fusionpl.errors import FusionError
 from fusionpl.models.folders import check_there
 from fusionpl.models.hub import short_name
-from fusionpl.options import settings_in
+from fusionpl.options import SETTINGS, settings_in
 from fusionpl.presets import CONF
 from fusionpl.training.config import OptimConfig
 from fusionpl.training.tasks import TASKS, TaskName, task_named
@@ -26,6 +27,51 @@ from fusionpl.training.tasks import TASKS, TaskName, task_named
 PRESET = CONF / "finetune" / "default.yaml"
 LAST = "checkpoints/last.ckpt"
 Shrink = restricted_number_type("Shrink", float, [(">", 0), ("<=", 1)])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command line asks for, checked as far as that needs no model.
+
+    Attributes:
+        argv: the command line.
+        options: those of data and optimiser as their classes.
+        settings: those that decide the result, as plain values.
+        origin: those of the run that made the model; empty where none did.
+        folder: of this run.
+    """
+
+    argv: Sequence[str]
+    options: Namespace
+    settings: dict[str, Any]
+    origin: dict[str, Any]
+    folder: Path
+
+    @classmethod
+    def of(cls, argv: Sequence[str]) -> "Asked":
+        """Reads a command line.
+
+        Raises:
+            FusionError: a user's mistake.
+        """
+        words = with_presets(argv, "finetune")
+        model = _model_in(words)
+        source, origin = Path(model), settings_in(model)
+        parser = parser_like(words, origin, [model], build_parser)
+        options = parse(parser, words, PRESET)
+        check_trains(options.task)
+        chosen, settings = parser.instantiate(options), settings_of(parser, options)
+        check_there([model])
+        home = source.parent if source.is_dir() else Path("runs")
+        folder = Path(options.output or in_sweep(home / f"{short_name(model)}-finetuned"))
+        check_push_options(options.push_to, options.push_private)
+        return cls(argv, chosen, settings, origin, folder)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the task is another than that of the run that made the model."""
+        origin = self.origin
+        return bool(origin) and self.options.task != task_named(origin.get("task", "image-classification"))
 
 
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
@@ -58,31 +104,22 @@ def run(argv: Sequence[str]) -> None:
         KeyboardInterrupt: the user stopped it; the message says how to continue.
     """
     quiet()
-    given, argv = argv, with_presets(argv, "finetune")
-    model = _model_in(argv)
-    source = Path(model)
-    origin = settings_in(source)
-    parser = parser_like(argv, origin, [model], build_parser)
-    options = parse(parser, argv, PRESET)
-    check_trains(options.task)
-    chosen, settings = parser.instantiate(options), settings_of(parser, options)
-    check_there([model])
-    home = source.parent if source.is_dir() else Path("runs")
-    folder = Path(options.output or in_sweep(home / f"{short_name(model)}-finetuned"))
-    check_push_options(options.push_to, options.push_private)
-    started = time.monotonic()
+    asked = Asked.of(argv)
+    options, folder, started = asked.options, asked.folder, time.monotonic()
     try:
         with resumed(folder) if options.resume else run_folder(folder, options.overwrite, keep=LAST):
             if options.resume:
                 _check_resumable(folder, options)
-            from fusionpl.cli.jobs import finetune as job
+            from fusionpl.cli.jobs.finetune import finetune
 
-            made_of, rows = job.finetune(chosen, settings, origin, folder)
+            origins, rows = finetune(asked)
     except KeyboardInterrupt as stop:
-        words = [word for word in argv if word not in ("--resume", "--overwrite")]
+        words = [word for word in with_presets(argv, "finetune") if word not in ("--resume", "--overwrite")]
         raise KeyboardInterrupt(f"continue with: python finetune.py {shlex.join([*words, '--resume'])}") from stop
     if is_main_process():
-        job.finish(chosen, settings, origin, folder, rows, made_of, [word for word in given if word != "--resume"])
+        from fusionpl.cli.jobs.finetuned import finish
+
+        finish(asked, origins, rows)
         print(f"{folder}: model/, baselines/; {time.monotonic() - started:.0f} s")
         if options.push_to is not None:
             from fusionpl.cli.jobs.push import push_run
@@ -92,9 +129,7 @@ def run(argv: Sequence[str]) -> None:
 
 def _model_in(argv: Sequence[str]) -> str:
     """The value of --model, which decides what the other options are."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--model")
-    model = peek.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].model
+    model = said(argv, "--model")
     if model is None:
         if "-h" in argv or "--help" in argv:
             parse(build_parser(task_of(argv)), argv, PRESET)
@@ -105,7 +140,7 @@ def _model_in(argv: Sequence[str]) -> str:
 def _check_resumable(folder: Path, options: Namespace) -> None:
     """Refuses to resume what was not started, or with FSDP what was started without it, or the reverse: they number
     parameters differently."""
-    if not (folder / "config.yaml").is_file():
+    if not (folder / SETTINGS).is_file():
         raise FusionError(f"there is no finetuning to resume in {folder}; start one without --resume")
     before, now = settings_in(folder).get("trainer", {}).get("strategy", "auto"), options.trainer.strategy
     if (before == "fsdp") != (now == "fsdp"):

@@ -11,7 +11,8 @@ from fusionpl.cli.parsing import configs_in
 from fusionpl.datamodules.config import BUILT_IN
 from fusionpl.evaluation.report import Report
 from fusionpl.evaluation.rows import FIGURES
-from fusionpl.models.hub import hub_id
+from fusionpl.models.hub import hub_id, short_name
+from fusionpl.models.lineage import ancestor, inherited, lineage, parents_section
 from fusionpl.paths import public, public_command
 from fusionpl.training.tasks import TASKS
 
@@ -23,6 +24,8 @@ HOW = {
     "head": "One parent, whose head alone fusionpl fitted to what all of them predict.",
     "joint": "Fitted by fusionpl to one residual stream that holds the parents' streams.",
 }
+
+MadeOf = tuple[str, dict[str, Any]]  # a section of the card, and metadata
 
 
 def fused_card(report: Report, names: Sequence[str], strategy: str, *sections: str) -> str:
@@ -36,6 +39,21 @@ def fused_card(report: Report, names: Sequence[str], strategy: str, *sections: s
     """
     body = report.markdown().partition("\n")[2].strip()
     return "\n\n".join([f"# Fused from {', '.join(names)}", HOW[strategy], body, *sections])
+
+
+def made_of(model: str, origin: Mapping[str, Any]) -> MadeOf:
+    """What a finetuned model's card says of where it comes from: of a fused model's parents what was known when it was
+    fused.
+
+    Args:
+        model: that is finetuned.
+        origin: the settings of the run that made it; empty where none did.
+    """
+    if "parents" in origin:
+        section, data = inherited(Path(model) / "model")
+        return section, data | {"tags": ["fusionpl", "merge"]}
+    ancestors = [ancestor(short_name(model), model)]
+    return parents_section(ancestors), lineage(ancestors, "finetune")
 
 
 def command_section(command: str, argv: Sequence[str], preset: Path) -> str:

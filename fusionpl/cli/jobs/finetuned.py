@@ -1,0 +1,75 @@
+"""The report and the card of a finetuned model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch.loggers import Logger
+
+from fusionpl.cli.finetune import PRESET, Asked
+from fusionpl.cli.jobs.cards import MadeOf, command_section, metadata
+from fusionpl.evaluation.outcomes import Outcomes
+from fusionpl.evaluation.report import Report
+from fusionpl.evaluation.rows import Row
+from fusionpl.models.save import add_to_card
+from fusionpl.options import settings_in
+from fusionpl.training.dashboard import log_report
+from fusionpl.training.loggers import finish_loggers, make_loggers
+from fusionpl.training.weights_and_biases import group_of
+
+Tested = tuple[Row, Outcomes | None]
+
+
+def finish(asked: Asked, origins: MadeOf, rows: Sequence[Tested]) -> None:
+    """Adds the rows to the report of the fused model, prints it, and completes the model's card.
+
+    Args:
+        asked: what was asked for.
+        origins: what the model is made of.
+        rows: what was measured of every candidate, the model itself first.
+    """
+    first = rows[0][0]
+    report, home = _reported(asked, rows)
+    loggers = loggers_of(asked, first.name, asked.folder, resume=True)  # the first candidate's run goes on
+    log_report(loggers, report, home)
+    finish_loggers(loggers)
+    print(f"\n{report.table()}\n")
+    _print_share(asked, first)
+    card, words = asked.folder / "model", [word for word in asked.argv if word != "--resume"]
+    for verdict in report.verdicts:
+        if verdict.stage == "finetuned":
+            add_to_card(card, f"**{verdict.words}**")
+    parents, data = origins
+    data |= metadata(asked.settings, first.as_dict(), asked.folder.name)
+    add_to_card(card, f"{parents}\n\n{command_section('finetune', words, PRESET)}".lstrip(), data)
+
+
+def loggers_of(asked: Asked, name: str, place: Path, *, resume: bool) -> list[Logger]:
+    """The loggers of a candidate's run."""
+    options = asked.options
+    return make_loggers(
+        options.logger, place, name=f"finetune {name}", job="finetune", group=group_of([options.model]),
+        config={**asked.settings, "origin": settings_in(options.model)}, resume=resume,
+    )  # fmt: skip
+
+
+def _reported(asked: Asked, rows: Sequence[Tested]) -> tuple[Report, Path]:
+    """The report of the fused model with the rows, or else one of this run, written; and where."""
+    theirs, own = Path(asked.options.model) / "report", asked.folder / "report"
+    known = not asked.elsewhere and (theirs / "report.json").is_file()
+    report, home = (Report.load(theirs), theirs) if known else (Report(), own)
+    # Rows of an earlier finetuning may stay; what was finetuned otherwise is not compared.
+    report.outcomes = {key: outcome for key, outcome in report.outcomes.items() if key[1] != "finetuned"}
+    for row, outcomes in rows:
+        report.add(row, outcomes)
+    report.config["finetune"] = asked.settings
+    report.save(home)
+    return report, home
+
+
+def _print_share(asked: Asked, row: Row) -> None:
+    """Says how long it took beside the training of a parent, where that is known."""
+    origin = asked.origin
+    parent = settings_in(Path(origin["parents"][0])) if origin.get("parents") else origin
+    whole, epochs = parent.get("trainer", {}).get("max_epochs"), row.epochs
+    if whole and epochs:
+        print(f"finetuning took {epochs:g} epochs, {100 * epochs / whole:.0f} % of a parent's {whole}")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from jsonargparse import Namespace
 from torch import nn
 
 from fusionpl.cli.tasks import NOT_SAID
@@ -13,6 +14,7 @@ from fusionpl.models.folders import model_folder
 from fusionpl.models.pipelines import check_tokenizers
 from fusionpl.models.processors import image_processing
 from fusionpl.models.sentence import check_pooling, sentence_pooling
+from fusionpl.models.tokenizers import load_tokenizer
 from fusionpl.training.data import DATA_MODULES
 from fusionpl.training.tasks import TaskName
 
@@ -39,6 +41,25 @@ def data_module(task: TaskName, config: Any, seed: int, tokenizer: Any, models: 
         check_pooling(poolings)
         config = replace(config, pooling=poolings[models[0]] or "auto")
     return DATA_MODULES[task](config, seed, tokenizer)
+
+
+def data_of(options: Namespace, models: Mapping[str, str]) -> FixedSplits:
+    """The data of models that are measured side by side, with the first one's tokenizer; warns of others that are not
+    the same and cut text alike.
+
+    Args:
+        options: of a command, with `task` and `data`.
+        models: name -> where the model comes from.
+
+    Raises:
+        FusionError: see `data_module`; models read text otherwise.
+    """
+    tokenizers = {name: load_tokenizer(path) for name, path in models.items()}
+    tokenizer = common_tokenizer(tokenizers, 0, renumbered=False)
+    data = data_module(options.task, options.data, 0, tokenizer, list(models.values()))
+    for line in check_tokenizers(tokenizers, renumbered=False, texts=data.texts()):
+        print(f"warning: {line}")
+    return data
 
 
 def follow(data: FixedSplits, model: nn.Module, source: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from jsonargparse import Namespace
 
 from fusionpl.calibration.forward import device_named
-from fusionpl.cli.jobs.data import common_tokenizer, data_module, follow
+from fusionpl.cli.jobs.data import data_of, follow
 from fusionpl.cli.outputs import staged
 from fusionpl.cli.running import quiet
 from fusionpl.datamodules.base import PIXELS
@@ -18,10 +18,8 @@ from fusionpl.evaluation.measuring import measure_models
 from fusionpl.evaluation.report import Report
 from fusionpl.models.hub import named
 from fusionpl.models.load import load_model
-from fusionpl.models.pipelines import check_tokenizers
 from fusionpl.models.pixels import describe_differences, with_pixels
 from fusionpl.models.processors import image_processing
-from fusionpl.models.tokenizers import load_tokenizer
 from fusionpl.options import write_settings
 from fusionpl.training.dashboard import log_models, log_report
 from fusionpl.training.loggers import finish_loggers, make_loggers
@@ -40,12 +38,8 @@ def evaluate(options: Namespace, settings: dict[str, Any]) -> None:
     """
     quiet()
     models = named(options.models)
-    tokenizers = {name: load_tokenizer(path) for name, path in models.items()}
-    data = data_module(options.task, options.data, 0, common_tokenizer(tokenizers, 0, renumbered=False), options.models)
     device = device_named(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-    for line in check_tokenizers(tokenizers, renumbered=False, texts=data.texts()):
-        print(f"warning: {line}")
+    data = data_of(options, models)
 
     def load(path: str) -> torch.nn.Module:
         model = load_model(path, allow_pickle=options.allow_pickle)
@@ -62,9 +56,13 @@ def evaluate(options: Namespace, settings: dict[str, Any]) -> None:
     report = Report(config=settings)
     measure_models(bench_for(report, data, device), {name: partial(load, path) for name, path in models.items()})
     print(report.table())
-    if options.output is None:
-        return
-    output = Path(options.output)
+    if options.output is not None:
+        _write(report, options, Path(options.output))
+
+
+def _write(report: Report, options: Namespace, output: Path) -> None:
+    """Writes the report and its settings to the output folder, and logs it."""
+    settings = report.config
     with staged(output, options.overwrite) as folder:
         write_settings(folder, settings)
         report.save(folder / "report")

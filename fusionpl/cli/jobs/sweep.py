@@ -7,23 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from torch import nn
 
-from fusionpl.cli.jobs.data import common_tokenizer, data_module, follow
+from fusionpl.cli.jobs.data import data_of, follow
 from fusionpl.cli.jobs.fuse import progress_bar
 from fusionpl.cli.outputs import staged
 from fusionpl.cli.running import quiet
+from fusionpl.datamodules.base import FixedSplits
 from fusionpl.evaluation.metrics import evaluate
 from fusionpl.evaluation.report import Report
-from fusionpl.evaluation.rows import Row
-from fusionpl.families.family import read_family
+from fusionpl.evaluation.rows import PARENT, Row
+from fusionpl.families.family import Family, read_family
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.fuse import fuse
 from fusionpl.models.hub import named
 from fusionpl.models.images import with_image_size
 from fusionpl.models.load import load_model
-from fusionpl.models.pipelines import check_tokenizers
 from fusionpl.models.pixels import with_pixels
-from fusionpl.models.tokenizers import load_tokenizer
 from fusionpl.options import write_settings
 from fusionpl.training.dashboard import log_models, log_report
 from fusionpl.training.loggers import finish_loggers, make_loggers
@@ -43,24 +43,11 @@ def sweep(args: Namespace, settings: dict[str, Any], configs: Mapping[str, FuseC
     """
     quiet()
     parents, family = named(args.parents), read_family(args.family)
-    models = [load_model(path, allow_pickle=args.allow_pickle) for path in parents.values()]
-    # Cells may have other anchors, but the data are cut into tokens, and images prepared, once.
-    tokenizers = {name: load_tokenizer(path) for name, path in parents.items()}
-    data = data_module(args.task, args.data, 0, common_tokenizer(tokenizers, 0, renumbered=False), args.parents)
-    for line in check_tokenizers(tokenizers, renumbered=False, texts=data.texts()):
-        print(f"warning: {line}")
-    follow(data, models[0], args.parents[0])
-    models = [
-        with_pixels(with_image_size(model, models[0], family), path, data.processing, family)
-        for model, path in zip(models, args.parents, strict=True)
-    ]
-    for model in models:
-        data.follow(model)
-    data.check_model(models[0])
+    models, data = _opened(args, parents, family)
     test = list(data.test_dataloader())
     report = Report(config=settings)
     for name, model in zip(parents, models, strict=True):
-        report.add(Row(f"parent {name}", **_scores(evaluate(model, test))))
+        report.add(Row(f"{PARENT}{name}", **_scores(evaluate(model, test))))
     # Drawn once: a loader with workers would start them again for each cell.
     calibration = list(data.calibration_dataloader())
     for name, config in progress_bar(configs.items(), f"sweep, {len(configs)} cells"):
@@ -70,6 +57,28 @@ def sweep(args: Namespace, settings: dict[str, Any], configs: Mapping[str, FuseC
         )
         seconds = round(time.monotonic() - started, 2)
         report.add(Row(name, **_scores(evaluate(result.model, test)), seconds=seconds))
+    _write(report, args, output)
+
+
+def _opened(args: Namespace, parents: Mapping[str, str], family: Family | None) -> tuple[list[nn.Module], FixedSplits]:
+    """The parents and the data. Cells may have other anchors, but the data are cut into tokens, and images prepared,
+    once."""
+    models = [load_model(path, allow_pickle=args.allow_pickle) for path in parents.values()]
+    data = data_of(args, parents)
+    follow(data, models[0], args.parents[0])
+    models = [
+        with_pixels(with_image_size(model, models[0], family), path, data.processing, family)
+        for model, path in zip(models, args.parents, strict=True)
+    ]
+    for model in models:
+        data.follow(model)
+    data.check_model(models[0])
+    return models, data
+
+
+def _write(report: Report, args: Namespace, output: Path) -> None:
+    """Writes the report, the table and the settings to the output folder, prints and logs them."""
+    settings = report.config
     with staged(output, args.overwrite) as folder:
         write_settings(folder, settings)
         report.save(folder / "report")

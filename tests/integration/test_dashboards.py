@@ -11,7 +11,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-from fusionpl.cli import evaluate, finetune, fuse
+from fusionpl.cli import evaluate, finetune, fuse, fusing
 from fusionpl.cli.outputs import in_sweep
 from fusionpl.cli.parsing import parse
 from fusionpl.cli.running import main
@@ -107,14 +107,15 @@ def test_lineage_group_and_report_of_a_fusion(tmp_path: Path, runs: list[Run]) -
 def test_a_sweep_names_options_and_values_that_there_are(kind: str) -> None:
     file = CONF / "sweeps" / f"{kind}.yaml"
     sweep = yaml.safe_load(file.read_text())
-    command = {"fuse": fuse, "finetune": finetune}[kind]
+    commands = {"fuse": (fuse.build_parser, fusing.PRESET), "finetune": (finetune.build_parser, finetune.PRESET)}
+    build, preset = commands[kind]
     _, _, program, args, *fixed = sweep["command"]
     assert (program, args, sweep["program"]) == ("${program}", "${args}", f"{kind}.py")
     listed = {key: one.get("values") or [one["min"], one["max"]] for key, one in sweep["parameters"].items()}
     for row in range(max(map(len, listed.values()))):
         chosen = {key: values[min(row, len(values) - 1)] for key, values in listed.items()}
         words = create_sweep_command_args({"args": {key: {"value": value} for key, value in chosen.items()}})["args"]
-        options = parse(command.build_parser(), [*words, *fixed], command.PRESET)
+        options = parse(build(), [*words, *fixed], preset)
         assert {key: options[key] for key in chosen} == chosen
 
 

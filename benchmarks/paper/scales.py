@@ -44,6 +44,8 @@ class Scale:
         text_teams, text_widths: as `teams` and `widths`; heads come in groups, so 1.25 times as wide there is not.
         families: of language models that are compared.
         sentences: finetune on at most this many of SST-2 and TREC; None for all.
+        tasks: what parents of different tasks know.
+        train_limit: training images of all classes together; None for all.
     """
 
     preset: str
@@ -68,6 +70,8 @@ class Scale:
     families: tuple[str, ...] = ("gpt2", "llama")
     text_depths: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     sentences: int | None = None
+    tasks: tuple[str, ...] = ("5 and 5 classes",)
+    train_limit: int | None = None
 
     @property
     def trainer(self) -> dict[str, Any]:
@@ -89,6 +93,7 @@ SCALES = {
         corpus="pydoc",
         families=("bert", "gpt2", "llama", "t5"),
         sentences=2000,
+        tasks=("5 and 5 classes", "four parents", "two domains"),
     ),
     # A small ViT on a sixth of CIFAR-10: a table takes up to an hour on 2 cores, the finetuning curve four.
     "small": Scale(
@@ -99,6 +104,7 @@ SCALES = {
         finetuning=(1, 2, 5, 10, 20),
         short=1,
         sentences=2000,
+        train_limit=8000,
     ),
     # All of CIFAR-10, 75 minutes a parent on a core that multiplies bf16, in several sittings; one pair of each table.
     # Attention written out is faster there: TIMM_FUSED_ATTN=0 in the environment.

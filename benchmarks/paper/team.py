@@ -109,8 +109,8 @@ class Team:
         models = self.models[: len(weights)]
         own = self.subject.data
         more = own.unlabelled_dataloader()
-        data, voting = self._calibrated(), Voting(weights)
-        return teach_parent(index, models, voting, data, config, more=more, augment=own.augmented).model
+        data, votings = self._calibrated(), [Voting(weights)]
+        return teach_parent(index, models, votings, data, config, more=more, augment=own.augmented).model
 
     def _calibrated(self) -> CalibrationSet:
         calibration = load_config(JOINT).calibration
@@ -125,13 +125,13 @@ class Team:
 
     def head_fitted(self) -> nn.Module:
         """The best parent with its head alone fitted to what all predict."""
-        found = fit_head(self.best(), self.models, Voting(self._even), self._calibrated())
+        found = fit_head(self.best(), self.models, [Voting(self._even)], self._calibrated())
         assert found is not None, "this family has no head to fit"
         return found[0]
 
     def side_by_side(self) -> nn.Module:
         """All trunks and one head, fitted likewise: what no trunk of one parent's size is expected to pass."""
-        return HeadFit(self.models, Voting(self._even), self._calibrated()).side_by_side()
+        return HeadFit(self.models, [Voting(self._even)], self._calibrated()).side_by_side()
 
     @property
     def _even(self) -> list[float]:

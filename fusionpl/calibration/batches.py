@@ -57,12 +57,10 @@ def by_owner(data: Iterable[Any], parents: int) -> Iterable[Any] | OfEachParent:
     A batch is a tensor, a mapping, a tuple, or a list such as [inputs, labels], whose parts are not alike; a list of
     batches is one set.
 
-    >>> by_owner([[torch.zeros(2, 3)], [torch.ones(4, 3)]], parents=2)
+    >>> import torch
+    >>> by_owner([[torch.zeros(2, 3)], [torch.ones(1, 3)]], parents=2)
     OfEachParent(sets=([tensor([[0., 0., 0.],
-            [0., 0., 0.]])], [tensor([[1., 1., 1.],
-            [1., 1., 1.],
-            [1., 1., 1.],
-            [1., 1., 1.]])]))
+            [0., 0., 0.]])], [tensor([[1., 1., 1.]])]))
     >>> by_owner([torch.zeros(1), torch.ones(1)], parents=2)  # two batches
     [tensor([0.]), tensor([1.])]
 

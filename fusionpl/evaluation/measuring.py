@@ -18,6 +18,7 @@ from fusionpl.fusion.config import mixing_weights
 from fusionpl.fusion.heads import fit_head
 from fusionpl.fusion.result import FusionResult
 from fusionpl.fusion.voting import Voting
+from fusionpl.models.labels import kind_of
 
 UNMEASURED = "nothing was measured: the data are so few that all of them were used for calibration"
 Alternative = Callable[[int, Sequence[nn.Module]], Made]
@@ -130,10 +131,10 @@ def _measure_stretched(bench: Bench, result: FusionResult, names: Sequence[str])
 def _head_fitted(data: FixedSplits, parents: Sequence[nn.Module], best: int, result: FusionResult) -> Made | None:
     """The best parent, its head alone fitted to what all predict on the calibration data; None where it has none."""
     started, options = time.monotonic(), result.config.calibration
-    voting = Voting(mixing_weights(result.config.weights, len(parents)))
+    votings = [Voting(mixing_weights(result.config.weights, len(parents)), kind_of(parents[0]))]
     loader = data.calibration_dataloader(options.batch_size)
     calibration = CalibrationSet(loader, options, Kept(budget(options.memory)), whole=True)
-    fitted = fit_head(parents[best], parents, voting, calibration, family=result.binding.family)
+    fitted = fit_head(parents[best], parents, votings, calibration, family=result.binding.family)
     return (fitted[0], Cost("unlabelled data", time.monotonic() - started)) if fitted else None
 
 

@@ -81,7 +81,7 @@ class Advice:
 def advise(
     models: Sequence[nn.Module],
     names: Sequence[str],
-    voting: Voting,
+    votings: Sequence[Voting],
     data: CalibrationSet,
     *,
     base: bool = False,
@@ -92,13 +92,13 @@ def advise(
     Args:
         models: the parents, with one numbering of classes or tokens.
         names: what messages call them.
-        voting, data, family: see `HeadFit`.
+        votings, data, family: see `HeadFit`.
         base: whether they share one, see `kinship`.
 
     Raises:
         FusionError: these models have no head to fit.
     """
-    index, _, fit = best_head(models, voting, data, family=family)
+    index, _, fit = best_head(models, votings, data, family=family)
     share = None
     if kind_of(models[0]) == CLASSES and "classes" in bind(models[0], family).axes:
         with eval_mode(*models):

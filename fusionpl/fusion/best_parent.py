@@ -22,7 +22,7 @@ def keep_best_parent(walk: Walk, plan: Plan, survey: Survey) -> FusionResult:
     """
     team = walk.team
     index, model, fit = best_head(
-        [network.whole() for network in team.networks], survey.voting(plan.weights), walk.data,
+        [network.whole() for network in team.networks], survey.votings(plan.weights), walk.data,
         family=team.binding.family,
     )  # fmt: skip
     binding, device = bind(model, team.binding.family), team.networks[index].device

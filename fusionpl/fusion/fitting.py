@@ -14,7 +14,6 @@ from fusionpl.families.axes import Binding
 from fusionpl.fusion.groups import LinearGroup
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.voting import Voting
-from fusionpl.models.labels import Kind, kind_of
 
 # Every fifth sample chooses the regularisation.
 HOLD_OUT = 5
@@ -55,15 +54,17 @@ class Fit:
     Attributes:
         cursor: the fused network, which stands before the section that is fitted.
         data: the calibration set, with the parents' targets of the section.
-        voting: how much each parent's predictions count.
+        votings: who says what the network is to predict.
         apart: whether the parents know other classes.
+        elsewhere: whether a parent's stream is wanted on data of another too; else see `CalibrationSet.share`.
         trial: whether nothing is fitted to the samples that are held out, so that a fusion can be judged by them.
     """
 
     cursor: Cursor
     data: CalibrationSet
-    voting: Voting
+    votings: Sequence[Voting]
     apart: bool = False
+    elsewhere: bool = True
     trial: bool = False
 
     @property
@@ -76,10 +77,9 @@ class Fit:
         """The fused network's, which says how to compute."""
         return self.cursor.network.module
 
-    @property
-    def kind(self) -> Kind:
-        """What the network puts out."""
-        return kind_of(self.module)
+    def share(self, batch: int, parent: int) -> float:
+        """How much of a parent's stream is wanted on a batch."""
+        return 1.0 if self.elsewhere else self.data.share(batch, parent)
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ class Fusion:
         observes = config.refine.asked or config.strategy == "head" or self.plan.observes
         data = CalibrationSet(samples, config.calibration, kept) if observes else None
         fusion = self if data is None else self.matched(data)
-        walk, survey = Walk(fusion.team, data), Survey([{} for _ in fusion.team.networks])
+        walk, survey = Walk(fusion.team, data), Survey(fusion.team.kind, [{} for _ in fusion.team.networks])
         if data is not None:
             check_forms(fusion.team.networks, config, data)
             survey = survey_streams(walk, self.plan, kept, progress)
@@ -210,7 +210,7 @@ class Fusion:
         if config.refine.asked:
             taught = refine(
                 result.model, result.binding, result.parents, walk.data, result.config,
-                survey.voting(self.plan.weights), more=more, augment=augment, seed=seed, apart=survey.apart,
+                survey.votings(self.plan.weights), more=more, augment=augment, seed=seed, apart=survey.apart,
                 progress=progress,
             )  # fmt: skip
             result = replace(result, teaching=taught, refitted=result.model, notes=[*result.notes, taught.summary])
@@ -250,7 +250,7 @@ def choose_units(walk: Walk, plan: Plan, survey: Survey, progress: Progress = no
         kept = Kept(walk.data.kept.limit)
         _, fused = fuse_sections(few, candidate, survey, InMemory(candidate.target, kept), kept, progress, trial=True)
         assert fused is not None  # one stream is refitted
-        distances.append(units.distances_of(few, fused, survey.voting(candidate.weights)))
+        distances.append(units.distances_of(few, fused, *survey.votings(candidate.weights)))
     clear, line = units.nearer(*distances)
     return plans[0 if clear else 1], [line]
 
@@ -305,8 +305,10 @@ def fuse_sections(
     )
     fit = None
     if plan.fits:
-        voting = survey.voting(plan.weights)
-        fit = Fit(Cursor(fused, walk.data, "fused"), walk.data, voting, survey.apart, trial)
+        fit = Fit(
+            Cursor(fused, walk.data, "fused"), walk.data, survey.votings(plan.weights), survey.apart,
+            elsewhere=plan.config.strategy != "joint", trial=trial,
+        )  # fmt: skip
     wanted = [wanted_in(section, plan) for section in plan.sections]
     others = any(each.keys or each.targets for each in wanted)
     last = max((at for at, section in enumerate(plan.sections) if section.observes), default=-1)

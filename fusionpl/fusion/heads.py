@@ -18,11 +18,16 @@ from fusionpl.fusion.target import untie
 from fusionpl.fusion.voting import Voting
 from fusionpl.models.classes import whole_heads
 from fusionpl.models.labels import NUMBERS, TAGS, kind_of
-from fusionpl.transport.softmax import LARGEST, Fitted, Link, fit_softmax, log_mean, spread
+from fusionpl.transport.softmax import LARGEST, Fitted, fit_softmax, log_mean, spread
 
 
 def fit_head(
-    model: nn.Module, models: Sequence[nn.Module], voting: Voting, data: CalibrationSet, *, family: Family | None = None
+    model: nn.Module,
+    models: Sequence[nn.Module],
+    votings: Sequence[Voting],
+    data: CalibrationSet,
+    *,
+    family: Family | None = None,
 ) -> tuple[nn.Module, Fitted] | None:
     """A copy of a model whose last linear map is fitted to what all models predict together, without labels.
 
@@ -30,20 +35,20 @@ def fit_head(
 
     Args:
         model: one of the models.
-        models, voting, data, family: see `HeadFit`.
+        models, votings, data, family: see `HeadFit`.
 
     Returns:
         The model, where it was, and what the fit found; None where no linear map puts predictions out last.
     """
     if not can_fit_heads(models, family):
         return None
-    heads = HeadFit(models, voting, data, family)
+    heads = HeadFit(models, votings, data, family)
     return heads.fitted(next(index for index, one in enumerate(models) if one is model))
 
 
 def best_head(
     models: Sequence[nn.Module],
-    voting: Voting,
+    votings: Sequence[Voting],
     data: CalibrationSet,
     *,
     family: Family | None = None,
@@ -52,7 +57,7 @@ def best_head(
     """Of models whose heads are fitted, the one that predicts held-out samples most as all do together.
 
     Args:
-        models, voting, data, family: see `HeadFit`.
+        models, votings, data, family: see `HeadFit`.
         among: the indices of those that may be it; None for all.
 
     Returns:
@@ -66,7 +71,7 @@ def best_head(
             "these models have no linear map of their own that puts out classes or tokens last, so there is no head to "
             "fit; fuse them as they are"
         )
-    heads = HeadFit(models, voting, data, family)
+    heads = HeadFit(models, votings, data, family)
     fits = {index: heads.fitted(index) for index in among or range(len(models))}
     index = min(fits, key=lambda at: fits[at][1].after)
     return index, *fits[index]
@@ -96,16 +101,15 @@ class HeadFit:
 
     Args:
         models: of which `can_fit_heads` is true.
-        voting: how much each one's predictions count.
+        votings: who says what they are to predict.
         data: calibration batches; under torch.distributed this rank's.
         family: the models', where the library does not say.
     """
 
     def __init__(
-        self, models: Sequence[nn.Module], voting: Voting, data: CalibrationSet, family: Family | None = None
+        self, models: Sequence[nn.Module], votings: Sequence[Voting], data: CalibrationSet, family: Family | None = None
     ) -> None:
-        self._models, self._voting, self._data, self._family = models, voting, data, family
-        self._link: Link = "sigmoid" if kind_of(models[0]) == TAGS else "softmax"
+        self._models, self._votings, self._data, self._family = models, votings, data, family
         self._names = [str(head_of(model, family)) for model in models]
         self._heads = [
             cast(nn.Linear, model.get_submodule(name)) for model, name in zip(models, self._names, strict=True)
@@ -149,20 +153,32 @@ class HeadFit:
         return SideBySide(self._models, self._heads, fit.matrix)
 
     def _fit(self, trunks: Sequence[int], prior: Tensor) -> Fitted:
+        fits = [self._voted(trunks, voting, prior[:, voting.columns]) for voting in self._votings]
+        if len(fits) == 1:
+            return fits[0]
+        matrix = prior.clone()
+        for voting, fit in zip(self._votings, fits, strict=True):
+            matrix[:, voting.columns] = fit.matrix
+        before, after = (sum(getattr(fit, name) for fit in fits) / len(fits) for name in ("before", "after"))
+        return Fitted(matrix, max(fit.penalty for fit in fits), before, after)
+
+    def _voted(self, trunks: Sequence[int], voting: Voting, prior: Tensor) -> Fitted:
         return fit_softmax(
-            lambda: self._rows(trunks, 0), lambda: self._rows(trunks, 1), prior, link=self._link,
+            lambda: self._rows(trunks, voting, 0), lambda: self._rows(trunks, voting, 1), prior, link=voting.link,
             reduce=self._data.sum_over_ranks,
         )  # fmt: skip
 
-    def _rows(self, trunks: Sequence[int], part: int) -> Iterator[tuple[Tensor, Tensor, float]]:
+    def _rows(self, trunks: Sequence[int], voting: Voting, part: int) -> Iterator[tuple[Tensor, Tensor, float]]:
         for batch in self._data:
+            if (weights := voting.on(self._data.owners[batch])) is None:
+                continue
             read_by, counts = self._read[batch]
             x = read_by[trunks[0]]
             here = held_out(self._data.firsts[batch], len(x)).view(-1, *[1] * (x.ndim - 2)) == bool(part)
             at = (counts & here).flatten().nonzero()[:: self._step, 0].to(x.device)
             rows = [inputs.flatten(0, -2)[at] for inputs in read_by]
-            given = [head(own) for head, own in zip(self._heads, rows, strict=True)]
-            wanted = log_mean(given, self._voting.on(self._data.owners[batch]), self._link).exp()
+            given = [head(own)[:, voting.columns] for head, own in zip(self._heads, rows, strict=True)]
+            wanted = log_mean(given, weights, voting.link).exp()
             yield torch.cat([rows[index] for index in trunks], dim=-1), wanted, self._data.weight(batch)
 
 

@@ -1,23 +1,23 @@
-"""What puts out predictions, fitted to the mean of the parents' probabilities."""
+"""What puts out predictions, fitted to those of the parents."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from fusionpl.calibration.cursor import sum_over_ranks
 from fusionpl.families.family import attribute
 from fusionpl.fusion.fitting import Fit, Section, decoder_of, rows_of, shown
 from fusionpl.fusion.groups import LinearGroup
-from fusionpl.models.labels import TAGS
+from fusionpl.fusion.voting import Voting, Weights
+from fusionpl.models.labels import NUMBERS
 from fusionpl.transport.least_squares import NormalEquations, fit_ridge
-from fusionpl.transport.softmax import LARGEST, Link, fit_softmax, log_mean, spread
+from fusionpl.transport.softmax import LARGEST, fit_softmax, log_mean, spread
 
 
 def fit_predictions(fit: Fit, section: Section, group: LinearGroup, start: Tensor) -> Tensor:
-    """Fits what puts out predictions to the mean of the parents' probabilities, or on the data of one of them to its
-    own: see `fit_softmax`.
+    """Fits what puts out predictions to those of the parents, on the data of one of them to its own.
 
+    Classes and tags are fitted to the mean of probabilities by `fit_softmax`, numbers to their mean by least squares.
     Of parents that know other classes, who are sure of a wrong one where they know none, the mean is half and half:
     which of them is surer then decides, and that is in the log of the mean, which least squares fit. Where the data say
     whose they are, nothing is half and half.
@@ -26,28 +26,44 @@ def fit_predictions(fit: Fit, section: Section, group: LinearGroup, start: Tenso
         fit, section, group: see `fit_group`.
         start: where the fit starts, [n + 1, m].
     """
+    matrix = start.clone()
+    for voting in fit.votings:
+        if voting.kind == NUMBERS and not fit.data.owned and voting.head is None:
+            continue  # the start is that
+        matrix[:, voting.columns] = _fitted(fit, section, group, voting, start[:, voting.columns])
+    return matrix
+
+
+def _fitted(fit: Fit, section: Section, group: LinearGroup, voting: Voting, start: Tensor) -> Tensor:
     decoders = {index: decoder_of(section, group, index) for index in range(len(section.parents)) if group.narrow}
-    link: Link = "sigmoid" if fit.kind == TAGS else "softmax"
     count = sum(fit.data.predicting[batch][..., 0].numel() for batch in fit.data)
     step = spread(count, start.numel())
 
-    def logs(part: int) -> Iterator[tuple[Tensor, Tensor, float]]:
+    def means(part: int) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """What goes in, and the logs of mean probabilities, or the means of numbers."""
         for batch in fit.data:
-            x, weights = fit.data.predicting[batch], fit.voting.on(fit.data.owners[batch])
+            if (weights := voting.on(fit.data.owners[batch])) is None:
+                continue
+            x = fit.data.predicting[batch]
             at = rows_of(fit, group, x, batch)[part][::step]
             given = []
             for index in range(len(section.parents)):
                 own = shown(fit, section, group, index, batch).flatten(0, -2)[at].float()
-                given.append(_outputs(own, decoders[index]) if group.narrow else own)
-            yield x.flatten(0, -2)[at], log_mean(given, weights, link), fit.data.weight(batch)
+                given.append((_outputs(own, decoders[index]) if group.narrow else own)[:, voting.columns])
+            numbers = voting.kind == NUMBERS
+            mean = _mean(given, weights) if numbers else log_mean(given, weights, voting.link)
+            yield x.flatten(0, -2)[at], mean, fit.data.weight(batch)
 
     def rows(part: int) -> Iterator[tuple[Tensor, Tensor, float]]:
-        return ((x, log.exp(), weight) for x, log, weight in logs(part))
+        return ((x, log.exp(), weight) for x, log, weight in means(part))
 
+    if voting.kind == NUMBERS:
+        return _fit_squares(fit, means, start)
     if fit.apart and not fit.data.owned:
-        return _fit_logs(fit, logs, start)
+        # Less their means over the classes, which change no prediction.
+        return _fit_squares(fit, lambda part: _centred(means(part)), start - start.mean(1, keepdim=True))
     return fit_softmax(
-        lambda: rows(0), lambda: rows(1), start, link=link, both=not fit.trial,
+        lambda: rows(0), lambda: rows(1), start, link=voting.link, both=not fit.trial,
         reduce=fit.data.sum_over_ranks,
     ).matrix  # fmt: skip
 
@@ -62,15 +78,25 @@ def beyond_a_fit(fit: Fit, section: Section, group: LinearGroup) -> bool:
     return bool(capped) or lacking or entries > LARGEST
 
 
-def _fit_logs(fit: Fit, logs: Callable[[int], Iterator[tuple[Tensor, Tensor, float]]], start: Tensor) -> Tensor:
-    """Least squares of log-probabilities, less their means over the classes, which change no prediction."""
+def _fit_squares(fit: Fit, rows: Callable[[int], Iterable[tuple[Tensor, Tensor, float]]], start: Tensor) -> Tensor:
     parts = [NormalEquations.zeros(len(start) - 1, start.shape[1], device=start.device) for _ in range(2)]
     for part, equations in enumerate(parts):
-        for x, log, weight in logs(part):
-            equations.update(x, log - log.mean(-1, keepdim=True), weight=weight)
-    sum_over_ranks([tensor for part in parts for tensor in part.tensors()])
+        for x, y, weight in rows(part):
+            equations.update(x, y, weight=weight)
+    fit.data.sum_over_ranks([tensor for part in parts for tensor in part.tensors()])
     fitted, choosing = parts
-    return fit_ridge(fitted, choosing, start - start.mean(1, keepdim=True), both=not fit.trial)[0]
+    return fit_ridge(fitted, choosing, start, both=not fit.trial)[0]
+
+
+def _centred(rows: Iterable[tuple[Tensor, Tensor, float]]) -> Iterator[tuple[Tensor, Tensor, float]]:
+    return ((x, y - y.mean(-1, keepdim=True), weight) for x, y, weight in rows)
+
+
+def _mean(given: Sequence[Tensor], weights: Weights) -> Tensor:
+    total = torch.zeros_like(given[0])
+    for own, weight in zip(given, weights, strict=True):
+        total += own * weight
+    return total
 
 
 def _outputs(x: Tensor, matrix: Tensor) -> Tensor:

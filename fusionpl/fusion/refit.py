@@ -29,7 +29,6 @@ from fusionpl.fusion.groups import LinearGroup
 from fusionpl.fusion.parents import AlignedParent
 from fusionpl.fusion.predictions import beyond_a_fit, fit_predictions
 from fusionpl.models.classes import partial_heads
-from fusionpl.models.labels import NUMBERS
 from fusionpl.transport.least_squares import NormalEquations, fit_ridge
 
 Penalties = Mapping[tuple[str, ...], float]  # of the same group in the block before
@@ -77,8 +76,7 @@ def fit_group(fit: Fit, section: Section, group: LinearGroup, penalty: float | N
         parts = normal_equations(fit, section, group, prior)
         solution, penalty = fit_ridge(*parts, prior, penalty, both=not fit.trial)
     if group.predicts:
-        if fit.kind != NUMBERS:
-            solution = fit_predictions(fit, section, group, solution)
+        solution = fit_predictions(fit, section, group, solution)
         fit.data.predicting.clear()
     state = dict(section.state)
     for each, matrix in zip(maps, solution.split([each.matrix.shape[1] for each in maps], dim=1), strict=True):
@@ -110,10 +108,10 @@ def normal_equations(
             targets = [shown(fit, section, group, index, batch) for index in parents]
         else:
             targets = [_lacking(fit, passed, group, x)]
-            votes = fit.voting.on(fit.data.owners[batch])
             for index, parent in parents.items():
                 own = _moved(parent, group, shown(fit, section, group, index, batch))
-                targets[0] = targets[0] + (votes[index] if group.predicts else parent.weight) * own
+                share = parent.weight * (fit.share(batch, index) if group.skips else 1.0)
+                targets[0] = targets[0] + share * own
         if group.predicts:
             fit.data.predicting[batch] = fit.data.as_kept(x)
         for part, rows in zip(sums, rows_of(fit, group, x, batch), strict=True):
@@ -151,7 +149,8 @@ def fit_norm(fit: Fit, section: Section, group: LinearGroup) -> State:
         out = passage(fit, section, group, batch).seen[Place(module, "output")]
         target = torch.zeros_like(out)
         for index, parent in enumerate(section.parents):
-            target = target + parent.weight * _moved(parent, group, shown(fit, section, group, index, batch))
+            share = parent.weight * fit.share(batch, index)
+            target = target + share * _moved(parent, group, shown(fit, section, group, index, batch))
         fitted, choosing = rows_of(fit, group, out, batch)
         rows = fitted if fit.trial else torch.cat([fitted, choosing])
         out, target = (tensor.flatten(0, -2)[rows].double() for tensor in (out, target))

@@ -19,7 +19,7 @@ from fusionpl.fusion.plan import Plan
 from fusionpl.fusion.voting import Voting
 from fusionpl.fusion.walk import Walk
 from fusionpl.models.classes import missing_classes
-from fusionpl.models.labels import TAGS
+from fusionpl.models.labels import TAGS, Kind
 
 # Classifiers that saw other classes had 99 % and more, those of 80 % of half the classes at most 68 %.
 APART = 0.9
@@ -32,6 +32,7 @@ class Survey:
     """What a walk through the parents alone has shown.
 
     Attributes:
+        kind: what parents put out.
         moments: for each parent, key -> its moments with the anchor, which are read when they are asked for.
         streams: first axis of a stream -> the products of its units with those of all parents', side by side, added up
             over its joins, those of each join with unit energy.
@@ -42,6 +43,7 @@ class Survey:
         outputs: for each parent, which tags it has an output for, bool [tags]; None where it has not been asked.
     """
 
+    kind: Kind
     moments: Sequence[Mapping[Key, Moments]]
     streams: Mapping[str, Tensor] = field(default_factory=dict)
     share: float | None = None
@@ -62,19 +64,19 @@ class Survey:
             else []
         )
 
-    def voting(self, weights: Sequence[float]) -> Voting:
-        """How much each parent's predictions count; a tag is mostly of those that know it.
+    def votings(self, weights: Sequence[float]) -> list[Voting]:
+        """Who says what the fused model is to predict; a tag is mostly of those that know it.
 
         Args:
             weights: one a parent, summing to 1.
         """
         if self.knowledge is None:
-            return Voting(weights)
+            return [Voting(weights, self.kind)]
         own = torch.tensor(weights, dtype=torch.float64)[:, None]
         weighted = own * self.knowledge
         known = weighted.sum(0) > 0
         shares = torch.where(known, weighted, own.expand_as(weighted)) / torch.where(known, weighted.sum(0), 1)
-        return Voting(list(shares), self.outputs)
+        return [Voting(list(shares), self.kind, self.outputs)]
 
 
 def survey_streams(walk: Walk, plan: Plan, kept: Kept, progress: Progress = no_progress) -> Survey:
@@ -106,11 +108,11 @@ def survey_streams(walk: Walk, plan: Plan, kept: Kept, progress: Progress = no_p
     share = specialisation(walk) if joint and walk.team.classifies else None
     fits = plan.config.strategy == "head" or plan.config.refit.method != "none" or plan.config.refine.asked
     if walk.team.kind != TAGS or not fits:
-        return Survey(moments, streams, share)
+        return Survey(walk.team.kind, moments, streams, share)
     known = knowledge(walk)
     missing = [missing_classes(network.original.module) for network in walk.team.networks]
     outputs = [torch.ones(known.shape[1], dtype=torch.bool) if own is None else ~own for own in missing]
-    return Survey(moments, streams, share, known, outputs)
+    return Survey(walk.team.kind, moments, streams, share, known, outputs)
 
 
 def _add(moments: Sequence["_Kept"], streams: dict[str, Tensor], plan: Plan, shown: Statistics) -> None:

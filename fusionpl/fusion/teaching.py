@@ -12,12 +12,13 @@ from fusionpl.calibration.cursor import sum_over_ranks
 from fusionpl.calibration.forward import device_of, eval_mode, logits
 from fusionpl.fusion.unlabelled import Inputs, Unlabelled
 from fusionpl.fusion.voting import Voting
-from fusionpl.models.labels import CLASSES, NUMBERS, TAGS, Kind, kind_of
+from fusionpl.models.labels import CLASSES, NUMBERS, TAGS, Kind
 from fusionpl.schedule import warmup_cosine
 
 WARMUP = 0.1
 HELD_OUT_SEED = 0  # of what a data set draws for each batch, as masks
 Augment = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+Means = Sequence[tuple[Voting, Tensor]]
 
 
 class Teaching:
@@ -28,7 +29,7 @@ class Teaching:
 
     Args:
         teachers: models with the same outputs.
-        voting: how much each teacher's predictions count.
+        votings: who says what a model is to predict.
         mask: the model input that says which of [B, T] count, where there is one.
         samples: to teach on, and those that are held out.
         size: samples a step and process.
@@ -45,23 +46,23 @@ class Teaching:
     def __init__(
         self,
         teachers: Sequence[nn.Module],
-        voting: Voting,
+        votings: Sequence[Voting],
         mask: str,
         samples: Unlabelled,
         size: int,
         augment: Augment | None,
         seed: int,
     ) -> None:
-        self._teachers, self._voting, self._mask = teachers, voting, mask
+        self._teachers, self._votings, self._mask = teachers, votings, mask
         self._samples, self._size, self._augment, self._seed = samples, size, augment, seed
-        self._means: dict[int, Tensor] = {}  # of held-out batches, where they are few numbers
+        self._means: dict[int, Means] = {}  # of held-out batches, where they are few numbers
         self.seconds, self.steps = 0.0, 0
-        self.device, self._kind = device_of(teachers[0]), kind_of(teachers[0])
+        self.device = device_of(teachers[0])
 
     def run(
         self, model: nn.Module, lr: float, shares: Iterable[float], look: Callable[[float], None] = lambda share: None
     ) -> bool:
-        """Draws a model to the mean of the teachers: see `loss_to_mean`.
+        """Draws a model to the mean of the teachers: see `refinement`.
 
         Args:
             model: changed in place, where it is; in eval mode afterwards.
@@ -103,10 +104,11 @@ class Teaching:
             torch.manual_seed(HELD_OUT_SEED)
             for index, (owner, batch) in enumerate(self._samples.held(self._size)):
                 batch = self._here(batch)
-                mean = self._held_mean(index, owner, batch)
-                output, mean = _counted(logits(model, batch), mean, batch.get(self._mask))
-                distance = _loss(output, mean, self._kind) - _least(mean, self._kind)
-                total += torch.stack([distance.double() * len(output), total.new_full((), len(output))])
+                outputs = logits(model, batch)
+                for voting, mean in self._held_means(index, owner, batch):
+                    output, mean = _counted(outputs[..., voting.columns], mean, batch.get(self._mask))
+                    distance = loss_to(mean, output, voting.kind) - _least(mean, voting.kind)
+                    total += torch.stack([distance.double() * len(output), total.new_full((), len(output))])
         sum_over_ranks([total])
         self.seconds = time.monotonic() - started
         return float(total[0] / total[1])
@@ -114,48 +116,38 @@ class Teaching:
     def _loss(self, model: nn.Module, owner: int | None, batch: Inputs) -> Tensor:
         batch = self._here(batch)
         batch = dict(self._augment(batch)) if self._augment is not None else batch
-        given, weights = self._given(owner, batch)
-        return loss_to_mean(logits(model, batch), given, weights, batch.get(self._mask), self._kind)
+        outputs, losses = logits(model, batch), []
+        for voting, mean in self._means_of(owner, batch):
+            output, mean = _counted(outputs[..., voting.columns], mean, batch.get(self._mask))
+            losses.append(loss_to(mean, output, voting.kind))
+        return torch.stack(losses).sum()
 
     def _here(self, batch: Inputs) -> Inputs:
         return {key: value.to(self.device) for key, value in batch.items()}
 
     @torch.no_grad()
-    def _given(self, owner: int | None, batch: Inputs) -> tuple[list[Tensor], list[float | Tensor]]:
-        """What the teachers whose predictions count say, and how much they do."""
-        votes = self._voting.on(owner)
-        asked = [index for index, vote in enumerate(votes) if isinstance(vote, Tensor) or vote > 0]
-        return [logits(self._teachers[index], batch) for index in asked], [votes[index] for index in asked]
+    def _means_of(self, owner: int | None, batch: Inputs) -> Means:
+        """What the teachers say together of the outputs that they are asked about; who is not counted does not run."""
+        given: dict[int, Tensor] = {}
+        means = []
+        for voting in self._votings:
+            votes = voting.on(owner) or ()
+            asked = [index for index, vote in enumerate(votes) if isinstance(vote, Tensor) or vote > 0]
+            for index in asked:
+                if index not in given:
+                    given[index] = logits(self._teachers[index], batch)
+            if asked:
+                outputs = [given[index][..., voting.columns] for index in asked]
+                means.append((voting, mean_of(outputs, [votes[index] for index in asked], voting.kind)))
+        return means
 
-    def _held_mean(self, index: int, owner: int | None, batch: Inputs) -> Tensor:
+    def _held_means(self, index: int, owner: int | None, batch: Inputs) -> Means:
         if index in self._means:
             return self._means[index]
-        mean = mean_of(*self._given(owner, batch), self._kind)
-        if mean.ndim == 2:  # a distribution for every token would be too much to keep
-            self._means[index] = mean
-        return mean
-
-
-def loss_to_mean(
-    output: Tensor,
-    given: Sequence[Tensor],
-    weights: Sequence[float | Tensor],
-    mask: Tensor | None = None,
-    kind: Kind = CLASSES,
-) -> Tensor:
-    """The cross-entropy of a model to the weighted mean of other models' probabilities.
-
-    Where models put out numbers, or one of them, the squared error to the mean of these; of tags the mean
-    cross-entropy of each by itself.
-
-    Args:
-        output: logits of the model, [B, classes] or [B, T, tokens].
-        given: those of the other models, without their graph.
-        weights: one a model, summing to 1; or one for each of its tags.
-        mask: what counts of [B, T]; None for all.
-        kind: what the outputs mean.
-    """
-    return _loss(*_counted(output, mean_of(given, weights, kind), mask), kind)
+        means = self._means_of(owner, batch)
+        if all(mean.ndim == 2 for _, mean in means):  # a distribution for every token would be too much to keep
+            self._means[index] = means
+        return means
 
 
 def mean_of(given: Sequence[Tensor], weights: Sequence[float | Tensor], kind: Kind = CLASSES) -> Tensor:
@@ -169,6 +161,20 @@ def mean_of(given: Sequence[Tensor], weights: Sequence[float | Tensor], kind: Ki
     return mean
 
 
+def loss_to(mean: Tensor, output: Tensor, kind: Kind = CLASSES) -> Tensor:
+    """The cross-entropy of a model to mean probabilities; of tags the mean of each one's own; of numbers the mean
+    squared error.
+
+    Args:
+        mean: [N, classes], see `mean_of`.
+        output: logits of the model, [N, classes].
+        kind: what the outputs mean.
+    """
+    if kind == TAGS:
+        return functional.binary_cross_entropy_with_logits(output, mean)
+    return functional.mse_loss(output, mean) if _numbers(output, kind) else functional.cross_entropy(output, mean)
+
+
 def _numbers(output: Tensor, kind: Kind) -> bool:
     return kind == NUMBERS or (kind == CLASSES and output.shape[-1] == 1)
 
@@ -178,12 +184,6 @@ def _counted(output: Tensor, mean: Tensor, mask: Tensor | None) -> tuple[Tensor,
     if mask is not None and output.ndim == 3:
         return output[mask.to(output.device).bool()], mean[mask.to(mean.device).bool()]
     return output.flatten(0, -2), mean.flatten(0, -2)
-
-
-def _loss(output: Tensor, mean: Tensor, kind: Kind) -> Tensor:
-    if kind == TAGS:
-        return functional.binary_cross_entropy_with_logits(output, mean)
-    return functional.mse_loss(output, mean) if _numbers(output, kind) else functional.cross_entropy(output, mean)
 
 
 def _least(mean: Tensor, kind: Kind) -> Tensor:

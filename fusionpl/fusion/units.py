@@ -79,13 +79,14 @@ def distances_of(walk: Walk, fused: Cursor, voting: Voting) -> Tensor:
     Args:
         walk: the parents before the tail.
         fused: the fused network there.
-        voting: how much each parent's predictions count.
+        voting: who says what it is to predict.
     """
     kind, device = walk.team.kind, walk.team.reference.device
     distances, state = [torch.zeros(0, dtype=torch.float64)], fused.network.states(TAIL)
     with walk.at_work():
         for batch, shown in predictions(walk):
             weights = voting.on(walk.data.owners[batch])
+            assert weights is not None  # parents of several heads take no trial
             shares = [weight[:, None].to(device) if isinstance(weight, Tensor) else weight for weight in weights]
             mean = torch.stack([share * own for share, own in zip(shares, shown, strict=True)]).sum(0)
             predicted = log_probabilities(fused.logits(state, batch), kind)

@@ -1,40 +1,62 @@
-"""How much what each parent predicts for a sample counts."""
+"""Who says what a model is to predict for a sample, and how much each parent's word counts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from fusionpl.models.labels import CLASSES, TAGS, Kind
+from fusionpl.transport.softmax import Link
 
 Weights = Sequence[float | Tensor]
 
 
 @dataclass(frozen=True)
 class Voting:
-    """Parents that vote: on a sample of one of their data sets its owner alone, on others all by their weights.
+    """Parents that vote on outputs: on a sample of one of their data sets its owner alone, on others all by their
+    weights.
 
     Attributes:
         weights: one a parent, or for each of its tags [tags], summing to 1.
+        kind: what the outputs mean.
         knows: for each parent, which of all tags it has an output for, bool [tags]; None where all have all. Of a tag
             that the owner of a sample does not know, the others say whether it holds.
+        columns: the outputs that it is about, where a model has several heads side by side.
+        head: the parent whose head these are: it alone says what they are, and is not asked on data of another.
     """
 
     weights: Weights
+    kind: Kind = CLASSES
     knows: Sequence[Tensor] | None = None
+    columns: slice = field(default_factory=lambda: slice(None))
+    head: int | None = None
 
-    def on(self, owner: int | None) -> Weights:
-        """The parents' weights on samples of a data set.
+    @property
+    def link(self) -> Link:
+        """What makes probabilities of the outputs."""
+        return "sigmoid" if self.kind == TAGS else "softmax"
+
+    def on(self, owner: int | None) -> Weights | None:
+        """The parents' weights on samples of a data set; None where nobody is asked.
 
         Args:
             owner: the index of the parent whose data they are; None where nobody said.
+
+        >>> Voting([0.3, 0.7]).on(None), Voting([0.3, 0.7]).on(1)
+        ([0.3, 0.7], [0.0, 1.0])
         """
+        if self.head is not None:
+            return self._alone(self.head) if owner in (None, self.head) else None
         if owner is None:
             return self.weights
-        alone = [float(index == owner) for index in range(len(self.weights))]
         if self.knows is None:
-            return alone
+            return self._alone(owner)
         own = self.knows[owner]
         return [
             torch.where(own, torch.full_like(own, vote, dtype=torch.float64), torch.as_tensor(weight).double())
-            for vote, weight in zip(alone, self.weights, strict=True)
+            for vote, weight in zip(self._alone(owner), self.weights, strict=True)
         ]
+
+    def _alone(self, parent: int) -> list[float]:
+        return [float(index == parent) for index in range(len(self.weights))]

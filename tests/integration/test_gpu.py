@@ -19,6 +19,7 @@ from fusionpl.datamodules.config import DataConfig
 from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.fusion.config import RefineConfig
 from fusionpl.fusion.methods.refinement import teach_parent
+from fusionpl.fusion.voting import Voting
 from fusionpl.models.build import build_model
 from fusionpl.models.config import ModelConfig
 from fusionpl.presets import CONF
@@ -115,7 +116,7 @@ def test_what_else_could_be_done_comes_back_where_the_parents_are() -> None:
     assert (cost.steps or 0) >= 1
     calibration = CalibrationSet(data.calibration_dataloader(), CalibrationConfig(), Kept(10**7))
     config, more = RefineConfig(minutes=0.05), data.unlabelled_dataloader()
-    taught = teach_parent(0, parents, [0.5, 0.5], calibration, config, more=more)
+    taught = teach_parent(0, parents, [Voting([0.5, 0.5])], calibration, config, more=more)
     assert taught.steps >= 1
     for model in (trained, taught.model):
         assert {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}

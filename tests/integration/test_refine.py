@@ -18,7 +18,7 @@ from fusionpl.errors import FusionError
 from fusionpl.fusion.config import FuseConfig, RefineConfig
 from fusionpl.fusion.methods.refinement import _by_clock, _by_steps
 from fusionpl.fusion.result import FusionResult
-from fusionpl.fusion.teaching import loss_to_mean
+from fusionpl.fusion.teaching import loss_to, mean_of
 from fusionpl.fusion.unlabelled import Unlabelled
 from fusionpl.training.fusion_callback import OTFusion
 from tests.models_for_tests import TEXT_MODELS, images, largest_difference, outputs, sentences, text_model, timm_vit
@@ -76,7 +76,7 @@ def test_augmentation_can_be_left_out() -> None:
 def drawn(data: CalibrationSet, size: int, seed: int, key: str = "pixel_values") -> Iterator[Tensor]:
     for batch in Unlabelled(data, None, None, torch.device("cpu")).taught(size, seed):
         assert batch is not None
-        yield batch[key]
+        yield batch[1][key]
 
 
 def test_samples_are_drawn_anew_each_time_through() -> None:
@@ -117,8 +117,8 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 def test_one_number_is_drawn_to_the_weighted_mean() -> None:
     output, given = torch.tensor([[1.0], [2.0]]), [torch.tensor([[0.0], [0.0]]), torch.tensor([[4.0], [8.0]])]
-    assert loss_to_mean(output, given, [0.75, 0.25]) == 0
-    assert loss_to_mean(output, given, [0.5, 0.5]) == 2.5
+    assert loss_to(mean_of(given, [0.75, 0.25]), output) == 0
+    assert loss_to(mean_of(given, [0.5, 0.5]), output) == 2.5
 
 
 @pytest.mark.parametrize("name", TEXT_MODELS[:2])

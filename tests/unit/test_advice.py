@@ -5,18 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from fusionpl.calibration.batches import batches
 from fusionpl.calibration.config import CalibrationConfig
+from fusionpl.calibration.cursor import CalibrationSet
+from fusionpl.calibration.kept import Kept
 from fusionpl.fusion.advice import Advice, advise
+from fusionpl.fusion.voting import Voting
 from tests.models_for_tests import CLASSES, causal, images, timm_vit
 
-EVEN = [0.5, 0.5]
+EVEN = [Voting([0.5, 0.5])]
 
 
-def cut(batch: Any) -> list[tuple[int, dict[str, Tensor]]]:
-    return list(batches([batch], CalibrationConfig(samples=256)))
+def cut(batch: Any) -> CalibrationSet:
+    return CalibrationSet([batch], CalibrationConfig(samples=256), Kept(10**8))
 
 
 def leaning(seed: int, classes: tuple[int, ...]) -> Any:

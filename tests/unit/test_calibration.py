@@ -193,7 +193,7 @@ def test_window_that_does_not_fit(length: int, window: int) -> None:
 
 
 def sizes(calibration: Any, **options: Any) -> list[int]:
-    return [len(batch["pixel_values"]) for _, batch in batches(calibration, CalibrationConfig(**options))]
+    return [len(cut.inputs["pixel_values"]) for cut in batches(calibration, CalibrationConfig(**options))]
 
 
 def test_batches_are_cut_and_limited() -> None:
@@ -204,14 +204,14 @@ def test_batches_are_cut_and_limited() -> None:
 
 def test_batches_number_their_samples() -> None:
     cut = batches([images(4), images(4)], CalibrationConfig(samples=7, batch_size=3))
-    assert [first for first, _ in cut] == [0, 3, 4]
+    assert [samples.first for samples in cut] == [0, 3, 4]
 
 
 def test_items_of_every_kind() -> None:
     pictures, labels = images(4), torch.arange(4)
     for item in (pictures, (pictures, labels), [pictures, labels], {"pixel_values": pictures, "labels": labels}):
-        ((first, batch),) = batches([item], CalibrationConfig())
-        assert first == 0
+        ((first, batch, owner, _),) = batches([item], CalibrationConfig())
+        assert (first, owner) == (0, None)
         assert list(batch) == ["pixel_values"]
         assert torch.equal(batch["pixel_values"], pictures)
 

@@ -9,20 +9,22 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fusionpl.calibration.batches import batches
 from fusionpl.calibration.config import CalibrationConfig
+from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.forward import logits
+from fusionpl.calibration.kept import Kept
 from fusionpl.errors import FusionError
 from fusionpl.families.proof import permuted
 from fusionpl.fusion.config import FuseConfig, RefitConfig
 from fusionpl.fusion.fitting import predicting
 from fusionpl.fusion.fuse import fuse
 from fusionpl.fusion.heads import fit_head, head_of
+from fusionpl.fusion.voting import Voting
 from fusionpl.models.load import load_model
 from fusionpl.models.save import save_model
 from tests.models_for_tests import FAMILIES, images, largest_difference, redrawn, timm_vit
 
-EVEN = [0.5, 0.5]
+EVEN = [Voting([0.5, 0.5])]
 SIZES: dict[str, Any] = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -38,9 +40,8 @@ def texts(count: int = 256, seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-def cut(batch: Any) -> list[tuple[int, dict[str, Tensor]]]:
-    """Batches with the numbers of their first samples."""
-    return list(batches([batch], CalibrationConfig(samples=256)))
+def cut(batch: Any) -> CalibrationSet:
+    return CalibrationSet([batch], CalibrationConfig(samples=256), Kept(10**8))
 
 
 SAMPLES = cut(texts())

@@ -22,7 +22,7 @@ from fusionpl.datamodules.text_classification import TextClassificationDataModul
 from fusionpl.errors import FusionError
 from fusionpl.evaluation.metrics import evaluate, evaluate_samples
 from fusionpl.fusion.answers import log_odds
-from fusionpl.fusion.teaching import loss_to_mean
+from fusionpl.fusion.teaching import loss_to, mean_of
 from fusionpl.models.heads import with_classifier
 from fusionpl.models.labels import kind_of
 from fusionpl.models.load import load_model
@@ -215,7 +215,7 @@ def test_losses_of_tags_are_those_of_transformers() -> None:
         assert float(module.training_step(batch, 0)) == pytest.approx(float(model(**batch).loss))
         given = model(**batch).logits
         own = nn.functional.binary_cross_entropy_with_logits(given, given.sigmoid())
-    assert loss_to_mean(given, [given, given], [0.5, 0.5], kind=MULTI) == pytest.approx(float(own))
+    assert loss_to(mean_of([given, given], [0.5, 0.5], MULTI), given, MULTI) == pytest.approx(float(own))
 
 
 def module(path: Path, **settings: Any) -> TextClassificationDataModule:

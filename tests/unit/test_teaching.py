@@ -29,6 +29,7 @@ from fusionpl.fusion.methods.refinement import Taught, refine, teach_parent
 from fusionpl.fusion.result import FusionResult
 from fusionpl.fusion.teaching import Teaching
 from fusionpl.fusion.unlabelled import JUDGES, Unlabelled
+from fusionpl.fusion.voting import Voting
 from tests.integration.runs import make_corpus
 from tests.models_for_tests import (
     batch_for,
@@ -93,8 +94,10 @@ def numbered(count: int, more: Any = None, limit: int | None = None) -> Unlabell
     return Unlabelled(CalibrationSet([pixels], CalibrationConfig(batch_size=16), Kept(10**7)), more, limit, CPU)
 
 
-def numbers(batch: dict[str, Tensor] | None) -> list[int]:
-    assert batch is not None
+def numbers(drawn: tuple[int | None, dict[str, Tensor]] | None) -> list[int]:
+    assert drawn is not None
+    owner, batch = drawn
+    assert owner is None
     assert batch.keys() == {"pixel_values"}
     return batch["pixel_values"][:, 0, 0, 0].int().tolist()
 
@@ -254,7 +257,7 @@ def test_a_parent_without_such_a_head_is_refused_before_the_work() -> None:
 def taught_parent(parents: list[nn.Module], batch: Any, more: Any = None, **options: Any) -> Taught:
     data = CalibrationSet([batch], CalibrationConfig(), Kept(10**7))
     config = RefineConfig(**{"steps": 20, "lr": 1e-3, **options})
-    return teach_parent(1, parents, [0.5, 0.5], data, config, more=more)
+    return teach_parent(1, parents, [Voting([0.5, 0.5])], data, config, more=more)
 
 
 def test_a_given_parent_is_taught_as_what_starts_from_a_parent() -> None:
@@ -264,7 +267,7 @@ def test_a_given_parent_is_taught_as_what_starts_from_a_parent() -> None:
     assert result.teaching is not None
     index, data = result.teaching.parent, CalibrationSet([images(100)], CalibrationConfig(), Kept(10**7))
     assert index is not None
-    found = teach_parent(index, parents, [0.5, 0.5], data, RefineConfig(steps=40))
+    found = teach_parent(index, parents, [Voting([0.5, 0.5])], data, RefineConfig(steps=40))
     assert found.summary == result.teaching.summary.replace(f"parent {index}", "the parent")
     assert (found.parent, found.steps) == (index, result.teaching.steps)
     assert largest_difference(found.model, result.model) < 1e-5
@@ -377,11 +380,12 @@ def test_training_images_are_read_without_their_labels() -> None:
     data = ImageDataModule(DataConfig(image_size=16, channels=3, calibration=50, shift=4))
     calibration = CalibrationSet(data.calibration_dataloader(), CalibrationConfig(), Kept(10**7))
     samples = Unlabelled(calibration, data.unlabelled_dataloader(), None, CPU)
-    batch = next(samples.taught(32, seed=0))
-    assert batch is not None
+    drawn = next(samples.taught(32, seed=0))
+    assert drawn is not None
+    _, batch = drawn
     assert {key: tuple(value.shape) for key, value in batch.items()} == {"pixel_values": (32, 3, 16, 16)}
     train = data.dataset("train")
-    held = torch.cat([one["pixel_values"] for one in samples.held(64)])
+    held = torch.cat([one["pixel_values"] for _, one in samples.held(64)])
     assert len(held) == 10 + len(train) // 5
     assert torch.equal(held[10], train[4]["pixel_values"])
 
@@ -397,7 +401,7 @@ def test_training_text_is_masked_anew_where_it_is_taught_and_never_where_it_is_h
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = BertConfig(vocab_size=len(data.tokenizer), **sizes)
     parents = [redrawn(BertForMaskedLM(config), seed) for seed in range(3)]
-    teaching = Teaching(parents[:2], [0.5, 0.5], "attention_mask", samples, 16, None, 0)
+    teaching = Teaching(parents[:2], [Voting([0.5, 0.5])], "attention_mask", samples, 16, None, 0)
     state = torch.get_rng_state()
     first, second = (teaching.divergence(parents[2]) for _ in range(2))
     assert first == second

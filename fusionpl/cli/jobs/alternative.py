@@ -62,8 +62,9 @@ def distilled(job: Job, seconds: float, best: int, parents: Sequence[nn.Module])
         FusionError: too few samples to hold one out.
     """
     started, config = monotonic(), job.asked.config
+    votings = [Voting(mixing_weights(config.weights, len(parents)), job.team.kind)]
     taught = teach_parent(
-        best, parents, Voting(mixing_weights(config.weights, len(parents))), job.calibration(),
+        best, parents, votings, job.calibration(),
         replace(config.refine, method="gradient", steps=None, minutes=seconds / 60),
         family=job.team.binding.family, more=job.data.unlabelled_dataloader(), augment=job.data.augmented,
         seed=job.asked.args.seed,

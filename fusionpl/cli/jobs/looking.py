@@ -33,8 +33,8 @@ def advised(job: Job) -> Advice:
     data = CalibrationSet(job.data.calibration_dataloader(few.batch_size), few, Kept(budget(few.memory)))
     others = [network for index, network in enumerate(job.team.networks) if index != job.team.anchor]
     alike = max(weights_alike(job.team.reference, other) or 0.0 for other in others)
-    voting = Voting(mixing_weights(config.weights, len(names)))
-    return advise([job.load(name) for name in names], names, voting, data, base=alike >= ALIKE, family=job.family)
+    votings = [Voting(mixing_weights(config.weights, len(names)), job.team.kind)]
+    return advise([job.load(name) for name in names], names, votings, data, base=alike >= ALIKE, family=job.family)
 
 
 def check(job: Job) -> None:

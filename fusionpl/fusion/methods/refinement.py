@@ -92,7 +92,7 @@ def refine(
     parents: Sequence[AlignedParent],
     data: CalibrationSet,
     config: FuseConfig,
-    voting: Voting,
+    votings: Sequence[Voting],
     *,
     more: Iterable[Any] | OfEachParent | None = None,
     augment: Augment | None = None,
@@ -110,7 +110,7 @@ def refine(
         parents: the teachers.
         data: this rank's calibration batches.
         config: its `refine` says how.
-        voting: how much each parent's predictions count.
+        votings: who says what the model is to predict.
         more: what is taught on besides the calibration set; see `Unlabelled`.
         augment: see `Teaching`; used where `refine.augment` asks for it.
         seed: see `Teaching`.
@@ -123,12 +123,12 @@ def refine(
     """
     asked, begun = config.refine, time.monotonic()
     teachers = [parent.network.original.whole() for parent in parents]
-    teaching = _teaching(teachers, voting, binding.family, data, asked, more, augment, seed)
+    teaching = _teaching(teachers, votings, binding.family, data, asked, more, augment, seed)
     starts = []
     if asked.start != "parent":
         starts.append(Start("the fused model", model, None, teaching.divergence(model)))
     alone = asked.start == "fused" or (asked.start == "auto" and apart)
-    if not alone and (parent := _best_parent(parents, voting, data, config, teaching)) is not None:
+    if not alone and (parent := _best_parent(parents, votings, data, config, teaching)) is not None:
         starts.append(parent)
     return _taught(starts, teaching, asked, begun, progress)
 
@@ -136,7 +136,7 @@ def refine(
 def teach_parent(
     index: int,
     parents: Sequence[nn.Module],
-    voting: Voting,
+    votings: Sequence[Voting],
     data: CalibrationSet,
     config: RefineConfig,
     *,
@@ -150,7 +150,7 @@ def teach_parent(
     Args:
         index: which.
         parents: the teachers; they stay as they are.
-        voting: how much each one's predictions count.
+        votings: who says what it is to predict.
         data: calibration batches.
         config: how long, in which steps and on what.
         family: the parents', where the library does not say.
@@ -160,9 +160,9 @@ def teach_parent(
         FusionError: see `Unlabelled`.
     """
     begun, family = time.monotonic(), bind(parents[index], family).family
-    teaching = _teaching(parents, voting, family, data, config, more, augment, seed)
+    teaching = _teaching(parents, votings, family, data, config, more, augment, seed)
     fits = can_fit_heads(parents, family)
-    student = _with_head(parents, voting, data, family, [index])[1] if fits else copy.deepcopy(parents[index])
+    student = _with_head(parents, votings, data, family, [index])[1] if fits else copy.deepcopy(parents[index])
     model = student.float().eval()
     start = Start(f"the parent{' with its head fitted' if fits else ''}", model, index, teaching.divergence(model))
     return _taught([start], teaching, config, begun, no_progress)
@@ -170,7 +170,7 @@ def teach_parent(
 
 def _teaching(
     teachers: Sequence[nn.Module],
-    voting: Voting,
+    votings: Sequence[Voting],
     family: Family,
     data: CalibrationSet,
     asked: RefineConfig,
@@ -180,12 +180,12 @@ def _teaching(
 ) -> Teaching:
     samples = Unlabelled(data, more, asked.samples, device_of(teachers[0]))
     augment = augment if asked.augment else None
-    return Teaching(teachers, voting, family.stacks[-1].mask, samples, asked.batch_size, augment, seed)
+    return Teaching(teachers, votings, family.stacks[-1].mask, samples, asked.batch_size, augment, seed)
 
 
 def _best_parent(
     parents: Sequence[AlignedParent],
-    voting: Voting,
+    votings: Sequence[Voting],
     data: CalibrationSet,
     config: FuseConfig,
     teaching: Teaching,
@@ -197,15 +197,15 @@ def _best_parent(
     plain = [parent.network.original.prepared(None).whole() for parent in parents]  # as trained, in no canonical form
     if (config.width, config.depth) != (None, None) or not whole or not can_fit_heads(plain, family):
         return None
-    best, model = _with_head(plain, voting, data, family, whole)
+    best, model = _with_head(plain, votings, data, family, whole)
     return Start(f"{parents[best].network.name} with its head fitted", model, best, teaching.divergence(model))
 
 
 def _with_head(
-    models: Sequence[nn.Module], voting: Voting, data: CalibrationSet, family: Family, among: Sequence[int]
+    models: Sequence[nn.Module], votings: Sequence[Voting], data: CalibrationSet, family: Family, among: Sequence[int]
 ) -> tuple[int, nn.Module]:
     """The index of the one `among` models that predicts best once its head is fitted, and that model."""
-    best, model, _ = best_head(models, voting, data, family=family, among=among)
+    best, model, _ = best_head(models, votings, data, family=family, among=among)
     return best, copy.deepcopy(model).eval()  # it shares its parameters with the parent
 
 

@@ -151,7 +151,7 @@ def _timm(model: Any, times: Fraction, heads: int | None, depth: int | None) -> 
 
 def _of_timm(model: Any, changes: Mapping[str, Any]) -> nn.Module:
     """A model of timm that is made again, with some arguments changed."""
-    if not hasattr(model, "pretrained_cfg"):
+    if "architecture" not in getattr(model, "pretrained_cfg", {}):
         raise FusionError(
             f"a {type(model).__name__} of another width or depth, or with other classes, needs parents that were made "
             "by create_model of timm"

@@ -19,11 +19,6 @@ from fusionpl.families.apply import State
 from fusionpl.families.axes import Binding, boundary
 from fusionpl.families.family import STEM, TAIL
 
-# How much of a network's stream one stream for all holds on data of another. Of three teams of digits whose parents
-# know five classes each, 1.0 had 88.3 % of ten right, 0.5 90.4, 0.3 90.5 (1.5 times as wide 92.4, 92.9, 93.3); of
-# CIFAR-10 45.8, 46.5 and 46.0 (47.9, 47.2, 47.3).
-ELSEWHERE = 0.5
-
 
 class CalibrationSet:
     """This rank's calibration batches, which are iterated once and kept.
@@ -89,10 +84,6 @@ class CalibrationSet:
         """Adds up, in place, what each rank made of its batches."""
         if not self._alone:
             sum_over_ranks([*tensors])
-
-    def share(self, batch: int, network: int) -> float:
-        """How much of a network's stream is wanted on a batch: all, or a part on data that are another's."""
-        return 1.0 if self.owners[batch] in (None, network) else ELSEWHERE
 
     def weight(self, batch: int) -> float:
         """How much each sample of a batch counts: all parents' data together count alike, the mean is 1."""

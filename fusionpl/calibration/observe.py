@@ -114,7 +114,7 @@ def observe(
             for target in wanted.targets:
                 data.targets[target.key(wanted.section, index, batch)] = data.as_kept(_target(passage, target))
             rows = {axis: select(passage.units(axis), tokens, mask_of(axis)) for axis in looked_at}
-            joined[index] = {axis: rows[axis] * data.share(batch, index) for axis in wanted.together}
+            joined[index] = {axis: rows[axis] for axis in wanted.together}
             if index == anchor:
                 theirs = rows
                 for axis, total in sums.items():

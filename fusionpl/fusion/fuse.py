@@ -305,10 +305,8 @@ def fuse_sections(
     )
     fit = None
     if plan.fits:
-        fit = Fit(
-            Cursor(fused, walk.data, "fused"), walk.data, survey.votings(plan.weights), survey.apart,
-            elsewhere=plan.config.strategy != "joint", trial=trial,
-        )  # fmt: skip
+        votings, joint = survey.votings(plan.weights), plan.config.strategy == "joint"
+        fit = Fit(Cursor(fused, walk.data, "fused"), walk.data, votings, survey.apart, joint, trial)
     wanted = [wanted_in(section, plan) for section in plan.sections]
     others = any(each.keys or each.targets for each in wanted)
     last = max((at for at, section in enumerate(plan.sections) if section.observes), default=-1)

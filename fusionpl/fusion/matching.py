@@ -135,8 +135,8 @@ def match_classes(team: Team, labels: Labels) -> Team:
         own = names.get(network.name, ())
         if own and not set(own) & set(classes):
             raise FusionError(
-                f"{network.name} knows none of the classes of {first} ('{own[0]}', ...), and labels is anchor; use "
-                "labels union"
+                f"{network.name} ('{own[0]}', ...) knows none of the classes of {first} ('{classes[0]}', ...), and "
+                "labels is anchor; use labels union"
             )
         if network.name in names and (changed := with_classes(network.module, classes, network.binding.family)):
             networks[index] = network.moved(*changed)

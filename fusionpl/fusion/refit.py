@@ -108,10 +108,10 @@ def normal_equations(
             targets = [shown(fit, section, group, index, batch) for index in parents]
         else:
             targets = [_lacking(fit, passed, group, x)]
+            shares = _shares(fit, section, group, batch)
             for index, parent in parents.items():
                 own = _moved(parent, group, shown(fit, section, group, index, batch))
-                share = parent.weight * (fit.share(batch, index) if group.skips else 1.0)
-                targets[0] = targets[0] + share * own
+                targets[0] = targets[0] + shares[index] * parent.weight * own
         if group.predicts:
             fit.data.predicting[batch] = fit.data.as_kept(x)
         for part, rows in zip(sums, rows_of(fit, group, x, batch), strict=True):
@@ -148,9 +148,10 @@ def fit_norm(fit: Fit, section: Section, group: LinearGroup) -> State:
     for batch in fit.data:
         out = passage(fit, section, group, batch).seen[Place(module, "output")]
         target = torch.zeros_like(out)
+        shares = _shares(fit, section, group, batch)
         for index, parent in enumerate(section.parents):
-            share = parent.weight * fit.share(batch, index)
-            target = target + share * _moved(parent, group, shown(fit, section, group, index, batch))
+            own = _moved(parent, group, shown(fit, section, group, index, batch))
+            target = target + shares[index] * parent.weight * own
         fitted, choosing = rows_of(fit, group, out, batch)
         rows = fitted if fit.trial else torch.cat([fitted, choosing])
         out, target = (tensor.flatten(0, -2)[rows].double() for tensor in (out, target))
@@ -186,6 +187,12 @@ def _taking_part(section: Section, group: LinearGroup) -> dict[int, AlignedParen
     here = {index: parent for index, parent in parents.items() if index not in away}
     anchor = next(index for index, parent in here.items() if parent.maps is None)
     return {**here, anchor: replace(here[anchor], weight=here[anchor].weight + share)}
+
+
+def _shares(fit: Fit, section: Section, group: LinearGroup, batch: int) -> list[float]:
+    """How much of what each parent shows is wanted on a batch; of what does not write the stream, all."""
+    weights = [parent.weight for parent in section.parents]
+    return fit.shares(batch, weights) if group.skips or group.norm else [1.0] * len(weights)
 
 
 def _lacking(fit: Fit, passed: Passage, group: LinearGroup, like: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class Unlabelled:
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         owners = {*self._calibration.owners, *self._loaded} or {None}
         left = dict.fromkeys(owners, max(1, JUDGES // ranks // len(owners)))
-        more = (((owner, batch) for batch in own.held(size)) for owner, own in self._loaded.items())
+        more = [zip(repeat(owner), own.held(size)) for owner, own in self._loaded.items()]  # without end
         for owner, batch in chain(_held(self._calibration), *more):
             if left[owner] == 0:
                 continue

@@ -385,12 +385,7 @@ def test_missing_and_truncated_parents(parents: list[str], tmp_path: Path, capsy
     assert "model.safetensors" in line
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"names": tuple("abcdefghij")}, "different class names"),
-    ],
-)
+@pytest.mark.parametrize(("change", "words"), [({"patch_size": 8}, "patches")])
 def test_parents_that_do_not_fit(
     parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict, words: str
 ) -> None:

@@ -13,9 +13,21 @@ if TYPE_CHECKING:
     from fusionpl.fusion.fuse import fuse, prepare
     from fusionpl.fusion.result import FusionResult
     from fusionpl.models.load import load_model
+    from fusionpl.models.separate import load_models, predict
     from fusionpl.training.fusion_callback import OTFusion
 
-__all__ = ["FuseConfig", "FusionError", "FusionResult", "OTFusion", "fuse", "load_config", "load_model", "prepare"]
+__all__ = [
+    "FuseConfig",
+    "FusionError",
+    "FusionResult",
+    "OTFusion",
+    "fuse",
+    "load_config",
+    "load_model",
+    "load_models",
+    "predict",
+    "prepare",
+]
 
 __version__ = "0.1.0"
 
@@ -27,6 +39,8 @@ _HOMES = {
     "fuse": "fusionpl.fusion.fuse",
     "load_config": "fusionpl.fusion.config",
     "load_model": "fusionpl.models.load",
+    "load_models": "fusionpl.models.separate",
+    "predict": "fusionpl.models.separate",
     "prepare": "fusionpl.fusion.fuse",
 }
 

@@ -56,7 +56,8 @@ def averaged(
     aligned = [parent.aligned(state, target, goal) for parent, state in zip(parents, states, strict=True)]
     weights = [parent.weight for parent in parents]
     mean = average(aligned, weights, kept, anchor)
-    return _of_those_who_know(mean, [parent.network.original.module for parent in parents], weights)
+    heads = _of_those_who_know(aligned, [parent.network.original.module for parent in parents], weights)
+    return {**mean, **{name: tensor for name, tensor in heads.items() if name not in kept}}
 
 
 def vanilla(parents: Sequence[nn.Module], weights: Sequence[float]) -> nn.Module | None:
@@ -69,21 +70,30 @@ def vanilla(parents: Sequence[nn.Module], weights: Sequence[float]) -> nn.Module
     shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
     if any(other != shapes[0] for other in shapes[1:]):
         return None
-    mean = _of_those_who_know(average(states, weights), parents, weights)
+    mean = {**average(states, weights), **_of_those_who_know(states, parents, weights)}
     return whole_heads(with_parameters(parents[0], mean)).eval()
 
 
-def _of_those_who_know(mean: State, models: Sequence[nn.Module], weights: Sequence[float]) -> State:
-    """A mean in which heads are that of the models which know a class: the rows of others are 0."""
+def _of_those_who_know(
+    states: Sequence[Mapping[str, Tensor]], models: Sequence[nn.Module], weights: Sequence[float]
+) -> State:
+    """The heads of models some of which lack classes: of a class, the mean of those that know it, whose weights count
+    alike where they are 0."""
     missing = [missing_classes(model) for model in models]
-    known = [1.0 if own is None else (~own).double() for own in missing]
-    share = sum(weight * own for weight, own in zip(weights, known, strict=True))
-    if not isinstance(share, Tensor):  # all know all
-        return mean
+    lacking = next((own for own in missing if own is not None), None)
+    if lacking is None:
+        return {}
+    known = torch.stack([torch.ones_like(lacking) if own is None else ~own for own in missing]).double()
+    votes = known * torch.tensor(weights, dtype=torch.float64)[:, None]
+    votes = torch.where(votes.sum(0) > 0, votes, known)
+    shares = votes / votes.sum(0).clamp_min(1e-300)
     heads = {name for model in models for name in partial_heads(model)}
-    return {
-        name: tensor / share.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
-        if name.rpartition(".")[0] in heads
-        else tensor
-        for name, tensor in mean.items()
-    }
+
+    def mean(name: str) -> Tensor:
+        first = states[0][name]
+        total = torch.zeros_like(first, dtype=torch.float64)
+        for share, state in zip(shares, states, strict=True):
+            total += share.to(first.device).view(-1, *[1] * (first.ndim - 1)) * state[name]
+        return total.to(first.dtype)
+
+    return {name: mean(name) for name in states[0] if name.rpartition(".")[0] in heads}

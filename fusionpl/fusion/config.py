@@ -107,7 +107,7 @@ class RefineConfig:
         return 300 if self.steps is None else self.steps
 
 
-Labels = Literal["union", "anchor"]
+Labels = Literal["union", "separate", "anchor"]
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,8 @@ class FuseConfig:
             predictions of classifiers on the calibration set say that they did, and no trial on a part of it speaks
             for `anchor`.
         labels: what parents whose classes have other names are fused to: `union`, one head for the classes of all, the
-            anchor's first; `anchor`, the anchor's classes alone.
+            anchor's first; `separate`, one trunk and a head for each parent, which may give classes, tags or numbers
+            (`FusionResult.models`; `units auto` is `even`); `anchor`, the anchor's classes alone.
     """
 
     anchor: int = 0

@@ -75,7 +75,8 @@ def fuse(
         names: how messages call the parents.
         device: where parents that are named are fused; by default where the others are, or the CPU.
         output: a run folder that gets model/, maps.safetensors and config.yaml; where the anchor is named, the fused
-            model is written into it block by block, and loaded only when `FusionResult.model` is asked for.
+            model is written into it block by block, and loaded only when `FusionResult.model` is asked for. With
+            `labels: separate` it gets a model-NAME/ for each parent.
         unlabelled: a DataLoader of more samples that learned refinement teaches on, beside the calibration set: its
             data set and collate function are used, in an order of its own; labels are never read. Or a list of one for
             each parent.
@@ -91,7 +92,7 @@ def fuse(
         progress: wraps loops for a progress bar.
 
     Returns:
-        FusionResult; its model is new, the parents are untouched.
+        FusionResult; its model, or its models, are new, the parents are untouched.
 
     Raises:
         FusionError: parents that do not fit together, a family that does not fit them, NaN weights, an empty
@@ -198,7 +199,8 @@ class Fusion:
         observes = config.refine.asked or config.strategy == "head" or self.plan.observes
         data = CalibrationSet(samples, config.calibration, kept) if observes else None
         fusion = self if data is None else self.matched(data)
-        walk, survey = Walk(fusion.team, data), Survey(fusion.team.kind, [{} for _ in fusion.team.networks])
+        walk, heads = Walk(fusion.team, data), fusion.team.heads
+        survey = Survey(fusion.team.kind, [{} for _ in fusion.team.networks], heads=heads)
         if data is not None:
             check_forms(fusion.team.networks, config, data)
             survey = survey_streams(walk, self.plan, kept, progress)
@@ -209,17 +211,19 @@ class Fusion:
             result = replace(make_model(walk, plan, survey, folder, progress), notes=notes)
         if config.refine.asked:
             taught = refine(
-                result.model, result.binding, result.parents, walk.data, result.config,
+                result.network, result.binding, result.parents, walk.data, result.config,
                 survey.votings(self.plan.weights), more=more, augment=augment, seed=seed, apart=survey.apart,
                 progress=progress,
             )  # fmt: skip
-            result = replace(result, teaching=taught, refitted=result.model, notes=[*result.notes, taught.summary])
+            result = replace(result, teaching=taught, refitted=result.network, notes=[*result.notes, taught.summary])
         result = replace(
             result,
+            heads=heads,
             matchings=fusion.matchings,
             notes=[*(matching.summary for matching in fusion.matchings), *survey.notes, *result.notes],
             warnings=[
                 *fusion.team.lines,
+                *survey.warnings,
                 *(matching.warning for matching in fusion.matchings if matching.warning),
                 *remarks(fusion.team, self.plan),
                 *unconverged(result.parents),

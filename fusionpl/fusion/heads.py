@@ -1,6 +1,7 @@
 """One parent whose head alone is fitted to what all parents predict: the cheapest thing that a fusion has to beat."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -15,9 +16,11 @@ from fusionpl.families.binding import bind
 from fusionpl.families.family import TAIL, VOCABULARY, Family, attribute
 from fusionpl.fusion.fitting import held_out, predicting
 from fusionpl.fusion.target import untie
+from fusionpl.fusion.teaching import mean_of
 from fusionpl.fusion.voting import Voting
 from fusionpl.models.classes import whole_heads
 from fusionpl.models.labels import NUMBERS, TAGS, kind_of
+from fusionpl.transport.least_squares import fit_numbers
 from fusionpl.transport.softmax import LARGEST, Fitted, fit_softmax, log_mean, spread
 
 
@@ -163,10 +166,11 @@ class HeadFit:
         return Fitted(matrix, max(fit.penalty for fit in fits), before, after)
 
     def _voted(self, trunks: Sequence[int], voting: Voting, prior: Tensor) -> Fitted:
-        return fit_softmax(
-            lambda: self._rows(trunks, voting, 0), lambda: self._rows(trunks, voting, 1), prior, link=voting.link,
-            reduce=self._data.sum_over_ranks,
-        )  # fmt: skip
+        rows, held = (partial(self._rows, trunks, voting, part) for part in range(2))
+        reduce = self._data.sum_over_ranks
+        if voting.kind == NUMBERS:
+            return fit_numbers(rows, held, prior, reduce=reduce)
+        return fit_softmax(rows, held, prior, link=voting.link, reduce=reduce)
 
     def _rows(self, trunks: Sequence[int], voting: Voting, part: int) -> Iterator[tuple[Tensor, Tensor, float]]:
         for batch in self._data:
@@ -178,7 +182,8 @@ class HeadFit:
             at = (counts & here).flatten().nonzero()[:: self._step, 0].to(x.device)
             rows = [inputs.flatten(0, -2)[at] for inputs in read_by]
             given = [head(own)[:, voting.columns] for head, own in zip(self._heads, rows, strict=True)]
-            wanted = log_mean(given, weights, voting.link).exp()
+            numbers = voting.kind == NUMBERS
+            wanted = mean_of(given, weights, NUMBERS) if numbers else log_mean(given, weights, voting.link).exp()
             yield torch.cat([rows[index] for index in trunks], dim=-1), wanted, self._data.weight(batch)
 
 

@@ -4,6 +4,7 @@ Each step takes a team and gives one, whose `lines` say what it did.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -20,6 +21,7 @@ from fusionpl.models.labels import IN_SHORT, IN_WORDS, NUMBERS, Kind, kind_of
 from fusionpl.models.pipelines import check_tokenizers
 from fusionpl.models.preprocessing import ImageProcessing
 from fusionpl.models.save import class_names
+from fusionpl.models.separate import heads_of, side_by_side
 from fusionpl.models.token_settings import check_token_settings, end_of, pad_with, padding_of, pads_text
 from fusionpl.models.tokenizers import load_tokenizer
 from fusionpl.models.vocabulary import Vocabulary, renumber
@@ -31,17 +33,18 @@ def matched(team: Team, processing: ImageProcessing | None = None, labels: Label
     Args:
         team: the parents as they were opened.
         processing: how images are prepared, in place of what the anchor's folder says.
-        labels: see `match_classes`.
+        labels: see `match_classes` and, for `separate`, `match_heads`.
 
     Raises:
         FusionError: parents that cut images into patches of different size, or can't take images as they are prepared;
-            see `check_tokenizers`, `match_classes`, `match_padding` and `check_token_settings`.
+            see `check_tokenizers`, `match_classes`, `match_heads`, `match_padding` and `check_token_settings`.
     """
     team = team.noting(
         line for folder in team.folders if folder is not None and (line := adapter_beside(folder.path)) is not None
     )
     team = match_pixels(match_images(team), processing)
-    team = match_padding(match_classes(match_vocabularies(team), labels))
+    team = match_vocabularies(team)
+    team = match_padding(match_heads(team) if labels == "separate" else match_classes(team, labels))
     # The anchor first, whose settings the fused model has.
     modules = {network.name: network.module for network in (team.reference, *team.networks)}
     return team.noting(check_token_settings(modules))
@@ -142,6 +145,21 @@ def match_classes(team: Team, labels: Labels) -> Team:
             networks[index] = network.moved(*changed)
             lines.append(_in_words(network.name, own, classes, IN_SHORT[team.kind]))
     return team.of(networks, [*lines, *_nearly_alike(names)])
+
+
+def match_heads(team: Team) -> Team:
+    """Puts the heads of parents side by side, whatever they say: each parent gives its own outputs among those of all.
+
+    Raises:
+        FusionError: see `heads_of`.
+    """
+    modules = {network.name: network.module for network in team.networks}
+    heads = heads_of(modules, team.bindings)
+    networks = [
+        network.moved(*side_by_side(head, heads, network.binding.family))
+        for network, head in zip(team.networks, heads, strict=True)
+    ]
+    return replace(team.of(networks), heads=heads)
 
 
 def _check_numbers(counts: Mapping[str, int], names: Mapping[str, Sequence[str]]) -> None:

@@ -1,6 +1,7 @@
 """What puts out predictions, fitted to those of the parents."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from fusionpl.fusion.fitting import Fit, Section, decoder_of, rows_of, shown
 from fusionpl.fusion.groups import LinearGroup
 from fusionpl.fusion.voting import Voting, Weights
 from fusionpl.models.labels import NUMBERS
-from fusionpl.transport.least_squares import NormalEquations, fit_ridge
+from fusionpl.transport.least_squares import fit_numbers
 from fusionpl.transport.softmax import LARGEST, fit_softmax, log_mean, spread
 
 
@@ -57,15 +58,14 @@ def _fitted(fit: Fit, section: Section, group: LinearGroup, voting: Voting, star
     def rows(part: int) -> Iterator[tuple[Tensor, Tensor, float]]:
         return ((x, log.exp(), weight) for x, log, weight in means(part))
 
+    options: dict[str, Any] = {"both": not fit.trial, "reduce": fit.data.sum_over_ranks}
     if voting.kind == NUMBERS:
-        return _fit_squares(fit, means, start)
+        return fit_numbers(lambda: means(0), lambda: means(1), start, **options).matrix
     if fit.apart and not fit.data.owned:
         # Less their means over the classes, which change no prediction.
-        return _fit_squares(fit, lambda part: _centred(means(part)), start - start.mean(1, keepdim=True))
-    return fit_softmax(
-        lambda: rows(0), lambda: rows(1), start, link=voting.link, both=not fit.trial,
-        reduce=fit.data.sum_over_ranks,
-    ).matrix  # fmt: skip
+        prior = start - start.mean(1, keepdim=True)
+        return fit_numbers(lambda: _centred(means(0)), lambda: _centred(means(1)), prior, **options).matrix
+    return fit_softmax(lambda: rows(0), lambda: rows(1), start, link=voting.link, **options).matrix
 
 
 def beyond_a_fit(fit: Fit, section: Section, group: LinearGroup) -> bool:
@@ -76,16 +76,6 @@ def beyond_a_fit(fit: Fit, section: Section, group: LinearGroup) -> bool:
     modules = (fit.module.get_submodule(name) for name in group.modules)
     entries = sum(module.get_parameter("weight").numel() for module in modules)
     return bool(capped) or lacking or entries > LARGEST
-
-
-def _fit_squares(fit: Fit, rows: Callable[[int], Iterable[tuple[Tensor, Tensor, float]]], start: Tensor) -> Tensor:
-    parts = [NormalEquations.zeros(len(start) - 1, start.shape[1], device=start.device) for _ in range(2)]
-    for part, equations in enumerate(parts):
-        for x, y, weight in rows(part):
-            equations.update(x, y, weight=weight)
-    fit.data.sum_over_ranks([tensor for part in parts for tensor in part.tensors()])
-    fitted, choosing = parts
-    return fit_ridge(fitted, choosing, start, both=not fit.trial)[0]
 
 
 def _centred(rows: Iterable[tuple[Tensor, Tensor, float]]) -> Iterator[tuple[Tensor, Tensor, float]]:

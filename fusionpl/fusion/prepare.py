@@ -24,6 +24,7 @@ from fusionpl.fusion.team import (
     differing_settings,
     open_parents,
 )
+from fusionpl.models.classes import missing_classes
 from fusionpl.models.preprocessing import ImageProcessing
 
 
@@ -49,6 +50,11 @@ def open_team(
     opened = open_parents(parents, names, anchor, device, allow_pickle=allow_pickle, family=read_family(family))
     team = tie_alike(matched(opened, processing, config.labels))
     check_devices(team)
+    if not config.align.classifier and missing_classes(team.reference.module) is not None:
+        raise FusionError(
+            f"align.classifier false keeps the head of {team.reference.name}, which has not the outputs of the others; "
+            "leave align.classifier at true, or use labels anchor"
+        )
     check_compatible(dict(zip(team.names, team.bindings, strict=True)))
     return team.noting(differing_settings(team)).noting(kinship(team.networks, team.sources, anchor))
 

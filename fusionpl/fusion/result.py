@@ -14,14 +14,18 @@ from torch import Tensor, nn
 from fusionpl.alignment.maps import Maps
 from fusionpl.calibration.kept import Kept, Store
 from fusionpl.calibration.sectioned import SectionedModel
+from fusionpl.errors import FusionError
 from fusionpl.families.apply import State, with_parameters
 from fusionpl.families.axes import Binding
+from fusionpl.families.binding import bind
 from fusionpl.fusion.average import averaged
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.depth import Matching
 from fusionpl.fusion.methods.refinement import Taught
 from fusionpl.fusion.parents import AlignedParent
+from fusionpl.models.folders import HEAD
 from fusionpl.models.save import save_model
+from fusionpl.models.separate import Head, model_of
 from fusionpl.models.tensors import TensorFile
 from fusionpl.transport.maps import TransportMap
 
@@ -97,6 +101,7 @@ class FusionResult:
         matchings: for parents of another depth than the fused model's, which of their blocks stand for which of its.
         notes: what was decided on the calibration set: which blocks and whose units were taken, a line each.
         warnings: what a reader should know, for example solvers that did not converge, by axis.
+        heads: of the parents, with `labels: separate`.
     """
 
     writer: Writer
@@ -110,13 +115,42 @@ class FusionResult:
     matchings: Sequence[Matching] = ()
     notes: Sequence[str] = ()
     warnings: Sequence[str] = ()
+    heads: Sequence[Head] = ()
 
-    @cached_property
+    @property
     def model(self) -> nn.Module:
         """The fused model, with the anchor's architecture, and its width unless another was asked for; in eval mode.
 
         Refined from a parent it has that parent's architecture.
+
+        Raises:
+            FusionError: there is one for each parent, in `models`.
         """
+        if self.heads:
+            raise FusionError(
+                "a fusion with labels separate has a model for each parent, "
+                f"{', '.join(head.name for head in self.heads)}; take FusionResult.models"
+            )
+        return self.network
+
+    @cached_property
+    def models(self) -> Mapping[str, nn.Module]:
+        """Name of a parent -> the fused model with its head and labels, with `labels: separate`; in eval mode.
+
+        They share one trunk: all but their heads are the same parameters. Signs that no folder's name can have are
+        dashes in the names. `predict` takes a batch through all at once.
+
+        Raises:
+            FusionError: the parents were fused to one model, `model`.
+        """
+        if not self.heads:
+            raise FusionError("these parents were fused to one, FusionResult.model; labels separate makes one for each")
+        binding = bind(self.network, self.binding.family)
+        return {head.name: model_of(self.network, head, binding) for head in self.heads}
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The fused model or, with `labels: separate`, one with the heads of all parents side by side."""
         return self.writer.model() if self.teaching is None else self.teaching.model
 
     @property
@@ -154,7 +188,8 @@ class FusionResult:
             return with_parameters(self.target.module, mean).eval()
 
     def save(self, folder: str | Path, *, tokenizer: Any = None, card: str = "") -> None:
-        """Writes model/ (the fused model in its own library's format), maps.safetensors and config.yaml.
+        """Writes model/ (the fused model in its own library's format), maps.safetensors and config.yaml; with `labels:
+        separate` a model-NAME/ for each of `models` in the place of model/.
 
         Args:
             folder: a run folder; what is there of the same name is replaced.
@@ -163,8 +198,13 @@ class FusionResult:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.model, folder / "model", tokenizer=tokenizer, card=card)
+        for name, model in self.by_folder().items():
+            save_model(model, folder / name, tokenizer=tokenizer, card=card)
         self.save_maps(folder)
+
+    def by_folder(self) -> dict[str, nn.Module]:
+        """Name of a model folder -> the model that goes there."""
+        return {f"{HEAD}{name}": model for name, model in self.models.items()} if self.heads else {"model": self.model}
 
     def save_maps(self, folder: Path) -> None:
         """Writes maps.safetensors (`parent0/AXIS` -> plan [n_parent, n_anchor]) and config.yaml."""

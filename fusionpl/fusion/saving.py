@@ -11,6 +11,7 @@ from fusionpl.fusion.pixels import keep_pixels
 from fusionpl.fusion.plan import Plan
 from fusionpl.fusion.result import FusionResult, InMemory, Writer
 from fusionpl.fusion.team import Team
+from fusionpl.models.folders import HEAD
 from fusionpl.models.opened import ModelFolder
 from fusionpl.models.preprocessing import ImageProcessing
 from fusionpl.models.save import save_model
@@ -38,13 +39,15 @@ def save(result: FusionResult, team: Team, processing: ImageProcessing | None, o
     folder, taught = _folder_of(team, result.target), result.teaching
     own = taught is not None and taught.parent is not None
     if folder is None or own:
-        _save_model(result.model, team, output)
+        for name, model in result.by_folder().items():
+            _save_model(model, team, output / name)
     elif taught is not None:
         with closing(ModelWriter(folder, output / "model")) as refined:
             refined.write(dict(result.model.named_parameters()))
             refined.finish()
     if processing is not None:
-        keep_pixels(output / "model", result.model if own else result.target.module, processing)
+        for name in [f"{HEAD}{head.name}" for head in result.heads] or ["model"]:
+            keep_pixels(output / name, result.network if own else result.target.module, processing)
     result.save_maps(output)
 
 
@@ -53,10 +56,10 @@ def _folder_of(team: Team, target: SectionedModel) -> ModelFolder | None:
     return folder if folder is not None and folder.module is target.module else None
 
 
-def _save_model(model: nn.Module, team: Team, output: Path) -> None:
+def _save_model(model: nn.Module, team: Team, place: Path) -> None:
     """Writes a model that is not the anchor's folder with other weights."""
     source, folder = team.sources[team.anchor], team.folders[team.anchor]
     tokenizer = None if isinstance(source, nn.Module) else load_tokenizer(source)
-    save_model(model, output / "model", tokenizer=tokenizer)
+    save_model(model, place, tokenizer=tokenizer)
     if folder:
-        copy_modules(folder.path, output / "model", width_of(model))
+        copy_modules(folder.path, place, width_of(model))

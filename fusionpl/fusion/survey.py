@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fusionpl.calibration.batches import Progress, no_progress
@@ -20,11 +21,18 @@ from fusionpl.fusion.voting import Voting
 from fusionpl.fusion.walk import Walk
 from fusionpl.models.classes import missing_classes
 from fusionpl.models.labels import TAGS, Kind
+from fusionpl.models.save import class_names
+from fusionpl.models.separate import Head
 
 # Classifiers that saw other classes had 99 % and more, those of 80 % of half the classes at most 68 %.
 APART = 0.9
 # Samples that a trial takes at most, and what parents know of tags is measured on.
 TRIAL = 512
+# Parents whose numbers mean other classes agree on so many samples in the best order, and on so many more in it than as
+# they are, which is also more than chance gives few samples.
+AGREE, CLEARLY = 0.5, 0.05
+MOST_CLASSES = 2048  # among which an order is looked for: their products are a table
+SHOWN = 3  # classes in a line
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ class Survey:
         knowledge: how much each parent knows of each tag, [parents, tags]; None where nobody asked, or they give no
             tags.
         outputs: for each parent, which tags it has an output for, bool [tags]; None where it has not been asked.
+        heads: of the parents, where they have their own.
+        warnings: what speaks against taking the parents' outputs for the same.
     """
 
     kind: Kind
@@ -49,6 +59,8 @@ class Survey:
     share: float | None = None
     knowledge: Tensor | None = None
     outputs: Sequence[Tensor] | None = None
+    heads: Sequence[Head] = ()
+    warnings: Sequence[str] = ()
 
     @property
     def apart(self) -> bool:
@@ -65,11 +77,14 @@ class Survey:
         )
 
     def votings(self, weights: Sequence[float]) -> list[Voting]:
-        """Who says what the fused model is to predict; a tag is mostly of those that know it.
+        """Who says what the fused model is to predict: of heads of their own each parent, of a tag mostly those that
+        know it.
 
         Args:
             weights: one a parent, summing to 1.
         """
+        if self.heads:
+            return [Voting(weights, head.kind, None, head.columns, at) for at, head in enumerate(self.heads)]
         if self.knowledge is None:
             return [Voting(weights, self.kind)]
         own = torch.tensor(weights, dtype=torch.float64)[:, None]
@@ -105,14 +120,19 @@ def survey_streams(walk: Walk, plan: Plan, kept: Kept, progress: Progress = no_p
             # No name for what is shown: the next section's is not in memory beside it.
             _add(moments, streams, plan, walk.observe(each, walk.states(each.section), others=True))
     joint = plan.config.strategy == "joint"
-    share = specialisation(walk) if joint and walk.team.classifies else None
+    looks = joint and walk.team.classifies
+    share = specialisation(walk) if looks else None
+    # Who knows other classes agrees on none, in whatever order.
+    warnings = misnumbered(walk) if looks and share is not None and share < APART else []
+    if walk.team.heads:
+        return Survey(walk.team.kind, moments, streams, heads=walk.team.heads)
     fits = plan.config.strategy == "head" or plan.config.refit.method != "none" or plan.config.refine.asked
     if walk.team.kind != TAGS or not fits:
-        return Survey(walk.team.kind, moments, streams, share)
+        return Survey(walk.team.kind, moments, streams, share, warnings=warnings)
     known = knowledge(walk)
     missing = [missing_classes(network.original.module) for network in walk.team.networks]
     outputs = [torch.ones(known.shape[1], dtype=torch.bool) if own is None else ~own for own in missing]
-    return Survey(walk.team.kind, moments, streams, share, known, outputs)
+    return Survey(walk.team.kind, moments, streams, share, known, outputs, warnings=warnings)
 
 
 def _add(moments: Sequence["_Kept"], streams: dict[str, Tensor], plan: Plan, shown: Statistics) -> None:
@@ -144,6 +164,44 @@ def specialisation(walk: Walk) -> float:
     sum_over_ranks([sums, means])
     samples, diverged = sums.tolist()
     return float(divergence(means / samples).sum()) * samples / diverged if diverged > 0 else 0.0
+
+
+def misnumbered(walk: Walk) -> list[str]:
+    """A line for each parent that clearly agrees with the anchor more often when its classes are put in another order,
+    where one of the two has no names for them.
+
+    Two parents agree on a class as often as the mean over samples of the product of what both give it; the order in
+    which they agree most is an assignment. Of tags, of which few hold, nothing is said.
+
+    Args:
+        walk: the parents before the tail.
+    """
+    team, count = walk.team, walk.team.binding.axes["classes"].size
+    named = [class_names(network.original.module) is not None for network in team.networks]
+    others = [at for at in range(len(team)) if at != team.anchor and not (named[at] and named[team.anchor])]
+    if team.kind == TAGS or count > MOST_CLASSES or not others:
+        return []
+    sums = torch.zeros(len(others), count, count, dtype=torch.float64)
+    samples = torch.zeros(1, dtype=torch.float64)
+    with walk.at_work():
+        for batch, shown in predictions(walk):
+            weight, given = walk.data.weight(batch), shown.double().cpu()
+            samples += weight * given.shape[1]
+            sums += weight * torch.einsum("nc,pnd->pcd", given[team.anchor], given[others])
+    sum_over_ranks([sums, samples])
+    lines = []
+    for at, table in zip(others, sums / samples, strict=True):
+        rows, columns = (one.tolist() for one in linear_sum_assignment(table.numpy(), maximize=True))
+        now, best = float(table.trace()), float(table[rows, columns].sum())
+        if best >= AGREE and best - now > max(CLEARLY, float(samples) ** -0.5):
+            pairs = [f"{theirs} is {ours}" for ours, theirs in zip(rows, columns, strict=True) if ours != theirs]
+            more = ", ..." if len(pairs) > SHOWN else ""
+            lines.append(
+                f"{team.names[at]} seems to number its classes in another order than {team.reference.name}: they agree "
+                f"on {now:.0%} of the samples, and on {best:.0%} where its {', its '.join(pairs[:SHOWN])}{more}; name "
+                "the classes of both in id2label (of timm in label_names)"
+            )
+    return lines
 
 
 def knowledge(walk: Walk) -> Tensor:

@@ -23,11 +23,18 @@ LARGEST_FACTOR = 8
 
 
 def resolve(config: FuseConfig, team: Team) -> FuseConfig:
-    """The configuration, with `joint` or `transport` in the place of `strategy auto`.
+    """The configuration, with `joint` or `transport` in the place of `strategy auto`; whose units are taken is decided
+    for parents with heads of their own, who learned different things.
 
     Raises:
         FusionError: one stream is asked for of parents that lack tokens, a width or units where only transport will do.
     """
+    config = _with_strategy(config, team)
+    decided = team.heads and config.strategy == "joint" and config.units == "auto"
+    return replace(config, units="even") if decided else config
+
+
+def _with_strategy(config: FuseConfig, team: Team) -> FuseConfig:
     anchor = team.reference
     lacking = [
         f"{network.name} lacks tokens of {anchor.name}"

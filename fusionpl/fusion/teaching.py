@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -107,7 +108,7 @@ class Teaching:
                 outputs = logits(model, batch)
                 for voting, mean in self._held_means(index, owner, batch):
                     output, mean = _counted(outputs[..., voting.columns], mean, batch.get(self._mask))
-                    distance = loss_to(mean, output, voting.kind) - _least(mean, voting.kind)
+                    distance = (loss_to(mean, output, voting.kind) - _least(mean, voting.kind)) / self._unit(voting)
                     total += torch.stack([distance.double() * len(output), total.new_full((), len(output))])
         sum_over_ranks([total])
         self.seconds = time.monotonic() - started
@@ -119,7 +120,7 @@ class Teaching:
         outputs, losses = logits(model, batch), []
         for voting, mean in self._means_of(owner, batch):
             output, mean = _counted(outputs[..., voting.columns], mean, batch.get(self._mask))
-            losses.append(loss_to(mean, output, voting.kind))
+            losses.append(loss_to(mean, output, voting.kind) / self._unit(voting))
         return torch.stack(losses).sum()
 
     def _here(self, batch: Inputs) -> Inputs:
@@ -140,6 +141,22 @@ class Teaching:
                 outputs = [given[index][..., voting.columns] for index in asked]
                 means.append((voting, mean_of(outputs, [votes[index] for index in asked], voting.kind)))
         return means
+
+    def _unit(self, voting: Voting) -> float:
+        """What losses are measured in: of numbers beside other outputs, whose losses are nats, their variance."""
+        return self._variances[voting.head] if len(self._votings) > 1 and voting.kind == NUMBERS else 1.0
+
+    @cached_property
+    def _variances(self) -> dict[int | None, float]:
+        """Of what the teachers say of the held-out samples, head by head."""
+        sums = {voting.head: torch.zeros(3, dtype=torch.float64, device=self.device) for voting in self._votings}
+        for index, (owner, batch) in enumerate(self._samples.held(self._size)):
+            for voting, mean in self._held_means(index, owner, self._here(batch)):
+                mean = mean.double()
+                sums[voting.head] += torch.stack([mean.new_full((), mean.numel()), mean.sum(), mean.square().sum()])
+        sum_over_ranks(list(sums.values()))
+        counted = {head: (own / own[0].clamp_min(1)).tolist() for head, own in sums.items()}
+        return {head: squares - first**2 or 1.0 for head, (_, first, squares) in counted.items()}
 
     def _held_means(self, index: int, owner: int | None, batch: Inputs) -> Means:
         if index in self._means:

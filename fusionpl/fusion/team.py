@@ -16,6 +16,7 @@ from fusionpl.families.family import Family
 from fusionpl.models.labels import NUMBERS, Kind, kind_of
 from fusionpl.models.load import load_model
 from fusionpl.models.opened import ModelFolder, open_model
+from fusionpl.models.separate import Head
 from fusionpl.models.settings import compare_settings
 
 Parent = nn.Module | str | Path
@@ -31,6 +32,7 @@ class Team:
         sources: where each comes from.
         folders: for each, the folder that its weights are read from as they are needed; None for a model in memory.
         lines: what a reader should know of them.
+        heads: of parents whose heads stand side by side, one for each; see `match_heads`.
     """
 
     networks: tuple[SectionedModel, ...]
@@ -38,6 +40,7 @@ class Team:
     sources: tuple[Parent, ...]
     folders: tuple[ModelFolder | None, ...]
     lines: tuple[str, ...] = ()
+    heads: tuple[Head, ...] = ()
 
     def __len__(self) -> int:
         return len(self.networks)
@@ -69,13 +72,13 @@ class Team:
 
     @property
     def kind(self) -> Kind:
-        """What the parents' outputs mean."""
+        """What the parents' outputs mean, where they have no heads of their own."""
         return kind_of(self.reference.module)
 
     @property
     def classifies(self) -> bool:
-        """Whether the parents tell classes, or tags, from each other."""
-        return "classes" in self.binding.axes and self.kind != NUMBERS
+        """Whether the parents tell the same classes, or tags, from each other."""
+        return "classes" in self.binding.axes and self.kind != NUMBERS and not self.heads
 
     def in_memory(self, index: int) -> bool:
         """Whether a parent was given as a model."""

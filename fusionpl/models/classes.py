@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionpl.errors import FusionError
+from fusionpl.families.axes import Binding
 from fusionpl.families.binding import bind
 from fusionpl.families.family import Family
 from fusionpl.models.labels import TAGS, kind_of
@@ -30,11 +31,11 @@ class PartialHead(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = like.in_features, like.out_features
         self.weight, self.bias = like.weight, like.bias
-        self.missing, self.never = missing, never
+        self.missing, self._never = missing, never
 
     def forward(self, input: Tensor) -> Tensor:  # as torch calls it
         """What the model says, and for what it does not know that it is not there."""
-        return super().forward(input).masked_fill(self.missing.to(input.device), self.never)
+        return super().forward(input).masked_fill(self.missing.to(input.device), self._never)
 
 
 def missing_classes(model: nn.Module) -> Tensor | None:
@@ -90,8 +91,26 @@ def with_classes(
     own = class_names(model)
     if own is None or own == tuple(names):
         return None
-    dims = {slot.parameter: slot.axes.index("classes") for slot in bind(model, family).slots if "classes" in slot.axes}
     rows = torch.tensor([own.index(name) if name in own else len(own) for name in names])
+    return with_rows(model, names, rows, len(own), family)
+
+
+def with_rows(
+    model: nn.Module, names: Sequence[str], rows: Tensor, count: int, family: Family | None = None
+) -> tuple[nn.Module, Callable[[str, Tensor], Tensor]]:
+    """A model with other outputs, some of them its own.
+
+    Args:
+        model: of timm or transformers.
+        names: of the new outputs.
+        rows: for each of these, which of the model's own it is, or `count` where it is none; such it never gives.
+        count: of the model's own outputs.
+        family: see `bind`.
+
+    Returns:
+        See `with_classes`.
+    """
+    dims = head_parameters(bind(model, family))
 
     def moved(key: str, tensor: Tensor) -> Tensor:
         if key not in dims:
@@ -101,13 +120,18 @@ def with_classes(
         more = torch.cat([tensor, tensor.new_zeros(shape)], dims[key])
         return more.index_select(dims[key], rows.to(tensor.device))
 
-    new, missing = relabelled(model, names), rows == len(own)
+    new, missing = relabelled(model, names), rows == count
     for module in {key.rpartition(".")[0] for key in dims} if missing.any() else ():
         owner, _, leaf = module.rpartition(".")
         head: Any = new.get_submodule(module)
         never = NO_TAG if kind_of(model) == TAGS else NO_CLASS
         setattr(new.get_submodule(owner), leaf, PartialHead(head, missing, never).train(head.training))
     return new, moved
+
+
+def head_parameters(binding: Binding) -> dict[str, int]:
+    """The parameters that have a row for each class -> along which dimension."""
+    return {slot.parameter: slot.axes.index("classes") for slot in binding.slots if "classes" in slot.axes}
 
 
 def with_classes_of(model: nn.Module, like: nn.Module, family: Family | None = None) -> nn.Module:

@@ -10,6 +10,8 @@ from fusionpl.errors import FusionError, reason
 from fusionpl.models.adapters import adapter_beside, base_of, class_with_head, is_adapter
 from fusionpl.models.hub import download, hub_id
 
+HEAD = "model-"  # what the folder of a model is called that has one of several heads, before its name
+
 
 def model_folder(source: str, *, allow_pickle: bool = False, weights: bool = True) -> Path:
     """The folder with a model's files; what a hub id names is downloaded.
@@ -25,6 +27,11 @@ def model_folder(source: str, *, allow_pickle: bool = False, weights: bool = Tru
     if (path / "model").is_dir():
         return path / "model"
     if path.is_dir():
+        if heads := [] if (path / "config.json").is_file() else list(heads_in(path).values()):
+            raise FusionError(
+                f"{path} holds a model for each parent, {', '.join(head.name for head in heads)}; give one of them, as "
+                f"{heads[0]}, or load all with fusionpl.load_models"
+            )
         return path
     if path.exists():
         raise FusionError(f"{path} is a file; give the folder that holds config.json and model.safetensors")
@@ -32,6 +39,12 @@ def model_folder(source: str, *, allow_pickle: bool = False, weights: bool = Tru
     if hub is None:
         raise FusionError(f"no model at {path}; {_siblings(path)}")
     return download(hub, allow_pickle=allow_pickle, weights=weights)
+
+
+def heads_in(run: Path) -> dict[str, Path]:
+    """The models of a fusion with `labels: separate` in a run folder: name -> folder."""
+    files = sorted(run.glob(f"{HEAD}*/config.json"))
+    return {file.parent.name.removeprefix(HEAD): file.parent for file in files}
 
 
 def check_there(sources: Iterable[str]) -> None:

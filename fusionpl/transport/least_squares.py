@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusionpl.errors import FusionError
 from fusionpl.transport.products import cross_product, self_product
+from fusionpl.transport.softmax import Fitted, Reduce, Rows
 
 # In units of the inputs' mean energy; the largest all but keeps the prior. Below the smallest, the rounding errors of
 # float32 activations would decide the directions in which the inputs hardly vary.
@@ -121,6 +122,32 @@ def fit_ridge(
         return prior, float("inf")
     used = rows + held_out if both else rows
     return prior + used.less(prior).ridge(PENALTIES[best]), PENALTIES[best]
+
+
+def fit_numbers(
+    rows: Rows, held_out: Rows, prior: Tensor, *, both: bool = True, reduce: Reduce = lambda sums: None
+) -> Fitted:
+    """As `fit_softmax`, to numbers [rows, m] in the place of probabilities: ridge regression shrunk towards `prior`.
+
+    What it finds is a share of the numbers' variance in the place of nats.
+    """
+    parts = [NormalEquations.zeros(len(prior) - 1, prior.shape[1], device=prior.device) for _ in range(2)]
+    squares = torch.zeros((), dtype=torch.float64, device=prior.device)  # of those held out
+    for part, (equations, given) in enumerate(zip(parts, (rows, held_out), strict=True)):
+        for x, y, weight in given():
+            equations.update(x, y, weight=weight)
+            squares += part * weight * y.double().square().sum()
+    reduce([*(tensor for part in parts for tensor in part.tensors()), squares])
+    fitted, judge = parts
+    energy, mean = squares / judge.count, judge.xy[-1] / judge.count
+    variance = float(energy - mean.square().sum()) or 1.0
+
+    def left(matrix: Tensor) -> float:
+        return (judge.error(matrix) + float(energy)) / variance
+
+    alone, penalty = fit_ridge(fitted, judge, prior, both=False)
+    matrix = fit_ridge(fitted, judge, prior, penalty)[0] if both else alone
+    return Fitted(matrix, penalty, left(prior), left(alone))
 
 
 def _combined(targets: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ WARMUP = 0.1
 HELD_OUT_SEED = 0  # of what a data set draws for each batch, as masks
 Augment = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 Means = Sequence[tuple[Voting, Tensor]]
+Units = Mapping[int | None, float]  # the parent whose head it is -> what its losses are measured in
 
 
 class Teaching:
@@ -75,6 +76,7 @@ class Teaching:
             Whether all gradients were finite; at the first that are not it stops.
         """
         optimizer, finite = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0), True
+        units = self._units
         with torch.random.fork_rng():
             torch.manual_seed(self._seed + (dist.get_rank() if dist.is_initialized() else 0))
             batches = self._samples.taught(self._size, self._seed)
@@ -84,7 +86,7 @@ class Teaching:
                 optimizer.zero_grad()
                 drawn = next(batches)
                 if drawn is not None:
-                    self._loss(model, *drawn).backward()
+                    self._loss(model, units, *drawn).backward()
                 _average_gradients(model, took_part=drawn is not None)
                 finite = bool(nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite())
                 if not finite:
@@ -98,8 +100,8 @@ class Teaching:
 
     def divergence(self, model: nn.Module) -> float:
         """The mean divergence of a model from the teachers' mean over the held-out samples, in nats; of models that put
-        out one number, the mean squared error."""
-        started = time.monotonic()
+        out one number, the mean squared error, as a share of its variance where there are other heads."""
+        started, units = time.monotonic(), self._units
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         with torch.no_grad(), eval_mode(model), torch.random.fork_rng():
             torch.manual_seed(HELD_OUT_SEED)
@@ -108,19 +110,19 @@ class Teaching:
                 outputs = logits(model, batch)
                 for voting, mean in self._held_means(index, owner, batch):
                     output, mean = _counted(outputs[..., voting.columns], mean, batch.get(self._mask))
-                    distance = (loss_to(mean, output, voting.kind) - _least(mean, voting.kind)) / self._unit(voting)
+                    distance = (loss_to(mean, output, voting.kind) - _least(mean, voting.kind)) / units[voting.head]
                     total += torch.stack([distance.double() * len(output), total.new_full((), len(output))])
         sum_over_ranks([total])
         self.seconds = time.monotonic() - started
         return float(total[0] / total[1])
 
-    def _loss(self, model: nn.Module, owner: int | None, batch: Inputs) -> Tensor:
+    def _loss(self, model: nn.Module, units: Units, owner: int | None, batch: Inputs) -> Tensor:
         batch = self._here(batch)
         batch = dict(self._augment(batch)) if self._augment is not None else batch
         outputs, losses = logits(model, batch), []
         for voting, mean in self._means_of(owner, batch):
             output, mean = _counted(outputs[..., voting.columns], mean, batch.get(self._mask))
-            losses.append(loss_to(mean, output, voting.kind) / self._unit(voting))
+            losses.append(loss_to(mean, output, voting.kind) / units[voting.head])
         return torch.stack(losses).sum()
 
     def _here(self, batch: Inputs) -> Inputs:
@@ -142,21 +144,26 @@ class Teaching:
                 means.append((voting, mean_of(outputs, [votes[index] for index in asked], voting.kind)))
         return means
 
-    def _unit(self, voting: Voting) -> float:
-        """What losses are measured in: of numbers beside other outputs, whose losses are nats, their variance."""
-        return self._variances[voting.head] if len(self._votings) > 1 and voting.kind == NUMBERS else 1.0
-
     @cached_property
-    def _variances(self) -> dict[int | None, float]:
-        """Of what the teachers say of the held-out samples, head by head."""
-        sums = {voting.head: torch.zeros(3, dtype=torch.float64, device=self.device) for voting in self._votings}
-        for index, (owner, batch) in enumerate(self._samples.held(self._size)):
-            for voting, mean in self._held_means(index, owner, self._here(batch)):
-                mean = mean.double()
-                sums[voting.head] += torch.stack([mean.new_full((), mean.numel()), mean.sum(), mean.square().sum()])
+    def _units(self) -> Units:
+        """What the losses of each head are measured in, on all ranks at once: nats, and of numbers beside other outputs
+        the variance of what the teachers say of the held-out samples."""
+        heads = {voting.head: voting for voting in self._votings}
+        units = dict.fromkeys(heads, 1.0)
+        numbers = [head for head, voting in heads.items() if head is not None and voting.kind == NUMBERS]
+        if len(heads) == 1 or not numbers:
+            return units
+        widths = {head: heads[head].columns.stop - heads[head].columns.start for head in numbers}
+        sums = {head: torch.zeros(3, width, dtype=torch.float64, device=self.device) for head, width in widths.items()}
+        with torch.no_grad(), eval_mode(*self._teachers):
+            for index, (owner, batch) in enumerate(self._samples.held(self._size)):
+                for voting, mean in self._held_means(index, owner, self._here(batch)):
+                    if voting.head in numbers:
+                        rows = mean.double()
+                        sums[voting.head] += torch.stack([torch.ones_like(rows), rows, rows.square()]).sum(1)
         sum_over_ranks(list(sums.values()))
-        counted = {head: (own / own[0].clamp_min(1)).tolist() for head, own in sums.items()}
-        return {head: squares - first**2 or 1.0 for head, (_, first, squares) in counted.items()}
+        parts = {head: own / own[0].clamp_min(1) for head, own in sums.items()}
+        return {**units, **{head: float((one[2] - one[1].square()).mean()) or 1.0 for head, one in parts.items()}}
 
     def _held_means(self, index: int, owner: int | None, batch: Inputs) -> Means:
         if index in self._means:

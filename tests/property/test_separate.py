@@ -215,8 +215,19 @@ def test_a_trunk_of_other_width_or_depth(name: str, changes: dict[str, Any], lim
         assert far(model, parent, seen(name, 64, 99)) < limit
 
 
+def test_the_unit_of_numbers_is_nothing_to_refinement_nor_to_the_choice_of_a_parent() -> None:
+    data, told = [[seen("bert", 200, seed)] for seed in range(2)], []
+    for factor in (1.0, 100.0):
+        a, b = bert(1, 3), bert(2, 3, problem_type=NUMBERS)
+        with torch.no_grad():
+            for name in ("classifier.weight", "classifier.bias"):
+                b.get_parameter(name).mul_(factor)
+        taught = fused([a, b], data, **{"refine.steps": 1, "refine.lr": 1e-4, "refine.start": "fused"})
+        told.append([taught.notes[-1], fused([a, b], data, strategy="head").notes[-1]])
+    assert told[0] == told[1]
+
+
 def test_refinement_teaches_each_head_by_its_owner() -> None:
-    """Numbers as large as these would drown the classes if their squares were measured as they are."""
     parents = bert(1, 3), bert(2, 1)
     with torch.no_grad():
         for parent, factor in zip(parents, (5.0, 100.0), strict=True):

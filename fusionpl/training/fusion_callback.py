@@ -40,6 +40,9 @@ class OTFusion(L.Callback):
 
     Attributes:
         result: what the fusion made; None before `setup`.
+
+    Raises:
+        FusionError: `labels: separate`, which makes several models.
     """
 
     def __init__(
@@ -57,6 +60,10 @@ class OTFusion(L.Callback):
     ) -> None:
         self.parents = parents
         self.config = config or FuseConfig()
+        if self.config.labels == "separate":
+            raise FusionError(
+                "OTFusion puts one model into a module, labels separate makes one for each parent; use fusionpl.fuse"
+            )
         self.names = names
         self.processing = processing
         self.output = output

@@ -351,6 +351,11 @@ def test_models_that_share_no_trunk_are_refused(tmp_path: Path) -> None:
         fusionpl.load_models(tmp_path / "model-a")
 
 
+def test_a_callback_takes_no_heads_apart() -> None:
+    with pytest.raises(FusionError, match=r"labels separate makes one for each parent; use fusionpl.fuse"):
+        fusionpl.OTFusion([bert(1), bert(2)], load_config(None, {"labels": "separate"}))
+
+
 def test_a_model_or_models_is_said_in_one_line() -> None:
     parents = [bert(1, 3), bert(2, 3)]
     with pytest.raises(

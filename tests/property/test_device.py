@@ -2,6 +2,7 @@
 
 import gc
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +84,27 @@ def test_a_fusion_stays_on_its_parents_device(setting: str) -> None:
         there = [{key: value.to(DEVICE) for key, value in batch.items()} for batch in batches]
         assert evaluate(fused, there)["loss"] == pytest.approx(evaluate(expected, batches)["loss"], rel=1e-3)
         assert evaluate_ensemble(parents, batches) == evaluate_ensemble(parents, there)
+
+
+@pytest.mark.parametrize("changes", [{}, {"strategy": "head"}, {"refine.steps": 2, "refine.lr": 1e-4}])
+def test_heads_of_their_own_stay_on_their_parents_device(changes: dict[str, Any]) -> None:
+    config = fusionpl.load_config("default", {"labels": "separate", **changes})
+    batch = sentences(16, seed=99)
+
+    def made(move: Callable[[Any], Any]) -> dict[str, Tensor]:
+        parents = [move(text_model("bert classifier", seed, depth=1)) for seed in range(2)]
+        parents[1].config.problem_type = "regression"
+        models = fusionpl.fuse(parents, [[sentences(24, seed)] for seed in range(2)], config).models
+        assert {tensor.device for model in models.values() for tensor in model.parameters()} == {
+            next(parents[0].parameters()).device
+        }
+        return {name: one.cpu() for name, one in fusionpl.predict(models, batch).items()}
+
+    expected = made(lambda model: model)
+    with PretendDevice():
+        found = made(moved)
+    for name, one in expected.items():
+        torch.testing.assert_close(found[name], one, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("preset", ["joint", "transport", "paper"])

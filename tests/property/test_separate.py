@@ -215,6 +215,26 @@ def test_a_trunk_of_other_width_or_depth(name: str, changes: dict[str, Any], lim
         assert far(model, parent, seen(name, 64, 99)) < limit
 
 
+@pytest.mark.parametrize("preset", ["default", "transport"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])
+def test_parents_of_other_width_and_depth(name: str, preset: str) -> None:
+    """The second one is the anchor, whose shape the trunk has."""
+    parents: list[Any] = [
+        text_model(f"{name} classifier", 1),
+        text_model(f"{name} classifier", 2, width=24, mlp=36, depth=3),
+    ]
+    data = [[seen("bert", seed=seed)] for seed in range(2)]
+    models = fused(parents, data, preset, anchor=1).models
+    assert {key: one.shape for key, one in models["a"].named_parameters()} == {
+        key: one.shape for key, one in parents[1].named_parameters()
+    }
+    far_off = [far(model, parent, own[0]) for model, parent, own in zip(models.values(), parents, data, strict=True)]
+    swapped = [
+        far(model, parent, own[0]) for model, parent, own in zip(models.values(), parents[::-1], data, strict=True)
+    ]
+    assert max(far_off) < 1.0 < min(swapped)
+
+
 def test_the_unit_of_numbers_is_nothing_to_refinement_nor_to_the_choice_of_a_parent() -> None:
     data, told = [[seen("bert", 200, seed)] for seed in range(2)], []
     for factor in (1.0, 100.0):

@@ -347,7 +347,7 @@ def named(model: nn.Module, names: tuple[str, ...] | None) -> nn.Module:
         if names:
             model.config.id2label = dict(enumerate(names))  # type: ignore[union-attr]
     else:
-        model.pretrained_cfg = {**model.pretrained_cfg, "label_names": list(names or ())}  # type: ignore[dict-item]
+        model.pretrained_cfg = {"label_names": list(names)} if names else {}  # type: ignore[assignment]
     return model
 
 

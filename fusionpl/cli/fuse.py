@@ -10,7 +10,8 @@ from jsonargparse import ArgumentParser, Namespace
 from fusionpl.cli.alternatives import compared
 from fusionpl.cli.fusing import arguments, check_configs, fuse_config, fusing_parser
 from fusionpl.cli.outputs import check_output, in_sweep
-from fusionpl.cli.parsing import settings_of
+from fusionpl.cli.own_data import of_all_classes, one_path, own_data
+from fusionpl.cli.parsing import settings_of, with_presets
 from fusionpl.cli.push import add_push_options, check_push_options
 from fusionpl.cli.running import quiet
 from fusionpl.cli.tasks import check_trains
@@ -52,7 +53,13 @@ class Asked:
         Raises:
             FusionError: a user's mistake.
         """
-        parser, args = arguments(argv, build_parser)
+        words, paths = one_path(with_presets(argv, "fuse"))
+        parser, args = arguments(words, build_parser)
+        args.own_data = own_data(words, paths, args)
+        if args.own_data:
+            args.data.update(Namespace(args.own_data[args.anchor % len(args.parents)]))
+        elif paths and of_all_classes(words, args):
+            args.data.classes = None
         chosen = parser.instantiate(args)
         config, parents = fuse_config(chosen), named(args.parents)
         presets, alternatives = compared(args.compare)
@@ -85,6 +92,9 @@ def run(argv: Sequence[str]) -> None:
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     """The options of fuse.py for parents of a task."""
     parser = fusing_parser(task)
+    own = """options of data of each parent, as config.yaml of a fused run has them; by default what their runs say,
+    where these differ"""
+    parser.add_argument("--own-data", type=list[dict[str, Any]] | None, help=own)
     add_push_options(parser)
     return parser
 

@@ -110,9 +110,8 @@ class ImageDataModule(LabelledSplits):
 
     def follow(self, model: nn.Module, processing: ImageProcessing | None = None) -> None:
         """Takes size, channels and preparation of images from `model` where the options leave them open, and the
-        numbers of classes that were asked for from one that knows them all by name."""
-        if self.config.classes is not None:
-            self._number_like(model)
+        numbers of classes from one that knows them all by name."""
+        self._number_like(model)
         if self._sets:
             return
         self._processing = self._processing or processing

@@ -1,6 +1,8 @@
 """Samples with labels: of all classes or of some, numbered as the model does that reads them."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -46,6 +48,20 @@ class LabelledSplits(FixedSplits):
                 f"--data.classes '[{own}]'"
             )
         super().check_model(model, run)
+
+    def calibration_sizes(self) -> list[int]:
+        """How many calibration samples there are; none is read."""
+        return [len(self._parts["calibration"][1])]
+
+    def called(self, names: Sequence[str]) -> None:
+        """Gives classes that have numbers for names those of a model's outputs, where its own are words.
+
+        Args:
+            names: the model's, in its order.
+        """
+        own = self._labels.names or ()
+        if all(map(str.isdigit, own)) and not set(own) <= set(names) and all(int(name) < len(names) for name in own):
+            self._labels = replace(self._labels, names=tuple(names[int(name)] for name in own))
 
     @property
     @abstractmethod

@@ -124,12 +124,21 @@ class Bench:
     def _size(self, part: str) -> int:
         return len(self.data.dataset(part))  # type: ignore[arg-type]  # all have a length
 
-    def _put(self, name: str, models: Sequence[nn.Module], outcomes: Outcomes, **figures: Any) -> None:
-        """Adds a row, with what the models cost."""
+    def _put(
+        self,
+        name: str,
+        models: Sequence[nn.Module],
+        outcomes: Outcomes,
+        tasks: Mapping[str, Outcomes] | None = None,
+        **figures: Any,
+    ) -> None:
+        """Adds a row, with what the models cost, and for each task its accuracy."""
+        each = {task: found.figures["accuracy"] for task, found in (tasks or {}).items()} or None
         row = Row(
             name,
+            tasks=each,
             parameters=sum(parameters(model) for model in models),
             flops=sum(flops(model, self._batches[0]) for model in models),
             **figures,
         )
-        self.report.add(row, outcomes)
+        self.report.add(row, outcomes, tasks)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fusionpl.datamodules.base import FixedSplits
+from fusionpl.datamodules.joint import JointSplits
 from fusionpl.evaluation.bench import Bench
+from fusionpl.evaluation.joint import JointBench
 from fusionpl.evaluation.neighbours import agreement, embeddings, probe, similarities
 from fusionpl.evaluation.report import Report
 from fusionpl.models.labels import CLASSES
@@ -62,5 +64,7 @@ class EmbeddingBench(Bench):
 
 def bench_for(report: Report, data: FixedSplits, device: torch.device) -> Bench:
     """The bench that fits the data; see `Bench`."""
+    if isinstance(data, JointSplits):
+        return JointBench(report, data, device)
     kind = Bench if data.pooling is None else EmbeddingBench
     return kind(report, data, device)

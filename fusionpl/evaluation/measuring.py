@@ -12,13 +12,14 @@ from fusionpl.calibration.kept import Kept, budget
 from fusionpl.datamodules.base import FixedSplits
 from fusionpl.errors import FusionError
 from fusionpl.evaluation.bench import Bench, Cost, Load, Made
+from fusionpl.evaluation.joint import JointBench
 from fusionpl.evaluation.matched import matched_axes
 from fusionpl.evaluation.rows import HEAD_FITTED, MODEL, PARENT, best_parent
 from fusionpl.fusion.config import mixing_weights
 from fusionpl.fusion.heads import fit_head
 from fusionpl.fusion.result import FusionResult
-from fusionpl.fusion.voting import Voting
-from fusionpl.models.labels import kind_of
+from fusionpl.fusion.voting import votings_of
+from fusionpl.models.classes import missing_classes
 
 UNMEASURED = "nothing was measured: the data are so few that all of them were used for calibration"
 Alternative = Callable[[int, Sequence[nn.Module]], Made]
@@ -75,7 +76,9 @@ def measure(bench: Bench, result: FusionResult, cost: Cost, beside: Beside, *, f
     if aligned:
         report.axes = matched_axes(result.maps)
     report.blocks = {one.parent: (one.alike, one.path) for one in result.matchings if one.alike is not None}
-    if full and report.rows[0].accuracy is not None:  # the curve of a regression has no accuracy to show
+    # The curve of a regression has no accuracy to show, and heads that know other classes have no straight way between.
+    apart = any(missing_classes(parent.network.original.module) is not None for parent in result.parents)
+    if full and not apart and report.rows[0].accuracy is not None:
         report.barrier = bench.curves(_ends(result, list(beside.parents.values()), averaged=plain is not None))
 
 
@@ -111,8 +114,10 @@ def _measure_parents(bench: Bench, result: FusionResult, beside: Beside) -> tupl
     row = chosen[0].name
     models = list(parents.values())
     best = list(parents).index(row.removeprefix(PARENT))
+    if isinstance(bench, JointBench):
+        best = bench.add_bounds(parents, best, _calibration(bench.data, result), result)
     trained = {name: make(best, models) for name, make in beside.alternatives.items()}
-    fitted = _head_fitted(bench.data, models, best, result)
+    fitted = None if isinstance(bench, JointBench) else _head_fitted(bench.data, models, best, result)
     parents.clear()  # before more is loaded
     models.clear()
     if fitted is not None:
@@ -130,12 +135,15 @@ def _measure_stretched(bench: Bench, result: FusionResult, names: Sequence[str])
 
 def _head_fitted(data: FixedSplits, parents: Sequence[nn.Module], best: int, result: FusionResult) -> Made | None:
     """The best parent, its head alone fitted to what all predict on the calibration data; None where it has none."""
-    started, options = time.monotonic(), result.config.calibration
-    votings = [Voting(mixing_weights(result.config.weights, len(parents)), kind_of(parents[0]))]
-    loader = data.calibration_dataloader(options.batch_size)
-    calibration = CalibrationSet(loader, options, Kept(budget(options.memory)), whole=True)
-    fitted = fit_head(parents[best], parents, votings, calibration, family=result.binding.family)
+    started, votings = time.monotonic(), votings_of(parents, mixing_weights(result.config.weights, len(parents)))
+    fitted = fit_head(parents[best], parents, votings, _calibration(data, result), family=result.binding.family)
     return (fitted[0], Cost("unlabelled data", time.monotonic() - started)) if fitted else None
+
+
+def _calibration(data: FixedSplits, result: FusionResult) -> CalibrationSet:
+    options = result.config.calibration
+    loader = data.calibration_dataloader(options.batch_size)
+    return CalibrationSet(loader, options, Kept(budget(options.memory)), whole=True)
 
 
 def _ends(result: FusionResult, parents: Sequence[Load], *, averaged: bool) -> dict[str, tuple[Load, Load]]:

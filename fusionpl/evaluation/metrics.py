@@ -55,7 +55,7 @@ def evaluate_samples(
                 raise FusionError(f"cannot evaluate: a batch has no 'labels', only {sorted(batch)}")
             labels = batch["labels"].to(device_of(models[0]))
             of_tokens = labels.ndim > 1 and not labels.is_floating_point()
-            output = _mean(models, batch, labels)
+            output = together(models, batch, labels)
             values.append(scored(output, labels))
             if labels.is_floating_point():
                 predictions.append(output if are_tags(labels) else output.squeeze(-1))
@@ -79,9 +79,9 @@ def _of_floats(predicted: Tensor, wanted: Tensor) -> dict[str, float]:
     return {name: float(of(predicted, wanted)) for name, of in correlations.items()}
 
 
-def _mean(models: Sequence[nn.Module], batch: Mapping[str, Any], labels: Tensor) -> Tensor:
-    """The mean number [B, 1], the log-odds of the mean probability of tags [B, tags], or else the log of the mean
-    probability, [B, classes] or [B, T, vocabulary]; float32."""
+def together(models: Sequence[nn.Module], batch: Mapping[str, Any], labels: Tensor) -> Tensor:
+    """What models say together: the mean number [B, 1], the log-odds of the mean probability of tags [B, tags], or else
+    the log of the mean probability, [B, classes] or [B, T, vocabulary]; float32."""
     if not labels.is_floating_point():
         return _log_probabilities(models, batch)
     first, *others = (logits(model, batch).float() for model in models)

@@ -14,6 +14,7 @@ from fusionpl.errors import FusionError, reason
 from fusionpl.evaluation import plots
 from fusionpl.evaluation.barrier import Curve
 from fusionpl.evaluation.html import axes_cells, page
+from fusionpl.evaluation.keeping import Kept, kept
 from fusionpl.evaluation.matched import MatchedAxis
 from fusionpl.evaluation.outcomes import Outcomes, load_outcomes, load_tensors, save_outcomes
 from fusionpl.evaluation.plots import BARS, BLOCKS, CAPTIONS, LINE, MAPS
@@ -27,7 +28,7 @@ from fusionpl.evaluation.rows import (
     equal_cost_cells,
     readable,
 )
-from fusionpl.evaluation.text import CONTINUED, EQUAL_COST, WORDS, markdown_table, quoted, text_table
+from fusionpl.evaluation.text import CONTINUED, EQUAL_COST, OF_TASKS, WORDS, markdown_table, quoted, text_table
 from fusionpl.evaluation.verdict import Verdict, compared_cells, verdict_cells, verdicts
 from fusionpl.files import beside, put_in_place
 from fusionpl.paths import public_settings
@@ -49,6 +50,7 @@ class Report:
         prompt: what language models went on with.
         continuations: how they did, by the name of the row.
         outcomes: (name, stage) of a row -> what it did on each test sample; the verdict is made of them.
+        tasks: (name, stage) of a row -> for each parent with data of its own, what it did on them, see `Row.tasks`.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -60,15 +62,20 @@ class Report:
     prompt: str = ""
     continuations: dict[str, str] = field(default_factory=dict)
     outcomes: dict[tuple[str, Stage], Outcomes] = field(default_factory=dict)
+    tasks: dict[tuple[str, Stage], Mapping[str, Outcomes]] = field(default_factory=dict)
 
-    def add(self, row: Row, outcomes: Outcomes | None = None) -> None:
+    def add(self, row: Row, outcomes: Outcomes | None = None, tasks: Mapping[str, Outcomes] | None = None) -> None:
         """Adds a row; one of the same name and stage is replaced where it stands.
 
         Args:
             row: what a model measured.
             outcomes: what it did on each test sample.
+            tasks: what it did on the data of each parent.
         """
         self.outcomes.pop((row.name, row.stage), None)
+        self.tasks.pop((row.name, row.stage), None)
+        if tasks:
+            self.tasks[row.name, row.stage] = tasks
         if outcomes is not None:
             self.outcomes[row.name, row.stage] = outcomes
         for index, known_row in enumerate(self.rows):
@@ -82,13 +89,18 @@ class Report:
         """The verdict on the fused model, before finetuning and after it; see `fusionpl.evaluation.verdict`."""
         return verdicts(self.rows, self.outcomes)
 
+    @property
+    def kept(self) -> list[Kept]:
+        """What the fused model keeps of each parent that has data of its own."""
+        return kept(self.rows, self.tasks)
+
     def rows_as_table(self) -> tuple[list[str], list[list[Any]]]:
         """Column names and raw values (None where not measured), one-shot rows first; for `wandb.Table`."""
         return as_table(self.rows)
 
     def table(self) -> str:
         """The rows as aligned plain text, the loss barriers, what could be had at equal cost, and last the verdict."""
-        parts = [text_table(as_text_cells(self.rows), left=2)]
+        parts = [text_table(as_text_cells(self.rows), left=2), *([OF_TASKS] if self.tasks else [])]
         if self.barrier:
             values = [f"{name} {readable('loss', curve.barrier)}" for name, curve in self.barrier.items()]
             parts.append(f"loss barrier: {', '.join(values)}")
@@ -96,7 +108,8 @@ class Report:
         if alternatives := self.alternatives(verdicts):
             parts.append(text_table(alternatives, left=2))
         if verdicts:
-            parts += [text_table(verdict_cells(verdicts), left=1), "\n".join(verdict.words for verdict in verdicts)]
+            words = [*(verdict.words for verdict in verdicts), *(found.words for found in self.kept)]
+            parts += [text_table(verdict_cells(verdicts), left=1), "\n".join(words)]
         if compared := compared_cells(self.rows, self.outcomes):
             parts.append(text_table(compared, left=1))
         return "\n\n".join(parts)
@@ -108,12 +121,14 @@ class Report:
             figures: which of the pictures lie next to the file and are embedded.
         """
         title = "# Evaluation" if best_parent(self.rows, MODEL) else "# Fusion report"
-        parts = [title, markdown_table(as_text_cells(self.rows)), *_embedded(BARS, figures)]
+        parts = [title, markdown_table(as_text_cells(self.rows)), *([OF_TASKS] if self.tasks else [])]
+        parts += _embedded(BARS, figures)
         verdicts = self.verdicts
         if verdicts:
             parts += [
                 "## Verdict",
                 *(f"**{verdict.words}**" for verdict in verdicts),
+                *(["\n".join(f"- {found.words}" for found in self.kept)] if self.kept else []),
                 markdown_table(verdict_cells(verdicts)),
             ]
             parts += [f"± is one standard error, from the same {verdicts[-1].difference.samples:,} test samples."]
@@ -146,6 +161,8 @@ class Report:
             report=self,
             best=best_parent(self.rows, MODEL),
             verdicts=verdicts,
+            kept=self.kept,
+            of_tasks=OF_TASKS.replace("`", "") if self.tasks else "",
             rows=as_text_cells(self.rows),
             judged=verdict_cells(verdicts) if verdicts else [],
             compared=compared_cells(self.rows, self.outcomes),
@@ -207,9 +224,7 @@ class Report:
             (new / "report.md").write_text(self.markdown(tuple(pictures)), encoding="utf-8")
             (new / "report.html").write_text(self.html(), encoding="utf-8")
             if self.outcomes:
-                save_outcomes(
-                    new / SAMPLES, {f"{stage}/{name}": outcome for (name, stage), outcome in self.outcomes.items()}
-                )
+                save_outcomes(new / SAMPLES, self._samples())
             if drawn := self._drawn():
                 save_file(drawn, new / PICTURES)
             (new / "report.json").write_text(json.dumps(self._as_dict(), indent=2) + "\n", encoding="utf-8")
@@ -248,7 +263,21 @@ class Report:
         report.outcomes = {
             (row.name, row.stage): samples[key] for row in rows if (key := f"{row.stage}/{row.name}") in samples
         }
+        report.tasks = {
+            (row.name, row.stage): found
+            for row in rows
+            if (found := {name: samples[key] for name in row.tasks or () if (key := _of_task(name, row)) in samples})
+        }
         return report
+
+    def _samples(self) -> dict[str, Outcomes]:
+        """What models did, by the names that `load` looks for."""
+        tasks = {
+            _of_task(task, row): outcomes
+            for row in self.rows
+            for task, outcomes in self.tasks.get((row.name, row.stage), {}).items()
+        }
+        return tasks | {f"{stage}/{name}": outcome for (name, stage), outcome in self.outcomes.items()}
 
     def _pictures(self) -> dict[str, list[plots.Panel]]:
         """The pictures that have something to show, by the names of their files."""
@@ -270,6 +299,7 @@ class Report:
             "config": _plain(self.config),
             "barrier": {name: curve.as_dict() for name, curve in self.barrier.items()},
             **({"verdict": [verdict.as_dict() for verdict in verdicts]} if verdicts else {}),
+            **({"kept": [found.as_dict() for found in self.kept]} if self.kept else {}),
             **({"axes": {name: axis.as_dict() for name, axis in self.axes.items()}} if self.axes else {}),
             **({"blocks": {name: list(way) for name, (_, way) in self.blocks.items()}} if self.blocks else {}),
             **({"notes": self.notes} if self.notes else {}),
@@ -281,6 +311,10 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration in JSON's types, tuples as lists and enumerations as text; paths as others may see them."""
     plain: dict[str, Any] = json.loads(json.dumps(public_settings(config), default=str))
     return plain
+
+
+def _of_task(task: str, row: Row) -> str:
+    return f"tasks/{task}/{row.stage}/{row.name}"
 
 
 def _embedded(name: str, figures: tuple[str, ...]) -> list[str]:

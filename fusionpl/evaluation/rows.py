@@ -30,6 +30,9 @@ class Row:
         loss: mean cross-entropy in nats; of regression, mean squared error.
         perplexity: exp(loss), of language models.
         bits_per_byte: negative log2-likelihood over the bytes of the text, of causal language models.
+        tasks: of parents with data of their own, for each the accuracy on its test data when only the classes that it
+            knows may be answered; the other figures are then means over the parents' test sets, over the classes of
+            all.
         parameters: how many.
         flops: floating-point operations for one sample.
         epochs: training epochs that led to this stage.
@@ -51,6 +54,7 @@ class Row:
     loss: float | None = None
     perplexity: float | None = None
     bits_per_byte: float | None = None
+    tasks: Mapping[str, float] | None = None
     parameters: int | None = None
     flops: int | None = None
     epochs: float | None = None
@@ -71,7 +75,8 @@ def known(value: Any) -> bool:
 
 # What the names of rows begin with: parents of a fusion, and models that are compared without one.
 PARENT, MODEL = "parent ", "model "
-HEAD_FITTED = "head-fitted "  # and of the best parent, its head fitted to what all predict
+HEAD_FITTED = "head-fitted "  # and of a parent, its head fitted to what all predict
+TASK = "on "  # what the columns of tasks begin with
 
 
 def ordered(rows: Sequence[Row]) -> list[Row]:
@@ -126,8 +131,8 @@ def best_parent(rows: Sequence[Row], kind: str = PARENT) -> tuple[Row, Literal["
 
 
 def baseline(rows: Sequence[Row]) -> Row | None:
-    """What a fused model has to beat: the best parent, or that parent with its head alone fitted to the ensemble's
-    predictions, whichever is better on the data by which the best parent was chosen."""
+    """What a fused model has to beat: the best parent, or the one whose head alone is fitted to the predictions of all,
+    whichever is better on the data by which the best parent was chosen."""
     choice = best_parent(rows)
     if choice is None:
         return None
@@ -135,7 +140,7 @@ def baseline(rows: Sequence[Row]) -> Row | None:
     metric = judged_metric(rows)
     column = "validation" if chosen == "validation" else metric
     for row in rows:
-        if row.name == HEAD_FITTED + best.name and known(getattr(row, column)):
+        if row.name.startswith(HEAD_FITTED) and known(getattr(row, column)):
             gain = getattr(row, column) - getattr(best, column)
             return row if (gain if metric in SHARES else -gain) > 0 else best
     return best
@@ -143,13 +148,21 @@ def baseline(rows: Sequence[Row]) -> Row | None:
 
 def as_table(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
     """Column names (those that any row holds) and raw values, one list a row, in table order."""
-    columns = [
+    shown = [
         field.name
         for field in fields(Row)
         if field.name in ("name", "stage")
         or (field.name not in ELSEWHERE and any(getattr(row, field.name) is not None for row in rows))
     ]
-    return columns, [[getattr(row, column) for column in columns] for row in ordered(rows)]
+    tasks = [TASK + name for name in dict.fromkeys(name for row in rows for name in row.tasks or ())]
+    columns = [column for name in shown for column in (tasks if name == "tasks" else [name])]
+    return columns, [[_cell(row, column) for column in columns] for row in ordered(rows)]
+
+
+def _cell(row: Row, column: str) -> Any:
+    if column.startswith(TASK):
+        return (row.tasks or {}).get(column.removeprefix(TASK))
+    return getattr(row, column)
 
 
 def as_text_cells(rows: Sequence[Row]) -> list[list[str]]:
@@ -189,6 +202,8 @@ def readable(column: str, value: Any) -> str:
     """One value as a person reads it: 0.9725 accuracy is `97.25 %`, 1234567 parameters are `1.23 M`."""
     if not known(value):
         return "-"
+    if column.startswith(TASK):
+        column = "accuracy"
     match column:
         case "accuracy" | "agreement" | "probe":
             return f"{100 * value:.2f} %"

@@ -8,6 +8,10 @@ EQUAL_COST = (
     "What its parents' owner could have instead. `distilled` and `trained-on` start from the best parent and had the "
     "seconds of the fused model. Seconds are wall time behind the parents' training."
 )
+OF_TASKS = (
+    "`on NAME`: accuracy on that parent's own test data when only the classes that it knows may be answered. The other "
+    "figures are over the classes of all; each parent's test data count alike."
+)
 CONTINUED = "The likeliest token each time, before finetuning. Line ends are drawn as ⏎."
 
 

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusionpl.evaluation.outcomes import SHARES, Difference, Metric, Outcomes
-from fusionpl.evaluation.rows import MODEL, Row, Stage, baseline, best_parent, judged_metric, known, readable
+from fusionpl.evaluation.rows import (
+    HEAD_FITTED,
+    MODEL,
+    PARENT,
+    Row,
+    Stage,
+    baseline,
+    best_parent,
+    judged_metric,
+    known,
+    readable,
+)
 
 SIGNIFICANT = 0.05
 MINUS = "−"
@@ -25,7 +36,7 @@ class Verdict:
         chosen: the data it was chosen on, validation or test.
         best, ensemble, fused: test figures; the ensemble is that of the parents before finetuning.
         difference: fused and best parent, paired.
-        head_fitted: whether `best` is the best parent with its head fitted, which was the better one there.
+        head_fitted: whether `best` is a parent with its head fitted, which was the better one there.
     """
 
     stage: Stage
@@ -149,7 +160,7 @@ def verdicts(rows: Sequence[Row], outcomes: Mapping[tuple[str, Stage], Outcomes]
             best, fused = (getattr(by_key[name, stage], metric) for name in (beside.name, "fused"))
             judgements.append(
                 Verdict(
-                    stage, metric, unit, parent.name.removeprefix("parent "), data, best,
+                    stage, metric, unit, beside.name.removeprefix(HEAD_FITTED).removeprefix(PARENT), data, best,
                     None if ensemble is None else getattr(ensemble, metric), fused, ours.better(theirs, metric),
                     beside is not parent,
                 )

@@ -164,12 +164,12 @@ class Fusion:
         """What will be done: a table of axes, and how each gets its map."""
         return "\n".join([describe(self.plan, self.team), *(matching.summary for matching in self.matchings)])
 
-    def needs(self, batch: Any, samples: int, device: torch.device) -> Needs:
+    def needs(self, batch: Any, samples: int | Sequence[int], device: torch.device) -> Needs:
         """The memory and disk that it needs.
 
         Args:
             batch: of the calibration set.
-            samples: in the calibration set.
+            samples: in the calibration set, or in that of each parent.
             device: where it will run.
         """
         return needs_of(self.team, self.plan, batch, samples, device)

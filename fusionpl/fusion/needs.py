@@ -65,14 +65,14 @@ class Needs:
         )
 
 
-def needs_of(team: Team, plan: Plan, batch: Batch, samples: int, device: torch.device) -> Needs:
+def needs_of(team: Team, plan: Plan, batch: Batch, samples: int | Sequence[int], device: torch.device) -> Needs:
     """What a fusion needs.
 
     Args:
         team: the parents; no weight is read.
         plan: of the fusion.
         batch: one of the calibration set.
-        samples: in the calibration set.
+        samples: in the calibration set, or in that of each parent.
         device: where it will run.
 
     Raises:
@@ -85,7 +85,8 @@ def needs_of(team: Team, plan: Plan, batch: Batch, samples: int, device: torch.d
     fused = parents[team.anchor] if plan.target is team.reference else _Shapes.of(plan.target, inputs)
     if config.tokens.startswith("window:") and "pixel_values" in inputs:
         window(parents[team.anchor].tokens, config.tokens)  # which refuses one that the grid has no room for
-    rows = min(samples, config.samples) * parents[team.anchor].tokens
+    sets = [samples] if isinstance(samples, int) else samples
+    rows = sum(min(own, config.samples) for own in sets) * parents[team.anchor].tokens
     kept = _kept(team, plan, parents, fused, rows)
     limit = budget(config.memory, device)
     return Needs(

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fusionpl.models.labels import CLASSES, TAGS, Kind
+from fusionpl.models.classes import missing_classes
+from fusionpl.models.labels import CLASSES, TAGS, Kind, kind_of
 from fusionpl.transport.softmax import Link
 
 Weights = Sequence[float | Tensor]
@@ -60,3 +61,20 @@ class Voting:
 
     def _alone(self, parent: int) -> list[float]:
         return [float(index == parent) for index in range(len(self.weights))]
+
+
+def votings_of(models: Sequence[nn.Module], weights: Sequence[float]) -> list[Voting]:
+    """Who says what a model is to predict, of models brought to the classes, or tags, of all; what a tag is, of those
+    that know it.
+
+    Args:
+        models: the parents.
+        weights: one a parent, summing to 1.
+    """
+    kind, missing = kind_of(models[0]), [missing_classes(model) for model in models]
+    if kind != TAGS or all(own is None for own in missing):
+        return [Voting(weights, kind)]
+    nothing = torch.zeros_like(next(own for own in missing if own is not None))
+    knows = [~(nothing if own is None else own).cpu() for own in missing]
+    shares = torch.stack([weight * own.double() for weight, own in zip(weights, knows, strict=True)])
+    return [Voting(list(shares / shares.sum(0)), kind, knows)]

@@ -20,9 +20,8 @@ from fusionpl.cli.jobs.parents import Job
 from fusionpl.datamodules.base import FixedSplits
 from fusionpl.evaluation.bench import Cost, Made
 from fusionpl.evaluation.measuring import Alternative
-from fusionpl.fusion.config import mixing_weights
 from fusionpl.fusion.methods.refinement import teach_parent
-from fusionpl.fusion.voting import Voting
+from fusionpl.models.classes import whole_heads
 from fusionpl.presets import CONF
 from fusionpl.training.callbacks import SeedEpochs
 from fusionpl.training.config import OptimConfig
@@ -62,9 +61,8 @@ def distilled(job: Job, seconds: float, best: int, parents: Sequence[nn.Module])
         FusionError: too few samples to hold one out.
     """
     started, config = monotonic(), job.asked.config
-    votings = [Voting(mixing_weights(config.weights, len(parents)), job.team.kind)]
     taught = teach_parent(
-        best, parents, votings, job.calibration(),
+        best, parents, job.votings, job.calibration(),
         replace(config.refine, method="gradient", steps=None, minutes=seconds / 60),
         family=job.team.binding.family, more=job.data.unlabelled_dataloader(), augment=job.data.augmented,
         seed=job.asked.args.seed,
@@ -90,7 +88,8 @@ def trained_on(data: FixedSplits, seconds: float, trainer_args: Mapping[str, Any
     """
     preset = yaml.safe_load((CONF / "finetune" / "default.yaml").read_text())
     optim = OptimConfig(**preset["optim"])
-    module = ClassificationModule(copy.deepcopy(best).float().train(), optim, data.num_classes, (), seconds=seconds)
+    student = whole_heads(copy.deepcopy(best)).float().train()
+    module = ClassificationModule(student, optim, data.num_classes, (), seconds=seconds)
     timer = Timer(timedelta(seconds=seconds), verbose=False)
     trainer = L.Trainer(
         **{**trainer_args, "devices": 1, "gradient_clip_val": preset["trainer"]["gradient_clip_val"]},

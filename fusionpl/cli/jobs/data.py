@@ -2,21 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import Namespace
 from torch import nn
 
 from fusionpl.cli.tasks import NOT_SAID
 from fusionpl.datamodules.base import PIXELS, FixedSplits
+from fusionpl.datamodules.joint import JointSplits
+from fusionpl.datamodules.labelled import LabelledSplits
 from fusionpl.errors import FusionError
 from fusionpl.models.folders import model_folder
+from fusionpl.models.load import load_model
+from fusionpl.models.opened import open_model
 from fusionpl.models.pipelines import check_tokenizers
 from fusionpl.models.processors import image_processing
+from fusionpl.models.save import class_names
 from fusionpl.models.sentence import check_pooling, sentence_pooling
 from fusionpl.models.tokenizers import load_tokenizer
 from fusionpl.training.data import DATA_MODULES
-from fusionpl.training.tasks import TaskName
+from fusionpl.training.tasks import TASKS, TaskName
 
 
 def data_module(task: TaskName, config: Any, seed: int, tokenizer: Any, models: Sequence[str]) -> FixedSplits:
@@ -41,6 +46,29 @@ def data_module(task: TaskName, config: Any, seed: int, tokenizer: Any, models: 
         check_pooling(poolings)
         config = replace(config, pooling=poolings[models[0]] or "auto")
     return DATA_MODULES[task](config, seed, tokenizer)
+
+
+def data_of_each(options: Namespace, parents: Mapping[str, str], tokenizer: Any, anchor: str) -> JointSplits:
+    """The data of each parent.
+
+    Args:
+        options: of a command, with `task`, `own_data` and `allow_pickle`.
+        parents: name -> where the parent comes from.
+        tokenizer: the anchor's.
+        anchor: its name.
+
+    Raises:
+        FusionError: see `data_module` and `JointSplits`.
+    """
+    known, own = {}, {}
+    for (name, path), given in zip(parents.items(), options.own_data, strict=True):
+        opened = open_model(path, allow_pickle=options.allow_pickle)
+        model = load_model(path, allow_pickle=options.allow_pickle) if opened is None else opened.module
+        known[name] = class_names(model)
+        own[name] = cast(
+            LabelledSplits, data_module(options.task, TASKS[options.task].data(**given), 0, tokenizer, [path])
+        )
+    return JointSplits(own, known, anchor)
 
 
 def data_of(options: Namespace, models: Mapping[str, str]) -> FixedSplits:

@@ -20,6 +20,7 @@ from fusionpl.cli.jobs.parents import Job
 from fusionpl.cli.jobs.push import push_run
 from fusionpl.cli.outputs import staged
 from fusionpl.cli.running import is_main_process, quiet
+from fusionpl.datamodules.joint import JointSplits
 from fusionpl.errors import FusionError
 from fusionpl.evaluation.bench import Cost, Made
 from fusionpl.fusion.fuse import Fusion
@@ -78,7 +79,8 @@ def _fuse(job: Job, fusion: Fusion, others: Mapping[str, Fusion], fabric: L.Fabr
             return
         report = measured(job, result, cost, made)
         write_fused(folder, job, result.config.strategy, ancestors, report)
-    print(*(f"warning: {line}" for line in result.warnings), *result.notes, f"\n{report.table()}\n", sep="\n")
+    lines = [*(f"warning: {line}" for line in result.warnings), *result.notes, *job.remarks]
+    print(*lines, f"\n{report.table()}\n", sep="\n")
     log_report(loggers, report, output / "report")
     log_models(loggers, used=args.parents, made=output)
     finish_loggers(loggers)
@@ -103,6 +105,8 @@ def _announced(job: Job) -> list[Ancestor]:
     parents, team = job.asked.parents, job.team
     depths = " and ".join(dict.fromkeys(str(binding.depth) for binding in team.bindings))
     print(f"parents: {', '.join(parents)} ({team.binding.family.name}, {depths} blocks); anchor: {team.reference.name}")
+    if isinstance(job.data, JointSplits):
+        print(f"data of each parent: {job.data.describe()}")
     return [ancestor(name, path) for name, path in parents.items()]
 
 

@@ -28,7 +28,7 @@ def measured(job: Job, result: FusionResult, cost: Cost, others: Mapping[str, Ma
         others: row -> another fused model to compare with, and its cost.
     """
     asked = job.asked
-    report = Report(config=asked.settings, notes=[*result.warnings, *result.notes])
+    report = Report(config=asked.settings, notes=[*result.warnings, *result.notes, *job.remarks])
     if asked.args.report != "none":
         parents = {name: partial(job.load, name) for name in asked.parents}
         beside = Beside(parents, others, alternatives(job, cost.seconds))

@@ -7,17 +7,16 @@ from torch import Tensor, nn
 
 from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.embeddings import embed
-from fusionpl.calibration.forward import logits
+from fusionpl.calibration.forward import device_of, logits
 from fusionpl.calibration.kept import Kept, budget
 from fusionpl.cli.jobs.parents import Job
 from fusionpl.errors import FusionError
 from fusionpl.families.proof import PROOF_TOLERANCE, allowed, permutation_error
 from fusionpl.fusion.advice import ADVISED, Advice, advise
-from fusionpl.fusion.config import mixing_weights
 from fusionpl.fusion.forms import folding_error
 from fusionpl.fusion.fuse import Fusion
 from fusionpl.fusion.kin import ALIKE, weights_alike
-from fusionpl.fusion.voting import Voting
+from fusionpl.models.classes import missing_classes
 
 
 def show_plan(job: Job, fusion: Fusion) -> None:
@@ -33,8 +32,7 @@ def advised(job: Job) -> Advice:
     data = CalibrationSet(job.data.calibration_dataloader(few.batch_size), few, Kept(budget(few.memory)))
     others = [network for index, network in enumerate(job.team.networks) if index != job.team.anchor]
     alike = max(weights_alike(job.team.reference, other) or 0.0 for other in others)
-    votings = [Voting(mixing_weights(config.weights, len(names)), job.team.kind)]
-    return advise([job.load(name) for name in names], names, votings, data, base=alike >= ALIKE, family=job.family)
+    return advise([job.load(name) for name in names], names, job.votings, data, base=alike >= ALIKE, family=job.family)
 
 
 def check(job: Job) -> None:
@@ -43,12 +41,13 @@ def check(job: Job) -> None:
     Raises:
         FusionError: it does not describe one of them.
     """
-    batch, pooling = next(iter(job.data.calibration_dataloader(16))), job.data.pooling
+    batch, pooling = job.data.calibration_batch(16), job.data.pooling
 
     def shown(model: nn.Module) -> Tensor:
         """Its outputs, or the inner products of its embeddings, whose units may be renumbered."""
         if pooling is None:
-            return logits(model, batch)
+            missing = missing_classes(model)  # which are never given, whatever is moved
+            return logits(model, batch) if missing is None else logits(model, batch)[..., ~missing.to(device_of(model))]
         embedded = embed(model, batch, pooling)
         return embedded @ embedded.T
 

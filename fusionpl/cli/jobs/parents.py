@@ -9,14 +9,17 @@ from torch import nn
 from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.kept import Kept, budget
 from fusionpl.cli.fuse import Asked
-from fusionpl.cli.jobs.data import common_tokenizer, data_module, follow
+from fusionpl.cli.jobs.data import common_tokenizer, data_module, data_of_each, follow
 from fusionpl.datamodules.base import FixedSplits
 from fusionpl.datamodules.config import AUTO
+from fusionpl.datamodules.joint import JointSplits
 from fusionpl.families.family import VOCABULARY, Family, read_family
-from fusionpl.fusion.config import FuseConfig, resolve_anchor
+from fusionpl.fusion.config import FuseConfig, mixing_weights, resolve_anchor
 from fusionpl.fusion.fuse import Fusion, prepare_team
 from fusionpl.fusion.prepare import open_team
 from fusionpl.fusion.team import Team
+from fusionpl.fusion.voting import Voting, votings_of
+from fusionpl.models.classes import missing_classes
 from fusionpl.models.pipelines import check_tokenizers
 from fusionpl.models.preprocessing import ImageProcessing
 from fusionpl.models.tokenizers import load_tokenizer
@@ -56,7 +59,10 @@ class Job:
         tokenizers = {name: load_tokenizer(path) for name, path in parents.items()}
         tokenizer = common_tokenizer(tokenizers, anchor)
         team = _open(asked, config, device, decreed, family)
-        data = data_module(args.task, args.data, 0, tokenizer, args.parents)
+        if args.own_data:
+            data: FixedSplits = data_of_each(args, parents, tokenizer, list(parents)[anchor])
+        else:
+            data = data_module(args.task, args.data, 0, tokenizer, args.parents)
         follow(data, team.reference.module, list(parents.values())[anchor])
         check_tokenizers(tokenizers, texts=data.texts())
         data.check_reads(team.reference.module)
@@ -73,14 +79,31 @@ class Job:
             team = _open(self.asked, config, self.device, self.data.processing, self.family)
         return prepare_team(team, config, self.data.processing)
 
+    @property
+    def remarks(self) -> list[str]:
+        """What would help, a line each."""
+        apart = any(missing_classes(network.module) is not None for network in self.team.networks)
+        if isinstance(self.data, JointSplits) or not apart:
+            return []
+        return [
+            "parents know other classes, and nothing says whose data these are: with the data of each parent "
+            "(--data.path A B, a path for each, in their order) the fused model learns who knows what"
+        ]
+
+    @property
+    def votings(self) -> list[Voting]:
+        """Who says what a model is to predict."""
+        weights = mixing_weights(self.asked.config.weights, len(self.team))
+        return votings_of([network.module for network in self.team.networks], weights)
+
     def check_room(self, fusion: Fusion, output: Any = None) -> str:
         """What a fusion needs, in a line; `output` is where its model goes.
 
         Raises:
             FusionError: there is not so much memory or disk.
         """
-        loader = self.data.calibration_dataloader(fusion.plan.config.calibration.batch_size)
-        needs = fusion.needs(next(iter(loader)), len(loader.dataset), self.device)  # type: ignore[arg-type]
+        batch = self.data.calibration_batch(fusion.plan.config.calibration.batch_size)
+        needs = fusion.needs(batch, self.data.calibration_sizes(), self.device)
         if not self.asked.args.dry_run:
             needs.check(self.device, output)
         return needs.summary(self.device)

@@ -1,0 +1,120 @@
+"""The data of each parent: what its run says, or its path of several behind `--data.path`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+from jsonargparse import Namespace
+
+from fusionpl.cli.parsing import configs_in, new_parser, parse_options
+from fusionpl.cli.tasks import NOT_SAID
+from fusionpl.errors import FusionError
+from fusionpl.options import read_yaml, settings_in
+from fusionpl.training.tasks import TASKS, task_named
+
+PATH = "--data.path"
+WHICH = ("path", "name", "text_columns", "label_column", "classes")  # options that say which data they are
+PREPARED = ("image_size", "channels", "normalize", "max_length")  # the fused model takes samples as the anchor does
+Own = list[dict[str, Any]]
+
+
+def one_path(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The command line with the first path alone of several behind `--data.path`, and all of them."""
+    words: list[str] = []
+    paths: list[str] = []
+    behind = False
+    for word in argv:
+        if word.startswith("--"):
+            option, equals, value = word.partition("=")
+            behind = option == PATH
+            paths = [value] if behind and equals else [] if behind else paths
+        elif behind:
+            paths.append(word)
+            if len(paths) > 1:
+                continue
+        words.append(word)
+    return words, paths
+
+
+def own_data(argv: Sequence[str], paths: Sequence[str], args: Namespace) -> Own | None:
+    """The options of data of each parent; None where one set of data is that of all.
+
+    Args:
+        argv: the command line, see `one_path`.
+        paths: behind `--data.path`.
+        args: what the parser read of the command line.
+
+    Raises:
+        FusionError: neither one set nor one for each parent, or the task knows no data of each.
+    """
+    files = [read_yaml(file) for _, file in configs_in(argv)]
+    repeated = next((tree["own_data"] for tree in reversed(files) if tree.get("own_data")), None)
+    general = {} if repeated else {key: value for tree in files for key, value in tree.get("data", {}).items()}
+    if not paths and not repeated and "path" in general:
+        paths = [general["path"]]
+    count = len(args.parents)
+    for what, given in ((PATH, paths), ("own_data", repeated or [])):
+        if len(given) > 1 and len(given) != count:
+            raise FusionError(
+                f"{what} names {len(given)} sets of data, and there are {count} parents; give one for each parent, in "
+                "their order, or one for all"
+            )
+    if "classes" not in {field.name for field in fields(TASKS[args.task].data)}:
+        if len(paths) > 1:
+            raise FusionError(f"{PATH}: each parent has its own data where there are classes to tell apart, and "
+                              f"{args.task} has none; give one path of all")  # fmt: skip
+        return None
+    runs = repeated or _of_runs(args)
+    if len(paths) == 1:
+        return None
+    own = []
+    for index in range(count):
+        found = runs[index] or ({} if paths else next(filter(None, runs), {}))
+        named = {"path": paths[index]} if paths else {}
+        own.append(_read(args.task, {"path": NOT_SAID, **found, **general, **named}, _data_words(argv)))
+    anchor = own[args.anchor % count]
+    own = [each | {key: anchor[key] for key in PREPARED if key in anchor} for each in own]
+    return own if any(_which(each) != _which(own[0]) for each in own) else None
+
+
+def of_all_classes(argv: Sequence[str], args: Namespace) -> bool:
+    """Whether one set of data is that of parents whose runs name other classes, so that it has those of all."""
+    said = any(word.partition("=")[0] == "--data.classes" for word in argv)
+    lists = [_classes(run) for run in _of_runs(args) if run]
+    return not said and any(own != lists[0] for own in lists)
+
+
+def _of_runs(args: Namespace) -> Own:
+    """What the runs of parents say of their data; nothing of what is no run, or was trained for another task."""
+    known = {field.name for field in fields(TASKS[args.task].data)} - {"normalize"}
+    runs = []
+    for run in map(settings_in, args.parents):
+        data = run.get("data", {}) if task_named(run.get("task", "image-classification")) == args.task else {}
+        runs.append({key: value for key, value in data.items() if key in known})
+    return runs
+
+
+def _read(task: Any, defaults: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    parser = new_parser("The data of one parent.", presets=False)
+    parser.add_class_arguments(TASKS[task].data, "data")
+    parser.set_defaults({f"data.{key}": value for key, value in defaults.items()})
+    options: dict[str, Any] = asdict(parser.instantiate(parse_options(parser, words)).data)
+    return options
+
+
+def _data_words(argv: Sequence[str]) -> list[str]:
+    """The options of data but for the path, with their values."""
+    words, taken = [], False
+    for word in argv:
+        if word.startswith("--"):
+            taken = word.startswith("--data.") and word.partition("=")[0] != PATH
+        words += [word] * taken
+    return words
+
+
+def _which(data: Mapping[str, Any]) -> list[Any]:
+    return [_classes(data) if key == "classes" else data.get(key) for key in WHICH]
+
+
+def _classes(data: Mapping[str, Any]) -> list[str] | None:
+    return None if data.get("classes") is None else sorted(map(str, data["classes"]))

@@ -1,0 +1,212 @@
+"""Data of several parents side by side, with one numbering of the classes of all."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader
+
+from fusionpl.calibration.batches import OfEachParent
+from fusionpl.datamodules.base import FixedSplits, Run
+from fusionpl.datamodules.labelled import LabelledSplits
+from fusionpl.errors import FusionError
+from fusionpl.models.labels import Kind
+from fusionpl.models.preprocessing import ImageProcessing
+from fusionpl.models.save import class_names
+
+LISTED = 10  # names of classes that a line has room for
+
+
+class InTurn:
+    """Batches of several loaders, which take turns until all are through.
+
+    Attributes:
+        sampler: itself, which Lightning tells the epoch.
+    """
+
+    def __init__(self, loaders: Sequence[DataLoader[Any]]) -> None:
+        self._loaders, self.sampler = loaders, self
+
+    def __len__(self) -> int:
+        return sum(map(len, self._loaders))
+
+    def __iter__(self) -> Iterator[Any]:
+        streams = [iter(loader) for loader in self._loaders]
+        while streams:
+            for stream in list(streams):
+                try:
+                    yield next(stream)
+                except StopIteration:
+                    streams.remove(stream)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Hands the epoch on to those whose order depends on it."""
+        for loader in self._loaders:
+            if hasattr(loader.sampler, "set_epoch"):
+                loader.sampler.set_epoch(epoch)
+
+
+class JointSplits(FixedSplits):
+    """The data of each parent, cut as they were for it; parts of all take turns.
+
+    Args:
+        own: name of a parent -> its data.
+        known: name of a parent -> its classes, in its order; None where they have no names.
+        leading: of whose data the options of preparation count.
+
+    Raises:
+        FusionError: data of classes that their parent does not know, or without a sample to calibrate on.
+    """
+
+    def __init__(
+        self, own: Mapping[str, LabelledSplits], known: Mapping[str, tuple[str, ...] | None], leading: str
+    ) -> None:
+        super().__init__()
+        self.own, self._known, self._leading = own, known, own[leading]
+        self.config, self.tokenizer = self._leading.config, self._leading.tokenizer
+        self.reads, self.evaluation_batch = self._leading.reads, self._leading.evaluation_batch
+        for name, data in own.items():
+            _check_classes(name, data, known)
+            if not data.calibration_sizes()[0]:
+                raise FusionError(
+                    f"the data of {name} ('{data.config.path}') have no sample to calibrate on; give some of the "
+                    "training data: --data.calibration 200"
+                )
+
+    @property
+    def metrics(self) -> Sequence[str]:  # type: ignore[override]
+        """What is measured besides the loss."""
+        return self._leading.metrics
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of all parents; 1 for a regression."""
+        return self._leading.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes of all parents, in the order of the labels; None for a regression."""
+        return self._leading.class_names
+
+    @property
+    def kind(self) -> Kind:
+        """What the labels are."""
+        return self._leading.kind
+
+    @property
+    def processing(self) -> ImageProcessing | None:
+        """How images are prepared, all alike; None where the data are none."""
+        return self._leading.processing
+
+    @property
+    def choices(self) -> dict[str, Tensor | None]:
+        """Name of a parent -> the classes that it knows, int64; None where it knows all."""
+        numbers = {name: number for number, name in enumerate(self.class_names or ())}
+        own = {
+            name: None if known is None else [numbers[one] for one in known if one in numbers]
+            for name, known in self._known.items()
+        }
+        return {
+            name: None if places is None or len(places) == len(numbers) else torch.tensor(places)
+            for name, places in own.items()
+        }
+
+    def describe(self) -> str:
+        """How much there is of each parent, in words."""
+        return ", ".join(f"{name} {data.describe()}" for name, data in self.own.items())
+
+    def texts(self) -> Iterable[str]:
+        """Text of all to calibrate on."""
+        return chain.from_iterable(data.texts() for data in self.own.values())
+
+    def augmented(self, batch: Any) -> Any:
+        """A batch as training sees it, changed at random."""
+        return self._leading.augmented(batch)
+
+    def follow(self, model: nn.Module, processing: ImageProcessing | None = None) -> None:
+        """Takes what the options leave open, and the numbers of classes, from a model that knows those of all.
+
+        Raises:
+            FusionError: it has none for a class of the data.
+        """
+        every = class_names(model)
+        for name, data in self.own.items():
+            data.follow(model, processing)
+            lost = [one for one in data.class_names or () if every is not None and one not in every]
+            if lost:
+                raise FusionError(
+                    f"the data of {name} ('{data.config.path}') have the class '{lost[0]}', and the fused model has "
+                    "none of that name; use labels union"
+                )
+
+    def check_reads(self, model: nn.Module) -> None:
+        """Raises FusionError unless `model` reads what the data of all give."""
+        for data in self.own.values():
+            data.check_reads(model)
+
+    def check_model(self, model: nn.Module, run: Run | None = None) -> None:
+        """Raises FusionError unless `model` reads the data of all and has an output for each class."""
+        for data in self.own.values():
+            data.check_model(model, run)
+
+    def dataset(self, part: str) -> ConcatDataset[Any]:
+        """The data of `part` of all, one after the other: their number; what they are is in `own`."""
+        return ConcatDataset([data.dataset(part) for data in self.own.values()])
+
+    def calibration_dataloader(self, batch_size: int = 64) -> OfEachParent:  # type: ignore[override]
+        """The calibration data of each parent."""
+        return OfEachParent(tuple(data.calibration_dataloader(batch_size) for data in self.own.values()))
+
+    def calibration_batch(self, batch_size: int) -> Any:
+        """The first batch of the first parent's."""
+        return next(iter(self.own.values())).calibration_batch(batch_size)
+
+    def calibration_sizes(self) -> list[int]:
+        """How many calibration samples each parent has."""
+        return [size for data in self.own.values() for size in data.calibration_sizes()]
+
+    def unlabelled_dataloader(self) -> OfEachParent | None:  # type: ignore[override]
+        """The training data of each parent, for what is learned without their labels."""
+        loaders = [data.unlabelled_dataloader() for data in self.own.values()]
+        return OfEachParent(tuple(loader for loader in loaders if loader is not None))
+
+    def train_dataloader(self) -> InTurn:  # type: ignore[override]
+        """The training data of all, batches of which take turns."""
+        return self._in_turn("train_dataloader")
+
+    def val_dataloader(self) -> InTurn:  # type: ignore[override]
+        """The validation data of all, batches of which take turns."""
+        return self._in_turn("val_dataloader")
+
+    def test_dataloader(self) -> InTurn:  # type: ignore[override]
+        """The test data of all, batches of which take turns."""
+        return self._in_turn("test_dataloader")
+
+    def _in_turn(self, loader: str) -> InTurn:
+        for data in self.own.values():
+            data.trainer = self.trainer  # which says how many ranks share them
+        return InTurn([getattr(data, loader)() for data in self.own.values()])
+
+
+def _check_classes(name: str, data: LabelledSplits, known: Mapping[str, tuple[str, ...] | None]) -> None:
+    """Gives data the names of their parent's classes; raises FusionError where it does not know one of theirs."""
+    own = known[name]
+    if own is None or data.class_names is None:
+        return
+    data.called(own)
+    unknown = [one for one in data.class_names if one not in own]
+    if not unknown:
+        return
+    served = set(data.class_names)
+    others = [other for other, names in known.items() if served <= set(names or ())]
+    if others:
+        step = f"{others[0]} does: give the paths of --data.path in the order of --parents"
+    elif not served & {one for names in known.values() for one in names or ()}:
+        step = "no parent knows any of their classes: name its own data with --data.path, one path a parent"
+    else:
+        step = f"it knows {', '.join(own[:LISTED])}{', ...' * (len(own) > LISTED)}: leave other samples out of its data"
+    raise FusionError(
+        f"the data of {name} ('{data.config.path}') have the class '{unknown[0]}', which {name} does not know; {step}"
+    )

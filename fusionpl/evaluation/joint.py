@@ -1,0 +1,165 @@
+"""Where models of parents with data of their own are measured: over the classes of all, and on the task of each."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusionpl.calibration.cursor import CalibrationSet
+from fusionpl.calibration.forward import device_of, eval_mode, logits
+from fusionpl.datamodules.joint import JointSplits
+from fusionpl.evaluation.bench import Bench, Cost
+from fusionpl.evaluation.metrics import together
+from fusionpl.evaluation.outcomes import Outcomes, are_tags, scored
+from fusionpl.evaluation.rows import HEAD_FITTED, PARENT, judged
+from fusionpl.fusion.config import mixing_weights
+from fusionpl.fusion.heads import HeadFit, can_fit_heads
+from fusionpl.fusion.result import FusionResult
+from fusionpl.fusion.voting import votings_of
+from fusionpl.models.classes import missing_classes
+from fusionpl.models.labels import NUMBERS
+
+SIDE_BY_SIDE, CEILING = "logits side by side", "all trunks, one head"
+Sets = Mapping[str, Sequence[Mapping[str, Any]]]  # name of a parent -> batches of its data
+Outputs = Callable[[Sequence[nn.Module], Mapping[str, Any], Tensor], Tensor]
+
+
+class JointBench(Bench):
+    """A bench whose figures are means over the parents' test sets, each of which counts alike, over the classes of all;
+    for each parent there is the accuracy on its own when only its own classes may be answered."""
+
+    data: JointSplits
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to test on, of one parent at least."""
+        return not all(self._sizes("test"))
+
+    def add(self, name: str, models: Sequence[nn.Module], *, prompted: bool = False, **more: Any) -> None:
+        """Adds a row for a model, or for the ensemble of several."""
+        self._add(name, models, together, **more)
+
+    def validated(self, model: nn.Module) -> float | None:
+        """The figure by which the best model is chosen; None where a parent has no validation data."""
+        if not all(self._sizes("validation")):
+            return None
+        sets = {name: list(data.val_dataloader()) for name, data in self.data.own.items()}
+        return judged(on_each([model.to(self._device)], sets, self.data.choices)[0].figures)
+
+    def add_bounds(
+        self, parents: Mapping[str, nn.Module], best: int, calibration: CalibrationSet, result: FusionResult
+    ) -> int:
+        """Adds what a fused model lies between: the best parent once its head is fitted to what each parent says on its
+        own data, and all parents side by side, also with one head that is fitted alike.
+
+        Args:
+            parents: by their names, where they are run.
+            best: the index of the best as it is.
+            calibration: the data of each parent.
+            result: of the fusion.
+
+        Returns:
+            The index of the best with its head fitted; `best` where they have no head to fit.
+        """
+        models, family = list(parents.values()), result.binding.family
+        if _disjoint([missing_classes(model) for model in models]):
+            self._add(SIDE_BY_SIDE, models, _largest)
+        if not can_fit_heads(models, family):
+            return best
+        started = time.monotonic()
+        votings = votings_of(models, mixing_weights(result.config.weights, len(models)))
+        heads = HeadFit(models, votings, calibration, family)
+        fits = [heads.fitted(index) for index in range(len(models))]
+        validated = [self.validated(model) for model, _ in fits]
+        # Without validation data the one that is nearest to what the parents say on samples that were left out.
+        worth = [-fit.after if known is None else known for known, (_, fit) in zip(validated, fits, strict=True)]
+        best = max(range(len(models)), key=worth.__getitem__)
+        cost = Cost("unlabelled data", time.monotonic() - started)
+        row = f"{HEAD_FITTED}{PARENT}{list(parents)[best]}"
+        self.add_made(row, (fits[best][0], cost), prompted=False, validation=validated[best])
+        started = time.monotonic()
+        ceiling = heads.side_by_side()
+        self.add_made(CEILING, (ceiling, Cost("unlabelled data", time.monotonic() - started)), prompted=False)
+        return best
+
+    def _add(self, name: str, models: Sequence[nn.Module], outputs: Outputs, **more: Any) -> None:
+        models = [model.to(self._device) for model in models]
+        outcomes, tasks = on_each(models, self._sets, self.data.choices, outputs)
+        figures: dict[str, Any] = {**outcomes.figures, **more}
+        missing = missing_classes(models[0]) if len(models) == 1 else None
+        if missing is not None:
+            del figures["loss"]  # of classes that are impossible to a model it has no end
+            known = {*(~missing).nonzero()[:, 0].tolist()}
+            answered = {
+                task: choice is None or known & {*choice.tolist()} for task, choice in self.data.choices.items()
+            }
+            tasks = {task: found for task, found in tasks.items() if answered[task]}
+        self._put(name, models, outcomes, None if self.data.kind == NUMBERS else tasks, **figures)
+
+    @cached_property
+    def _sets(self) -> Sets:
+        return {name: list(data.test_dataloader()) for name, data in self.data.own.items()}
+
+    @cached_property
+    def _batches(self) -> list[Any]:
+        return [batch for batches in self._sets.values() for batch in batches]
+
+    def _sizes(self, part: str) -> list[int]:
+        return [len(data.dataset(part)) for data in self.data.own.values()]  # type: ignore[arg-type]  # all have one
+
+
+@torch.inference_mode()
+def on_each(
+    models: Sequence[nn.Module], sets: Sets, choices: Mapping[str, Tensor | None], outputs: Outputs = together
+) -> tuple[Outcomes, dict[str, Outcomes]]:
+    """What models do on the data of each parent.
+
+    Args:
+        models: one or more.
+        sets: name of a parent -> its data.
+        choices: name of a parent -> the classes, or tags, that it knows; None for all.
+        outputs: what the models say together of a batch.
+
+    Returns:
+        What they do over the classes of all, where the samples of each set together count alike and the mean sample as
+        one (tags that a parent does not know are not scored: its data don't say whether they hold); and on each set
+        when only what its parent knows may be answered.
+    """
+    joint, tasks = [], {}
+    with eval_mode(*models):
+        for name, batches in sets.items():
+            every, own = [], []
+            for batch in batches:
+                labels = batch["labels"].to(device_of(models[0]))
+                output, choice = outputs(models, batch, labels), choices[name]
+                own.append(scored(*_among(choice, output, labels)))
+                every.append(own[-1] if are_tags(labels) else scored(output, labels))
+            joint.append(torch.cat(every).cpu())
+            tasks[name] = Outcomes(torch.cat(own).cpu())
+    samples = sum(map(len, joint))
+    return Outcomes(torch.cat([values * (samples / (len(joint) * len(values))) for values in joint])), tasks
+
+
+def _among(choice: Tensor | None, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs where only some classes may be answered, and labels."""
+    if choice is None:
+        return output, labels
+    choice = choice.to(output.device)
+    if are_tags(labels):
+        return output[:, choice], labels[:, choice]
+    return torch.full_like(output, -torch.inf).index_copy(1, choice, output[:, choice]), labels
+
+
+def _disjoint(missing: Sequence[Tensor | None]) -> bool:
+    """Whether each class is known by one model alone."""
+    known = [~own.cpu() for own in missing if own is not None]
+    return len(known) == len(missing) and bool((torch.stack(known).sum(0) == 1).all())
+
+
+def _largest(models: Sequence[nn.Module], batch: Mapping[str, Any], labels: Tensor) -> Tensor:
+    """The logits of models that know other classes, side by side: what one does not know has next to nothing of it."""
+    each = [logits(model, batch).float() for model in models]
+    return torch.stack([output.to(labels.device) for output in each]).amax(0)

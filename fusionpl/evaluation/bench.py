@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fusionpl.datamodules.base import FixedSplits
 from fusionpl.evaluation.barrier import Curve, interpolation
@@ -19,6 +19,9 @@ from fusionpl.evaluation.report import Report
 from fusionpl.evaluation.rows import Needs, Row, judged
 from fusionpl.fusion.average import vanilla
 from fusionpl.fusion.config import mixing_weights
+from fusionpl.fusion.heads import SideBySide
+from fusionpl.models.classes import missing_classes
+from fusionpl.models.labels import CLASSES
 
 CURVE_BATCHES = 4
 Load = Callable[[], nn.Module]  # gives a model, made anew at each call
@@ -134,6 +137,8 @@ class Bench:
     ) -> None:
         """Adds a row, with what the models cost, and for each task its accuracy."""
         each = {task: found.figures["accuracy"] for task, found in (tasks or {}).items()} or None
+        if missing_to(models) is not None and self.data.kind == CLASSES:
+            del figures["loss"]  # which has no end where a class is impossible to a model
         row = Row(
             name,
             tasks=each,
@@ -142,3 +147,9 @@ class Bench:
             **figures,
         )
         self.report.add(row, outcomes, tasks)
+
+
+def missing_to(models: Sequence[nn.Module]) -> Tensor | None:
+    """The classes that a model alone does not know, bool [classes]; None where it knows all, or others are beside it."""
+    alone = len(models) == 1 and not isinstance(models[0], SideBySide)
+    return missing_classes(models[0]) if alone else None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.forward import device_of, eval_mode, logits
 from fusionpl.datamodules.joint import JointSplits
-from fusionpl.evaluation.bench import Bench, Cost
+from fusionpl.evaluation.bench import Bench, Cost, missing_to
 from fusionpl.evaluation.metrics import together
 from fusionpl.evaluation.outcomes import Outcomes, are_tags, scored
 from fusionpl.evaluation.rows import HEAD_FITTED, PARENT, judged
@@ -89,9 +89,8 @@ class JointBench(Bench):
         models = [model.to(self._device) for model in models]
         outcomes, tasks = on_each(models, self._sets, self.data.choices, outputs)
         figures: dict[str, Any] = {**outcomes.figures, **more}
-        missing = missing_classes(models[0]) if len(models) == 1 else None
+        missing = missing_to(models)
         if missing is not None:
-            del figures["loss"]  # of classes that are impossible to a model it has no end
             known = {*(~missing).nonzero()[:, 0].tolist()}
             answered = {
                 task: choice is None or known & {*choice.tolist()} for task, choice in self.data.choices.items()

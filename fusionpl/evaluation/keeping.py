@@ -36,7 +36,7 @@ class Kept:
         """All of it in one sentence."""
         name = "fused, finetuned" if self.stage == "finetuned" else "fused"
         figures = f"{readable('accuracy', self.fused)} where that has {readable('accuracy', self.parent)}"
-        cost = "" if self.cost is None else f", at {self.cost:.0%} of the operations of all parents"
+        cost = "" if self.cost is None else f", at {100 * self.cost:.0f} % of the operations of all parents"
         kept = f"{100 * self.kept:.1f} ± {100 * self.error:.1f} %"
         return f"{name}: keeps {kept} of {self.task} on its own data ({figures}){cost}"
 

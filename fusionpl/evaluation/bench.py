@@ -150,6 +150,6 @@ class Bench:
 
 
 def missing_to(models: Sequence[nn.Module]) -> Tensor | None:
-    """The classes that a model alone does not know, bool [classes]; None where it knows all, or others are beside it."""
+    """The classes that one model alone does not know, bool [classes]; None where it knows all, or of several models."""
     alone = len(models) == 1 and not isinstance(models[0], SideBySide)
     return missing_classes(models[0]) if alone else None

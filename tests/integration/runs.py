@@ -1,7 +1,9 @@
 """Tiny run folders on disk, as train.py leaves them, without the training."""
 
 import signal
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -16,11 +18,13 @@ ARGS = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth"
 NAMES = tuple("0123456789")
 
 
-def make_run(folder: Path, seed: int, names: tuple[str, ...] = NAMES, **args: int) -> Path:
+def make_run(
+    folder: Path, seed: int, names: tuple[str, ...] = NAMES, data: Mapping[str, Any] | None = None, **args: int
+) -> Path:
     torch.manual_seed(seed)
     config = ModelConfig("timm", "vit_tiny_patch16_224", {**ARGS, **args}, initializer_range=0.2)
-    save_model(build_model(config, num_classes=10, class_names=names), folder / "model")
-    settings = {"name": "tiny", "data": DATA, "trainer": {"max_epochs": 10}, "seed": seed}
+    save_model(build_model(config, num_classes=len(names), class_names=names), folder / "model")
+    settings = {"name": "tiny", "data": {**DATA, **(data or {})}, "trainer": {"max_epochs": 10}, "seed": seed}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return folder
 

@@ -14,6 +14,7 @@ from fusionpl.evaluation.rows import PARENT, best_parent
 from fusionpl.families.family import read_family
 from fusionpl.fusion.average import vanilla
 from fusionpl.fusion.config import mixing_weights
+from fusionpl.models.classes import whole_heads
 from fusionpl.models.hub import short_name
 from fusionpl.models.images import grid_of
 from fusionpl.models.load import load_model
@@ -42,9 +43,17 @@ def candidates(asked: Asked) -> list[Candidate]:
     For another task than the parents' nobody knows which parent is the best: then all of them.
 
     Raises:
-        FusionError: a model can't be read; nothing tells which parent is the best.
+        FusionError: a model can't be read; nothing tells which parent is the best; nothing says which data are those
+            of all parents.
     """
     options = asked.options
+    given = asked.origin.get("data", {})
+    unsaid = all(getattr(options.data, key, None) == given.get(key) for key in ("path", "classes"))
+    if asked.origin.get("own_data") and unsaid:
+        raise FusionError(
+            f"the parents of {options.model} had data of their own, and those of one would not do; name a set of all "
+            "classes with --data.path, and all that are in it with --data.classes null"
+        )
     if "parents" not in asked.origin:
         model = load_model(options.model, allow_pickle=options.allow_pickle)
         return [Candidate(short_name(options.model), model, [options.model])]
@@ -64,7 +73,7 @@ def _baselines(asked: Asked, fused: nn.Module) -> list[Candidate]:
             f"nothing was measured when {source} was fused, so nobody knows its best parent; add --baselines false"
         )
     compared = [
-        Candidate(row.name, parent, [path])
+        Candidate(row.name, whole_heads(parent), [path])
         for row, parent, path in zip(rows, parents, paths, strict=True)
         if asked.elsewhere or row is best[0]
     ]

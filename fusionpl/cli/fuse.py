@@ -58,7 +58,7 @@ class Asked:
         args.own_data = own_data(words, paths, args)
         if args.own_data:
             args.data.update(Namespace(args.own_data[args.anchor % len(args.parents)]))
-        elif paths and of_all_classes(words, args):
+        elif of_all_classes(words, args):
             args.data.classes = None
         chosen = parser.instantiate(args)
         config, parents = fuse_config(chosen), named(args.parents)

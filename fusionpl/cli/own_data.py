@@ -78,8 +78,10 @@ def own_data(argv: Sequence[str], paths: Sequence[str], args: Namespace) -> Own 
 
 
 def of_all_classes(argv: Sequence[str], args: Namespace) -> bool:
-    """Whether one set of data is that of parents whose runs name other classes, so that it has those of all."""
+    """Whether the runs of parents that share one set of data name other classes, and nothing else names any: it has
+    those of all then."""
     said = any(word.partition("=")[0] == "--data.classes" for word in argv)
+    said |= any("classes" in read_yaml(file).get("data", {}) for _, file in configs_in(argv))
     lists = [_classes(run) for run in _of_runs(args) if run]
     return not said and any(own != lists[0] for own in lists)
 

@@ -12,7 +12,7 @@ from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.forward import device_of, eval_mode, logits
 from fusionpl.datamodules.joint import JointSplits
 from fusionpl.evaluation.bench import Bench, Cost, missing_to
-from fusionpl.evaluation.metrics import together
+from fusionpl.evaluation.metrics import evaluate_samples, together
 from fusionpl.evaluation.outcomes import Outcomes, are_tags, scored
 from fusionpl.evaluation.rows import HEAD_FITTED, PARENT, judged
 from fusionpl.fusion.config import mixing_weights
@@ -89,6 +89,8 @@ class JointBench(Bench):
         models = [model.to(self._device) for model in models]
         outcomes, tasks = on_each(models, self._sets, self.data.choices, outputs)
         figures: dict[str, Any] = {**outcomes.figures, **more}
+        if self.data.kind == NUMBERS:
+            figures = {**evaluate_samples(models, self._batches)[0], **figures}
         missing = missing_to(models)
         if missing is not None:
             known = {*(~missing).nonzero()[:, 0].tolist()}

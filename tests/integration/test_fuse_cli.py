@@ -385,7 +385,10 @@ def test_missing_and_truncated_parents(parents: list[str], tmp_path: Path, capsy
     assert "model.safetensors" in line
 
 
-@pytest.mark.parametrize(("change", "words"), [({"patch_size": 8}, "patches")])
+@pytest.mark.parametrize(("change", "words"), [
+    ({"patch_size": 8}, "patches"),
+    ({"names": tuple("abcdefghij")}, "other knows none of the classes of 'digits' (its own are a, b, c, d, "),
+])  # fmt: skip
 def test_parents_that_do_not_fit(
     parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict, words: str
 ) -> None:

@@ -233,7 +233,7 @@ def test_foreign_folders_with_a_path_for_each(tmp_path: Path) -> None:
     assert [each["path"] for each in own] == paths
 
 
-def classifier(folder: Path, seed: int, names: Sequence[str]) -> str:
+def classifier(folder: Path, seed: int, names: Sequence[str], **more: Any) -> str:
     """A BERT of a few words that gives classes of these names."""
     words = {word: at for at, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS))}
     cut = Tokenizer(WordLevel(words, unk_token="[UNK]"))
@@ -244,7 +244,7 @@ def classifier(folder: Path, seed: int, names: Sequence[str]) -> str:
     torch.manual_seed(seed)
     config = BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                         intermediate_size=16, max_position_embeddings=24, num_labels=len(names),
-                        id2label=dict(enumerate(names)), initializer_range=0.3)  # fmt: skip
+                        id2label=dict(enumerate(names)), initializer_range=0.3, **more)  # fmt: skip
     save_model(BertForSequenceClassification(config).eval(), folder, tokenizer=tokenizer)
     return str(folder)
 
@@ -289,6 +289,30 @@ def test_sentences_of_two_kinds_with_a_path_for_each(tmp_path: Path) -> None:
     assert found["fused"]["accuracy"] == pytest.approx(sum(joint) / 2)  # although one set is larger
 
 
+def test_numbers_and_tags_of_each_parent(tmp_path: Path) -> None:
+    words = ["--report", "rows", "--data.max_length", "12", *QUICK]
+    models = [classifier(tmp_path / f"n{seed}", seed, ("LABEL_0",)) for seed in (1, 2)]
+    paths = [sentences(tmp_path / f"{count}", (0.5, 1.5, 2.25), count) for count in (60, 90)]
+    out = ["--output", str(tmp_path / "numbers")]
+    assert main(fuse.run, ["--parents", *models, "--data.path", *paths, *words, *out]) == 0
+    fused = rows(tmp_path / "numbers")["fused"]
+    assert {"loss", "pearson"} < fused.keys()
+    assert "tasks" not in fused
+    tags = ((("rude", "loud"), 3), (("loud", "sad", "odd"), 4))
+    kind = {"problem_type": "multi_label_classification"}
+    models = [classifier(tmp_path / f"t{seed}", seed, own, **kind) for own, seed in tags]
+    paths = [sentences(tmp_path / f"t-{seed}", [[own[0]], list(own), [own[-1]]], 60, "parquet") for own, seed in tags]
+    out = ["--output", str(tmp_path / "tags")]
+    assert main(fuse.run, ["--parents", *models, "--data.path", *paths, *words, *out]) == 0
+    found = rows(tmp_path / "tags")
+    assert len(found["fused"]["tasks"]) == 2
+    # Tags that a parent does not know are not scored on its data.
+    assert found["fused"]["accuracy"] == pytest.approx(sum(found["fused"]["tasks"].values()) / 2, abs=0.05)
+    report = Report.load(tmp_path / "tags" / "report")
+    scored = [outcomes.values[0, 1].item() for outcomes in report.tasks["fused", "one-shot"].values()]
+    assert scored == [2, 3]
+
+
 def test_mistakes(parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--parents", *parents, "--output", str(tmp_path / "out"), *QUICK]
     line = refused(capsys, [*words, "--data.path", "a", "b", "c"])
@@ -309,6 +333,10 @@ def test_mistakes(parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     assert "have the class 'owl', which model#2 does not know; it knows 5, 6, 7, 8, 9: leave other samples out" in line
     line = refused(capsys, words)
     assert "nothing says which data" in line
+    line = refused(capsys, [*words, "--data.path", paths[0]])
+    assert (
+        f"model#2 knows none of the classes of '{paths[0]}' (its own are 5, 6, 7, 8, 9); give the data of each" in line
+    )
     line = refused(capsys, [*words, "--task", "causal-language-modeling", "--data.path", *paths])
     assert "and causal-language-modeling has none; give one path of all" in line
 

@@ -4,6 +4,7 @@ import copy
 import re
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import BertConfig, BertForMaskedLM
 
 import fusionpl
+from fusionpl.calibration.batches import OfEachParent
 from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.kept import Kept
@@ -100,6 +102,19 @@ def numbers(drawn: tuple[int | None, dict[str, Tensor]] | None) -> list[int]:
     assert owner is None
     assert batch.keys() == {"pixel_values"}
     return batch["pixel_values"][:, 0, 0, 0].int().tolist()
+
+
+def test_samples_of_each_parent_say_whose_they_are() -> None:
+    more = OfEachParent(tuple(DataLoader(Numbered(40, first), batch_size=8) for first in (100, 200)))
+    pixels = [torch.full((10, 3, 16, 16), float(first)) for first in (100, 200)]
+    own = OfEachParent(tuple([one] for one in pixels))
+    samples = Unlabelled(CalibrationSet(own, CalibrationConfig(), Kept(10**7)), more, None, CPU)
+    for drawn in (samples.held(8), islice(samples.taught(8, 0), 40)):
+        owners = set()
+        for owner, batch in filter(None, drawn):
+            assert {*(batch["pixel_values"][:, 0, 0, 0] // 100).int().tolist()} == {1 + (owner or 0)}
+            owners.add(owner)
+        assert owners == {0, 1}
 
 
 # never worse

@@ -77,7 +77,9 @@ def metadata(settings: Mapping[str, Any], figures: Mapping[str, float], name: st
         name: of the model.
     """
     task, path = TASKS[settings["task"]].pipeline, settings["data"]["path"]
-    on_hub = path not in BUILT_IN and hub_id(path) is not None
+    own = settings.get("own_data") or []  # of parents that have some, of which no single one was tested on
+    paths = dict.fromkeys([each["path"] for each in own] or [path])
+    on_hub = [one for one in paths if one not in BUILT_IN and hub_id(one) is not None]
     results = [
         EvalResult(
             task_type=task,
@@ -89,7 +91,7 @@ def metadata(settings: Mapping[str, Any], figures: Mapping[str, float], name: st
             metric_value=figures[metric],
         )
         for metric in FIGURES
-        if metric in figures
+        if metric in figures and not own
     ]
     measured = {"eval_results": results, "model_name": name} if results else {}
-    return {"pipeline_tag": task, **({"datasets": [path]} if on_hub else {}), **measured}
+    return {"pipeline_tag": task, **({"datasets": on_hub} if on_hub else {}), **measured}

@@ -9,9 +9,10 @@ from torch import nn
 
 from fusionpl.cli.tasks import NOT_SAID
 from fusionpl.datamodules.base import PIXELS, FixedSplits
-from fusionpl.datamodules.joint import JointSplits
+from fusionpl.datamodules.joint import LISTED, JointSplits
 from fusionpl.datamodules.labelled import LabelledSplits
 from fusionpl.errors import FusionError
+from fusionpl.models.classes import missing_classes
 from fusionpl.models.folders import model_folder
 from fusionpl.models.load import load_model
 from fusionpl.models.opened import open_model
@@ -69,6 +70,26 @@ def data_of_each(options: Namespace, parents: Mapping[str, str], tokenizer: Any,
             LabelledSplits, data_module(options.task, TASKS[options.task].data(**given), 0, tokenizer, [path])
         )
     return JointSplits(own, known, anchor)
+
+
+def check_known(parents: Mapping[str, nn.Module], data: FixedSplits) -> None:
+    """Raises FusionError where a parent knows none of the classes of one set of data for all.
+
+    Args:
+        parents: by their names, brought to the classes of all.
+        data: before a model is followed.
+    """
+    for name, parent in parents.items():
+        missing, every = missing_classes(parent), class_names(parent) or ()
+        if missing is None or not data.class_names:
+            continue
+        own = [one for one, lacks in zip(every, missing.tolist(), strict=True) if not lacks]
+        if not {*own} & {*data.class_names}:
+            raise FusionError(
+                f"{name} knows none of the classes of '{data.config.path}' (its own are "
+                f"{', '.join(own[:LISTED])}{', ...' * (len(own) > LISTED)}); give the data of each parent, a path for "
+                "each, in their order: --data.path A B"
+            )
 
 
 def data_of(options: Namespace, models: Mapping[str, str]) -> FixedSplits:

@@ -9,7 +9,7 @@ from torch import nn
 from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.kept import Kept, budget
 from fusionpl.cli.fuse import Asked
-from fusionpl.cli.jobs.data import common_tokenizer, data_module, data_of_each, follow
+from fusionpl.cli.jobs.data import check_known, common_tokenizer, data_module, data_of_each, follow
 from fusionpl.datamodules.base import FixedSplits
 from fusionpl.datamodules.config import AUTO
 from fusionpl.datamodules.joint import JointSplits
@@ -63,6 +63,7 @@ class Job:
             data: FixedSplits = data_of_each(args, parents, tokenizer, list(parents)[anchor])
         else:
             data = data_module(args.task, args.data, 0, tokenizer, args.parents)
+            check_known({network.name: network.module for network in team.networks}, data)
         follow(data, team.reference.module, list(parents.values())[anchor])
         check_tokenizers(tokenizers, texts=data.texts())
         data.check_reads(team.reference.module)

@@ -14,7 +14,7 @@ from fusionpl.datamodules.joint import JointSplits
 from fusionpl.evaluation.bench import Bench, Cost, missing_to
 from fusionpl.evaluation.metrics import evaluate_samples, together
 from fusionpl.evaluation.outcomes import Outcomes, are_tags, scored
-from fusionpl.evaluation.rows import HEAD_FITTED, PARENT, judged
+from fusionpl.evaluation.rows import CEILING, HEAD_FITTED, PARENT, SIDE_BY_SIDE, judged
 from fusionpl.fusion.config import mixing_weights
 from fusionpl.fusion.heads import HeadFit, can_fit_heads
 from fusionpl.fusion.result import FusionResult
@@ -22,7 +22,6 @@ from fusionpl.fusion.voting import votings_of
 from fusionpl.models.classes import missing_classes
 from fusionpl.models.labels import NUMBERS
 
-SIDE_BY_SIDE, CEILING = "logits side by side", "all trunks, one head"
 Sets = Mapping[str, Sequence[Mapping[str, Any]]]  # name of a parent -> batches of its data
 Outputs = Callable[[Sequence[nn.Module], Mapping[str, Any], Tensor], Tensor]
 

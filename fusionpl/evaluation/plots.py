@@ -25,7 +25,18 @@ from torch import Tensor
 from fusionpl.evaluation.barrier import Curve
 from fusionpl.evaluation.matched import MatchedAxis
 from fusionpl.evaluation.outcomes import SHARES
-from fusionpl.evaluation.rows import MODEL, Row, best_parent, far_apart, known, ordered, readable, shown_metric
+from fusionpl.evaluation.rows import (
+    CEILING,
+    MODEL,
+    SIDE_BY_SIDE,
+    Row,
+    best_parent,
+    far_apart,
+    known,
+    ordered,
+    readable,
+    shown_metric,
+)
 
 GREY, BLACK, RED, BLUE, VIOLET = "#a9adb3", "#2b2f36", "#c94c41", "#2f6fb3", "#8d6bb5"
 INK, FAINT, PAPER = "#33373d", "#e3e5e8", "#ffffff"
@@ -301,6 +312,8 @@ def _blocks(name: str, alike: Tensor, path: Sequence[int], axes: Axes) -> None:
 
 def colour_of(name: str) -> str:
     """The colour of a row or a curve of this name."""
+    if name in (SIDE_BY_SIDE, CEILING):
+        return BLACK
     return {"parent": GREY, "head-fitted": GREY, "model": GREY, "ensemble": BLACK, "vanilla": RED}.get(
         name.split(" ")[0], BLUE
     )
@@ -310,6 +323,8 @@ def _kind(name: str) -> tuple[str, str, str]:
     """What a row is of, its marker and its colour."""
     kinds = {"parent": ("parents", "o"), "model": ("models", "o"), "ensemble": ("ensemble", "s"),
              "vanilla": ("plain average", "X"), "fused": ("fused", "D")}  # fmt: skip
+    if name in (SIDE_BY_SIDE, CEILING):
+        return "all parents run", "s", BLACK
     first = name if name == "fused" else name.split(" ")[0]
     return (*kinds[first], colour_of(name)) if first in kinds else ("other fusions", "o", VIOLET)
 

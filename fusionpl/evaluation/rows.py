@@ -76,6 +76,7 @@ def known(value: Any) -> bool:
 # What the names of rows begin with: parents of a fusion, and models that are compared without one.
 PARENT, MODEL = "parent ", "model "
 HEAD_FITTED = "head-fitted "  # and of a parent, its head fitted to what all predict
+SIDE_BY_SIDE, CEILING = "logits side by side", "all trunks, one head"  # all parents run
 TASK = "on "  # what the columns of tasks begin with
 
 

@@ -88,7 +88,8 @@ def _fuse(job: Job, fusion: Fusion, others: Mapping[str, Fusion], fabric: L.Fabr
     if args.push_to is not None:
         push_run(output, args.push_to, private=args.push_private)
     if TASKS[args.task].trains:
-        print(f"next: python finetune.py --model {output}")
+        own = " --data.path DATA_OF_ALL --data.classes null" if isinstance(job.data, JointSplits) else ""
+        print(f"next: python finetune.py --model {output}{own}")
 
 
 def _check_alone(alternatives: Sequence[str], processes: int) -> None:

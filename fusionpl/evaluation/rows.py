@@ -155,7 +155,8 @@ def as_table(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
         if field.name in ("name", "stage")
         or (field.name not in ELSEWHERE and any(getattr(row, field.name) is not None for row in rows))
     ]
-    tasks = [TASK + name for name in dict.fromkeys(name for row in rows for name in row.tasks or ())]
+    fullest = sorted(rows, key=lambda row: -len(row.tasks or ()))  # has all in their order
+    tasks = [TASK + name for name in dict.fromkeys(name for row in fullest for name in row.tasks or ())]
     columns = [column for name in shown for column in (tasks if name == "tasks" else [name])]
     return columns, [[_cell(row, column) for column in columns] for row in ordered(rows)]
 

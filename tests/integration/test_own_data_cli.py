@@ -71,13 +71,18 @@ def images_of(names: Sequence[str]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def joint_and_own(answer: Callable[[Tensor], Tensor]) -> tuple[float, list[float]]:
     """The mean accuracy over ten digits, and that of each half among its own; of what gives scores of ten."""
-    joint, own = [], []
-    for names in (FIRST, SECOND):
-        pixels, digits = images_of(names)
-        scores, places = answer(pixels), torch.tensor([int(name) for name in names])
-        joint.append(float((scores.argmax(1) == digits).double().mean()))
-        own.append(float((places[scores[:, places].argmax(1)] == digits).double().mean()))
-    return sum(joint) / 2, own
+    joint, own = zip(*(joint_of(answer, names) for names in (FIRST, SECOND)), strict=True)
+    return sum(joint) / 2, list(own)
+
+
+@torch.no_grad()
+def joint_of(answer: Callable[[Tensor], Tensor], names: Sequence[str]) -> tuple[float, float]:
+    """The accuracy on some digits, over all ten and among themselves."""
+    pixels, digits = images_of(names)
+    scores, places = answer(pixels), torch.tensor([int(name) for name in names])
+    own = places[scores[:, places].argmax(1)]
+    joint, alone = ((found == digits).double().mean() for found in (scores.argmax(1), own))
+    return float(joint), float(alone)
 
 
 def test_figures_are_those_of_the_written_models(fused: Path, parents: list[str]) -> None:
@@ -349,6 +354,19 @@ def test_one_parent_without_data(parents: list[str], tmp_path: Path, capsys: pyt
     words = ["--parents", parents[0], overlapping, "--output", str(tmp_path / "out"), *QUICK, "--labels", "anchor"]
     line = refused(capsys, words)
     assert "the data of seed-3 ('digits') have the class '5', and the fused model has none of that name" in line
+
+
+def test_three_parents_two_of_which_know_the_same(parents: list[str], tmp_path: Path) -> None:
+    third = of_classes(tmp_path / "seed-3", 3, FIRST)
+    words = ["--parents", *parents, third, "--report", "rows", *QUICK]
+    assert main(fuse.run, [*words, "--output", str(tmp_path / "fused")]) == 0
+    found = rows(tmp_path / "fused")
+    assert found["parent seed-1"]["tasks"].keys() == {"seed-1", "seed-3"}
+    columns, _ = Report.load(tmp_path / "fused" / "report").rows_as_table()
+    assert [name for name in columns if name.startswith("on ")] == ["on seed-1", "on seed-2", "on seed-3"]
+    model = load_model(tmp_path / "fused")
+    (one, _), (other, _) = (joint_of(model, names) for names in (FIRST, SECOND))
+    assert found["fused"]["accuracy"] == pytest.approx((2 * one + other) / 3)  # each set counts alike
 
 
 @pytest.mark.parametrize("turned", [False, True])

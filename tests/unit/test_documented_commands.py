@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from fusionpl.cli import finetune, fusing, sweep, train
 from fusionpl.cli.alternatives import compared
 from fusionpl.cli.completion import PARSERS
+from fusionpl.cli.own_data import one_path
 from fusionpl.cli.parsing import parse, parse_options, with_presets
 from fusionpl.cli.tasks import task_of
 from fusionpl.fusion.config import load_config
@@ -58,7 +59,7 @@ def parsed(name: str, *words: str) -> Namespace:
     preset = PRESETS[name]
     argv = with_presets(words, preset.parent.name)
     parser = PARSERS[name](task_of(argv))
-    args = parse(parser, argv, preset)
+    args = parse(parser, one_path(argv)[0], preset)
     chosen = parser.instantiate(args)
     if preset == fusing.PRESET:
         fusing.fuse_config(chosen)

@@ -48,6 +48,27 @@ class InTurn:
                 loader.sampler.set_epoch(epoch)
 
 
+class InputsOf:
+    """What a parent is calibrated on: its calibration data, which it was not trained on, and then the inputs of its
+    training data, in order. Of some classes of a data set the former are few.
+
+    Args:
+        data: the parent's.
+        batch_size: samples a batch.
+    """
+
+    def __init__(self, data: LabelledSplits, batch_size: int) -> None:
+        self._data, self._batch_size = data, batch_size
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._data.calibration_sizes()[0]:
+            yield from self._data.calibration_dataloader(self._batch_size)
+        yield from self._data.unlabelled_dataloader() or ()
+
+    def __len__(self) -> int:
+        return self._data.calibration_sizes()[0] + len(self._data.dataset("train"))  # type: ignore[arg-type]
+
+
 class JointSplits(FixedSplits):
     """The data of each parent, cut as they were for it; parts of all take turns.
 
@@ -57,7 +78,7 @@ class JointSplits(FixedSplits):
         leading: of whose data the options of preparation count.
 
     Raises:
-        FusionError: data of classes that their parent does not know, or without a sample to calibrate on.
+        FusionError: data of classes that their parent does not know, or without a sample.
     """
 
     def __init__(
@@ -69,10 +90,9 @@ class JointSplits(FixedSplits):
         self.reads, self.evaluation_batch = self._leading.reads, self._leading.evaluation_batch
         for name, data in own.items():
             _check_classes(name, data, known)
-            if not data.calibration_sizes()[0]:
+            if not len(InputsOf(data, 1)):
                 raise FusionError(
-                    f"the data of {name} ('{data.config.path}') have no sample to calibrate on; give some of the "
-                    "training data: --data.calibration 200"
+                    f"the data of {name} ('{data.config.path}') have no sample to calibrate on; give some"
                 )
 
     @property
@@ -156,16 +176,16 @@ class JointSplits(FixedSplits):
         return ConcatDataset([data.dataset(part) for data in self.own.values()])
 
     def calibration_dataloader(self, batch_size: int = 64) -> OfEachParent:  # type: ignore[override]
-        """The calibration data of each parent."""
-        return OfEachParent(tuple(data.calibration_dataloader(batch_size) for data in self.own.values()))
+        """What each parent is calibrated on; `calibration.samples` of each are taken."""
+        return OfEachParent(tuple(InputsOf(data, batch_size) for data in self.own.values()))
 
     def calibration_batch(self, batch_size: int) -> Any:
         """The first batch of the first parent's."""
-        return next(iter(self.own.values())).calibration_batch(batch_size)
+        return next(iter(InputsOf(next(iter(self.own.values())), batch_size)))
 
     def calibration_sizes(self) -> list[int]:
         """How many calibration samples each parent has."""
-        return [size for data in self.own.values() for size in data.calibration_sizes()]
+        return [len(InputsOf(data, 1)) for data in self.own.values()]
 
     def unlabelled_dataloader(self) -> OfEachParent | None:  # type: ignore[override]
         """The training data of each parent, for what is learned without their labels."""

@@ -78,7 +78,7 @@ class JointSplits(FixedSplits):
         leading: of whose data the options of preparation count.
 
     Raises:
-        FusionError: data of classes that their parent does not know, or without a sample.
+        FusionError: data of classes that their parent does not know.
     """
 
     def __init__(
@@ -90,10 +90,6 @@ class JointSplits(FixedSplits):
         self.reads, self.evaluation_batch = self._leading.reads, self._leading.evaluation_batch
         for name, data in own.items():
             _check_classes(name, data, known)
-            if not len(InputsOf(data, 1)):
-                raise FusionError(
-                    f"the data of {name} ('{data.config.path}') have no sample to calibrate on; give some"
-                )
 
     @property
     def metrics(self) -> Sequence[str]:  # type: ignore[override]

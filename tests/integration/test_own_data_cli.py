@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from fusionpl import load_model
+from fusionpl.calibration.config import CalibrationConfig
+from fusionpl.calibration.cursor import CalibrationSet
+from fusionpl.calibration.kept import Kept
 from fusionpl.cli import finetune, fuse
 from fusionpl.cli.running import main
 from fusionpl.datamodules.config import DataConfig
 from fusionpl.datamodules.images import ImageDataModule
+from fusionpl.datamodules.joint import JointSplits
 from fusionpl.evaluation.report import Report
 from fusionpl.models.save import class_names, save_model
 from tests.integration.runs import DATA, WORDS, make_run
@@ -322,8 +326,6 @@ def test_mistakes(parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     words = ["--parents", *parents, "--output", str(tmp_path / "out"), *QUICK]
     line = refused(capsys, [*words, "--data.path", "a", "b", "c"])
     assert "--data.path names 3 sets of data, and there are 2 parents; give one for each parent, in their order" in line
-    line = refused(capsys, [*words, "--data.calibration", "0"])
-    assert "the data of seed-1 ('digits') have no sample to calibrate on; give some" in line
     models = [f"{parent}/model" for parent in parents]
     words[1:3] = models
     paths = [pictures(tmp_path / at, names, 12, "L") for at, names in (("a", FIRST), ("b", SECOND))]
@@ -397,3 +399,17 @@ def test_data_of_colour_follow_the_anchor(tmp_path: Path, capsys: pytest.Capture
     colour = str(make_run(tmp_path / "colour", 2, names, {**DATA, "path": path, "channels": 3}, in_chans=3))
     line = refused(capsys, ["--parents", grey, colour, "--output", str(tmp_path / "out"), *QUICK])
     assert "channels" in line
+
+
+def test_each_parents_training_inputs_stand_behind_its_calibration_data() -> None:
+    own = [ImageDataModule(DataConfig(**{**DATA, "classes": [*names], "calibration": 20})) for names in (FIRST, SECOND)]
+    joint = JointSplits(dict(zip("ab", own, strict=True)), {"a": FIRST, "b": SECOND}, "a")
+    sizes = [len(one.dataset("calibration")) + len(one.dataset("train")) for one in own]
+    assert joint.calibration_sizes() == sizes
+    given = CalibrationSet(joint.calibration_dataloader(16), CalibrationConfig(samples=70, batch_size=16), Kept(10**7))
+    for owner, data in enumerate(own):
+        pixels = torch.cat([given[at]["pixel_values"] for at in given if given.owners[at] == owner])
+        first = next(iter(data.calibration_dataloader(16)))["pixel_values"]
+        assert torch.equal(pixels[: len(first)], first)
+        assert torch.equal(pixels[len(data.dataset("calibration"))], data.dataset("train")[0]["pixel_values"])
+        assert len(pixels) == min(70, sizes[owner])

@@ -16,7 +16,13 @@ from fusionpl.cli.running import main as run_command
 from fusionpl.cli.running import quiet
 from fusionpl.errors import FusionError
 
-DATA_SETS = {"images": "the images", "corpus": "the text corpus", "sst2": "SST-2", "trec": "TREC"}
+DATA_SETS = {
+    "images": "the images",
+    "cifar10": "CIFAR-10, for two domains",
+    "corpus": "the text corpus",
+    "sst2": "SST-2",
+    "trec": "TREC",
+}
 
 
 def run(argv: Sequence[str]) -> None:

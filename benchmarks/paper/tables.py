@@ -7,6 +7,7 @@ from functools import cache, partial
 
 from benchmarks import text
 from benchmarks.common import JOINT, PAPER, TRANSPORT, Maker
+from benchmarks.paper import tasks
 from benchmarks.paper.cells import Cell, Table
 from benchmarks.paper.choices import ALIGNMENTS, BLOCKS
 from benchmarks.paper.scales import SEEDS, Lab, Subject
@@ -136,6 +137,15 @@ def teach(lab: Lab) -> Table:
                 for name, make in makers.items()
             ]
     return Table("Divergence of test predictions from the mean of the parents', in nats.", cells)
+
+
+def of_tasks(lab: Lab) -> Table:
+    """Parents that know different things, each fused with its own data and labels."""
+    return Table(
+        "Test accuracy over the classes of all parents, each parent's data counting alike; and the share of each "
+        "parent's accuracy on its own classes that is kept, in the mean.",
+        list(tasks.cells(lab)),
+    )
 
 
 def parents(lab: Lab) -> Table:
@@ -314,6 +324,7 @@ TABLES: dict[str, Callable[[Lab], Table]] = {
     "worth": worth,
     "worth-text": worth_text,
     "teach": teach,
+    "tasks": of_tasks,
     "parents": parents,
     "widths": widths,
     "depths": depths,

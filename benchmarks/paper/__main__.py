@@ -17,12 +17,9 @@ from fusionpl.cli.running import quiet
 from fusionpl.errors import FusionError
 
 DATA_SETS = {
-    "images": "the images",
-    "cifar10": "CIFAR-10, for two domains",
-    "corpus": "the text corpus",
-    "sst2": "SST-2",
+    "images": "the images", "cifar10": "CIFAR-10, for two domains", "corpus": "the text corpus", "sst2": "SST-2",
     "trec": "TREC",
-}
+}  # fmt: skip
 
 
 def run(argv: Sequence[str]) -> None:

@@ -142,8 +142,8 @@ def teach(lab: Lab) -> Table:
 def of_tasks(lab: Lab) -> Table:
     """Parents that know different things, each fused with its own data and labels."""
     return Table(
-        "Test accuracy over the classes of all parents, each parent's data counting alike; and the share of each "
-        "parent's accuracy on its own classes that is kept, in the mean.",
+        "Test accuracy over the classes of all parents, each parent's data counting alike; own: when only the classes "
+        "of the parent whose data they are may be answered, in the mean.",
         list(tasks.cells(lab)),
     )
 

@@ -87,14 +87,10 @@ class TaskTeam:
         return HeadFit(self.united, self._votings, self.calibration)
 
     def figures(self, *models: nn.Module, outputs: Outputs = together) -> Figures:
-        """The joint accuracy, and what is kept of each parent on its own task, in the mean."""
-        joint, tasks = on_each(models, self.tested, self.data.choices, outputs)
-        return {
-            self.column: joint.figures["accuracy"],
-            f"{self.column}, kept": statistics.mean(
-                found.figures["accuracy"] / self._alone[name] for name, found in tasks.items()
-            ),
-        }
+        """The joint accuracy, and the mean of those on each parent's task when only its own classes may be answered."""
+        joint, own = on_each(models, self.tested, self.data.choices, outputs)
+        alone = statistics.mean(found.figures["accuracy"] for found in own.values())
+        return {self.column: joint.figures["accuracy"], f"{self.column}, own": alone}
 
     def of(self, make: Maker) -> Figures:
         return self.figures(make())
@@ -102,12 +98,28 @@ class TaskTeam:
     def side_by_side(self) -> Figures:
         return self.figures(*self.united)
 
-    def best_trunk(self) -> nn.Module:
-        """One parent's trunk with its head fitted by the owners: the best of all, by their validation data."""
-        fitted = [self.heads.fitted(index)[0] for index in range(len(self.models))]
+    def alone(self) -> Figures:
+        """What each parent has right on its own task, in the mean."""
+        own = [
+            on_each([model], {name: self.tested[name]}, self.data.choices)[1][name].figures["accuracy"]
+            for name, model in zip(self.tested, self.united, strict=True)
+        ]
+        return {f"{self.column}, own": statistics.mean(own)}
+
+    @cached_property
+    def _fitted(self) -> list[nn.Module]:
+        """The parents, the head of each fitted by the owners."""
+        return [self.heads.fitted(index)[0] for index in range(len(self.models))]
+
+    @cached_property
+    def _best(self) -> int:
+        """The best of these, by the parents' validation data."""
         batches = [list(data.val_dataloader()) for data in self.data.own.values()]
-        worth = [statistics.mean(evaluate(model, own)["accuracy"] for own in batches) for model in fitted]
-        return fitted[worth.index(max(worth))]
+        worth = [statistics.mean(evaluate(model, own)["accuracy"] for own in batches) for model in self._fitted]
+        return worth.index(max(worth))
+
+    def best_trunk(self) -> nn.Module:
+        return self._fitted[self._best]
 
     def all_trunks(self) -> nn.Module:
         return self.heads.side_by_side()
@@ -129,12 +141,8 @@ class TaskTeam:
         start = time.monotonic()
         self.fused(load_config(JOINT))
         config = RefineConfig(minutes=(seconds + time.monotonic() - start) / 60, augment=True)
-        alone = [
-            evaluate(self.heads.fitted(at)[0], self.tested[name])["accuracy"] for at, name in enumerate(self.tested)
-        ]
-        best = alone.index(max(alone))
         return teach_parent(
-            best, self.united, self._votings, self.calibration, config, more=self.data.unlabelled_dataloader(),
+            self._best, self.united, self._votings, self.calibration, config, more=self.data.unlabelled_dataloader(),
             augment=self.data.augmented,
         ).model  # fmt: skip
 
@@ -142,20 +150,14 @@ class TaskTeam:
     def _votings(self) -> list[Voting]:
         return [Voting([1 / len(self.models)] * len(self.models))]
 
-    @cached_property
-    def _alone(self) -> dict[str, float]:
-        """What each parent has right on its own task."""
-        found = {}
-        for at, name in enumerate(self.tested):
-            _, tasks = on_each([self.united[at]], self.tested, self.data.choices)
-            found[name] = tasks[name].figures["accuracy"]
-        return found
-
 
 def cells(lab: Lab) -> Iterator[Cell]:
     """All cells of the table."""
     for repeat, team in teams(lab):
-        measures: dict[str, Callable[[], Figures]] = {"all parents side by side": team.side_by_side}
+        measures: dict[str, Callable[[], Figures]] = {
+            "each parent, on its own task": team.alone,
+            "all parents side by side": team.side_by_side,
+        }
         makers: dict[str, Maker] = {
             "best trunk, its head fitted by owner": team.best_trunk,
             "all trunks, one head fitted by owner": team.all_trunks,

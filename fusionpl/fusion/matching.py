@@ -12,9 +12,10 @@ from fusionpl.errors import FusionError
 from fusionpl.families.binding import bind
 from fusionpl.families.family import VOCABULARY
 from fusionpl.fusion.config import Labels
-from fusionpl.fusion.pixels import match_pixels
+from fusionpl.fusion.pixels import match_pixels, said
 from fusionpl.fusion.team import Team
 from fusionpl.models.adapters import adapter_beside
+from fusionpl.models.channels import at_channels
 from fusionpl.models.classes import united, with_classes
 from fusionpl.models.images import at_image_size, describe_resampling
 from fusionpl.models.labels import IN_SHORT, IN_WORDS, NUMBERS, Kind, kind_of
@@ -37,12 +38,13 @@ def matched(team: Team, processing: ImageProcessing | None = None, labels: Label
 
     Raises:
         FusionError: parents that cut images into patches of different size, or can't take images as they are prepared;
-            see `check_tokenizers`, `match_classes`, `match_heads`, `match_padding` and `check_token_settings`.
+            see `at_channels`, `check_tokenizers`, `match_classes`, `match_heads`, `match_padding` and
+            `check_token_settings`.
     """
     team = team.noting(
         line for folder in team.folders if folder is not None and (line := adapter_beside(folder.path)) is not None
     )
-    team = match_pixels(match_images(team), processing)
+    team = match_pixels(match_channels(match_images(team)), processing)
     team = match_vocabularies(team)
     team = match_padding(match_heads(team) if labels == "separate" else match_classes(team, labels))
     # The anchor first, whose settings the fused model has.
@@ -61,6 +63,21 @@ def match_images(team: Team) -> Team:
         if (resampled := at_image_size(network.module, reference.module, family, names)) is not None:
             networks[index] = network.moved(*resampled)
             lines.append(describe_resampling(network.name, network.module, reference.name, reference.module))
+    return team.of(networks, lines)
+
+
+def match_channels(team: Team) -> Team:
+    """Gives parents of grey images the anchor's channels, or parents of colour images its one."""
+    reference, networks, lines = team.reference, list(team.networks), []
+    for index, (parent, network) in enumerate(zip(team.sources, team.networks, strict=True)):
+        names = network.name, reference.name
+        changed = at_channels(network.module, reference.module, said(parent, network), names)
+        if changed is not None:
+            networks[index] = network.moved(*changed)
+            lines.append(
+                f"{network.name}: trained on images of another number of channels, its patch embedding is rewritten "
+                f"for {reference.name}'s"
+            )
     return team.of(networks, lines)
 
 
@@ -106,8 +123,8 @@ def check_kinds(kinds: Mapping[str, Kind]) -> None:
         if theirs != ours:
             raise FusionError(
                 f"parents whose outputs mean different things: {first} gives {IN_WORDS[ours]}, {name} gives "
-                f"{IN_WORDS[theirs]} (problem_type {ours} and {theirs}); take parents of one kind, or mend "
-                "problem_type in config.json"
+                f"{IN_WORDS[theirs]} (problem_type {ours} and {theirs}); take parents of one kind, keep a "
+                "head for each with labels separate, or mend problem_type in config.json"
             )
 
 

@@ -102,6 +102,11 @@ def describe_resampling(name: str, model: nn.Module, anchor: str, like: nn.Modul
     )
 
 
+def patches_of(model: nn.Module) -> tuple[str, nn.Conv2d] | None:
+    """The convolution that reads images, and its name; None where there is none."""
+    return next(((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), None)
+
+
 def places_of(model: nn.Module, family: Family | None = None) -> tuple[str, int] | None:
     """The parameter with the embeddings of places, and how many rows stand before those of the patches; None where
     there is none."""

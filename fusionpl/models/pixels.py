@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fusionpl.errors import FusionError
 from fusionpl.families.family import Family
 from fusionpl.models.hub import short_name
-from fusionpl.models.images import Moved, grid_of, places_of
+from fusionpl.models.images import Moved, grid_of, patches_of, places_of
 from fusionpl.models.preprocessing import ImageProcessing
 from fusionpl.models.processors import image_processing
 
@@ -48,8 +48,7 @@ def for_pixels(
     own = own or ImageProcessing()
     if given is None or given.decreed or grid_of(model) is None or own.sees_as(given):
         return None
-    patches = next(((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), None)
-    places = places_of(model, family)
+    patches, places = patches_of(model), places_of(model, family)
     if patches is None or any(patches[1].padding) or (patches[1].bias is None and places is None):
         raise FusionError(
             f"{names[0]} sees images with {own.summary()}, {names[1]} with {given.summary()}, and its first layer "

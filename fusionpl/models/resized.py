@@ -84,9 +84,15 @@ def relabelled(model: Any, names: Sequence[str]) -> nn.Module:
         config.id2label = dict(enumerate(names))
         config.label2id = {name: at for at, name in enumerate(names)}
         return reshaped(model, config)
-    with parameters_on_meta():
-        new_model: Any = _of_timm(model, {"num_classes": len(names)})
+    new_model: Any = remade(model, num_classes=len(names))
     new_model.pretrained_cfg |= {"num_classes": len(names), "label_names": list(names)}
+    return cast(nn.Module, new_model)
+
+
+def remade(model: Any, **changes: Any) -> nn.Module:
+    """A model of timm made again with some arguments changed, its parameters on the meta device; see `resized`."""
+    with parameters_on_meta():
+        new_model = _of_timm(model, changes)
     return _like(new_model, model)
 
 
@@ -153,8 +159,8 @@ def _of_timm(model: Any, changes: Mapping[str, Any]) -> nn.Module:
     """A model of timm that is made again, with some arguments changed."""
     if "architecture" not in getattr(model, "pretrained_cfg", {}):
         raise FusionError(
-            f"a {type(model).__name__} of another width or depth, or with other classes, needs parents that were made "
-            "by create_model of timm"
+            f"a {type(model).__name__} of another width, depth, or of other classes or channels, needs parents that "
+            "were made by create_model of timm"
         )
     args = {**timm.models.get_model_args(model), **changes}
     new_model = cast(Any, timm.create_model(model.pretrained_cfg["architecture"], **args))

@@ -11,11 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from fusionpl.families.binding import bind
 from fusionpl.families.family import VOCABULARY, Family
+from fusionpl.models.channels import with_channels_of
 from fusionpl.models.classes import with_classes_of
-from fusionpl.models.images import with_image_size
+from fusionpl.models.images import patches_of, with_image_size
 from fusionpl.models.load import load_model
 from fusionpl.models.pixels import with_pixels
 from fusionpl.models.preprocessing import ImageProcessing
+from fusionpl.models.processors import image_processing
 from fusionpl.models.token_settings import renumber_settings
 from fusionpl.models.tokenizers import load_tokenizer
 
@@ -92,9 +94,12 @@ def load_parent(
     family: Family | None = None,
 ) -> nn.Module:
     """Loads a whole model (see `load_model`) that reads and writes the tokens of `vocabulary`, if one is given, takes
-    images of the size that `like` takes and prepared by `processing` and has the classes of `like`, where both have
-    names for theirs."""
-    model = with_pixels(load_model(source, allow_pickle=allow_pickle), source, processing, family)
+    images of the size and channels that `like` takes, prepared by `processing`, and has the classes of `like`, where
+    both have names for theirs."""
+    model = load_model(source, allow_pickle=allow_pickle)
+    if like is not None and patches_of(model) is not None:
+        model = with_channels_of(model, like, image_processing(source))
+    model = with_pixels(model, source, processing, family)
     if vocabulary is not None:
         axis = bind(model, family).axes[VOCABULARY]
         order = vocabulary.renumbering(load_tokenizer(source), axis.size)

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
 import fusionpl
 from fusionpl.calibration.batches import OfEachParent, batches, by_owner
@@ -377,3 +377,42 @@ def test_refine_options_hold_for_owned_data() -> None:
     with pytest.raises(FusionError, match="unlabelled data are drawn in any order"):
         fusionpl.fuse([vit(0, PETS), vit(1, CARS)], [[images(20)], [images(20)]],
                       FuseConfig(refine=RefineConfig(steps=2)), unlabelled=[[images(4)], [images(4)]])  # fmt: skip
+
+
+# images of other channels
+
+
+def colour_vit(seed: int, channels: int, library: str) -> Any:
+    if library == "transformers":
+        return transformers_of(seed, channels)
+    args = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 4, "mlp_ratio": 2}
+    return redrawn(timm.create_model("vit_tiny_patch16_224", num_classes=3, in_chans=channels, **args), seed)
+
+
+def transformers_of(seed: int, channels: int) -> Any:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+    config = ViTConfig(image_size=16, patch_size=4, num_channels=channels, num_labels=3, **sizes)
+    return redrawn(ViTForImageClassification(config), seed)
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_a_parent_of_grey_images_sees_the_luma_of_colours(library: str) -> None:
+    grey, colour = colour_vit(0, 1, library), colour_vit(1, 3, library)
+    team = open_team([colour, grey], FuseConfig())
+    assert any("its patch embedding is rewritten for parent 0's" in line for line in team.lines)
+    picture = images(8)
+    luma = (picture * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(team.networks[1].whole(), picture), logits(grey, luma), atol=1e-4, rtol=1e-4)
+    result = fusionpl.fuse([colour, grey], [[picture], [picture]], load_config("joint"))
+    assert out(result.model).shape == (16, 3)
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_a_parent_of_colours_sees_grey_in_all_channels(library: str) -> None:
+    grey, colour = colour_vit(0, 1, library), colour_vit(1, 3, library)
+    team = open_team([grey, colour], FuseConfig())
+    picture = images(8)[:, :1]
+    with torch.no_grad():
+        found, wanted = logits(team.networks[1].whole(), picture), logits(colour, picture.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)

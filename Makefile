@@ -6,17 +6,26 @@ RUNS ?= runs/demo
 LOCK ?=
 INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
-.PHONY: demo test coverage docs campaign lint types lock audit clean
+.PHONY: demo demo-paper test coverage docs campaign lint types lock audit clean
 
+# Two parents that know different things, each with its own list of labels, become one network of all of them.
 demo: .venv/runtime
-	@echo "== two parents, a few minutes each"
-	$(BIN)/python train.py --seed 1 --output $(RUNS)/seed-1 --overwrite
-	$(BIN)/python train.py --seed 2 --output $(RUNS)/seed-2 --overwrite
-	@echo "== align and average them: no training, no labels"
-	$(BIN)/python fuse.py --parents $(RUNS)/seed-1 $(RUNS)/seed-2 --output $(RUNS)/fused --overwrite \
-		--compare conf/fuse/paper.yaml
-	@echo "== a short finetuning of the fused model, the best parent and the plain average"
-	$(BIN)/python finetune.py --model $(RUNS)/fused --output $(RUNS)/finetuned --overwrite
+	@echo "== two parents: one learns the digits 0 to 4, one 5 to 9"
+	$(BIN)/python train.py --seed 1 --data.classes "[0,1,2,3,4]" --output $(RUNS)/zero-to-four --overwrite
+	$(BIN)/python train.py --seed 2 --data.classes "[5,6,7,8,9]" --output $(RUNS)/five-to-nine --overwrite
+	@echo "== one network of both: no training, no labels"
+	$(BIN)/python fuse.py --parents $(RUNS)/zero-to-four $(RUNS)/five-to-nine --output $(RUNS)/fused --overwrite \
+		--compare wide
+	@echo "== a short finetuning of it on all ten digits"
+	$(BIN)/python finetune.py --model $(RUNS)/fused --output $(RUNS)/finetuned --overwrite --trainer.max_epochs 3
+
+# The paper's setting: parents of the same data and other seeds, aligned by optimal transport, averaged, finetuned.
+demo-paper: .venv/runtime
+	$(BIN)/python train.py --seed 1 --output $(RUNS)-paper/seed-1 --overwrite
+	$(BIN)/python train.py --seed 2 --output $(RUNS)-paper/seed-2 --overwrite
+	$(BIN)/python fuse.py --parents $(RUNS)-paper/seed-1 $(RUNS)-paper/seed-2 --output $(RUNS)-paper/fused --overwrite \
+		--compare paper transport
+	$(BIN)/python finetune.py --model $(RUNS)-paper/fused --output $(RUNS)-paper/finetuned --overwrite
 
 test: lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)

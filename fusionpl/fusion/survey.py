@@ -189,6 +189,8 @@ def misnumbered(walk: Walk) -> list[str]:
             samples += weight * given.shape[1]
             sums += weight * torch.einsum("nc,pnd->pcd", given[team.anchor], given[others])
     sum_over_ranks([sums, samples])
+    if not bool(sums.isfinite().all()):  # which the fit says
+        return []
     lines = []
     for at, table in zip(others, sums / samples, strict=True):
         rows, columns = (one.tolist() for one in linear_sum_assignment(table.numpy(), maximize=True))

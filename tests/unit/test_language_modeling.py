@@ -315,7 +315,14 @@ def test_a_report_shows_how_models_go_on(folder: Path, tmp_path: Path) -> None:
         parents[f"seed-{seed}"] = str(tmp_path / f"seed-{seed}")
     model = load_model(parents["seed-1"])
     result: Any = SimpleNamespace(
-        config=FuseConfig(), refitted=None, warnings=[], matchings=[], notes=[], model=model, binding=bind(model)
+        config=FuseConfig(),
+        refitted=None,
+        warnings=[],
+        matchings=[],
+        notes=[],
+        model=model,
+        binding=bind(model),
+        parents=[],
     )
     report = Report()
     bench = bench_for(report, data, torch.device("cpu"))

@@ -10,8 +10,9 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, restricted_number_type
 
+from fusionpl.cli.again import own_again
 from fusionpl.cli.options import add_logger_option, add_reading_options, add_trainer_options
-from fusionpl.cli.outputs import in_sweep, resumed, run_folder
+from fusionpl.cli.outputs import check_resumable, in_sweep, resumed, run_folder
 from fusionpl.cli.parsing import new_parser, parse, said, settings_of, with_presets
 from fusionpl.cli.push import add_push_options, check_push_options
 from fusionpl.cli.running import is_main_process, quiet
@@ -19,7 +20,7 @@ from fusionpl.cli.tasks import check_trains, parser_like, task_of
 from fusionpl.errors import FusionError
 from fusionpl.models.folders import check_there
 from fusionpl.models.hub import short_name
-from fusionpl.options import SETTINGS, settings_in
+from fusionpl.options import settings_in
 from fusionpl.presets import CONF
 from fusionpl.training.config import OptimConfig
 from fusionpl.training.tasks import TASKS, TaskName, task_named
@@ -60,6 +61,7 @@ class Asked:
         parser = parser_like(words, origin, [model], build_parser)
         options = parse(parser, words, PRESET)
         check_trains(options.task)
+        options.own_data = own_again(words, origin, options)
         chosen, settings = parser.instantiate(options), settings_of(parser, options)
         check_there([model])
         home = source.parent if source.is_dir() else Path("runs")
@@ -87,6 +89,9 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     parser.add_argument("--output", type=str | None, help="where the finetuned model goes")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     parser.add_argument("--resume", action="store_true", help="continue a finetuning that was stopped")
+    parser.add_argument("--own-data", type=list[dict[str, Any]] | None, help="""options of data of each parent of a
+                        fused model; by default those that it was fused with, unless --data.path or --data.classes name
+                        a set of all""")  # fmt: skip
     add_logger_option(parser)
     add_push_options(parser)
     add_reading_options(parser)
@@ -109,7 +114,7 @@ def run(argv: Sequence[str]) -> None:
     try:
         with resumed(folder) if options.resume else run_folder(folder, options.overwrite, keep=LAST):
             if options.resume:
-                _check_resumable(folder, options)
+                check_resumable(folder, options.trainer.strategy)
             from fusionpl.cli.jobs.finetune import finetune
 
             origins, rows = finetune(asked)
@@ -135,15 +140,3 @@ def _model_in(argv: Sequence[str]) -> str:
             parse(build_parser(task_of(argv)), argv, PRESET)
         raise FusionError("which model? give --model, for example --model runs/vit-digits/fused")
     return str(model)
-
-
-def _check_resumable(folder: Path, options: Namespace) -> None:
-    """Refuses to resume what was not started, or with FSDP what was started without it, or the reverse: they number
-    parameters differently."""
-    if not (folder / SETTINGS).is_file():
-        raise FusionError(f"there is no finetuning to resume in {folder}; start one without --resume")
-    before, now = settings_in(folder).get("trainer", {}).get("strategy", "auto"), options.trainer.strategy
-    if (before == "fsdp") != (now == "fsdp"):
-        raise FusionError(
-            f"{folder} was started with trainer.strategy {before}, not {now}; give --resume the options of the start"
-        )

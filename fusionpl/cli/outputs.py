@@ -8,7 +8,7 @@ from pathlib import Path
 from fusionpl.cli.claims import claimed
 from fusionpl.cli.running import is_main_process
 from fusionpl.errors import FusionError
-from fusionpl.options import SETTINGS
+from fusionpl.options import SETTINGS, settings_in
 
 
 def in_sweep(folder: Path) -> Path:
@@ -73,6 +73,23 @@ def run_folder(folder: Path, overwrite: bool, keep: str) -> Iterator[Path]:
             if not (claim.output / keep).exists():
                 claim.put_back()
             raise
+
+
+def check_resumable(folder: Path, strategy: str) -> None:
+    """Refuses to resume what was not started, or with FSDP what was started without it, or the reverse: they number
+    parameters differently.
+
+    Raises:
+        FusionError: so.
+    """
+    if not (folder / SETTINGS).is_file():
+        raise FusionError(f"there is no finetuning to resume in {folder}; start one without --resume")
+    before = settings_in(folder).get("trainer", {}).get("strategy", "auto")
+    if (before == "fsdp") != (strategy == "fsdp"):
+        raise FusionError(
+            f"{folder} was started with trainer.strategy {before}, not {strategy}; give --resume the options of the "
+            "start"
+        )
 
 
 @contextmanager

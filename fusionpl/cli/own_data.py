@@ -71,7 +71,7 @@ def own_data(argv: Sequence[str], paths: Sequence[str], args: Namespace) -> Own 
     for index in range(count):
         found = runs[index] or ({} if paths else next(filter(None, runs), {}))
         named = {"path": paths[index]} if paths else {}
-        own.append(_read(args.task, {"path": NOT_SAID, **found, **general, **named}, _data_words(argv)))
+        own.append(read_data(args.task, {"path": NOT_SAID, **found, **general, **named}, data_words(argv)))
     anchor = own[args.anchor % count]
     own = [each | {key: anchor[key] for key in PREPARED if key in anchor} for each in own]
     return own if any(_which(each) != _which(own[0]) for each in own) else None
@@ -96,7 +96,8 @@ def _of_runs(args: Namespace) -> Own:
     return runs
 
 
-def _read(task: Any, defaults: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+def read_data(task: Any, defaults: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """All options of one set of data of a task: `defaults`, and over them what a command line says."""
     parser = new_parser("The data of one parent.", presets=False)
     parser.add_class_arguments(TASKS[task].data, "data")
     parser.set_defaults({f"data.{key}": value for key, value in defaults.items()})
@@ -104,8 +105,8 @@ def _read(task: Any, defaults: Mapping[str, Any], words: Sequence[str]) -> dict[
     return options
 
 
-def _data_words(argv: Sequence[str]) -> list[str]:
-    """The options of data but for the path, with their values."""
+def data_words(argv: Sequence[str]) -> list[str]:
+    """The options of data on a command line but for the path, with their values."""
     words, taken = [], False
     for word in argv:
         if word.startswith("--"):

@@ -24,7 +24,10 @@ class InTurn:
 
     Attributes:
         sampler: itself, which Lightning tells the epoch.
+        batch_sampler: none, which Lightning asks for.
     """
+
+    batch_sampler = None
 
     def __init__(self, loaders: Sequence[DataLoader[Any]]) -> None:
         self._loaders, self.sampler = loaders, self
@@ -199,6 +202,12 @@ class JointSplits(FixedSplits):
     def test_dataloader(self) -> InTurn:  # type: ignore[override]
         """The test data of all, batches of which take turns."""
         return self._in_turn("test_dataloader")
+
+    def alone(self) -> None:
+        """Serves every sample again after a training whose processes shared them."""
+        self.trainer = None
+        for data in self.own.values():
+            data.trainer = None
 
     def _in_turn(self, loader: str) -> InTurn:
         for data in self.own.values():

@@ -1,6 +1,7 @@
 """fuse.py on parents that have data of their own: from their runs, or a path for each."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,11 @@ from fusionpl.cli.running import main
 from fusionpl.datamodules.config import DataConfig
 from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.datamodules.joint import JointSplits
+from fusionpl.evaluation.joint import JointBench
 from fusionpl.evaluation.report import Report
+from fusionpl.evaluation.rows import baseline
 from fusionpl.models.save import class_names, save_model
+from fusionpl.training.callbacks import SeedEpochs
 from tests.integration.runs import DATA, WORDS, make_run
 
 QUICK = ["--trainer.accelerator", "cpu", "--logger", "none"]
@@ -383,13 +387,108 @@ def test_one_that_knows_all_and_one_that_knows_some(tmp_path: Path, turned: bool
     assert "logits side by side" not in found
 
 
-def test_a_fused_model_is_not_finetuned_on_the_data_of_one(fused: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--model", str(fused), "--output", str(fused.parent / "more"), *QUICK, "--trainer.max_epochs", "1"]
-    line = refused(capsys, words, finetune.run)
-    assert "had data of their own, and those of one would not do; name a set of all classes" in line
+def finetuned_rows(run: Path) -> dict[str, dict[str, Any]]:
+    rows = json.loads((run / "report/report.json").read_text())["rows"]
+    return {row["name"]: row for row in rows if row["stage"] == "finetuned"}
+
+
+def test_a_fused_model_is_finetuned_on_the_data_of_all(
+    fused: Path, parents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusionpl.cli.jobs import finetune as job
+
+    seen: list[list[set[str]]] = []
+
+    def watched(model: nn.Module, data: Any, *args: Any, **more: Any) -> Any:
+        names = data.class_names
+        seen.append([{names[label] for label in batch["labels"].tolist()} for batch in data.train_dataloader()])
+        return fit(model, data, *args, **more)
+
+    fit = job.fit
+    monkeypatch.setattr(job, "fit", watched)
+    run = Path(shutil.copytree(fused, tmp_path / "fused"))
+    words = ["--model", str(run), "--output", str(tmp_path / "more"), *QUICK, "--trainer.max_epochs", "1"]
+    words += ["--optim.lr", "0.01", "--data.batch_size", "20"]
+    assert main(finetune.run, words) == 0
+    batches = seen[0]
+    assert len(batches) == 10  # of 100 images each, 20 at a time
+    for one, other in zip(batches[::2], batches[1::2], strict=True):  # take turns
+        assert one <= {*FIRST}
+        assert other <= {*SECOND}
+    found = finetuned_rows(run)
+    held = json.loads((run / "report/report.json").read_text())["verdict"]
+    best = ("head-fitted " if held[0]["head_fitted"] else "") + f"parent {held[0]['parent']}"
+    assert found.keys() == {"fused", best, "vanilla"}
+    model = load_model(tmp_path / "more")
+    assert class_names(model) == FIRST + SECOND
+    joint, own = joint_and_own(model)
+    assert found["fused"]["accuracy"] == pytest.approx(joint)
+    assert found["fused"]["tasks"] == pytest.approx({"seed-1": own[0], "seed-2": own[1]})
+    assert json.loads((tmp_path / "more/metrics.json").read_text())["tasks"] == found["fused"]["tasks"]
+    assert [verdict["stage"] for verdict in held] == ["one-shot", "finetuned"]
+    kept = json.loads((run / "report/report.json").read_text())["kept"]
+    assert [(one["stage"], one["task"]) for one in kept[2:]] == [("finetuned", "seed-1"), ("finetuned", "seed-2")]
+    settings = yaml.safe_load((tmp_path / "more/config.yaml").read_text())
+    assert [each["batch_size"] for each in settings["own_data"]] == [20, 20]
+    # Its settings repeat it, and it can be finetuned again.
+    again = ["--model", str(tmp_path / "more"), "--config", str(tmp_path / "more/config.yaml"), "--output"]
+    assert main(finetune.run, [*again, str(tmp_path / "again"), "--trainer.max_epochs", "1"]) == 0
+    assert json.loads((tmp_path / "again/metrics.json").read_text())["tasks"].keys() == {"seed-1", "seed-2"}
+
+
+def test_the_best_trunk_is_finetuned_with_the_head_that_the_report_has(fused: Path) -> None:
+    from fusionpl.cli.jobs.candidates import candidates, data_for
+
+    asked = finetune.Asked.of(["--model", str(fused), *QUICK])
+    held = baseline(Report.load(fused / "report").rows)
+    assert held is not None
+    model = {one.name: one.model for one in candidates(asked)}[held.name]
+    data: Any = data_for(asked)
+    data.follow(model)
+    report = Report()
+    JointBench(report, data, torch.device("cpu")).add("again", [model])
+    assert report.rows[0].tasks == pytest.approx(held.tasks)
+
+
+def test_one_set_of_all_classes_to_finetune_on(fused: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Path(shutil.copytree(fused, tmp_path / "fused"))
+    words = ["--model", str(run), "--output", str(tmp_path / "more"), *QUICK, "--trainer.max_epochs", "1"]
     assert main(finetune.run, [*words, "--data.classes", "null"]) == 0
-    more = {row.name: row for row in Report.load(fused / "report").rows if row.stage == "finetuned"}
-    assert {"fused", "vanilla"} < more.keys()
+    found = finetuned_rows(run)
+    assert {"fused", "vanilla"} < found.keys()
+    assert not any("tasks" in row for row in found.values())
+    assert "own_data" not in yaml.safe_load((tmp_path / "more/config.yaml").read_text())
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["own_data"] = settings["own_data"][:1]
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    line = refused(capsys, [*words, "--overwrite"], finetune.run)
+    assert f"own_data has 1 sets, and {run} goes back to 2 parents; give one for each, in their order" in line
+
+
+def stops_in_epoch(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if Ctrl-C were pressed when an epoch, counted from 0, starts."""
+    seeded = SeedEpochs.on_train_epoch_start
+
+    def stop(self: SeedEpochs, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == number:
+            raise KeyboardInterrupt
+        seeded(self, trainer, module)
+
+    monkeypatch.setattr(SeedEpochs, "on_train_epoch_start", stop)
+
+
+def test_a_stopped_finetuning_on_the_data_of_all_goes_on(fused: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(fused, tmp_path / "fused"))
+    words = ["--model", str(run), *QUICK, "--baselines", "false", "--trainer.max_epochs", "2", "--output"]
+    assert main(finetune.run, [*words, str(tmp_path / "whole")]) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        stops_in_epoch(1, patched)
+        assert main(finetune.run, [*words, str(tmp_path / "parts")]) == 130
+    assert main(finetune.run, [*words, str(tmp_path / "parts"), "--resume"]) == 0
+    whole, parts = (load_model(tmp_path / name).state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    whole, parts = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "parts"))
+    assert parts["tasks"] == whole["tasks"]
 
 
 def test_data_of_colour_follow_the_anchor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,21 +4,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
+from fusionpl.calibration.config import CalibrationConfig
+from fusionpl.calibration.cursor import CalibrationSet
+from fusionpl.calibration.kept import Kept, budget
+from fusionpl.cli.again import fusion_behind
 from fusionpl.cli.finetune import Asked
+from fusionpl.cli.jobs.data import data_module, data_of_each, follow
+from fusionpl.datamodules.base import FixedSplits
 from fusionpl.datamodules.config import AUTO
 from fusionpl.errors import FusionError
 from fusionpl.evaluation.report import Report
-from fusionpl.evaluation.rows import PARENT, best_parent
+from fusionpl.evaluation.rows import HEAD_FITTED, PARENT, baseline, best_parent
 from fusionpl.families.family import read_family
 from fusionpl.fusion.average import vanilla
 from fusionpl.fusion.config import mixing_weights
+from fusionpl.fusion.heads import fit_head
+from fusionpl.fusion.voting import votings_of
 from fusionpl.models.classes import whole_heads
-from fusionpl.models.hub import short_name
+from fusionpl.models.hub import named, short_name
 from fusionpl.models.images import grid_of
 from fusionpl.models.load import load_model
 from fusionpl.models.processors import image_processing
+from fusionpl.models.tokenizers import load_tokenizer
 from fusionpl.models.vocabulary import Vocabulary, load_parent
 
 
@@ -43,22 +53,40 @@ def candidates(asked: Asked) -> list[Candidate]:
     For another task than the parents' nobody knows which parent is the best: then all of them.
 
     Raises:
-        FusionError: a model can't be read; nothing tells which parent is the best; nothing says which data are those
-            of all parents.
+        FusionError: a model can't be read; nothing tells which parent is the best.
     """
     options = asked.options
-    given = asked.origin.get("data", {})
-    unsaid = all(getattr(options.data, key, None) == given.get(key) for key in ("path", "classes"))
-    if asked.origin.get("own_data") and unsaid:
-        raise FusionError(
-            f"the parents of {options.model} had data of their own, and those of one would not do; name a set of all "
-            "classes with --data.path, and all that are in it with --data.classes null"
-        )
     if "parents" not in asked.origin:
         model = load_model(options.model, allow_pickle=options.allow_pickle)
         return [Candidate(short_name(options.model), model, [options.model])]
     fused = Candidate("fused", load_model(options.model), [options.model])
     return [fused, *_baselines(asked, fused.model)] if options.baselines else [fused]
+
+
+def device_of_run(asked: Asked) -> torch.device:
+    """Where models are run besides the training."""
+    on_gpu = torch.cuda.is_available() and asked.options.trainer.accelerator != "cpu"
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def data_for(asked: Asked) -> FixedSplits:
+    """The data to finetune on: one set, or those of each parent of the fusion that the model goes back to.
+
+    Raises:
+        FusionError: see `data_module` and `data_of_each`.
+    """
+    options, tokenizer = asked.options, load_tokenizer(asked.options.model)
+    if not options.own_data:
+        return data_module(options.task, options.data, options.seed, tokenizer, [options.model])
+    fusion = fusion_behind(asked.origin)
+    parents = named(fusion.get("parents", []))
+    if len(parents) != len(options.own_data):
+        raise FusionError(
+            f"own_data has {len(options.own_data)} sets, and {options.model} goes back to {len(parents)} parents; give "
+            "one for each, in their order, or one set of all with --data.path"
+        )
+    anchor = list(parents)[fusion.get("anchor", 0)]
+    return data_of_each(options, parents, tokenizer, anchor, options.seed)
 
 
 def _baselines(asked: Asked, fused: nn.Module) -> list[Candidate]:
@@ -72,12 +100,33 @@ def _baselines(asked: Asked, fused: nn.Module) -> list[Candidate]:
         raise FusionError(
             f"nothing was measured when {source} was fused, so nobody knows its best parent; add --baselines false"
         )
+    held = baseline(report)
+    if asked.options.own_data and held is not None and held.name.startswith(HEAD_FITTED):
+        # What the fused model has to beat, which is on no disk: its head is fitted to the parents' predictions anew.
+        place = [row.name for row in rows].index(held.name.removeprefix(HEAD_FITTED))
+        fitted = Candidate(held.name, _head_fitted(asked, parents, place, fused), [paths[place]])
+        return [fitted] if plain is None else [fitted, Candidate("vanilla", plain, paths)]
     compared = [
         Candidate(row.name, whole_heads(parent), [path])
         for row, parent, path in zip(rows, parents, paths, strict=True)
         if asked.elsewhere or row is best[0]
     ]
     return compared if plain is None else [*compared, Candidate("vanilla", plain, paths)]
+
+
+def _head_fitted(asked: Asked, parents: Sequence[nn.Module], place: int, fused: nn.Module) -> nn.Module:
+    """A parent with its head fitted to what each parent says on its own data, as for the report of the fusion."""
+    origin, options = asked.origin, asked.options
+    models = [parent.to(device_of_run(asked)) for parent in parents]
+    data, config = data_for(asked), CalibrationConfig(**origin.get("calibration", {}))
+    follow(data, fused, options.model)
+    batches = CalibrationSet(
+        data.calibration_dataloader(config.batch_size), config, Kept(budget(config.memory)), whole=True
+    )
+    votings = votings_of(models, mixing_weights(origin.get("weights"), len(models)))
+    fitted = fit_head(models[place], models, votings, batches, family=read_family(origin.get("family")))
+    assert fitted is not None  # as the report has a row of it
+    return fitted[0].cpu()
 
 
 def _parents(asked: Asked, fused: nn.Module) -> list[nn.Module]:

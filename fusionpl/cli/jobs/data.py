@@ -49,7 +49,9 @@ def data_module(task: TaskName, config: Any, seed: int, tokenizer: Any, models: 
     return DATA_MODULES[task](config, seed, tokenizer)
 
 
-def data_of_each(options: Namespace, parents: Mapping[str, str], tokenizer: Any, anchor: str) -> JointSplits:
+def data_of_each(
+    options: Namespace, parents: Mapping[str, str], tokenizer: Any, anchor: str, seed: int = 0
+) -> JointSplits:
     """The data of each parent.
 
     Args:
@@ -57,6 +59,7 @@ def data_of_each(options: Namespace, parents: Mapping[str, str], tokenizer: Any,
         parents: name -> where the parent comes from.
         tokenizer: the anchor's.
         anchor: its name.
+        seed: decides, with the epoch, the order of each one's training data.
 
     Raises:
         FusionError: see `data_module` and `JointSplits`.
@@ -67,7 +70,7 @@ def data_of_each(options: Namespace, parents: Mapping[str, str], tokenizer: Any,
         model = load_model(path, allow_pickle=options.allow_pickle) if opened is None else opened.module
         known[name] = class_names(model)
         own[name] = cast(
-            LabelledSplits, data_module(options.task, TASKS[options.task].data(**given), 0, tokenizer, [path])
+            LabelledSplits, data_module(options.task, TASKS[options.task].data(**given), seed, tokenizer, [path])
         )
     return JointSplits(own, known, anchor)
 

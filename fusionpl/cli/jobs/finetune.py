@@ -1,25 +1,25 @@
 """Finetunes a model and, beside it, what it is compared with."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
 from fusionpl.cli.finetune import Asked
-from fusionpl.cli.jobs.candidates import Candidate, candidates
+from fusionpl.cli.jobs.candidates import Candidate, candidates, data_for, device_of_run
 from fusionpl.cli.jobs.cards import MadeOf, made_of
-from fusionpl.cli.jobs.data import data_module, follow
+from fusionpl.cli.jobs.data import follow
 from fusionpl.cli.jobs.finetuned import Tested, loggers_of
 from fusionpl.cli.running import is_main_process, quiet
 from fusionpl.datamodules.base import FixedSplits
+from fusionpl.datamodules.joint import JointSplits
 from fusionpl.evaluation.cost import flops, parameters
-from fusionpl.evaluation.outcomes import load_outcomes, save_outcomes
-from fusionpl.evaluation.rows import PARENT, Row, readable
-from fusionpl.files import write_json
+from fusionpl.evaluation.joint import JointBench
+from fusionpl.evaluation.report import Report
+from fusionpl.evaluation.rows import FIGURES, PARENT, Row, readable
 from fusionpl.models.heads import with_classifier
 from fusionpl.models.save import save_model
-from fusionpl.models.tokenizers import load_tokenizer
 from fusionpl.options import write_settings
 from fusionpl.paths import public
 from fusionpl.training.dashboard import log_models
@@ -48,12 +48,13 @@ def finetune(asked: Asked) -> tuple[MadeOf, list[Tested]]:
     rows = []
     for index, candidate in enumerate(compared):
         name = candidate.name
-        place = asked.folder if index == 0 else asked.folder / "baselines" / name.replace(PARENT, "")
+        own = asked.folder / "baselines" / name.replace(PARENT, "").replace(" ", "-")
+        place = asked.folder if index == 0 else own
         done = place / DONE
         if not (asked.options.resume and done.is_file()):
             _finetune(asked, candidate, place)
         if is_main_process():
-            rows.append((Row(**json.loads(done.read_text())), load_outcomes(place / SAMPLES).get(name)))
+            rows.append(Tested.read(done, place / SAMPLES))
     return origins, rows
 
 
@@ -64,7 +65,7 @@ def _finetune(asked: Asked, candidate: Candidate, place: Path) -> None:
         print(f"finetuning {candidate.name} for {options.trainer.max_epochs} epochs")
     L.seed_everything(options.seed, workers=True, verbose=False)
     task = TASKS[options.task]
-    data = data_module(options.task, options.data, options.seed, load_tokenizer(options.model), [options.model])
+    data = data_for(asked)
     resume = options.resume and (place / "checkpoints" / "last.ckpt").is_file()
     follow(data, candidate.model, options.model)
     model = shrunk(candidate.model, options.shrink)
@@ -76,26 +77,34 @@ def _finetune(asked: Asked, candidate: Candidate, place: Path) -> None:
         monitor=task.monitor, mode=task.mode,
     )  # fmt: skip
     if is_main_process():
-        _write(result, data, candidate.name, options.model, place)
+        _write(asked, result, data, candidate.name, place)
         log_models(loggers, used=candidate.sources, made=place)
     finish_loggers(loggers)
 
 
-def _write(result: FitResult, data: FixedSplits, name: str, source: str, place: Path) -> None:
+def _write(asked: Asked, result: FitResult, data: FixedSplits, name: str, place: Path) -> None:
     """Writes the model and what was measured of it; metrics.json last, which says that all is there."""
-    tested: dict[str, Any] = {**result.figures, **data.derived(result.figures)}
-    row = Row(
-        name,
-        "finetuned",
-        **tested,
-        parameters=parameters(result.model),
-        flops=flops(result.model, next(iter(data.test_dataloader()))),
-        epochs=result.epochs,
-        seconds=round(result.seconds, 1),
-    )
-    figures = ", ".join(f"{key} {readable(key, value)}" for key, value in tested.items())
-    card = f"# {name}, finetuned from {public(source)}\n\non the test split: {figures}"
+    tested = _tested(asked, result, data, name)
+    shown = {key: value for key, value in tested.row.as_dict().items() if key in FIGURES}
+    figures = ", ".join(f"{key} {readable(key, value)}" for key, value in shown.items())
+    card = f"# {name}, finetuned from {public(asked.options.model)}\n\non the test split: {figures}"
     save_model(result.model, place / "model", card=card, tokenizer=data.tokenizer, processing=data.processing)
-    if result.outcomes is not None:
-        save_outcomes(place / SAMPLES, {name: result.outcomes})
-    write_json(place / DONE, row.as_dict())
+    tested.write(place / DONE, place / SAMPLES)
+
+
+def _tested(asked: Asked, result: FitResult, data: FixedSplits, name: str) -> Tested:
+    """What was measured of a model: on the data of each parent as in the report of the fusion."""
+    took: dict[str, Any] = {"epochs": result.epochs, "seconds": round(result.seconds, 1)}
+    if isinstance(data, JointSplits):
+        data.alone()
+        bench = JointBench(Report(), data, device_of_run(asked))
+        bench.add(name, [result.model])
+        result.model.cpu()
+        (row,) = bench.report.rows
+        key = row.name, row.stage
+        tasks = bench.report.tasks.get(key, {})
+        return Tested(replace(row, stage="finetuned", **took), bench.report.outcomes[key], tasks)
+    figures: dict[str, Any] = {**result.figures, **data.derived(result.figures)}
+    cost = flops(result.model, next(iter(data.test_dataloader())))
+    row = Row(name, "finetuned", **figures, parameters=parameters(result.model), flops=cost, **took)
+    return Tested(row, result.outcomes, {})

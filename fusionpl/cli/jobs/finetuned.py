@@ -1,22 +1,55 @@
 """The report and the card of a finetuned model."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
 
 from fusionpl.cli.finetune import PRESET, Asked
 from fusionpl.cli.jobs.cards import MadeOf, command_section, metadata
-from fusionpl.evaluation.outcomes import Outcomes
+from fusionpl.evaluation.outcomes import Outcomes, load_outcomes, save_outcomes
 from fusionpl.evaluation.report import Report
 from fusionpl.evaluation.rows import Row
+from fusionpl.files import write_json
 from fusionpl.models.save import add_to_card
 from fusionpl.options import settings_in
 from fusionpl.training.dashboard import log_report
 from fusionpl.training.loggers import finish_loggers, make_loggers
 from fusionpl.training.weights_and_biases import group_of
 
-Tested = tuple[Row, Outcomes | None]
+OF_TASK = "tasks/"  # what the names of outcomes begin with that are of one parent's data
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What was measured of a finetuned model.
+
+    Attributes:
+        row: of the report.
+        outcomes: what it did on each test sample, where that is known.
+        tasks: name of a parent with data of its own -> what it did on these.
+    """
+
+    row: Row
+    outcomes: Outcomes | None
+    tasks: Mapping[str, Outcomes]
+
+    @classmethod
+    def read(cls, metrics: Path, samples: Path) -> "Tested":
+        """Reads what `write` wrote."""
+        row, found = Row(**json.loads(metrics.read_text())), load_outcomes(samples)
+        tasks = {name: found[OF_TASK + name] for name in row.tasks or () if OF_TASK + name in found}
+        return cls(row, found.get(row.name), tasks)
+
+    def write(self, metrics: Path, samples: Path) -> None:
+        """Writes what `read` reads, the row last."""
+        found = {OF_TASK + name: outcomes for name, outcomes in self.tasks.items()}
+        found |= {} if self.outcomes is None else {self.row.name: self.outcomes}
+        if found:
+            save_outcomes(samples, found)
+        write_json(metrics, self.row.as_dict())
 
 
 def finish(asked: Asked, origins: MadeOf, rows: Sequence[Tested]) -> None:
@@ -27,7 +60,7 @@ def finish(asked: Asked, origins: MadeOf, rows: Sequence[Tested]) -> None:
         origins: what the model is made of.
         rows: what was measured of every candidate, the model itself first.
     """
-    first = rows[0][0]
+    first = rows[0].row
     report, home = _reported(asked, rows)
     loggers = loggers_of(asked, first.name, asked.folder, resume=True)  # the first candidate's run goes on
     log_report(loggers, report, home)
@@ -59,8 +92,8 @@ def _reported(asked: Asked, rows: Sequence[Tested]) -> tuple[Report, Path]:
     report, home = (Report.load(theirs), theirs) if known else (Report(), own)
     # Rows of an earlier finetuning may stay; what was finetuned otherwise is not compared.
     report.outcomes = {key: outcome for key, outcome in report.outcomes.items() if key[1] != "finetuned"}
-    for row, outcomes in rows:
-        report.add(row, outcomes)
+    for one in rows:
+        report.add(one.row, one.outcomes, one.tasks)
     report.config["finetune"] = asked.settings
     report.save(home)
     return report, home

@@ -10,15 +10,16 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, restricted_number_type
 
-from fusionpl.cli.again import own_again
+from fusionpl.cli.again import own_again, own_of_heads
 from fusionpl.cli.options import add_logger_option, add_reading_options, add_trainer_options
 from fusionpl.cli.outputs import check_resumable, in_sweep, resumed, run_folder
+from fusionpl.cli.own_data import Own
 from fusionpl.cli.parsing import new_parser, parse, said, settings_of, with_presets
 from fusionpl.cli.push import add_push_options, check_push_options
 from fusionpl.cli.running import is_main_process, quiet
 from fusionpl.cli.tasks import check_trains, parser_like, task_of
 from fusionpl.errors import FusionError
-from fusionpl.models.folders import check_there
+from fusionpl.models.folders import check_there, heads_in
 from fusionpl.models.hub import short_name
 from fusionpl.options import settings_in
 from fusionpl.presets import CONF
@@ -40,6 +41,7 @@ class Asked:
         settings: those that decide the result, as plain values.
         origin: those of the run that made the model; empty where none did.
         folder: of this run.
+        heads: name -> folder of models that share a trunk; empty of one model.
     """
 
     argv: Sequence[str]
@@ -47,6 +49,7 @@ class Asked:
     settings: dict[str, Any]
     origin: dict[str, Any]
     folder: Path
+    heads: dict[str, Path]
 
     @classmethod
     def of(cls, argv: Sequence[str]) -> "Asked":
@@ -61,13 +64,15 @@ class Asked:
         parser = parser_like(words, origin, [model], build_parser)
         options = parse(parser, words, PRESET)
         check_trains(options.task)
-        options.own_data = own_again(words, origin, options)
+        heads = heads_in(source)
+        options.own_data = own_of_heads(words, origin, options, heads) if heads else own_again(words, origin, options)
         chosen, settings = parser.instantiate(options), settings_of(parser, options)
-        check_there([model])
+        if not heads:
+            check_there([model])
         home = source.parent if source.is_dir() else Path("runs")
         folder = Path(options.output or in_sweep(home / f"{short_name(model)}-finetuned"))
         check_push_options(options.push_to, options.push_private)
-        return cls(argv, chosen, settings, origin, folder)
+        return cls(argv, chosen, settings, origin, folder, heads)
 
     @property
     def elsewhere(self) -> bool:
@@ -89,9 +94,9 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     parser.add_argument("--output", type=str | None, help="where the finetuned model goes")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     parser.add_argument("--resume", action="store_true", help="continue a finetuning that was stopped")
-    parser.add_argument("--own-data", type=list[dict[str, Any]] | None, help="""options of data of each parent of a
-                        fused model; by default those that it was fused with, unless --data.path or --data.classes name
-                        a set of all""")  # fmt: skip
+    parser.add_argument("--own-data", type=Own | dict[str, Any] | None, help="""options of data of each parent of
+                        a fused model; by default those that it was fused with, unless --data.path or --data.classes
+                        name a set of all""")  # fmt: skip
     add_logger_option(parser)
     add_push_options(parser)
     add_reading_options(parser)
@@ -125,7 +130,8 @@ def run(argv: Sequence[str]) -> None:
         from fusionpl.cli.jobs.finetuned import finish
 
         finish(asked, origins, rows)
-        print(f"{folder}: model/, baselines/; {time.monotonic() - started:.0f} s")
+        made = [path.name for path in asked.heads.values()] or ["model", "baselines"]
+        print(f"{folder}: {'/, '.join(made)}/; {time.monotonic() - started:.0f} s")
         if options.push_to is not None:
             from fusionpl.cli.jobs.push import push_run
 

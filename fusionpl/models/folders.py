@@ -1,6 +1,7 @@
 """Model folders: where they are, and what their config.json says."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -45,6 +46,18 @@ def heads_in(run: Path) -> dict[str, Path]:
     """The models of a fusion with `labels: separate` in a run folder: name -> folder."""
     files = sorted(run.glob(f"{HEAD}*/config.json"))
     return {file.parent.name.removeprefix(HEAD): file.parent for file in files}
+
+
+def head_name(name: str, taken: Iterable[str]) -> str:
+    """A name that a folder can have, and that none has which is taken, in capitals or not.
+
+    >>> head_name("SST 2/a", []), head_name("A", ["a"])
+    ('SST-2-a', 'A-2')
+    """
+    plain = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "head"
+    others = {one.casefold() for one in taken}
+    numbered = (f"{plain}-{number}" for number in range(2, len(others) + 3))
+    return plain if plain.casefold() not in others else next(one for one in numbered if one.casefold() not in others)
 
 
 def check_there(sources: Iterable[str]) -> None:

@@ -1,6 +1,5 @@
 """Models of one trunk with a head each: their heads side by side in one network, on disk, and run in one pass."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from fusionpl.families.axes import Binding
 from fusionpl.families.binding import bind
 from fusionpl.families.family import Family
 from fusionpl.models.classes import head_parameters, with_rows
-from fusionpl.models.folders import heads_in
+from fusionpl.models.folders import head_name, heads_in
 from fusionpl.models.labels import CLASSES, NUMBERS, Kind, kind_of
 from fusionpl.models.load import load_model
 from fusionpl.models.resized import relabelled
@@ -65,20 +64,8 @@ def heads_of(models: Mapping[str, nn.Module], bindings: Iterable[Binding]) -> tu
         start, size = heads[-1].columns.stop if heads else 0, binding.axes["classes"].size
         kind = kind_of(model)
         kind = NUMBERS if kind == CLASSES and size == 1 else kind  # one of one says nothing
-        heads.append(Head(_file_name(name, [head.name for head in heads]), slice(start, start + size), kind, model))
+        heads.append(Head(head_name(name, [head.name for head in heads]), slice(start, start + size), kind, model))
     return tuple(heads)
-
-
-def _file_name(name: str, taken: Iterable[str]) -> str:
-    """A name that a folder can have, and that none has which is taken, in capitals or not.
-
-    >>> _file_name("SST 2/a", []), _file_name("A", ["a"])
-    ('SST-2-a', 'A-2')
-    """
-    plain = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "head"
-    others = {one.casefold() for one in taken}
-    numbered = (f"{plain}-{number}" for number in range(2, len(others) + 3))
-    return plain if plain.casefold() not in others else next(one for one in numbered if one.casefold() not in others)
 
 
 def side_by_side(

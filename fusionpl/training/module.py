@@ -171,23 +171,37 @@ class ClassificationModule(L.LightningModule):
         labels, output = batch["labels"], self(batch)
         if stage == "test":
             self._scored.update(scored(output, labels))
-        loss = _loss_of(output, labels, label_smoothing)
+        loss = loss_of(output, labels, label_smoothing)
+        metrics = {
+            key.removeprefix(f"{stage}_"): cast(Metric, metric)
+            for key, metric in self.metrics.items()
+            if key.startswith(f"{stage}_")
+        }
+        self.log_figures(f"{stage}/", output, labels, loss, metrics)
+        return loss
+
+    def log_figures(
+        self, prefix: str, output: Tensor, labels: Tensor, loss: Tensor, metrics: Mapping[str, Metric]
+    ) -> None:
+        """Logs the loss and the metrics of a batch, once an epoch, under names that begin with `prefix`."""
         if labels.is_floating_point():
             output, count = output if are_tags(labels) else output.squeeze(-1), len(labels)
         else:
             count = len(labels) if labels.ndim == 1 else int((labels != IGNORED).sum())
-        settings: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": count}
-        self.log(f"{stage}/loss", loss, sync_dist=True, **settings)
-        for key, metric in self.metrics.items():
-            if key.startswith(f"{stage}_"):
-                name = key.removeprefix(f"{stage}_")
-                tokens = labels.ndim > 1 and name != "perplexity" and not are_tags(labels)
-                cast(Metric, metric)(*((output.flatten(0, -2), labels.flatten()) if tokens else (output, labels)))
-                self.log(f"{stage}/{name}", cast(Metric, metric), **settings)
-        return loss
+        settings: dict[str, Any] = {
+            "on_step": False,
+            "on_epoch": True,
+            "batch_size": count,
+            "add_dataloader_idx": False,
+        }
+        self.log(f"{prefix}loss", loss, sync_dist=True, **settings)
+        for name, metric in metrics.items():
+            tokens = labels.ndim > 1 and name != "perplexity" and not are_tags(labels)
+            metric(*((output.flatten(0, -2), labels.flatten()) if tokens else (output, labels)))
+            self.log(f"{prefix}{name}", metric, **settings)
 
 
-def _loss_of(output: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def loss_of(output: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The loss of a batch of logits; see `ClassificationModule`."""
     if are_tags(labels):
         return functional.binary_cross_entropy_with_logits(output, labels.lerp(labels.new_tensor(0.5), label_smoothing))

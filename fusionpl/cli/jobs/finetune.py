@@ -8,9 +8,10 @@ import lightning as L
 
 from fusionpl.cli.finetune import Asked
 from fusionpl.cli.jobs.candidates import Candidate, candidates, data_for, device_of_run
-from fusionpl.cli.jobs.cards import MadeOf, made_of
+from fusionpl.cli.jobs.cards import MadeOf, made_of, metadata
 from fusionpl.cli.jobs.data import follow
-from fusionpl.cli.jobs.finetuned import Tested, loggers_of
+from fusionpl.cli.jobs.finetuned import DONE, SAMPLES, Tested, loggers_of
+from fusionpl.cli.jobs.heads import finetune_heads
 from fusionpl.cli.running import is_main_process, quiet
 from fusionpl.datamodules.base import FixedSplits
 from fusionpl.datamodules.joint import JointSplits
@@ -28,20 +29,21 @@ from fusionpl.training.loggers import finish_loggers
 from fusionpl.training.module import shrunk
 from fusionpl.training.tasks import TASKS
 
-DONE, SAMPLES = "metrics.json", "samples.safetensors"
 
-
-def finetune(asked: Asked) -> tuple[MadeOf, list[Tested]]:
+def finetune(asked: Asked) -> tuple[dict[str, MadeOf], list[Tested]]:
     """The same finetuning for every candidate; finished ones are not repeated when a run resumes.
 
     Returns:
-        What the model is made of, and what was measured of every candidate; nothing but in the main process.
+        Name of a model's folder -> what its card says of where it comes from, and what was measured of every candidate;
+        nothing but in the main process.
 
     Raises:
         FusionError: a user's mistake.
     """
     quiet()
-    origins = made_of(asked.options.model, asked.origin) if is_main_process() else ("", {})
+    if asked.heads:
+        return finetune_heads(asked)
+    section, inherited = made_of(asked.options.model, asked.origin) if is_main_process() else ("", {})
     compared = candidates(asked)
     if is_main_process():
         write_settings(asked.folder, asked.settings)
@@ -55,7 +57,10 @@ def finetune(asked: Asked) -> tuple[MadeOf, list[Tested]]:
             _finetune(asked, candidate, place)
         if is_main_process():
             rows.append(Tested.read(done, place / SAMPLES))
-    return origins, rows
+    if not rows:
+        return {}, []
+    data = metadata(asked.settings, rows[0].row.as_dict(), asked.folder.name)
+    return {"model": (section, inherited | data)}, rows
 
 
 def _finetune(asked: Asked, candidate: Candidate, place: Path) -> None:

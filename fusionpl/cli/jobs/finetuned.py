@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger
 
 from fusionpl.cli.finetune import PRESET, Asked
-from fusionpl.cli.jobs.cards import MadeOf, command_section, metadata
+from fusionpl.cli.jobs.cards import MadeOf, command_section
 from fusionpl.evaluation.outcomes import Outcomes, load_outcomes, save_outcomes
 from fusionpl.evaluation.report import Report
 from fusionpl.evaluation.rows import Row
@@ -19,6 +19,7 @@ from fusionpl.training.dashboard import log_report
 from fusionpl.training.loggers import finish_loggers, make_loggers
 from fusionpl.training.weights_and_biases import group_of
 
+DONE, SAMPLES = "metrics.json", "samples.safetensors"
 OF_TASK = "tasks/"  # what the names of outcomes begin with that are of one parent's data
 
 
@@ -52,12 +53,12 @@ class Tested:
         write_json(metrics, self.row.as_dict())
 
 
-def finish(asked: Asked, origins: MadeOf, rows: Sequence[Tested]) -> None:
+def finish(asked: Asked, origins: Mapping[str, MadeOf], rows: Sequence[Tested]) -> None:
     """Adds the rows to the report of the fused model, prints it, and completes the model's card.
 
     Args:
         asked: what was asked for.
-        origins: what the model is made of.
+        origins: name of a model's folder -> what its card says of where it comes from, and what the hub reads of it.
         rows: what was measured of every candidate, the model itself first.
     """
     first = rows[0].row
@@ -67,13 +68,13 @@ def finish(asked: Asked, origins: MadeOf, rows: Sequence[Tested]) -> None:
     finish_loggers(loggers)
     print(f"\n{report.table()}\n")
     _print_share(asked, first)
-    card, words = asked.folder / "model", [word for word in asked.argv if word != "--resume"]
-    for verdict in report.verdicts:
-        if verdict.stage == "finetuned":
-            add_to_card(card, f"**{verdict.words}**")
-    parents, data = origins
-    data |= metadata(asked.settings, first.as_dict(), asked.folder.name)
-    add_to_card(card, f"{parents}\n\n{command_section('finetune', words, PRESET)}".lstrip(), data)
+    words = [word for word in asked.argv if word != "--resume"]
+    for name, (parents, data) in origins.items():
+        card = asked.folder / name
+        for verdict in report.verdicts:
+            if verdict.stage == "finetuned":
+                add_to_card(card, f"**{verdict.words}**")
+        add_to_card(card, f"{parents}\n\n{command_section('finetune', words, PRESET)}".lstrip(), data)
 
 
 def loggers_of(asked: Asked, name: str, place: Path, *, resume: bool) -> list[Logger]:

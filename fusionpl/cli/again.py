@@ -16,8 +16,8 @@ from fusionpl.training.tasks import task_named
 
 
 def own_again(argv: Sequence[str], origin: Mapping[str, Any], args: Namespace) -> Own | None:
-    """The data of each parent of a fused model that is trained or measured again; None where they had one set, or the
-    command line asks for another set or task.
+    """The data of each parent of a fused model that is trained or measured again; None where they had one set, the
+    command line asks for another set or task, or each head has its own (see `own_of_heads`).
 
     Args:
         argv: the command line, whose options of data hold for all.
@@ -25,7 +25,7 @@ def own_again(argv: Sequence[str], origin: Mapping[str, Any], args: Namespace) -
         args: what the parser read of the command line.
     """
     own, data = args.own_data or origin.get("own_data"), origin.get("data", {})
-    if not own or args.task != task_named(origin.get("task", "image-classification")):
+    if not own or isinstance(own, Mapping) or args.task != task_named(origin.get("task", "image-classification")):
         return None
     if any(args.data[key] != data.get(key) for key in ("path", "classes")):
         return None

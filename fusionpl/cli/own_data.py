@@ -69,6 +69,11 @@ def own_data(argv: Sequence[str], paths: Sequence[str], args: Namespace) -> Own 
         return None
     own = []
     for index in range(count):
+        if not (paths or repeated) and settings_in(args.parents[index]).get("own_data"):
+            raise FusionError(
+                f"{args.parents[index]} was fused of parents with data of their own, which are several sets, and a "
+                "parent has one; give a path for each parent, or one of all, with --data.path"
+            )
         found = runs[index] or ({} if paths else next(filter(None, runs), {}))
         named = {"path": paths[index]} if paths else {}
         own.append(read_data(args.task, {"path": NOT_SAID, **found, **general, **named}, data_words(argv)))
@@ -82,8 +87,9 @@ def of_all_classes(argv: Sequence[str], args: Namespace) -> bool:
     those of all then."""
     said = any(word.partition("=")[0] == "--data.classes" for word in argv)
     said |= any("classes" in read_yaml(file).get("data", {}) for _, file in configs_in(argv))
+    joint = any(settings_in(parent).get("own_data") for parent in args.parents)  # what it knows is in its model
     lists = [_classes(run) for run in _of_runs(args) if run]
-    return not said and any(own != lists[0] for own in lists)
+    return not said and (joint or any(own != lists[0] for own in lists))
 
 
 def _of_runs(args: Namespace) -> Own:
@@ -91,7 +97,8 @@ def _of_runs(args: Namespace) -> Own:
     known = {field.name for field in fields(TASKS[args.task].data)} - {"normalize"}
     runs = []
     for run in map(settings_in, args.parents):
-        data = run.get("data", {}) if task_named(run.get("task", "image-classification")) == args.task else {}
+        data = {} if run.get("own_data") else run.get("data", {})
+        data = data if task_named(run.get("task", "image-classification")) == args.task else {}
         runs.append({key: value for key, value in data.items() if key in known})
     return runs
 

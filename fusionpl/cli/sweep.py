@@ -12,7 +12,8 @@ from jsonargparse import ArgumentParser
 
 from fusionpl.cli.fusing import arguments, check_configs, fuse_config, fusing_parser
 from fusionpl.cli.outputs import check_output
-from fusionpl.cli.parsing import settings_of
+from fusionpl.cli.own_data import one_path, own_data
+from fusionpl.cli.parsing import settings_of, with_presets
 from fusionpl.cli.running import main, quiet
 from fusionpl.errors import FusionError, flattened
 from fusionpl.fusion.config import load_config
@@ -29,7 +30,13 @@ def run(argv: Sequence[str]) -> None:
         FusionError: a user's mistake.
     """
     quiet()
-    parser, args = arguments(argv, build_parser)
+    words, paths = one_path(with_presets(argv, "fuse"))
+    parser, args = arguments(words, build_parser)
+    if len(paths) > 1 or own_data(words, paths, args):
+        raise FusionError(
+            "a sweep measures all cells on one set of data, and the parents have data of their own; name one that all "
+            "know with --data.path, or run fuse.py with each setting"
+        )
     chosen, settings = parser.instantiate(args), settings_of(parser, args)
     base = asdict(fuse_config(chosen))
     cells = grid(args.sweep)

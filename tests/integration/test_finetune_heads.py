@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 
 import fusionpl
-from fusionpl.cli import finetune
+from fusionpl.cli import evaluate, finetune
 from fusionpl.cli.running import main
 from fusionpl.datamodules.heads import HeadSplits
 from fusionpl.evaluation.metrics import evaluate_samples
@@ -169,6 +169,8 @@ def test_mistakes(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert f"--data.path would be one for all heads of {made}; finetune one alone, such as --model" in line
     assert "--push-to takes one model" in say([*words, "--push-to", "me/it"], finetune.run)
     assert "can't be shared out by fsdp" in say([*words, "--trainer.strategy", "fsdp"], finetune.run)
+    line = say(["--models", str(made), str(made / "model-films")], evaluate.run)
+    assert "holds a model for each parent, model-films, model-moods, model-stars; give one of them" in line
     run = Path(shutil.copytree(made, tmp_path / "fused"))
     settings: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text())
     del settings["own_data"]["stars"]

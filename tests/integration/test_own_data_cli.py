@@ -21,7 +21,7 @@ from fusionpl import load_model
 from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.kept import Kept
-from fusionpl.cli import finetune, fuse
+from fusionpl.cli import evaluate, finetune, fuse, sweep
 from fusionpl.cli.running import main
 from fusionpl.datamodules.config import DataConfig
 from fusionpl.datamodules.images import ImageDataModule
@@ -448,6 +448,43 @@ def test_the_best_trunk_is_finetuned_with_the_head_that_the_report_has(fused: Pa
     report = Report()
     JointBench(report, data, torch.device("cpu")).add("again", [model])
     assert report.rows[0].tasks == pytest.approx(held.tasks)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_evaluate_measures_on_the_data_of_all(fused: Path, parents: list[str], tmp_path: Path, turned: bool) -> None:
+    models = [*parents, str(fused)] if turned else [str(fused), *parents]
+    assert main(evaluate.run, ["--models", *models, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    found, wanted = rows(tmp_path / "out"), rows(fused)
+    for mine, theirs in (("model fused", "fused"), *((f"model seed-{one}", f"parent seed-{one}") for one in (1, 2))):
+        assert found[mine]["accuracy"] == pytest.approx(wanted[theirs]["accuracy"])
+        assert found[mine]["tasks"] == pytest.approx(wanted[theirs]["tasks"])
+    settings = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
+    assert len(settings["own_data"]) == 2
+    words = ["--models", str(fused), "--device", "cpu", "--data.classes", "null", "--output", str(tmp_path / "pooled")]
+    assert main(evaluate.run, words) == 0  # one set of all
+    assert "tasks" not in rows(tmp_path / "pooled")["model fused"]
+
+
+def test_a_fusion_of_other_data_as_a_parent_wants_its_data_named(
+    fused: Path, parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--parents", str(fused), parents[0], "--report", "rows", *QUICK]
+    line = refused(capsys, [*words, "--output", str(tmp_path / "out")])
+    assert f"{fused} was fused of parents with data of their own, which are several sets, and a parent has" in line
+    asked = fuse.Asked.of([*words, "--data.path", "digits", "--output", str(tmp_path / "out")])
+    assert asked.args.own_data is None
+    assert asked.args.data.classes is None  # not the anchor's
+    asked = fuse.Asked.of([*words, "--data.path", "digits", "elsewhere", "--output", str(tmp_path / "out")])
+    assert [own["classes"] for own in asked.args.own_data] == [None, [0, 1, 2, 3, 4]]
+
+
+def test_a_sweep_wants_parents_of_one_list_of_classes(
+    parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--parents", *parents, "--sweep", "width=1,2", "--output", str(tmp_path / "sweep")]
+    assert "a sweep measures all cells on one set of data" in refused(capsys, words, sweep.run)
+    line = refused(capsys, [*words, "--data.path", "digits", "--data.classes", "null"], sweep.run)
+    assert "a sweep measures parents that know the same classes, and seed-2 knows others than seed-1" in line
 
 
 def test_one_set_of_all_classes_to_finetune_on(fused: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

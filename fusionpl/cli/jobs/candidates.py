@@ -10,9 +10,9 @@ from torch import nn
 from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.kept import Kept, budget
-from fusionpl.cli.again import fusion_behind
 from fusionpl.cli.finetune import Asked
-from fusionpl.cli.jobs.data import data_module, data_of_each, follow
+from fusionpl.cli.jobs.again import data_again
+from fusionpl.cli.jobs.data import data_module, follow
 from fusionpl.datamodules.base import FixedSplits
 from fusionpl.datamodules.config import AUTO
 from fusionpl.errors import FusionError
@@ -24,7 +24,7 @@ from fusionpl.fusion.config import mixing_weights
 from fusionpl.fusion.heads import fit_head
 from fusionpl.fusion.voting import votings_of
 from fusionpl.models.classes import whole_heads
-from fusionpl.models.hub import named, short_name
+from fusionpl.models.hub import short_name
 from fusionpl.models.images import grid_of
 from fusionpl.models.load import load_model
 from fusionpl.models.processors import image_processing
@@ -73,20 +73,12 @@ def data_for(asked: Asked) -> FixedSplits:
     """The data to finetune on: one set, or those of each parent of the fusion that the model goes back to.
 
     Raises:
-        FusionError: see `data_module` and `data_of_each`.
+        FusionError: see `data_module` and `data_again`.
     """
     options, tokenizer = asked.options, load_tokenizer(asked.options.model)
-    if not options.own_data:
-        return data_module(options.task, options.data, options.seed, tokenizer, [options.model])
-    fusion = fusion_behind(asked.origin)
-    parents = named(fusion.get("parents", []))
-    if len(parents) != len(options.own_data):
-        raise FusionError(
-            f"own_data has {len(options.own_data)} sets, and {options.model} goes back to {len(parents)} parents; give "
-            "one for each, in their order, or one set of all with --data.path"
-        )
-    anchor = list(parents)[fusion.get("anchor", 0)]
-    return data_of_each(options, parents, tokenizer, anchor, options.seed)
+    if options.own_data:
+        return data_again(options, options.model, tokenizer, options.seed)
+    return data_module(options.task, options.data, options.seed, tokenizer, [options.model])
 
 
 def _baselines(asked: Asked, fused: nn.Module) -> list[Candidate]:

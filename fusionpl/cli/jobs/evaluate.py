@@ -1,5 +1,6 @@
 """Figures of models, of their ensemble and plain average, without fusing."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,30 +9,35 @@ import torch
 from jsonargparse import Namespace
 
 from fusionpl.calibration.forward import device_named
-from fusionpl.cli.jobs.data import data_of, follow
+from fusionpl.cli.jobs.again import data_again
+from fusionpl.cli.jobs.data import common_tokenizer, data_of, follow
 from fusionpl.cli.outputs import staged
 from fusionpl.cli.running import quiet
-from fusionpl.datamodules.base import PIXELS
+from fusionpl.datamodules.base import PIXELS, FixedSplits
 from fusionpl.datamodules.config import AUTO
 from fusionpl.evaluation.encoders import bench_for
 from fusionpl.evaluation.measuring import measure_models
 from fusionpl.evaluation.report import Report
+from fusionpl.models.classes import with_classes_of
 from fusionpl.models.hub import named
 from fusionpl.models.load import load_model
+from fusionpl.models.pipelines import check_tokenizers
 from fusionpl.models.pixels import describe_differences, with_pixels
 from fusionpl.models.processors import image_processing
+from fusionpl.models.tokenizers import load_tokenizer
 from fusionpl.options import write_settings
 from fusionpl.training.dashboard import log_models, log_report
 from fusionpl.training.loggers import finish_loggers, make_loggers
 from fusionpl.training.weights_and_biases import group_of
 
 
-def evaluate(options: Namespace, settings: dict[str, Any]) -> None:
+def evaluate(options: Namespace, settings: dict[str, Any], joint: str | None = None) -> None:
     """Measures models, and prints and writes the report.
 
     Args:
         options: of the command, those of data as their class.
         settings: the same as plain values.
+        joint: the fused model whose parents' data they are measured on, and whose classes they are brought to.
 
     Raises:
         FusionError: a user's mistake.
@@ -39,10 +45,12 @@ def evaluate(options: Namespace, settings: dict[str, Any]) -> None:
     quiet()
     models = named(options.models)
     device = device_named(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    data = data_of(options, models)
+    data = _joint(options, models, joint) if joint else data_of(options, models)
+    every = None if joint is None else load_model(joint, allow_pickle=options.allow_pickle)
 
     def load(path: str) -> torch.nn.Module:
         model = load_model(path, allow_pickle=options.allow_pickle)
+        model = model if every is None else with_classes_of(model, every)
         follow(data, model, options.models[0])
         model = with_pixels(model, path, data.processing)
         data.check_model(model)
@@ -58,6 +66,15 @@ def evaluate(options: Namespace, settings: dict[str, Any]) -> None:
     print(report.table())
     if options.output is not None:
         _write(report, options, Path(options.output))
+
+
+def _joint(options: Namespace, models: Mapping[str, str], joint: str) -> FixedSplits:
+    """The data of each parent of a fused model, among models that read text alike."""
+    tokenizers = {name: load_tokenizer(path) for name, path in models.items()}
+    data = data_again(options, joint, common_tokenizer(tokenizers, 0, renumbered=False))
+    for line in check_tokenizers(tokenizers, renumbered=False, texts=data.texts()):
+        print(f"warning: {line}")
+    return data
 
 
 def _write(report: Report, options: Namespace, output: Path) -> None:

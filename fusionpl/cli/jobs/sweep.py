@@ -14,6 +14,7 @@ from fusionpl.cli.jobs.fuse import progress_bar
 from fusionpl.cli.outputs import staged
 from fusionpl.cli.running import quiet
 from fusionpl.datamodules.base import FixedSplits
+from fusionpl.errors import FusionError
 from fusionpl.evaluation.metrics import evaluate
 from fusionpl.evaluation.report import Report
 from fusionpl.evaluation.rows import PARENT, Row
@@ -24,6 +25,7 @@ from fusionpl.models.hub import named
 from fusionpl.models.images import with_image_size
 from fusionpl.models.load import load_model
 from fusionpl.models.pixels import with_pixels
+from fusionpl.models.save import class_names
 from fusionpl.options import write_settings
 from fusionpl.training.dashboard import log_models, log_report
 from fusionpl.training.loggers import finish_loggers, make_loggers
@@ -64,6 +66,13 @@ def _opened(args: Namespace, parents: Mapping[str, str], family: Family | None) 
     """The parents and the data. Cells may have other anchors, but the data are cut into tokens, and images prepared,
     once."""
     models = [load_model(path, allow_pickle=args.allow_pickle) for path in parents.values()]
+    for name, model in zip(parents, models, strict=True):
+        own, first = class_names(model), class_names(models[0])
+        if own and first and {*own} != {*first}:
+            raise FusionError(
+                f"a sweep measures parents that know the same classes, and {name} knows others than "
+                f"{next(iter(parents))}; run fuse.py with each setting"
+            )
     data = data_of(args, parents)
     follow(data, models[0], args.parents[0])
     models = [

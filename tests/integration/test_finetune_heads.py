@@ -179,7 +179,12 @@ def test_mistakes(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     line = say(words, finetune.run)
     assert "are films, moods, stars, and own_data says of films, moods which data they are for; give --own-data" in line
     (run / "config.yaml").unlink()
-    assert "own_data says of none which data" in say([*words, "--task", "text-classification"], finetune.run)
+    words += ["--task", "text-classification"]
+    assert "own_data says of none which data" in say(words, finetune.run)
+    told = finetune.Asked.of([*words, "--own-data", "{films: {path: a}, stars: {path: b}, moods: {path: c}}"])
+    assert [(own["path"], own["task"]) for own in told.options.own_data.values()] == [
+        (path, "text-classification") for path in "abc"
+    ]
     assert not (tmp_path / "out").exists()
 
 

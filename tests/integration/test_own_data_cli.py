@@ -1,7 +1,10 @@
 """fuse.py on parents that have data of their own: from their runs, or a path for each."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from fusionpl.models.save import class_names, save_model
 from fusionpl.training.callbacks import SeedEpochs
 from tests.integration.runs import DATA, WORDS, make_run
 
+ROOT = Path(__file__).parents[2]
 QUICK = ["--trainer.accelerator", "cpu", "--logger", "none"]
 FIRST, SECOND = ("0", "1", "2", "3", "4"), ("5", "6", "7", "8", "9")
 
@@ -526,6 +530,22 @@ def test_a_stopped_finetuning_on_the_data_of_all_goes_on(fused: Path, tmp_path: 
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     whole, parts = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "parts"))
     assert parts["tasks"] == whole["tasks"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_finetuning_on_the_data_of_all_in_two_processes(fused: Path, tmp_path: Path, strategy: str) -> None:
+    run = Path(shutil.copytree(fused, tmp_path / "fused"))
+    command = [sys.executable, "finetune.py", "--model", str(run), "--output", str(tmp_path / "two"), *QUICK]
+    two = ["--trainer.devices", "2", "--trainer.strategy", strategy, "--trainer.max_epochs", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *two], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    joint, own = joint_and_own(load_model(tmp_path / "two"))
+    found = finetuned_rows(run)
+    assert len(found) == 3
+    assert found["fused"]["accuracy"] == pytest.approx(joint)
+    assert found["fused"]["tasks"] == pytest.approx({"seed-1": own[0], "seed-2": own[1]})
 
 
 def test_data_of_colour_follow_the_anchor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,9 +29,7 @@ def own_again(argv: Sequence[str], origin: Mapping[str, Any], args: Namespace) -
         return None
     if any(args.data[key] != data.get(key) for key in ("path", "classes")):
         return None
-    files = [read_yaml(file) for _, file in configs_in(argv)]
-    general = {key: value for tree in files if "own_data" not in tree for key, value in tree.get("data", {}).items()}
-    return [read_data(args.task, {**each, **_but(general, WHICH)}, data_words(argv)) for each in own]
+    return [read_data(args.task, each | _general(argv), data_words(argv)) for each in own]
 
 
 def own_of_heads(
@@ -52,18 +50,7 @@ def own_of_heads(
     Raises:
         FusionError: they are of other heads, or an option means one model, or one set of data.
     """
-    first = next(iter(folders.values()))
-    if args.push_to is not None:
-        raise FusionError(
-            f"--push-to takes one model, and {args.model} holds {len(folders)}; leave it out, and upload each "
-            "model-NAME/ to a repository of its own"
-        )
-    for option in ("--data.path", "--data.classes"):
-        if any(word.partition("=")[0] == option for word in argv):
-            raise FusionError(
-                f"{option} would be one for all heads of {args.model}; finetune one alone, such as --model {first}, or "
-                "give --own-data '{NAME: {path: ...}, ...}'"
-            )
+    _check_one_each(argv, args, folders)
     given, shared = args.own_data or origin.get("own_data"), origin.get("data")
     parents = named(origin.get("parents", []))
     if not given and shared:
@@ -77,13 +64,11 @@ def own_of_heads(
             f"the heads of {args.model} are {', '.join(folders)}, and own_data says of {', '.join(names) or 'none'} "
             "which data they are for; give --own-data '{NAME: {path: ...}, ...}' with all of them"
         )
-    files = [read_yaml(file) for _, file in configs_in(argv)]
-    general = {key: value for tree in files if "own_data" not in tree for key, value in tree.get("data", {}).items()}
     found = {}
     for name, options in zip(names, own.values(), strict=True):
         task = task_named(options.get("task", args.task))
-        known = {**_but(options, ("task",)), **_but(general, WHICH)}
-        found[name] = {"task": task, **read_data(task, known, data_words(argv))}
+        known = {key: value for key, value in options.items() if key != "task"}
+        found[name] = {"task": task, **read_data(task, known | _general(argv), data_words(argv))}
     return found
 
 
@@ -95,5 +80,24 @@ def fusion_behind(origin: Mapping[str, Any]) -> Mapping[str, Any]:
     return origin if "parents" in origin else {}
 
 
-def _but(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key not in names}
+def _check_one_each(argv: Sequence[str], args: Namespace, folders: Mapping[str, Path]) -> None:
+    """Refuses options that mean one model, or one set of data."""
+    first = next(iter(folders.values()))
+    if args.push_to is not None:
+        raise FusionError(
+            f"--push-to takes one model, and {args.model} holds {len(folders)}; leave it out, and upload each "
+            "model-NAME/ to a repository of its own"
+        )
+    for option in ("--data.path", "--data.classes"):
+        if any(word.partition("=")[0] == option for word in argv):
+            raise FusionError(
+                f"{option} would be one for all heads of {args.model}; finetune one alone, such as --model {first}, or "
+                "give --own-data '{NAME: {path: ...}, ...}'"
+            )
+
+
+def _general(argv: Sequence[str]) -> dict[str, Any]:
+    """Options of data in the files of `--config` that hold for all sets: in a run's own file they stand in each."""
+    trees = [read_yaml(file) for _, file in configs_in(argv)]
+    found = {key: value for tree in trees if "own_data" not in tree for key, value in tree.get("data", {}).items()}
+    return {key: value for key, value in found.items() if key not in WHICH}

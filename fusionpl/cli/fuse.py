@@ -1,13 +1,13 @@
 """`python fuse.py --parents A B`: align, average, evaluate, report."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from fusionpl.cli.alternatives import compared
+from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON, compared
 from fusionpl.cli.fusing import arguments, check_configs, fuse_config, fusing_parser
 from fusionpl.cli.outputs import check_output, in_sweep
 from fusionpl.cli.own_data import of_all_classes, one_path, own_data
@@ -63,6 +63,9 @@ class Asked:
         chosen = parser.instantiate(args)
         config, parents = fuse_config(chosen), named(args.parents)
         presets, alternatives = compared(args.compare)
+        if config.labels == "separate":
+            presets = {name: replace(other, labels=config.labels) for name, other in presets.items()}
+            _check_apart(args, alternatives)
         if args.compare and args.report == "none":
             raise FusionError("--compare adds rows to the report, and --report none makes none; leave one of them out")
         if alternatives:
@@ -97,6 +100,23 @@ def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
     parser.add_argument("--own-data", type=list[dict[str, Any]] | None, help=own)
     add_push_options(parser)
     return parser
+
+
+def _check_apart(args: Namespace, alternatives: Sequence[str]) -> None:
+    """Raises FusionError for what has no meaning where heads are kept apart."""
+    if args.push_to is not None:
+        raise FusionError(
+            "--push-to pushes one model, and labels separate makes one for each parent; leave it out, and upload each: "
+            "hf upload ORG/NAME FUSED/model-NAME"
+        )
+    if args.advise:
+        raise FusionError(
+            "--advise asks what parents disagree about, and with labels separate they say different things; leave it "
+            "out: the report says what their trunks are worth to each other"
+        )
+    if TRAINED_ON in alternatives:
+        raise FusionError(f"--compare {TRAINED_ON} trains one head on labels, and labels separate has several; compare "
+                          f"with {DISTILLED}, or finetune model-NAME")  # fmt: skip
 
 
 def _default_output(parents: Sequence[str]) -> Path:

@@ -37,7 +37,7 @@ def one_path(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def own_data(argv: Sequence[str], paths: Sequence[str], args: Namespace) -> Own | None:
-    """The options of data of each parent; None where one set of data is that of all.
+    """The options of data of each parent; None where one set of data is that of all, and heads are not kept apart.
 
     Args:
         argv: the command line, see `one_path`.
@@ -65,6 +65,12 @@ def own_data(argv: Sequence[str], paths: Sequence[str], args: Namespace) -> Own 
                               f"{args.task} has none; give one path of all")  # fmt: skip
         return None
     runs = repeated or _of_runs(args)
+    apart = args.labels == "separate"
+    if len(paths) == 1 and apart:
+        raise FusionError(
+            f"--labels separate measures each head on its own parent's data, and '{paths[0]}' is one path of all; give "
+            f"a path for each parent, in their order: {PATH} A B, or none where the parents are runs"
+        )
     if len(paths) == 1:
         return None
     own = []
@@ -79,7 +85,7 @@ def own_data(argv: Sequence[str], paths: Sequence[str], args: Namespace) -> Own 
         own.append(read_data(args.task, {"path": NOT_SAID, **found, **general, **named}, data_words(argv)))
     anchor = own[args.anchor % count]
     own = [each | {key: anchor[key] for key in PREPARED if key in anchor} for each in own]
-    return own if any(_which(each) != _which(own[0]) for each in own) else None
+    return own if apart or any(_which(each) != _which(own[0]) for each in own) else None
 
 
 def of_all_classes(argv: Sequence[str], args: Namespace) -> bool:

@@ -1,4 +1,4 @@
-"""Data of several parents side by side, with one numbering of the classes of all."""
+"""Data of several parents side by side, also with one numbering of the classes of all."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -72,8 +72,8 @@ class InputsOf:
         return self._data.calibration_sizes()[0] + len(self._data.dataset("train"))  # type: ignore[arg-type]
 
 
-class JointSplits(FixedSplits):
-    """The data of each parent, cut as they were for it; parts of all take turns.
+class OwnSplits(FixedSplits):
+    """The data of each parent, cut as they were for it.
 
     Args:
         own: name of a parent -> its data.
@@ -93,6 +93,57 @@ class JointSplits(FixedSplits):
         self.reads, self.evaluation_batch = self._leading.reads, self._leading.evaluation_batch
         for name, data in own.items():
             _check_classes(name, data, known)
+
+    @property
+    def processing(self) -> ImageProcessing | None:
+        """How images are prepared, all alike; None where the data are none."""
+        return self._leading.processing
+
+    def describe(self) -> str:
+        """How much there is of each parent, in words."""
+        return ", ".join(f"{name} {data.describe()}" for name, data in self.own.items())
+
+    def texts(self) -> Iterable[str]:
+        """Text of all to calibrate on."""
+        return chain.from_iterable(data.texts() for data in self.own.values())
+
+    def augmented(self, batch: Any) -> Any:
+        """A batch as training sees it, changed at random."""
+        return self._leading.augmented(batch)
+
+    def check_reads(self, model: nn.Module) -> None:
+        """Raises FusionError unless `model` reads what the data of all give."""
+        for data in self.own.values():
+            data.check_reads(model)
+
+    def sizes(self, part: str) -> list[int]:
+        """How many samples of `part` each parent has."""
+        return [len(data.dataset(part)) for data in self.own.values()]  # type: ignore[arg-type]  # all have one
+
+    def dataset(self, part: str) -> ConcatDataset[Any]:
+        """The data of `part` of all, one after the other: their number; what they are is in `own`."""
+        return ConcatDataset([data.dataset(part) for data in self.own.values()])
+
+    def calibration_dataloader(self, batch_size: int = 64) -> OfEachParent:  # type: ignore[override]
+        """What each parent is calibrated on; `calibration.samples` of each are taken."""
+        return OfEachParent(tuple(InputsOf(data, batch_size) for data in self.own.values()))
+
+    def calibration_batch(self, batch_size: int) -> Any:
+        """The first batch of the first parent's."""
+        return next(iter(InputsOf(next(iter(self.own.values())), batch_size)))
+
+    def calibration_sizes(self) -> list[int]:
+        """How many calibration samples each parent has."""
+        return [len(InputsOf(data, 1)) for data in self.own.values()]
+
+    def unlabelled_dataloader(self) -> OfEachParent | None:  # type: ignore[override]
+        """The training data of each parent, for what is learned without their labels."""
+        loaders = [data.unlabelled_dataloader() for data in self.own.values()]
+        return OfEachParent(tuple(loader for loader in loaders if loader is not None))
+
+
+class JointSplits(OwnSplits):
+    """The data of each parent with one numbering of the classes of all; parts of all take turns."""
 
     @property
     def metrics(self) -> Sequence[str]:  # type: ignore[override]
@@ -115,11 +166,6 @@ class JointSplits(FixedSplits):
         return self._leading.kind
 
     @property
-    def processing(self) -> ImageProcessing | None:
-        """How images are prepared, all alike; None where the data are none."""
-        return self._leading.processing
-
-    @property
     def choices(self) -> dict[str, Tensor | None]:
         """Name of a parent -> the classes that it knows, int64; None where it knows all."""
         numbers = {name: number for number, name in enumerate(self.class_names or ())}
@@ -131,18 +177,6 @@ class JointSplits(FixedSplits):
             name: None if places is None or len(places) == len(numbers) else torch.tensor(places)
             for name, places in own.items()
         }
-
-    def describe(self) -> str:
-        """How much there is of each parent, in words."""
-        return ", ".join(f"{name} {data.describe()}" for name, data in self.own.items())
-
-    def texts(self) -> Iterable[str]:
-        """Text of all to calibrate on."""
-        return chain.from_iterable(data.texts() for data in self.own.values())
-
-    def augmented(self, batch: Any) -> Any:
-        """A batch as training sees it, changed at random."""
-        return self._leading.augmented(batch)
 
     def follow(self, model: nn.Module, processing: ImageProcessing | None = None) -> None:
         """Takes what the options leave open, and the numbers of classes, from a model that knows those of all.
@@ -160,36 +194,10 @@ class JointSplits(FixedSplits):
                     "none of that name; use labels union"
                 )
 
-    def check_reads(self, model: nn.Module) -> None:
-        """Raises FusionError unless `model` reads what the data of all give."""
-        for data in self.own.values():
-            data.check_reads(model)
-
     def check_model(self, model: nn.Module, run: Run | None = None) -> None:
         """Raises FusionError unless `model` reads the data of all and has an output for each class."""
         for data in self.own.values():
             data.check_model(model, run)
-
-    def dataset(self, part: str) -> ConcatDataset[Any]:
-        """The data of `part` of all, one after the other: their number; what they are is in `own`."""
-        return ConcatDataset([data.dataset(part) for data in self.own.values()])
-
-    def calibration_dataloader(self, batch_size: int = 64) -> OfEachParent:  # type: ignore[override]
-        """What each parent is calibrated on; `calibration.samples` of each are taken."""
-        return OfEachParent(tuple(InputsOf(data, batch_size) for data in self.own.values()))
-
-    def calibration_batch(self, batch_size: int) -> Any:
-        """The first batch of the first parent's."""
-        return next(iter(InputsOf(next(iter(self.own.values())), batch_size)))
-
-    def calibration_sizes(self) -> list[int]:
-        """How many calibration samples each parent has."""
-        return [len(InputsOf(data, 1)) for data in self.own.values()]
-
-    def unlabelled_dataloader(self) -> OfEachParent | None:  # type: ignore[override]
-        """The training data of each parent, for what is learned without their labels."""
-        loaders = [data.unlabelled_dataloader() for data in self.own.values()]
-        return OfEachParent(tuple(loader for loader in loaders if loader is not None))
 
     def train_dataloader(self) -> InTurn:  # type: ignore[override]
         """The training data of all, batches of which take turns."""

@@ -35,7 +35,7 @@ class JointBench(Bench):
     @property
     def empty(self) -> bool:
         """Whether there is nothing to test on, of one parent at least."""
-        return not all(self._sizes("test"))
+        return not all(self.data.sizes("test"))
 
     def add(self, name: str, models: Sequence[nn.Module], *, prompted: bool = False, **more: Any) -> None:
         """Adds a row for a model, or for the ensemble of several."""
@@ -43,7 +43,7 @@ class JointBench(Bench):
 
     def validated(self, model: nn.Module) -> float | None:
         """The figure by which the best model is chosen; None where a parent has no validation data."""
-        if not all(self._sizes("validation")):
+        if not all(self.data.sizes("validation")):
             return None
         sets = {name: list(data.val_dataloader()) for name, data in self.data.own.items()}
         return judged(on_each([model.to(self._device)], sets, self.data.choices)[0].figures)
@@ -106,9 +106,6 @@ class JointBench(Bench):
     @cached_property
     def _batches(self) -> list[Any]:
         return [batch for batches in self._sets.values() for batch in batches]
-
-    def _sizes(self, part: str) -> list[int]:
-        return [len(data.dataset(part)) for data in self.data.own.values()]  # type: ignore[arg-type]  # all have one
 
 
 @torch.inference_mode()

@@ -4,10 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
-from fusionpl.evaluation.outcomes import Outcomes
 from fusionpl.evaluation.rows import PARENT, Row, Stage, known, readable
+from fusionpl.evaluation.scores import ACCURACY, Scores
 
 
 @dataclass(frozen=True)
@@ -17,10 +15,11 @@ class Kept:
     Attributes:
         stage: of the fused model.
         task: the parent's name.
-        parent, fused: accuracies.
-        kept: their ratio.
+        parent, fused: their figures.
+        kept: the ratio of these.
         error: its standard error.
         cost: operations of the fused model over those of all parents.
+        metric: what the figures are.
     """
 
     stage: Stage
@@ -30,12 +29,14 @@ class Kept:
     kept: float
     error: float
     cost: float | None
+    metric: str = ACCURACY
 
     @property
     def words(self) -> str:
         """All of it in one sentence."""
         name = "fused, finetuned" if self.stage == "finetuned" else "fused"
-        figures = f"{readable('accuracy', self.fused)} where that has {readable('accuracy', self.parent)}"
+        figures = f"{readable(self.metric, self.fused)} where that has {readable(self.metric, self.parent)}"
+        figures = figures if self.metric == ACCURACY else f"{self.metric} {figures}"
         cost = "" if self.cost is None else f", at {100 * self.cost:.0f} % of the operations of all parents"
         kept = f"{100 * self.kept:.1f} ± {100 * self.error:.1f} %"
         return f"{name}: keeps {kept} of {self.task} on its own data ({figures}){cost}"
@@ -46,7 +47,7 @@ class Kept:
         return {key: value if known(value) else None for key, value in values.items() if key != "error"}
 
 
-def kept(rows: Sequence[Row], tasks: Mapping[tuple[str, Stage], Mapping[str, Outcomes]]) -> list[Kept]:
+def kept(rows: Sequence[Row], tasks: Mapping[tuple[str, Stage], Mapping[str, Scores]]) -> list[Kept]:
     """What the fused model keeps of each parent, before finetuning and after it.
 
     Args:
@@ -60,26 +61,15 @@ def kept(rows: Sequence[Row], tasks: Mapping[tuple[str, Stage], Mapping[str, Out
     for stage in stages:
         for task, ours in tasks.get(("fused", stage), {}).items():
             theirs = tasks.get((f"{PARENT}{task}", "one-shot"), {}).get(task)
-            if theirs is not None and theirs.figures["accuracy"] > 0:
-                cost = _share(by_key["fused", stage], parents)
-                before, after = (one.figures["accuracy"] for one in (theirs, ours))
-                found.append(Kept(stage, task, before, after, *_ratio(ours, theirs), cost))
+            if theirs is not None and theirs.figure > 0:
+                cost = share_of_cost(by_key["fused", stage], parents)
+                ratio = ours.ratio(theirs)
+                found.append(Kept(stage, task, theirs.figure, ours.figure, *ratio, cost, ours.metric))
     return found
 
 
-def _share(fused: Row, parents: Sequence[Row]) -> float | None:
+def share_of_cost(fused: Row, parents: Sequence[Row]) -> float | None:
+    """The operations of the fused model over those of all parents; None where they are not known."""
     every = [row.flops for row in parents]
     counts = [count for count in every if count is not None]
-    return fused.flops / sum(counts) if fused.flops and len(counts) == len(every) else None
-
-
-def _ratio(ours: Outcomes, theirs: Outcomes) -> tuple[float, float]:
-    """The ratio R of what two models have right on the same N samples, and its standard error: linearised and paired,
-    sqrt(N / (N - 1) sum (r_i - R s_i)^2) / sum s_i (Cochran, "Sampling Techniques", 6.4)."""
-    mine, other = (one.values[:, 2].double() for one in (ours, theirs))
-    ratio = float(mine.sum() / other.sum())
-    samples = len(mine)
-    if samples < 2:
-        return ratio, float("nan")
-    spread = (mine - ratio * other).square().sum() * samples / (samples - 1)
-    return ratio, float(torch.sqrt(spread) / other.sum())
+    return fused.flops / sum(counts) if fused.flops and counts and len(counts) == len(every) else None

@@ -116,7 +116,7 @@ def _measure_parents(bench: Bench, result: FusionResult, beside: Beside) -> tupl
     models = list(parents.values())
     best = list(parents).index(row.removeprefix(PARENT))
     if isinstance(bench, JointBench):
-        best = bench.add_bounds(parents, best, _calibration(bench.data, result), result)
+        best = bench.add_bounds(parents, best, calibration_of(bench.data, result), result)
     trained = {name: make(best, models) for name, make in beside.alternatives.items()}
     fitted = None if isinstance(bench, JointBench) else _head_fitted(bench.data, models, best, result)
     parents.clear()  # before more is loaded
@@ -137,11 +137,12 @@ def _measure_stretched(bench: Bench, result: FusionResult, names: Sequence[str])
 def _head_fitted(data: FixedSplits, parents: Sequence[nn.Module], best: int, result: FusionResult) -> Made | None:
     """The best parent, its head alone fitted to what all predict on the calibration data; None where it has none."""
     started, votings = time.monotonic(), votings_of(parents, mixing_weights(result.config.weights, len(parents)))
-    fitted = fit_head(parents[best], parents, votings, _calibration(data, result), family=result.binding.family)
+    fitted = fit_head(parents[best], parents, votings, calibration_of(data, result), family=result.binding.family)
     return (fitted[0], Cost("unlabelled data", time.monotonic() - started)) if fitted else None
 
 
-def _calibration(data: FixedSplits, result: FusionResult) -> CalibrationSet:
+def calibration_of(data: FixedSplits, result: FusionResult) -> CalibrationSet:
+    """The calibration data of a fusion, in this process."""
     options = result.config.calibration
     loader = data.calibration_dataloader(options.batch_size)
     return CalibrationSet(loader, options, Kept(budget(options.memory)), whole=True)

@@ -92,20 +92,8 @@ class Outcomes:
         ours, theirs = self.values.double(), other.values.double()
         if ours.shape != theirs.shape or not torch.equal(ours[:, 1], theirs[:, 1]):
             raise FusionError("two models can only be compared on the same test samples; measure both on one test set")
-        count, samples = ours[:, 1], len(ours)
         gains = ours[:, 2] - theirs[:, 2] if metric in SHARES else theirs[:, 0] - ours[:, 0]
-        value = float(gains.sum() / count.sum())
-        if samples < 2:
-            return Difference(value, math.nan, math.nan, samples)
-        spread = (gains - value * count).square().sum() * samples / (samples - 1)
-        error = float(spread.sqrt() / count.sum())
-        if metric in SHARES and bool((count == 1).all()):
-            chance = _mid_p(int((gains > 0).sum()), int((gains < 0).sum()))
-        elif error:
-            chance = float(2 * student.sf(abs(value / error), samples - 1))
-        else:
-            chance = float(value == 0)
-        return Difference(value, error, chance, samples)
+        return difference_of(gains, ours[:, 1], classes=metric in SHARES)
 
 
 @dataclass(frozen=True)
@@ -123,6 +111,28 @@ class Difference:
     error: float
     chance: float
     samples: int
+
+
+def difference_of(gains: Tensor, count: Tensor, *, classes: bool) -> Difference:
+    """A difference of what samples add: see `Outcomes.better`.
+
+    Args:
+        gains: by how much one model is better on each sample, float64 [N].
+        count: the number of labels of each, float64 [N].
+        classes: whether a gain is that of labels that are right or wrong.
+    """
+    samples, value = len(gains), float(gains.sum() / count.sum())
+    if samples < 2:
+        return Difference(value, math.nan, math.nan, samples)
+    spread = (gains - value * count).square().sum() * samples / (samples - 1)
+    error = float(spread.sqrt() / count.sum())
+    if classes and bool((count == 1).all()):
+        chance = _mid_p(int((gains > 0).sum()), int((gains < 0).sum()))
+    elif error:
+        chance = float(2 * student.sf(abs(value / error), samples - 1))
+    else:
+        chance = float(value == 0)
+    return Difference(value, error, chance, samples)
 
 
 def _mid_p(only_ours: int, only_theirs: int) -> float:

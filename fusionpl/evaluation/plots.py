@@ -26,9 +26,8 @@ from fusionpl.evaluation.barrier import Curve
 from fusionpl.evaluation.matched import MatchedAxis
 from fusionpl.evaluation.outcomes import SHARES
 from fusionpl.evaluation.rows import (
-    CEILING,
     MODEL,
-    SIDE_BY_SIDE,
+    RUN_ALL,
     Row,
     best_parent,
     far_apart,
@@ -137,7 +136,7 @@ def bars(rows: Sequence[Row]) -> list[Panel]:
     """
     metric = shown_metric(rows)
     shown = [row for row in ordered(rows) if known(getattr(row, metric))]
-    return [Panel(6.4, 1.2 + 0.28 * len(shown), partial(_bars, shown, metric))] if rows else []
+    return [Panel(6.4, 1.2 + 0.28 * len(shown), partial(_bars, shown, metric))] if _together(rows) else []
 
 
 def _bars(shown: Sequence[Row], metric: str, axes: Axes) -> None:
@@ -186,7 +185,13 @@ def cost(rows: Sequence[Row]) -> list[Panel]:
         and known(row.flops)
         and (_kind(row.name)[0] != "plain average" or row.stage == "finetuned")
     ]
-    return [Panel(4.2, 3.0, partial(_cost, shown, metric))] if any(known(row.flops) for row in rows) else []
+    counted = any(known(row.flops) for row in rows)
+    return [Panel(4.2, 3.0, partial(_cost, shown, metric))] if counted and _together(rows) else []
+
+
+def _together(rows: Sequence[Row]) -> bool:
+    """Whether rows have figures over all test data; those of heads that are kept apart have one for each task."""
+    return any(row.metrics is None for row in rows)
 
 
 def _cost(shown: Sequence[Row], metric: str, axes: Axes) -> None:
@@ -312,7 +317,7 @@ def _blocks(name: str, alike: Tensor, path: Sequence[int], axes: Axes) -> None:
 
 def colour_of(name: str) -> str:
     """The colour of a row or a curve of this name."""
-    if name in (SIDE_BY_SIDE, CEILING):
+    if name in RUN_ALL:
         return BLACK
     return {"parent": GREY, "head-fitted": GREY, "model": GREY, "ensemble": BLACK, "vanilla": RED}.get(
         name.split(" ")[0], BLUE
@@ -323,7 +328,7 @@ def _kind(name: str) -> tuple[str, str, str]:
     """What a row is of, its marker and its colour."""
     kinds = {"parent": ("parents", "o"), "model": ("models", "o"), "ensemble": ("ensemble", "s"),
              "vanilla": ("plain average", "X"), "fused": ("fused", "D")}  # fmt: skip
-    if name in (SIDE_BY_SIDE, CEILING):
+    if name in RUN_ALL:
         return "all parents run", "s", BLACK
     first = name if name == "fused" else name.split(" ")[0]
     return (*kinds[first], colour_of(name)) if first in kinds else ("other fusions", "o", VIOLET)

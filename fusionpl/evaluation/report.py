@@ -16,6 +16,7 @@ from fusionpl.evaluation.barrier import Curve
 from fusionpl.evaluation.html import axes_cells, page
 from fusionpl.evaluation.keeping import Kept, kept
 from fusionpl.evaluation.matched import MatchedAxis
+from fusionpl.evaluation.on_tasks import OnTask, in_sentences, on_tasks, samples_in_words, task_cells
 from fusionpl.evaluation.outcomes import Outcomes, load_outcomes, load_tensors, save_outcomes
 from fusionpl.evaluation.plots import BARS, BLOCKS, CAPTIONS, LINE, MAPS
 from fusionpl.evaluation.rows import (
@@ -28,7 +29,17 @@ from fusionpl.evaluation.rows import (
     equal_cost_cells,
     readable,
 )
-from fusionpl.evaluation.text import CONTINUED, EQUAL_COST, OF_TASKS, WORDS, markdown_table, quoted, text_table
+from fusionpl.evaluation.scores import Scores
+from fusionpl.evaluation.text import (
+    CONTINUED,
+    EQUAL_COST,
+    OF_HEADS,
+    OF_TASKS,
+    WORDS,
+    markdown_table,
+    quoted,
+    text_table,
+)
 from fusionpl.evaluation.verdict import Verdict, compared_cells, verdict_cells, verdicts
 from fusionpl.files import beside, put_in_place
 from fusionpl.paths import public_settings
@@ -51,6 +62,7 @@ class Report:
         continuations: how they did, by the name of the row.
         outcomes: (name, stage) of a row -> what it did on each test sample; the verdict is made of them.
         tasks: (name, stage) of a row -> for each parent with data of its own, what it did on them, see `Row.tasks`.
+        scores: likewise where heads are kept apart; then there are no outcomes over all samples.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -63,6 +75,7 @@ class Report:
     continuations: dict[str, str] = field(default_factory=dict)
     outcomes: dict[tuple[str, Stage], Outcomes] = field(default_factory=dict)
     tasks: dict[tuple[str, Stage], Mapping[str, Outcomes]] = field(default_factory=dict)
+    scores: dict[tuple[str, Stage], Mapping[str, Scores]] = field(default_factory=dict)
 
     def add(self, row: Row, outcomes: Outcomes | None = None, tasks: Mapping[str, Outcomes] | None = None) -> None:
         """Adds a row; one of the same name and stage is replaced where it stands.
@@ -84,6 +97,16 @@ class Report:
                 return
         self.rows.append(row)
 
+    def add_scores(self, row: Row, scores: Mapping[str, Scores]) -> None:
+        """Adds a row of heads that are kept apart, or replaces it: see `add`.
+
+        Args:
+            row: what a network measured.
+            scores: what it did on the data of each parent.
+        """
+        self.add(row)
+        self.scores[row.name, row.stage] = scores
+
     @property
     def verdicts(self) -> list[Verdict]:
         """The verdict on the fused model, before finetuning and after it; see `fusionpl.evaluation.verdict`."""
@@ -92,7 +115,21 @@ class Report:
     @property
     def kept(self) -> list[Kept]:
         """What the fused model keeps of each parent that has data of its own."""
-        return kept(self.rows, self.tasks)
+        tasks = {
+            key: {task: Scores.accuracy(outcomes) for task, outcomes in found.items()}
+            for key, found in self.tasks.items()
+        }
+        return kept(self.rows, tasks | self.scores)
+
+    @property
+    def on_tasks(self) -> list[OnTask]:
+        """The fused network beside others on the task of each parent, where heads are kept apart."""
+        return on_tasks(self.rows, self.scores)
+
+    @property
+    def of_tasks(self) -> str:
+        """What the columns of tasks are, in words; empty where there are none."""
+        return OF_HEADS if self.scores else OF_TASKS if self.tasks else ""
 
     def rows_as_table(self) -> tuple[list[str], list[list[Any]]]:
         """Column names and raw values (None where not measured), one-shot rows first; for `wandb.Table`."""
@@ -100,7 +137,7 @@ class Report:
 
     def table(self) -> str:
         """The rows as aligned plain text, the loss barriers, what could be had at equal cost, and last the verdict."""
-        parts = [text_table(as_text_cells(self.rows), left=2), *([OF_TASKS] if self.tasks else [])]
+        parts = [text_table(as_text_cells(self.rows), left=2), *([self.of_tasks] if self.of_tasks else [])]
         if self.barrier:
             values = [f"{name} {readable('loss', curve.barrier)}" for name, curve in self.barrier.items()]
             parts.append(f"loss barrier: {', '.join(values)}")
@@ -110,6 +147,9 @@ class Report:
         if verdicts:
             words = [*(verdict.words for verdict in verdicts), *(found.words for found in self.kept)]
             parts += [text_table(verdict_cells(verdicts), left=1), "\n".join(words)]
+        if judged := self.on_tasks:
+            words = [*in_sentences(self.rows, judged), *(found.words for found in self.kept)]
+            parts += [text_table(task_cells(judged), left=2), "\n".join(words)]
         if compared := compared_cells(self.rows, self.outcomes):
             parts.append(text_table(compared, left=1))
         return "\n\n".join(parts)
@@ -121,7 +161,7 @@ class Report:
             figures: which of the pictures lie next to the file and are embedded.
         """
         title = "# Evaluation" if best_parent(self.rows, MODEL) else "# Fusion report"
-        parts = [title, markdown_table(as_text_cells(self.rows)), *([OF_TASKS] if self.tasks else [])]
+        parts = [title, markdown_table(as_text_cells(self.rows)), *([self.of_tasks] if self.of_tasks else [])]
         parts += _embedded(BARS, figures)
         verdicts = self.verdicts
         if verdicts:
@@ -132,6 +172,10 @@ class Report:
                 markdown_table(verdict_cells(verdicts)),
             ]
             parts += [f"± is one standard error, from the same {verdicts[-1].difference.samples:,} test samples."]
+        if judged := self.on_tasks:
+            sentences = [f"**{sentence}**" for sentence in in_sentences(self.rows, judged)]
+            parts += ["## Verdict", *sentences, "\n".join(f"- {found.words}" for found in self.kept)]
+            parts += [markdown_table(task_cells(judged)), samples_in_words(judged)]
         if compared := compared_cells(self.rows, self.outcomes):
             parts += ["## Beside the best model", markdown_table(compared)]
         if alternatives := self.alternatives(verdicts):
@@ -156,13 +200,16 @@ class Report:
         """The report as one page, with all that it shows in it."""
         sections = {"cost": plots.cost(self.rows), "barrier": plots.curves(self.barrier),
                     "blocks": plots.blocks(self.blocks), "maps": plots.maps(self.axes)}  # fmt: skip
-        verdicts = self.verdicts
+        verdicts, on_tasks = self.verdicts, self.on_tasks
         return page(
             report=self,
             best=best_parent(self.rows, MODEL),
             verdicts=verdicts,
             kept=self.kept,
-            of_tasks=OF_TASKS.replace("`", "") if self.tasks else "",
+            sentences=in_sentences(self.rows, on_tasks),
+            on_tasks=task_cells(on_tasks) if on_tasks else [],
+            samples=samples_in_words(on_tasks),
+            of_tasks=self.of_tasks.replace("`", ""),
             rows=as_text_cells(self.rows),
             judged=verdict_cells(verdicts) if verdicts else [],
             compared=compared_cells(self.rows, self.outcomes),
@@ -223,7 +270,7 @@ class Report:
                 plots.png(panels, new / name)
             (new / "report.md").write_text(self.markdown(tuple(pictures)), encoding="utf-8")
             (new / "report.html").write_text(self.html(), encoding="utf-8")
-            if self.outcomes:
+            if self.outcomes or self.scores:
                 save_outcomes(new / SAMPLES, self._samples())
             if drawn := self._drawn():
                 save_file(drawn, new / PICTURES)
@@ -266,7 +313,17 @@ class Report:
         report.tasks = {
             (row.name, row.stage): found
             for row in rows
-            if (found := {name: samples[key] for name in row.tasks or () if (key := _of_task(name, row)) in samples})
+            if row.metrics is None
+            and (found := {name: samples[key] for name in row.tasks or () if (key := _of_task(name, row)) in samples})
+        }
+        report.scores = {
+            (row.name, row.stage): {
+                name: Scores(metric, samples[key].values)
+                for name, metric in row.metrics.items()
+                if (key := _of_task(name, row)) in samples
+            }
+            for row in rows
+            if row.metrics
         }
         return report
 
@@ -277,7 +334,12 @@ class Report:
             for row in self.rows
             for task, outcomes in self.tasks.get((row.name, row.stage), {}).items()
         }
-        return tasks | {f"{stage}/{name}": outcome for (name, stage), outcome in self.outcomes.items()}
+        scores = {
+            _of_task(task, row): Outcomes(found.values)
+            for row in self.rows
+            for task, found in self.scores.get((row.name, row.stage), {}).items()
+        }
+        return tasks | scores | {f"{stage}/{name}": outcome for (name, stage), outcome in self.outcomes.items()}
 
     def _pictures(self) -> dict[str, list[plots.Panel]]:
         """The pictures that have something to show, by the names of their files."""
@@ -292,13 +354,13 @@ class Report:
         return drawn | {name: picture.contiguous() for name, picture in shares.items() if picture is not None}
 
     def _as_dict(self) -> dict[str, Any]:
-        verdicts = self.verdicts
+        judged: Sequence[Verdict | OnTask] = self.verdicts or self.on_tasks
         continued = {"prompt": self.prompt, "continuations": self.continuations} if self.continuations else {}
         return {
             "rows": [row.as_dict() for row in self.rows],
             "config": _plain(self.config),
             "barrier": {name: curve.as_dict() for name, curve in self.barrier.items()},
-            **({"verdict": [verdict.as_dict() for verdict in verdicts]} if verdicts else {}),
+            **({"verdict": [verdict.as_dict() for verdict in judged]} if judged else {}),
             **({"kept": [found.as_dict() for found in self.kept]} if self.kept else {}),
             **({"axes": {name: axis.as_dict() for name, axis in self.axes.items()}} if self.axes else {}),
             **({"blocks": {name: list(way) for name, (_, way) in self.blocks.items()}} if self.blocks else {}),

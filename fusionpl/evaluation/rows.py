@@ -12,7 +12,7 @@ Needs = Literal["unlabelled data", "labels"]
 FIGURES = (
     "agreement", "probe", "accuracy", "f1", "matthews", "pearson", "spearman", "loss", "perplexity", "bits_per_byte",
 )  # fmt: skip
-ELSEWHERE = ("steps", "needs", "validation")  # in the verdict and the table of equal cost
+ELSEWHERE = ("metrics", "steps", "needs", "validation")  # in names of columns, the verdict, the table of equal cost
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Row:
         bits_per_byte: negative log2-likelihood over the bytes of the text, of causal language models.
         tasks: of parents with data of their own, for each the accuracy on its test data when only the classes that it
             knows may be answered; the other figures are then means over the parents' test sets, over the classes of
-            all.
+            all. Of heads that are kept apart there are no others.
+        metrics: what a task is measured by, where heads are kept apart.
         parameters: how many.
         flops: floating-point operations for one sample.
         epochs: training epochs that led to this stage.
@@ -55,6 +56,7 @@ class Row:
     perplexity: float | None = None
     bits_per_byte: float | None = None
     tasks: Mapping[str, float] | None = None
+    metrics: Mapping[str, str] | None = None
     parameters: int | None = None
     flops: int | None = None
     epochs: float | None = None
@@ -73,11 +75,15 @@ def known(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
+FIELDS = {field.name for field in fields(Row)}
+
 # What the names of rows begin with: parents of a fusion, and models that are compared without one.
 PARENT, MODEL = "parent ", "model "
 HEAD_FITTED = "head-fitted "  # and of a parent, its head fitted to what all predict
 SIDE_BY_SIDE, CEILING = "logits side by side", "all trunks, one head"  # all parents run
-TASK = "on "  # what the columns of tasks begin with
+ALL_PARENTS, CEILINGS = "all parents", "all trunks, one head each"  # likewise, with heads that are kept apart
+RUN_ALL = (SIDE_BY_SIDE, CEILING, ALL_PARENTS, CEILINGS)
+TASK = "on "  # what the columns of tasks begin with, behind their metric where it is not the accuracy
 
 
 def ordered(rows: Sequence[Row]) -> list[Row]:
@@ -156,15 +162,21 @@ def as_table(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
         or (field.name not in ELSEWHERE and any(getattr(row, field.name) is not None for row in rows))
     ]
     fullest = sorted(rows, key=lambda row: -len(row.tasks or ()))  # has all in their order
-    tasks = [TASK + name for name in dict.fromkeys(name for row in fullest for name in row.tasks or ())]
+    tasks = list(dict.fromkeys(_of_task(row, name) for row in fullest for name in row.tasks or ()))
     columns = [column for name in shown for column in (tasks if name == "tasks" else [name])]
     return columns, [[_cell(row, column) for column in columns] for row in ordered(rows)]
 
 
 def _cell(row: Row, column: str) -> Any:
-    if column.startswith(TASK):
-        return (row.tasks or {}).get(column.removeprefix(TASK))
-    return getattr(row, column)
+    if column in FIELDS:
+        return getattr(row, column)
+    return next((value for name, value in (row.tasks or {}).items() if _of_task(row, name) == column), None)
+
+
+def _of_task(row: Row, name: str) -> str:
+    """The column of a task: `on films`, `pearson on films`."""
+    metric = (row.metrics or {}).get(name, "accuracy")
+    return f"{TASK}{name}" if metric == "accuracy" else f"{metric} {TASK}{name}"
 
 
 def as_text_cells(rows: Sequence[Row]) -> list[list[str]]:
@@ -206,6 +218,7 @@ def readable(column: str, value: Any) -> str:
         return "-"
     if column.startswith(TASK):
         column = "accuracy"
+    column = column.partition(f" {TASK}")[0]
     match column:
         case "accuracy" | "agreement" | "probe":
             return f"{100 * value:.2f} %"

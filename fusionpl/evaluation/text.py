@@ -12,6 +12,10 @@ OF_TASKS = (
     "`on NAME`: accuracy on that parent's own test data when only the classes that it knows may be answered. The other "
     "figures are over the classes of all; each parent's test data count alike."
 )
+OF_HEADS = (
+    "Each head is measured on its own parent's test data. `fused`, and a parent's trunk with all heads fitted, answer "
+    "for all tasks in one pass."
+)
 CONTINUED = "The likeliest token each time, before finetuning. Line ends are drawn as ⏎."
 
 

@@ -82,7 +82,7 @@ class Verdict:
 
     def summary(self, difference: Difference) -> str:
         """`+2.9 ± 0.5 points`: a difference and its standard error; positive is better, of losses too."""
-        return _summary(difference, self.metric, self.unit)
+        return summary_of(difference, self.unit, self.metric)
 
     def as_dict(self) -> dict[str, Any]:
         """The verdict for JSON; null for what is not known."""
@@ -107,7 +107,8 @@ class Verdict:
         return value - self.best if self.metric in SHARES else self.best - value
 
 
-def _summary(difference: Difference, metric: Metric, unit: str) -> str:
+def summary_of(difference: Difference, unit: str, metric: str) -> str:
+    """`+2.9 ± 0.5 points`: a difference of a metric and its standard error."""
     scale, digits = (100, 1) if metric in SHARES else (1, 4)
     value = f"{abs(scale * difference.value):.{digits}f}"
     sign = "" if not float(value) else "+" if difference.value > 0 else MINUS
@@ -131,7 +132,7 @@ def compared_cells(rows: Sequence[Row], outcomes: Mapping[tuple[str, Stage], Out
     for row in (row for row in rows if row is not best):
         difference = outcomes[row.name, row.stage].better(held, metric)
         alike = "" if math.isnan(difference.chance) or difference.chance < SIGNIFICANT else "not to be told apart"
-        body.append([row.name, _summary(difference, metric, _unit(metric, row)), alike])
+        body.append([row.name, summary_of(difference, _unit(metric, row), metric), alike])
     return [["", f"to {best.name}, the best by {data}", ""], *body]
 
 

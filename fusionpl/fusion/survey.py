@@ -17,7 +17,7 @@ from fusionpl.families.axes import section_of
 from fusionpl.families.family import TAIL
 from fusionpl.fusion.answers import log_probabilities
 from fusionpl.fusion.plan import Plan
-from fusionpl.fusion.voting import Voting
+from fusionpl.fusion.voting import Voting, votings_apart
 from fusionpl.fusion.walk import Walk
 from fusionpl.models.classes import missing_classes
 from fusionpl.models.labels import TAGS, Kind
@@ -84,7 +84,7 @@ class Survey:
             weights: one a parent, summing to 1.
         """
         if self.heads:
-            return [Voting(weights, head.kind, None, head.columns, at) for at, head in enumerate(self.heads)]
+            return votings_apart(self.heads, weights)
         if self.knowledge is None:
             return [Voting(weights, self.kind)]
         own = torch.tensor(weights, dtype=torch.float64)[:, None]

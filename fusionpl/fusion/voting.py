@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fusionpl.models.classes import missing_classes
 from fusionpl.models.labels import CLASSES, TAGS, Kind, kind_of
+from fusionpl.models.separate import Head
 from fusionpl.transport.softmax import Link
 
 Weights = Sequence[float | Tensor]
@@ -78,3 +79,13 @@ def votings_of(models: Sequence[nn.Module], weights: Sequence[float]) -> list[Vo
     knows = [~(nothing if own is None else own).cpu() for own in missing]
     shares = torch.stack([weight * own.double() for weight, own in zip(weights, knows, strict=True)])
     return [Voting(list(shares / shares.sum(0)), kind, knows)]
+
+
+def votings_apart(heads: Sequence[Head], weights: Sequence[float]) -> list[Voting]:
+    """Who says what a model with heads of all parents side by side is to predict: of each head its parent.
+
+    Args:
+        heads: in the parents' order.
+        weights: one a parent, summing to 1.
+    """
+    return [Voting(weights, head.kind, None, head.columns, at) for at, head in enumerate(heads)]

@@ -1,6 +1,6 @@
 """Model cards of what was fused or finetuned: metadata that the hub reads, parents, and the command."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,20 @@ def fused_card(report: Report, names: Sequence[str], strategy: str, *sections: s
     """
     body = report.markdown().partition("\n")[2].strip()
     return "\n\n".join([f"# Fused from {', '.join(names)}", HOW[strategy], body, *sections])
+
+
+def heads_section(folders: Iterable[str], run: str) -> str:
+    """What the card of a model says of the others that share its trunk.
+
+    Args:
+        folders: the names of all heads.
+        run: the folder's name.
+    """
+    return (
+        f"## Heads\n\nOne of {', '.join(folders)}, whose trunks are the same. "
+        f'`fusionpl.load_models("{run}")` keeps that once in memory, and `fusionpl.predict` takes a batch through it '
+        "once for all heads."
+    )
 
 
 def made_of(model: str, origin: Mapping[str, Any]) -> MadeOf:

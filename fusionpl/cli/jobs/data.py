@@ -49,30 +49,45 @@ def data_module(task: TaskName, config: Any, seed: int, tokenizer: Any, models: 
     return DATA_MODULES[task](config, seed, tokenizer)
 
 
-def data_of_each(
-    options: Namespace, parents: Mapping[str, str], tokenizer: Any, anchor: str, seed: int = 0
-) -> JointSplits:
-    """The data of each parent.
+def sets_of_each(
+    options: Namespace, parents: Mapping[str, str], tokenizer: Any, seed: int = 0
+) -> dict[str, LabelledSplits]:
+    """Each parent's data, by its name.
 
     Args:
         options: of a command, with `task`, `own_data` and `allow_pickle`.
         parents: name -> where the parent comes from.
         tokenizer: the anchor's.
-        anchor: its name.
         seed: decides, with the epoch, the order of each one's training data.
+
+    Raises:
+        FusionError: see `data_module`.
+    """
+    made = TASKS[options.task].data
+    return {
+        name: cast(LabelledSplits, data_module(options.task, made(**given), seed, tokenizer, [path]))
+        for (name, path), given in zip(parents.items(), options.own_data, strict=True)
+    }
+
+
+def data_of_each(
+    options: Namespace, parents: Mapping[str, str], tokenizer: Any, anchor: str, seed: int = 0
+) -> JointSplits:
+    """The data of each parent, with one numbering of the classes of all.
+
+    Args:
+        options, parents, tokenizer, seed: see `sets_of_each`.
+        anchor: its name.
 
     Raises:
         FusionError: see `data_module` and `JointSplits`.
     """
-    known, own = {}, {}
-    for (name, path), given in zip(parents.items(), options.own_data, strict=True):
+    known = {}
+    for name, path in parents.items():
         opened = open_model(path, allow_pickle=options.allow_pickle)
         model = load_model(path, allow_pickle=options.allow_pickle) if opened is None else opened.module
         known[name] = class_names(model)
-        own[name] = cast(
-            LabelledSplits, data_module(options.task, TASKS[options.task].data(**given), seed, tokenizer, [path])
-        )
-    return JointSplits(own, known, anchor)
+    return JointSplits(sets_of_each(options, parents, tokenizer, seed), known, anchor)
 
 
 def check_known(parents: Mapping[str, nn.Module], data: FixedSplits) -> None:

@@ -20,11 +20,12 @@ from fusionpl.cli.jobs.parents import Job
 from fusionpl.cli.jobs.push import push_run
 from fusionpl.cli.outputs import staged
 from fusionpl.cli.running import is_main_process, quiet
-from fusionpl.datamodules.joint import JointSplits
+from fusionpl.datamodules.joint import JointSplits, OwnSplits
 from fusionpl.errors import FusionError
 from fusionpl.evaluation.bench import Cost, Made
 from fusionpl.fusion.fuse import Fusion
 from fusionpl.fusion.result import FusionResult
+from fusionpl.models.folders import heads_in
 from fusionpl.models.lineage import Ancestor, ancestor
 from fusionpl.training.dashboard import log_models, log_report
 from fusionpl.training.loggers import finish_loggers, make_loggers
@@ -74,7 +75,7 @@ def _fuse(job: Job, fusion: Fusion, others: Mapping[str, Fusion], fabric: L.Fabr
         made: dict[str, Made] = {}
         for name, other in others.items():
             compared, took = _run(job, other, fabric)
-            made[name] = compared.model, took
+            made[name] = compared.network, took
         if not fabric.is_global_zero:
             return
         report = measured(job, result, cost, made)
@@ -82,12 +83,17 @@ def _fuse(job: Job, fusion: Fusion, others: Mapping[str, Fusion], fabric: L.Fabr
     lines = [*(f"warning: {line}" for line in result.warnings), *result.notes, *job.remarks]
     print(*lines, f"\n{report.table()}\n", sep="\n")
     log_report(loggers, report, output / "report")
-    log_models(loggers, used=args.parents, made=output)
+    apart = heads_in(output)
+    log_models(loggers, used=args.parents, made=None if apart else output)
     finish_loggers(loggers)
-    print(f"{output}: model/, report/report.html, maps.safetensors; {time.monotonic() - started:.0f} s")
+    models = ", ".join(f"{folder.name}/" for folder in apart.values()) or "model/"
+    print(f"{output}: {models}, report/report.html, maps.safetensors; {time.monotonic() - started:.0f} s")
     if args.push_to is not None:
         push_run(output, args.push_to, private=args.push_private)
-    if TASKS[args.task].trains:
+    if apart:
+        print(f"next: in Python, fusionpl.load_models('{output}') gives all of them on one trunk, and fusionpl.predict "
+              "takes a batch through it once")  # fmt: skip
+    elif TASKS[args.task].trains:
         own = " --data.path DATA_OF_ALL --data.classes null" if isinstance(job.data, JointSplits) else ""
         print(f"next: python finetune.py --model {output}{own}")
 
@@ -106,7 +112,7 @@ def _announced(job: Job) -> list[Ancestor]:
     parents, team = job.asked.parents, job.team
     depths = " and ".join(dict.fromkeys(str(binding.depth) for binding in team.bindings))
     print(f"parents: {', '.join(parents)} ({team.binding.family.name}, {depths} blocks); anchor: {team.reference.name}")
-    if isinstance(job.data, JointSplits):
+    if isinstance(job.data, OwnSplits):
         print(f"data of each parent: {job.data.describe()}")
     return [ancestor(name, path) for name, path in parents.items()]
 

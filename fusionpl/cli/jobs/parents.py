@@ -9,16 +9,17 @@ from torch import nn
 from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.kept import Kept, budget
 from fusionpl.cli.fuse import Asked
-from fusionpl.cli.jobs.data import check_known, common_tokenizer, data_module, data_of_each, follow
+from fusionpl.cli.jobs.data import check_known, common_tokenizer, data_module, data_of_each, follow, sets_of_each
 from fusionpl.datamodules.base import FixedSplits
 from fusionpl.datamodules.config import AUTO
-from fusionpl.datamodules.joint import JointSplits
+from fusionpl.datamodules.joint import OwnSplits
+from fusionpl.datamodules.separate import SeparateSplits
 from fusionpl.families.family import VOCABULARY, Family, read_family
 from fusionpl.fusion.config import FuseConfig, mixing_weights, resolve_anchor
 from fusionpl.fusion.fuse import Fusion, prepare_team
 from fusionpl.fusion.prepare import open_team
 from fusionpl.fusion.team import Team
-from fusionpl.fusion.voting import Voting, votings_of
+from fusionpl.fusion.voting import Voting, votings_apart, votings_of
 from fusionpl.models.classes import missing_classes
 from fusionpl.models.pipelines import check_tokenizers
 from fusionpl.models.preprocessing import ImageProcessing
@@ -60,7 +61,11 @@ class Job:
         tokenizer = common_tokenizer(tokenizers, anchor)
         team = _open(asked, config, device, decreed, family)
         if args.own_data:
-            data: FixedSplits = data_of_each(args, parents, tokenizer, list(parents)[anchor])
+            data: FixedSplits = (
+                SeparateSplits(sets_of_each(args, parents, tokenizer), team.heads, team.reference.name, family)
+                if team.heads
+                else data_of_each(args, parents, tokenizer, team.reference.name)
+            )
         else:
             data = data_module(args.task, args.data, 0, tokenizer, args.parents)
             check_known({network.name: network.module for network in team.networks}, data)
@@ -84,7 +89,7 @@ class Job:
     def remarks(self) -> list[str]:
         """What would help, a line each."""
         apart = any(missing_classes(network.module) is not None for network in self.team.networks)
-        if isinstance(self.data, JointSplits) or not apart:
+        if isinstance(self.data, OwnSplits) or not apart:
             return []
         return [
             "parents know other classes, and nothing says whose data these are: with the data of each parent "
@@ -95,6 +100,8 @@ class Job:
     def votings(self) -> list[Voting]:
         """Who says what a model is to predict."""
         weights = mixing_weights(self.asked.config.weights, len(self.team))
+        if self.team.heads:
+            return votings_apart(self.team.heads, weights)
         return votings_of([network.module for network in self.team.networks], weights)
 
     def check_room(self, fusion: Fusion, output: Any = None) -> str:
@@ -110,7 +117,10 @@ class Job:
         return needs.summary(self.device)
 
     def load(self, name: str) -> nn.Module:
-        """A whole parent, with the anchor's vocabulary and its size and preparation of images."""
+        """A whole parent, with the anchor's vocabulary and its size and preparation of images; where heads are kept
+        apart, with an output for those of all."""
+        if self.team.heads:
+            return self.team.networks[list(self.asked.parents).index(name)].original.whole()
         axis, like = self.team.binding.axes.get(VOCABULARY), self.team.reference.module
         vocabulary = Vocabulary(self.tokenizer, axis.size) if axis and self.tokenizer is not None else None
         model = load_parent(

@@ -1,0 +1,64 @@
+"""Main figures of tasks: the library's own values, and errors that repeated draws of samples show."""
+
+import pytest
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import binary_f1_score
+from torchmetrics.functional.regression import pearson_corrcoef
+
+from fusionpl.evaluation.outcomes import Outcomes, scored
+from fusionpl.evaluation.scores import Scores
+
+KINDS = ("classes", "tags", "numbers")
+
+
+def drawn(kind: str, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What two models put out, the second one better, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(3, count, 3, generator=generator)
+    if kind == "classes":
+        labels = torch.randint(3, (count,), generator=generator)
+        sure = torch.nn.functional.one_hot(labels, 3).float()
+        return noise[0] + sure, noise[1] + 2 * sure, labels
+    if kind == "tags":
+        labels = (noise[2] > 0.5).float()
+        return noise[0] + noise[2], noise[1] + 2 * noise[2], labels
+    labels = noise[2, :, 0] + 5
+    return noise[0, :, :1] + labels[:, None], noise[1, :, :1] + 2 * labels[:, None], labels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_figures_are_those_of_torchmetrics(kind: str) -> None:
+    output, _, labels = drawn(kind, 200, 1)
+    expected = {
+        "classes": lambda: (output.argmax(1) == labels).double().mean(),
+        "tags": lambda: binary_f1_score((output > 0).flatten().int(), labels.flatten().int()),
+        "numbers": lambda: pearson_corrcoef(output[:, 0].double(), labels.double()),
+    }[kind]()
+    found = Scores.of(output, labels)
+    assert found.metric == {"classes": "accuracy", "tags": "f1", "numbers": "pearson"}[kind]
+    assert found.figure == pytest.approx(float(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_standard_errors_are_the_spread_over_draws(kind: str) -> None:
+    pairs = [(Scores.of(one, labels), Scores.of(other, labels))
+             for one, other, labels in (drawn(kind, 150, seed) for seed in range(300))]  # fmt: skip
+    differences = [other.better(one) for one, other in pairs]
+    ratios = [other.ratio(one) for one, other in pairs]
+    for each in ([(one.value, one.error) for one in differences], ratios):
+        values, errors = torch.tensor(each).T
+        assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.15)
+
+
+def test_the_accuracy_of_outcomes_and_what_has_no_figure() -> None:
+    output, other, labels = drawn("tags", 40, 2)
+    one, two = (Outcomes(scored(given, labels)) for given in (output, other))
+    assert Scores.accuracy(one).figure == pytest.approx(one.figures["accuracy"])
+    expected = two.better(one, "accuracy")
+    assert Scores.accuracy(two).better(Scores.accuracy(one)).error == pytest.approx(expected.error)
+    assert Scores.of(torch.full((4, 2), -1.0), torch.zeros(4, 2)).figure == 0
+    constant = Scores.of(torch.ones(4, 1), torch.arange(4.0))
+    assert constant.figure != constant.figure  # not a number
+    alone = Scores.of(torch.ones(1, 2), torch.zeros(1, dtype=torch.int64))
+    assert alone.ratio(alone)[1] != alone.ratio(alone)[1]

@@ -11,6 +11,7 @@ from fusionpl.cli.outputs import staged
 from fusionpl.cli.parsing import new_parser, parse_options
 from fusionpl.cli.running import is_main_process, main, quiet
 from fusionpl.errors import FusionError
+from fusionpl.models.folders import heads_in
 from fusionpl.models.push import check_push
 
 
@@ -34,6 +35,10 @@ def run(argv: Sequence[str]) -> None:
     quiet()
     options = parse_options(build_parser(), argv)
     folder = Path(options.run)
+    if heads := list(heads_in(folder).values()):
+        raise FusionError(
+            f"{folder} holds a model for each parent, and push takes one; upload each: hf upload ORG/NAME {heads[0]}"
+        )
     if not (folder / "model" / "README.md").is_file():
         raise FusionError(f"no model with a card at {folder / 'model'}; give a folder that fuse or finetune wrote")
     if options.dry_run is not None:

@@ -66,12 +66,10 @@ def own_data(argv: Sequence[str], paths: Sequence[str], args: Namespace) -> Own 
         return None
     runs = repeated or _of_runs(args)
     apart = args.labels == "separate"
-    if len(paths) == 1 and apart:
-        raise FusionError(
-            f"--labels separate measures each head on its own parent's data, and '{paths[0]}' is one path of all; give "
-            f"a path for each parent, in their order: {PATH} A B, or none where the parents are runs"
-        )
     if len(paths) == 1:
+        if apart:
+            raise FusionError(f"--labels separate measures each head on its own parent's data, and '{paths[0]}' is one "
+                              f"path of all; give one for each parent, in their order: {PATH} A B")  # fmt: skip
         return None
     own = []
     for index in range(count):

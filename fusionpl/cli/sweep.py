@@ -45,8 +45,9 @@ def run(argv: Sequence[str]) -> None:
     configs = {label(cell): load_config(None, {**flattened(base), **cell}) for cell in cells}
     check_configs(configs.values(), len(args.parents))
     if any(config.labels == "separate" for config in configs.values()):
-        raise FusionError("a sweep measures one model a cell, and labels separate makes one for each parent; use fuse.py "
-                          "for each cell")  # fmt: skip
+        raise FusionError(
+            "a sweep measures one model a cell, and labels separate makes one for each parent; use fuse.py for each"
+        )
     first = Path(args.parents[0])
     output = Path(args.output or (first.parent if first.is_dir() else Path("runs")) / "sweep")
     check_output(output, args.overwrite)

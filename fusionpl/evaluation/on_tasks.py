@@ -36,6 +36,8 @@ class OnTask:
     @property
     def summary(self) -> str:
         """`+2.9 ± 0.5 points`: the difference and its standard error."""
+        if not known(self.difference.value):
+            return "not a number"
         return summary_of(self.difference, "points" if self.metric == ACCURACY else self.metric, self.metric)
 
     @property

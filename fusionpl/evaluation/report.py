@@ -306,26 +306,20 @@ class Report:
             report = cls(rows, data["config"], barrier, axes=axes, blocks=blocks, **continued)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FusionError(f"'{path}' is not a fusion report ({reason(error)}); run fuse.py again") from error
-        samples = load_outcomes(path.with_name(SAMPLES))
-        report.outcomes = {
-            (row.name, row.stage): samples[key] for row in rows if (key := f"{row.stage}/{row.name}") in samples
-        }
-        report.tasks = {
-            (row.name, row.stage): found
-            for row in rows
-            if row.metrics is None
-            and (found := {name: samples[key] for name in row.tasks or () if (key := _of_task(name, row)) in samples})
-        }
-        report.scores = {
-            (row.name, row.stage): {
-                name: Scores(metric, samples[key].values)
-                for name, metric in row.metrics.items()
-                if (key := _of_task(name, row)) in samples
-            }
-            for row in rows
-            if row.metrics
-        }
+        report._read_samples(load_outcomes(path.with_name(SAMPLES)))
         return report
+
+    def _read_samples(self, samples: Mapping[str, Outcomes]) -> None:
+        """Takes what models did, by the names that `_samples` gives them."""
+        for row in self.rows:
+            key, names = (row.name, row.stage), row.metrics or row.tasks or ()
+            if (whole := f"{row.stage}/{row.name}") in samples:
+                self.outcomes[key] = samples[whole]
+            found = {name: samples[of] for name in names if (of := _of_task(name, row)) in samples}
+            if row.metrics:
+                self.scores[key] = {name: Scores(row.metrics[name], one.values) for name, one in found.items()}
+            elif found:
+                self.tasks[key] = found
 
     def _samples(self) -> dict[str, Outcomes]:
         """What models did, by the names that `load` looks for."""

@@ -67,7 +67,9 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """The row for JSON: without what was not measured or is not a finite number."""
-        return {key: value for key, value in asdict(self).items() if known(value)}
+        values = asdict(self)
+        values["tasks"] = self.tasks and {task: value for task, value in self.tasks.items() if known(value)}
+        return {key: value for key, value in values.items() if known(value)}
 
 
 def known(value: Any) -> bool:

@@ -16,7 +16,7 @@ from fusionpl.evaluation.cost import flops, parameters
 from fusionpl.evaluation.matched import matched_axes
 from fusionpl.evaluation.measuring import UNMEASURED, Beside, calibration_of
 from fusionpl.evaluation.report import Report
-from fusionpl.evaluation.rows import ALL_PARENTS, CEILINGS, HEAD_FITTED, PARENT, Row
+from fusionpl.evaluation.rows import ALL_PARENTS, CEILINGS, HEAD_FITTED, PARENT, Row, known
 from fusionpl.evaluation.scores import Scores
 from fusionpl.families.binding import bind
 from fusionpl.fusion.config import mixing_weights
@@ -112,12 +112,13 @@ class SeparateBench:
         return Scores.of(*_given(network, self.data.heads[task].columns, batches))
 
     def _validated(self, network: nn.Module, tasks: Iterable[str]) -> float | None:
-        """The mean figure of tasks on their validation data; None where one has none."""
+        """The mean figure of tasks on their validation data, 0 for one that is not a number, as the correlation of a
+        constant; None where one has no data."""
         if not all(self.data.sizes("validation")):
             return None
         network = network.to(self._device)
         figures = [self._scores(network, task, self.data.own[task].val_dataloader()).figure for task in tasks]
-        return sum(figures) / len(figures)
+        return sum(filter(known, figures)) / len(figures)
 
     def _flops(self, model: nn.Module) -> int:
         """On a sample of the first parent's, whatever the model is for: sentences of tasks are not equally long."""

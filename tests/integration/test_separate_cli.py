@@ -220,7 +220,7 @@ def test_mistakes(parents: tuple[list[str], list[str]], tmp_path: Path, capsys: 
     assert "--compare trained-on trains one head on labels" in refused(capsys, [*argv, "--compare", "trained-on"])
     two = ["--parents", films, stars, "--output", str(output), *APART]
     line = refused(capsys, [*two, "--data.path", paths[0]])
-    assert f"measures each head on its own parent's data, and '{paths[0]}' is one path of all; give a path" in line
+    assert f"measures each head on its own parent's data, and '{paths[0]}' is one path of all; give one for" in line
     line = refused(capsys, [*two, "--data.path", paths[0], paths[1]])
     assert "stars: the BertForSequenceClassification gives numbers (problem_type regression), but the labels of" in line
     two[1:3] = [films, topics]

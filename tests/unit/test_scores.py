@@ -1,5 +1,8 @@
 """Main figures of tasks: the library's own values, and errors that repeated draws of samples show."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +10,8 @@ from torchmetrics.functional.classification import binary_f1_score
 from torchmetrics.functional.regression import pearson_corrcoef
 
 from fusionpl.evaluation.outcomes import Outcomes, scored
+from fusionpl.evaluation.report import Report
+from fusionpl.evaluation.rows import Row
 from fusionpl.evaluation.scores import Scores
 
 KINDS = ("classes", "tags", "numbers")
@@ -62,3 +67,37 @@ def test_the_accuracy_of_outcomes_and_what_has_no_figure() -> None:
     assert constant.figure != constant.figure  # not a number
     alone = Scores.of(torch.ones(1, 2), torch.zeros(1, dtype=torch.int64))
     assert alone.ratio(alone)[1] != alone.ratio(alone)[1]
+
+
+def a_report(**figures: list[Scores]) -> Report:
+    """Two parents, both run, a fitted trunk and a fused network, on one task of numbers and one of classes."""
+    report = Report()
+    for name, found in figures.items():
+        tasks = {one.metric: one for one in found}
+        metrics, values = {task: task for task in tasks}, {task: one.figure for task, one in tasks.items()}
+        row = Row(name.replace("_", " "), tasks=values, metrics=metrics, flops=10)
+        report.add_scores(row, tasks)
+    return report
+
+
+def test_what_has_no_figure_is_said_and_read_again(tmp_path: Path) -> None:
+    output, better, labels = drawn("classes", 100, 3)
+    worse, good = Scores.of(output, labels), Scores.of(better, labels)
+    constant = Scores.of(torch.ones(50, 1), torch.arange(50.0))
+    numbers = Scores.of(torch.arange(50.0)[:, None], torch.arange(50.0).sin())
+    report = a_report(
+        parent_accuracy=[worse], parent_pearson=[numbers], all_parents=[worse, numbers], fused=[good, constant]
+    )
+    report.save(tmp_path)
+    text = (tmp_path / "report.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    fused = next(row for row in found["rows"] if row["name"] == "fused")
+    assert fused["tasks"] == {"accuracy": pytest.approx(good.figure)}
+    assert [one["words"].partition(" against")[0] for one in found["verdict"]] == [
+        "accuracy gained", "pearson not to be told apart",
+    ]  # fmt: skip
+    assert found["verdict"][1]["difference"] is None
+    loaded = Report.load(tmp_path)
+    assert loaded.scores.keys() == report.scores.keys()
+    assert "not to be told apart: pearson (not a number)" in loaded.table()
+    assert "at 50 % of their operations: gained: accuracy (" in loaded.table()

@@ -14,7 +14,7 @@ from fusionpl.evaluation.bench import Cost, Made
 from fusionpl.evaluation.encoders import bench_for
 from fusionpl.evaluation.measuring import Beside, measure
 from fusionpl.evaluation.report import Report
-from fusionpl.evaluation.rows import Row
+from fusionpl.evaluation.rows import Row, known
 from fusionpl.evaluation.separate import SeparateBench, measure_separate
 from fusionpl.fusion.result import FusionResult
 from fusionpl.models.folders import HEAD, heads_in
@@ -85,6 +85,6 @@ def _by_head(folder: Path, job: Job, report: Report) -> list[Written]:
     tasks, metrics = row.tasks or {}, row.metrics or {}
     written: list[Written] = []
     for name, head, own in zip(asked.parents, job.team.heads, asked.args.own_data, strict=True):
-        figures = {metrics[name]: tasks[name]} if name in tasks else {}
+        figures = {metrics[name]: tasks[name]} if known(tasks.get(name)) else {}
         written.append((folder / f"{HEAD}{head.name}", figures, {"task": asked.args.task, "data": own}))
     return written

@@ -37,6 +37,8 @@ class Verdict:
         best, ensemble, fused: test figures; the ensemble is that of the parents before finetuning.
         difference: fused and best parent, paired.
         head_fitted: whether `best` is a parent with its head fitted, which was the better one there.
+        beside_all: fused and ensemble, paired, where parents know different things: running all is the other way to have
+            that.
     """
 
     stage: Stage
@@ -49,6 +51,7 @@ class Verdict:
     fused: float | None
     difference: Difference
     head_fitted: bool = False
+    beside_all: Difference | None = None
 
     @property
     def share(self) -> float | None:
@@ -60,21 +63,33 @@ class Verdict:
     @property
     def words(self) -> str:
         """The verdict in one sentence."""
-        difference, name = self.difference, "fused, finetuned" if self.stage == "finetuned" else "fused"
+        name = "fused, finetuned" if self.stage == "finetuned" else "fused"
+        if self.beside_all is None or not self.beside_all.chance < SIGNIFICANT:
+            return f"{name}: {self._beside_best}"
+        more, less = ("above", "below") if self.metric in SHARES else ("better than", "worse than")
+        which = more if self.beside_all.value > 0 else less
+        return f"{name}: {self._size(self.beside_all)} {which} running all parents; {self._beside_best}"
+
+    @property
+    def _beside_best(self) -> str:
+        difference = self.difference
         best = "the best parent finetuned alike" if self.stage == "finetuned" else "the best parent"
         best += " with its head fitted" * self.head_fitted
         if math.isnan(difference.value):
-            return f"{name}: its {self.metric} is not a number: keep {best}"
+            return f"its {self.metric} is not a number: keep {best}"
         if math.isnan(difference.error):
-            return f"{name}: not to be told apart from {best} (one test sample): keep that one"
+            return f"not to be told apart from {best} (one test sample): keep that one"
         if not difference.chance < SIGNIFICANT:
-            return f"{name}: not to be told apart from {best} ({self.summary(difference)}): keep that one"
-        size = self.summary(
-            Difference(abs(difference.value), difference.error, difference.chance, difference.samples)
-        ).removeprefix("+")
+            return f"not to be told apart from {best} ({self.summary(difference)}): keep that one"
+        size = self._size(difference)
         if self.metric in SHARES:
-            return f"{name}: {size} {'above' if difference.value > 0 else 'below'} {best}" + self._advice
-        return f"{name}: {size} {'better' if difference.value > 0 else 'worse'} than {best}" + self._advice
+            return f"{size} {'above' if difference.value > 0 else 'below'} {best}" + self._advice
+        return f"{size} {'better' if difference.value > 0 else 'worse'} than {best}" + self._advice
+
+    def _size(self, difference: Difference) -> str:
+        """A difference without its sign."""
+        size = Difference(abs(difference.value), difference.error, difference.chance, difference.samples)
+        return self.summary(size).removeprefix("+")
 
     @property
     def _advice(self) -> str:
@@ -90,6 +105,8 @@ class Verdict:
         numbers = {"best_parent": self.best, "ensemble": self.ensemble, "fused": self.fused, "share": self.share,
                    "difference": difference.value, "standard_error": difference.error,
                    "p_value": difference.chance}  # fmt: skip
+        if self.beside_all is not None:
+            numbers |= {"difference_to_all": self.beside_all.value, "standard_error_to_all": self.beside_all.error}
         return {
             "stage": self.stage,
             "metric": self.metric,
@@ -154,6 +171,7 @@ def verdicts(rows: Sequence[Row], outcomes: Mapping[tuple[str, Stage], Outcomes]
     judgements = []
     stages: tuple[Stage, ...] = ("one-shot", "finetuned")
     held = baseline(rows) or parent
+    every = outcomes.get(("ensemble", "one-shot")) if any(row.tasks for row in rows) else None
     for stage in stages:
         beside = held if (held.name, stage) in outcomes else parent
         ours, theirs = (outcomes.get((name, stage)) for name in ("fused", beside.name))
@@ -163,7 +181,7 @@ def verdicts(rows: Sequence[Row], outcomes: Mapping[tuple[str, Stage], Outcomes]
                 Verdict(
                     stage, metric, unit, beside.name.removeprefix(HEAD_FITTED).removeprefix(PARENT), data, best,
                     None if ensemble is None else getattr(ensemble, metric), fused, ours.better(theirs, metric),
-                    beside is not parent,
+                    beside is not parent, None if every is None else ours.better(every, metric),
                 )
             )  # fmt: skip
     return judgements
@@ -185,7 +203,16 @@ def verdict_cells(found: Sequence[Verdict]) -> list[list[str]]:
         *figures,
         ["share of the ensemble's gain", *(_share(verdict) for verdict in found)],
         ["fused against best parent", *(verdict.summary(verdict.difference) for verdict in found)],
+        *_beside_all(found),
     ]
+
+
+def _beside_all(found: Sequence[Verdict]) -> list[list[str]]:
+    every = [(verdict, verdict.beside_all) for verdict in found]
+    if all(difference is None for _, difference in every):
+        return []
+    cells = ["" if difference is None else verdict.summary(difference) for verdict, difference in every]
+    return [["fused against all parents run", *cells]]
 
 
 def _share(verdict: Verdict) -> str:

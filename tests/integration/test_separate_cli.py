@@ -151,7 +151,7 @@ def test_what_is_written_repeats_and_tells_of_itself(
     again = ["--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "again")]
     assert main(fuse.run, again) == 0
     said = capsys.readouterr().out
-    assert "next: in Python, fusionpl.load_models(" in said
+    assert "next: python finetune.py --model " in said
     assert "model-films/, model-moods/, model-stars/, model-topics/, report/report.html" in said
     assert rows(tmp_path / "again")["fused"]["tasks"] == rows(fused)["fused"]["tasks"]
 

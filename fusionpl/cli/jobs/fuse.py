@@ -20,7 +20,7 @@ from fusionpl.cli.jobs.parents import Job
 from fusionpl.cli.jobs.push import push_run
 from fusionpl.cli.outputs import staged
 from fusionpl.cli.running import is_main_process, quiet
-from fusionpl.datamodules.joint import JointSplits, OwnSplits
+from fusionpl.datamodules.joint import OwnSplits
 from fusionpl.errors import FusionError
 from fusionpl.evaluation.bench import Cost, Made
 from fusionpl.fusion.fuse import Fusion
@@ -90,12 +90,8 @@ def _fuse(job: Job, fusion: Fusion, others: Mapping[str, Fusion], fabric: L.Fabr
     print(f"{output}: {models}, report/report.html, maps.safetensors; {time.monotonic() - started:.0f} s")
     if args.push_to is not None:
         push_run(output, args.push_to, private=args.push_private)
-    if apart:
-        print(f"next: in Python, fusionpl.load_models('{output}') gives all of them on one trunk, and fusionpl.predict "
-              "takes a batch through it once")  # fmt: skip
-    elif TASKS[args.task].trains:
-        own = " --data.path DATA_OF_ALL --data.classes null" if isinstance(job.data, JointSplits) else ""
-        print(f"next: python finetune.py --model {output}{own}")
+    if TASKS[args.task].trains:
+        print(f"next: python finetune.py --model {output}")
 
 
 def _check_alone(alternatives: Sequence[str], processes: int) -> None:

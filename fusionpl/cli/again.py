@@ -64,12 +64,12 @@ def own_of_heads(
             f"the heads of {args.model} are {', '.join(folders)}, and own_data says of {', '.join(names) or 'none'} "
             "which data they are for; give --own-data '{NAME: {path: ...}, ...}' with all of them"
         )
-    found = {}
+    data = {}
     for name, options in zip(names, own.values(), strict=True):
         task = task_named(options.get("task", args.task))
         known = {key: value for key, value in options.items() if key != "task"}
-        found[name] = {"task": task, **read_data(task, known | _general(argv), data_words(argv))}
-    return found
+        data[name] = {"task": task, **read_data(task, known | _general(argv), data_words(argv))}
+    return data
 
 
 def fusion_behind(origin: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -99,5 +99,5 @@ def _check_one_each(argv: Sequence[str], args: Namespace, folders: Mapping[str, 
 def _general(argv: Sequence[str]) -> dict[str, Any]:
     """Options of data in the files of `--config` that hold for all sets: in a run's own file they stand in each."""
     trees = [read_yaml(file) for _, file in configs_in(argv)]
-    found = {key: value for tree in trees if "own_data" not in tree for key, value in tree.get("data", {}).items()}
-    return {key: value for key, value in found.items() if key not in WHICH}
+    options = {key: value for tree in trees if "own_data" not in tree for key, value in tree.get("data", {}).items()}
+    return {key: value for key, value in options.items() if key not in WHICH}

@@ -78,9 +78,9 @@ def own_data(argv: Sequence[str], paths: Sequence[str], args: Namespace) -> Own 
                 f"{args.parents[index]} was fused of parents with data of their own, which are several sets, and a "
                 "parent has one; give a path for each parent, or one of all, with --data.path"
             )
-        found = runs[index] or ({} if paths else next(filter(None, runs), {}))
+        of_run = runs[index] or ({} if paths else next(filter(None, runs), {}))
         named = {"path": paths[index]} if paths else {}
-        own.append(read_data(args.task, {"path": NOT_SAID, **found, **general, **named}, data_words(argv)))
+        own.append(read_data(args.task, {"path": NOT_SAID, **of_run, **general, **named}, data_words(argv)))
     anchor = own[args.anchor % count]
     own = [each | {key: anchor[key] for key in PREPARED if key in anchor} for each in own]
     return own if apart or any(_which(each) != _which(own[0]) for each in own) else None

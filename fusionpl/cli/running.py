@@ -122,8 +122,8 @@ def _mistake(error: Exception) -> str | None:
             place = f": {error.filename}" if error.filename else ""
             return f"{error.strerror}{place}; {_ELSEWHERE}" if error.errno in _OF_THE_PLACE else None
         case SafetensorError():  # has no errno of its own
-            found = re.search(r"\(os error (\d+)\)", str(error))
-            number = int(found[1]) if found else 0
+            number_in = re.search(r"\(os error (\d+)\)", str(error))
+            number = int(number_in[1]) if number_in else 0
             return f"{os.strerror(number)}; {_ELSEWHERE}" if number in _OF_THE_PLACE else None
     return None
 

@@ -56,7 +56,7 @@ def kept(rows: Sequence[Row], tasks: Mapping[tuple[str, Stage], Mapping[str, Sco
     """
     by_key = {(row.name, row.stage): row for row in rows}
     parents = [row for row in rows if row.name.startswith(PARENT) and row.stage == "one-shot"]
-    found = []
+    sentences = []
     stages: tuple[Stage, ...] = ("one-shot", "finetuned")
     for stage in stages:
         for task, ours in tasks.get(("fused", stage), {}).items():
@@ -64,8 +64,8 @@ def kept(rows: Sequence[Row], tasks: Mapping[tuple[str, Stage], Mapping[str, Sco
             if theirs is not None and theirs.figure > 0:
                 cost = share_of_cost(by_key["fused", stage], parents)
                 ratio = ours.ratio(theirs)
-                found.append(Kept(stage, task, theirs.figure, ours.figure, *ratio, cost, ours.metric))
-    return found
+                sentences.append(Kept(stage, task, theirs.figure, ours.figure, *ratio, cost, ours.metric))
+    return sentences
 
 
 def share_of_cost(fused: Row, parents: Sequence[Row]) -> float | None:

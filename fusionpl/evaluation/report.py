@@ -145,10 +145,10 @@ class Report:
         if alternatives := self.alternatives(verdicts):
             parts.append(text_table(alternatives, left=2))
         if verdicts:
-            words = [*(verdict.words for verdict in verdicts), *(found.words for found in self.kept)]
+            words = [*(verdict.words for verdict in verdicts), *(each.words for each in self.kept)]
             parts += [text_table(verdict_cells(verdicts), left=1), "\n".join(words)]
         if judged := self.on_tasks:
-            words = [*in_sentences(self.rows, judged), *(found.words for found in self.kept)]
+            words = [*in_sentences(self.rows, judged), *(each.words for each in self.kept)]
             parts += [text_table(task_cells(judged), left=2), "\n".join(words)]
         if compared := compared_cells(self.rows, self.outcomes):
             parts.append(text_table(compared, left=1))
@@ -315,11 +315,11 @@ class Report:
             key, names = (row.name, row.stage), row.metrics or row.tasks or ()
             if (whole := f"{row.stage}/{row.name}") in samples:
                 self.outcomes[key] = samples[whole]
-            found = {name: samples[of] for name in names if (of := _of_task(name, row)) in samples}
+            of_tasks = {name: samples[of] for name in names if (of := _of_task(name, row)) in samples}
             if row.metrics:
-                self.scores[key] = {name: Scores(row.metrics[name], one.values) for name, one in found.items()}
-            elif found:
-                self.tasks[key] = found
+                self.scores[key] = {name: Scores(row.metrics[name], one.values) for name, one in of_tasks.items()}
+            elif of_tasks:
+                self.tasks[key] = of_tasks
 
     def _samples(self) -> dict[str, Outcomes]:
         """What models did, by the names that `load` looks for."""
@@ -355,7 +355,7 @@ class Report:
             "config": _plain(self.config),
             "barrier": {name: curve.as_dict() for name, curve in self.barrier.items()},
             **({"verdict": [verdict.as_dict() for verdict in judged]} if judged else {}),
-            **({"kept": [found.as_dict() for found in self.kept]} if self.kept else {}),
+            **({"kept": [each.as_dict() for each in self.kept]} if self.kept else {}),
             **({"axes": {name: axis.as_dict() for name, axis in self.axes.items()}} if self.axes else {}),
             **({"blocks": {name: list(way) for name, (_, way) in self.blocks.items()}} if self.blocks else {}),
             **({"notes": self.notes} if self.notes else {}),

@@ -37,8 +37,8 @@ class Verdict:
         best, ensemble, fused: test figures; the ensemble is that of the parents before finetuning.
         difference: fused and best parent, paired.
         head_fitted: whether `best` is a parent with its head fitted, which was the better one there.
-        beside_all: fused and ensemble, paired, where parents know different things: running all is the other way to have
-            that.
+        beside_all: fused and ensemble, paired, where parents know different things: to run all is the other way to
+            have that.
     """
 
     stage: Stage

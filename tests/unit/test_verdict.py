@@ -1,6 +1,7 @@
 """The verdict: paired differences against scipy and resampling, planted differences, and its words."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from fusionpl.errors import FusionError
 from fusionpl.evaluation.metrics import evaluate_samples
-from fusionpl.evaluation.outcomes import Outcomes, scored
+from fusionpl.evaluation.outcomes import Difference, Outcomes, scored
 from fusionpl.evaluation.report import Report
 from fusionpl.evaluation.rows import Row, best_parent
 
@@ -111,6 +112,22 @@ def test_the_model_itself_is_not_to_be_told_apart() -> None:
 def test_a_planted_difference_in_words(only_ours: int, only_theirs: int, words: str) -> None:
     (verdict,) = a_report(*planted(only_ours, only_theirs)).verdicts
     assert verdict.words == words
+
+
+def test_beside_all_parents_where_these_know_different_things() -> None:
+    """Running all of them is the other way to have what they know."""
+    (verdict,) = a_report(*planted(6, 8)).verdicts
+    clear, level = (Difference(0.22, 0.02, chance, SAMPLES) for chance in (0.0, 0.5))
+    words = replace(verdict, beside_all=clear).words
+    assert words == (
+        "fused: 22.0 ± 2.0 points above running all parents; not to be told apart from the best parent (−0.5 ± 0.9 "
+        "points): keep that one"
+    )
+    below = replace(verdict, beside_all=Difference(-0.22, 0.02, 0.0, SAMPLES)).words
+    assert below.startswith("fused: 22.0 ± 2.0 points below running all parents; ")
+    assert replace(verdict, beside_all=level).words == verdict.words
+    assert replace(verdict, beside_all=clear).as_dict()["difference_to_all"] == 0.22
+    assert "difference_to_all" not in verdict.as_dict()
 
 
 def test_a_planted_loss_in_words() -> None:

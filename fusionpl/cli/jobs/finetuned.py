@@ -40,16 +40,16 @@ class Tested:
     @classmethod
     def read(cls, metrics: Path, samples: Path) -> "Tested":
         """Reads what `write` wrote."""
-        row, found = Row(**json.loads(metrics.read_text())), load_outcomes(samples)
-        tasks = {name: found[OF_TASK + name] for name in row.tasks or () if OF_TASK + name in found}
-        return cls(row, found.get(row.name), tasks)
+        row, outcomes_of = Row(**json.loads(metrics.read_text())), load_outcomes(samples)
+        tasks = {name: outcomes_of[OF_TASK + name] for name in row.tasks or () if OF_TASK + name in outcomes_of}
+        return cls(row, outcomes_of.get(row.name), tasks)
 
     def write(self, metrics: Path, samples: Path) -> None:
         """Writes what `read` reads, the row last."""
-        found = {OF_TASK + name: outcomes for name, outcomes in self.tasks.items()}
-        found |= {} if self.outcomes is None else {self.row.name: self.outcomes}
-        if found:
-            save_outcomes(samples, found)
+        outcomes_of = {OF_TASK + name: outcomes for name, outcomes in self.tasks.items()}
+        outcomes_of |= {} if self.outcomes is None else {self.row.name: self.outcomes}
+        if outcomes_of:
+            save_outcomes(samples, outcomes_of)
         write_json(metrics, self.row.as_dict())
 
 

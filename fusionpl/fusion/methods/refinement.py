@@ -322,9 +322,9 @@ class _Nearest:
 
     def look(self, model: nn.Module, where: str) -> None:
         """Measures a model, and keeps a copy of its weights if none were nearer."""
-        found = self._teaching.divergence(model)
-        if found < self.divergence:
-            self.divergence, self.where = found, where
+        divergence = self._teaching.divergence(model)
+        if divergence < self.divergence:
+            self.divergence, self.where = divergence, where
             self._state = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
 
     def on_the_way(self, model: nn.Module) -> Callable[[float], None]:

@@ -77,7 +77,7 @@ def test_presets_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         run(["fuse", "--list-presets"])
     listed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in listed] == ["default", "joint", "paper", "transport"]
+    assert [line.split()[0] for line in listed] == ["default", "joint", "paper", "transport", "wide"]
     assert all(len(line.split()) > 5 for line in listed)
 
 

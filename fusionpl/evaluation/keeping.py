@@ -64,6 +64,8 @@ def kept(rows: Sequence[Row], tasks: Mapping[tuple[str, Stage], Mapping[str, Sco
             if theirs is not None and theirs.figure > 0:
                 cost = share_of_cost(by_key["fused", stage], parents)
                 ratio = ours.ratio(theirs)
+                if ratio[1] >= 1:  # of a parent that knows next to nothing there is nothing to keep
+                    continue
                 sentences.append(Kept(stage, task, theirs.figure, ours.figure, *ratio, cost, ours.metric))
     return sentences
 

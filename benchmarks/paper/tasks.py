@@ -12,7 +12,7 @@ from benchmarks.common import DEVICE, JOINT, TRANSPORT, Figures, Maker, Parents,
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.scales import Lab
 from fusionpl.calibration.cursor import CalibrationSet
-from fusionpl.calibration.kept import Kept, budget
+from fusionpl.datamodules.base import calibration_of
 from fusionpl.datamodules.joint import JointSplits
 from fusionpl.datamodules.labelled import LabelledSplits
 from fusionpl.evaluation.joint import Outputs, on_each
@@ -79,8 +79,7 @@ class TaskTeam:
 
     @cached_property
     def calibration(self) -> CalibrationSet:
-        options = load_config(JOINT).calibration
-        return CalibrationSet(self.data.calibration_dataloader(), options, Kept(budget(options.memory)))
+        return calibration_of(self.data, load_config(JOINT).calibration)
 
     @cached_property
     def heads(self) -> HeadFit:

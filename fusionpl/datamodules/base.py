@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from fusionpl.calibration.config import CalibrationConfig
+from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.embeddings import Pooling
 from fusionpl.calibration.forward import eval_mode, logits
+from fusionpl.calibration.kept import Kept, budget
 from fusionpl.errors import FusionError, reason
 from fusionpl.models.labels import CLASSES, IN_WORDS, NUMBERS, TAGS, Kind, kind_of
 from fusionpl.models.preprocessing import ImageProcessing
@@ -252,3 +255,15 @@ class FixedSplits(L.LightningDataModule):
             # makes other iterators than an uninterrupted one
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+
+def calibration_of(data: FixedSplits, config: CalibrationConfig) -> CalibrationSet:
+    """The calibration data of a data module, in this process alone.
+
+    Args:
+        data: one set for all parents, or those of each.
+        config: samples, batch size and memory.
+    """
+    return CalibrationSet(
+        data.calibration_dataloader(config.batch_size), config, Kept(budget(config.memory)), whole=True
+    )

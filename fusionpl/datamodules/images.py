@@ -15,6 +15,7 @@ from fusionpl.datamodules.labelled import LabelledSplits
 from fusionpl.datamodules.labels import Labels
 from fusionpl.datamodules.sources import Source, digits, hub_or_folder
 from fusionpl.errors import FusionError
+from fusionpl.models.images import channels_of
 from fusionpl.models.preprocessing import NORMALIZATIONS, ImageProcessing
 
 DEFAULT_SIZE = 32  # where neither options nor a model say one
@@ -176,11 +177,6 @@ def normalization(given: str | Mapping[str, Any]) -> ImageProcessing | None:
         return NORMALIZATIONS[given]
     mean, std = mean_and_std(given)
     return ImageProcessing(tuple(mean), tuple(std))
-
-
-def channels_of(model: nn.Module) -> int | None:
-    """Channels of the images that a model reads: those of its first convolution; None where it has none."""
-    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
 
 
 def size_of(model: nn.Module) -> int | None:

@@ -72,7 +72,39 @@ class InputsOf:
         return self._data.calibration_sizes()[0] + len(self._data.dataset("train"))  # type: ignore[arg-type]
 
 
-class OwnSplits(FixedSplits):
+class SeveralSplits(FixedSplits):
+    """Several sets of data side by side, each cut as it is by itself.
+
+    Args:
+        own: name -> data.
+    """
+
+    def __init__(self, own: Mapping[str, LabelledSplits]) -> None:
+        super().__init__()
+        self.own = own
+
+    def describe(self) -> str:
+        """How much there is in each, in words."""
+        return ", ".join(f"{name} {data.describe()}" for name, data in self.own.items())
+
+    def dataset(self, part: str) -> ConcatDataset[Any]:
+        """The data of `part` of all, one after the other: their number; what they are is in `own`."""
+        return ConcatDataset([data.dataset(part) for data in self.own.values()])
+
+    def alone(self) -> None:
+        """Serves every sample again after a training whose processes shared them."""
+        self.trainer = None
+        for data in self.own.values():
+            data.trainer = None
+
+    def loaders(self, name: str) -> dict[str, DataLoader[Any]]:
+        """What a method of each gives, such as `val_dataloader`, by the names of the data."""
+        for data in self.own.values():
+            data.trainer = self.trainer  # which says how many ranks share them
+        return {key: getattr(data, name)() for key, data in self.own.items()}
+
+
+class OwnSplits(SeveralSplits):
     """The data of each parent, cut as they were for it.
 
     Args:
@@ -87,8 +119,8 @@ class OwnSplits(FixedSplits):
     def __init__(
         self, own: Mapping[str, LabelledSplits], known: Mapping[str, tuple[str, ...] | None], leading: str
     ) -> None:
-        super().__init__()
-        self.own, self._known, self._leading = own, known, own[leading]
+        super().__init__(own)
+        self._known, self._leading = known, own[leading]
         self.config, self.tokenizer = self._leading.config, self._leading.tokenizer
         self.reads, self.evaluation_batch = self._leading.reads, self._leading.evaluation_batch
         for name, data in own.items():
@@ -98,10 +130,6 @@ class OwnSplits(FixedSplits):
     def processing(self) -> ImageProcessing | None:
         """How images are prepared, all alike; None where the data are none."""
         return self._leading.processing
-
-    def describe(self) -> str:
-        """How much there is of each parent, in words."""
-        return ", ".join(f"{name} {data.describe()}" for name, data in self.own.items())
 
     def texts(self) -> Iterable[str]:
         """Text of all to calibrate on."""
@@ -120,10 +148,6 @@ class OwnSplits(FixedSplits):
         """How many samples of `part` each parent has."""
         return [len(data.dataset(part)) for data in self.own.values()]  # type: ignore[arg-type]  # all have one
 
-    def dataset(self, part: str) -> ConcatDataset[Any]:
-        """The data of `part` of all, one after the other: their number; what they are is in `own`."""
-        return ConcatDataset([data.dataset(part) for data in self.own.values()])
-
     def calibration_dataloader(self, batch_size: int = 64) -> OfEachParent:  # type: ignore[override]
         """What each parent is calibrated on; `calibration.samples` of each are taken."""
         return OfEachParent(tuple(InputsOf(data, batch_size) for data in self.own.values()))
@@ -136,10 +160,9 @@ class OwnSplits(FixedSplits):
         """How many calibration samples each parent has."""
         return [len(InputsOf(data, 1)) for data in self.own.values()]
 
-    def unlabelled_dataloader(self) -> OfEachParent | None:  # type: ignore[override]
+    def unlabelled_dataloader(self) -> OfEachParent:  # type: ignore[override]
         """The training data of each parent, for what is learned without their labels."""
-        loaders = [data.unlabelled_dataloader() for data in self.own.values()]
-        return OfEachParent(tuple(loader for loader in loaders if loader is not None))
+        return OfEachParent(tuple(self.loaders("unlabelled_dataloader").values()))
 
 
 class JointSplits(OwnSplits):
@@ -201,26 +224,15 @@ class JointSplits(OwnSplits):
 
     def train_dataloader(self) -> InTurn:  # type: ignore[override]
         """The training data of all, batches of which take turns."""
-        return self._in_turn("train_dataloader")
+        return InTurn(list(self.loaders("train_dataloader").values()))
 
     def val_dataloader(self) -> InTurn:  # type: ignore[override]
         """The validation data of all, batches of which take turns."""
-        return self._in_turn("val_dataloader")
+        return InTurn(list(self.loaders("val_dataloader").values()))
 
     def test_dataloader(self) -> InTurn:  # type: ignore[override]
         """The test data of all, batches of which take turns."""
-        return self._in_turn("test_dataloader")
-
-    def alone(self) -> None:
-        """Serves every sample again after a training whose processes shared them."""
-        self.trainer = None
-        for data in self.own.values():
-            data.trainer = None
-
-    def _in_turn(self, loader: str) -> InTurn:
-        for data in self.own.values():
-            data.trainer = self.trainer  # which says how many ranks share them
-        return InTurn([getattr(data, loader)() for data in self.own.values()])
+        return InTurn(list(self.loaders("test_dataloader").values()))
 
 
 def _check_classes(name: str, data: LabelledSplits, known: Mapping[str, tuple[str, ...] | None]) -> None:

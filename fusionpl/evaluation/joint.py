@@ -1,6 +1,5 @@
 """Where models of parents with data of their own are measured: over the classes of all, and on the task of each."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -11,12 +10,12 @@ from torch import Tensor, nn
 from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.forward import device_of, eval_mode, logits
 from fusionpl.datamodules.joint import JointSplits
-from fusionpl.evaluation.bench import Bench, Cost, missing_to
+from fusionpl.evaluation.bench import Bench, missing_to
+from fusionpl.evaluation.bounds import bounds_of
 from fusionpl.evaluation.metrics import evaluate_samples, together
 from fusionpl.evaluation.outcomes import Outcomes, are_tags, scored
 from fusionpl.evaluation.rows import CEILING, HEAD_FITTED, PARENT, SIDE_BY_SIDE, judged
 from fusionpl.fusion.config import mixing_weights
-from fusionpl.fusion.heads import HeadFit, can_fit_heads
 from fusionpl.fusion.result import FusionResult
 from fusionpl.fusion.voting import votings_of
 from fusionpl.models.classes import missing_classes
@@ -63,26 +62,17 @@ class JointBench(Bench):
         Returns:
             The index of the best with its head fitted; `best` where they have no head to fit.
         """
-        models, family = list(parents.values()), result.binding.family
+        models = list(parents.values())
         if _disjoint([missing_classes(model) for model in models]):
             self._add(SIDE_BY_SIDE, models, _largest)
-        if not can_fit_heads(models, family):
-            return best
-        started = time.monotonic()
         votings = votings_of(models, mixing_weights(result.config.weights, len(models)))
-        heads = HeadFit(models, votings, calibration, family)
-        fits = [heads.fitted(index) for index in range(len(models))]
-        validated = [self.validated(model) for model, _ in fits]
-        # Without validation data the one that is nearest to what the parents say on samples that were left out.
-        worth = [-fit.after if known is None else known for known, (_, fit) in zip(validated, fits, strict=True)]
-        best = max(range(len(models)), key=worth.__getitem__)
-        cost = Cost("unlabelled data", time.monotonic() - started)
-        row = f"{HEAD_FITTED}{PARENT}{list(parents)[best]}"
-        self.add_made(row, (fits[best][0], cost), prompted=False, validation=validated[best])
-        started = time.monotonic()
-        ceiling = heads.side_by_side()
-        self.add_made(CEILING, (ceiling, Cost("unlabelled data", time.monotonic() - started)), prompted=False)
-        return best
+        bounds = bounds_of(models, votings, calibration, self.validated, result.binding.family)
+        if bounds is None:
+            return best
+        row = f"{HEAD_FITTED}{PARENT}{list(parents)[bounds.best]}"
+        self.add_made(row, bounds.fitted, prompted=False, validation=bounds.validation)
+        self.add_made(CEILING, bounds.ceiling, prompted=False)
+        return bounds.best
 
     def _add(self, name: str, models: Sequence[nn.Module], outputs: Outputs, **more: Any) -> None:
         models = [model.to(self._device) for model in models]

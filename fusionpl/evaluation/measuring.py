@@ -7,9 +7,7 @@ from functools import partial
 
 from torch import nn
 
-from fusionpl.calibration.cursor import CalibrationSet
-from fusionpl.calibration.kept import Kept, budget
-from fusionpl.datamodules.base import FixedSplits
+from fusionpl.datamodules.base import FixedSplits, calibration_of
 from fusionpl.errors import FusionError
 from fusionpl.evaluation.bench import Bench, Cost, Load, Made
 from fusionpl.evaluation.joint import JointBench
@@ -116,7 +114,7 @@ def _measure_parents(bench: Bench, result: FusionResult, beside: Beside) -> tupl
     models = list(parents.values())
     best = list(parents).index(row.removeprefix(PARENT))
     if isinstance(bench, JointBench):
-        best = bench.add_bounds(parents, best, calibration_of(bench.data, result), result)
+        best = bench.add_bounds(parents, best, calibration_of(bench.data, result.config.calibration), result)
     trained = {name: make(best, models) for name, make in beside.alternatives.items()}
     fitted = None if isinstance(bench, JointBench) else _head_fitted(bench.data, models, best, result)
     parents.clear()  # before more is loaded
@@ -137,15 +135,9 @@ def _measure_stretched(bench: Bench, result: FusionResult, names: Sequence[str])
 def _head_fitted(data: FixedSplits, parents: Sequence[nn.Module], best: int, result: FusionResult) -> Made | None:
     """The best parent, its head alone fitted to what all predict on the calibration data; None where it has none."""
     started, votings = time.monotonic(), votings_of(parents, mixing_weights(result.config.weights, len(parents)))
-    fitted = fit_head(parents[best], parents, votings, calibration_of(data, result), family=result.binding.family)
+    calibration = calibration_of(data, result.config.calibration)
+    fitted = fit_head(parents[best], parents, votings, calibration, family=result.binding.family)
     return (fitted[0], Cost("unlabelled data", time.monotonic() - started)) if fitted else None
-
-
-def calibration_of(data: FixedSplits, result: FusionResult) -> CalibrationSet:
-    """The calibration data of a fusion, in this process."""
-    options = result.config.calibration
-    loader = data.calibration_dataloader(options.batch_size)
-    return CalibrationSet(loader, options, Kept(budget(options.memory)), whole=True)
 
 
 def _ends(result: FusionResult, parents: Sequence[Load], *, averaged: bool) -> dict[str, tuple[Load, Load]]:

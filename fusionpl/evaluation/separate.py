@@ -1,8 +1,7 @@
 """Measures models of one trunk with a head for each parent, each head on its own parent's test data."""
 
-import time
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -10,17 +9,18 @@ from torch import Tensor, nn
 
 from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.forward import eval_mode, logits
+from fusionpl.datamodules.base import calibration_of
 from fusionpl.datamodules.separate import SeparateSplits
 from fusionpl.evaluation.bench import Cost, Made
+from fusionpl.evaluation.bounds import bounds_of
 from fusionpl.evaluation.cost import flops, parameters
 from fusionpl.evaluation.matched import matched_axes
-from fusionpl.evaluation.measuring import UNMEASURED, Beside, calibration_of
+from fusionpl.evaluation.measuring import UNMEASURED, Beside
 from fusionpl.evaluation.report import Report
 from fusionpl.evaluation.rows import ALL_PARENTS, CEILINGS, HEAD_FITTED, PARENT, Row, known
 from fusionpl.evaluation.scores import Scores
 from fusionpl.families.binding import bind
 from fusionpl.fusion.config import mixing_weights
-from fusionpl.fusion.heads import HeadFit, can_fit_heads
 from fusionpl.fusion.result import FusionResult
 from fusionpl.fusion.voting import votings_apart
 from fusionpl.models.separate import model_of
@@ -85,24 +85,16 @@ class SeparateBench:
         Returns:
             The index of the best trunk; None where they have no head to fit.
         """
-        models, family = list(parents.values()), result.binding.family
-        if not can_fit_heads(models, family):
-            return None
-        started = time.monotonic()
+        models = list(parents.values())
         votings = votings_apart(result.heads, mixing_weights(result.config.weights, len(models)))
-        heads = HeadFit(models, votings, calibration, family)
-        fits = [heads.fitted(index) for index in range(len(models))]
-        validated = [self._validated(model, self.data.own) for model, _ in fits]
-        # Without validation data the one that is nearest to what the parents say on samples that were left out.
-        worth = [-fit.after if known is None else known for known, (_, fit) in zip(validated, fits, strict=True)]
-        best = max(range(len(models)), key=worth.__getitem__)
-        cost = Cost("unlabelled data", time.monotonic() - started)
-        row = f"{HEAD_FITTED}{PARENT}{list(parents)[best]}"
-        self.add_made(row, (fits[best][0], cost), validation=validated[best])
-        started = time.monotonic()
-        ceiling = heads.side_by_side()
-        self.add_made(CEILINGS, (ceiling, Cost("unlabelled data", time.monotonic() - started)))
-        return best
+        validated = partial(self._validated, tasks=self.data.own)
+        bounds = bounds_of(models, votings, calibration, validated, result.binding.family)
+        if bounds is None:
+            return None
+        row = f"{HEAD_FITTED}{PARENT}{list(parents)[bounds.best]}"
+        self.add_made(row, bounds.fitted, validation=bounds.validation)
+        self.add_made(CEILINGS, bounds.ceiling)
+        return bounds.best
 
     @cached_property
     def _test(self) -> dict[str, list[Any]]:
@@ -152,7 +144,7 @@ def measure_separate(
         return
     parents = {name: load() for name, load in beside.parents.items()}
     bench.add_parents(parents)
-    best = bench.add_bounds(parents, calibration_of(bench.data, result), result)
+    best = bench.add_bounds(parents, calibration_of(bench.data, result.config.calibration), result)
     models = list(parents.values())
     trained = {name: make(best or 0, models) for name, make in beside.alternatives.items()}
     parents.clear()  # before more is loaded

@@ -174,14 +174,15 @@ class HeadFit:
 
     def _rows(self, trunks: Sequence[int], voting: Voting, part: int) -> Iterator[tuple[Tensor, Tensor, float]]:
         for batch in self._data:
-            if (weights := voting.on(self._data.owners[batch])) is None:
+            if not (voters := voting.voters(self._data.owners[batch])):
                 continue
             read_by, counts = self._read[batch]
             x = read_by[trunks[0]]
             here = held_out(self._data.firsts[batch], len(x)).view(-1, *[1] * (x.ndim - 2)) == bool(part)
             at = (counts & here).flatten().nonzero()[:: self._step, 0].to(x.device)
             rows = [inputs.flatten(0, -2)[at] for inputs in read_by]
-            given = [head(own)[:, voting.columns] for head, own in zip(self._heads, rows, strict=True)]
+            given = [self._heads[index](rows[index])[:, voting.columns] for index in voters]
+            weights = list(voters.values())
             numbers = voting.kind == NUMBERS
             wanted = mean_of(given, weights, NUMBERS) if numbers else log_mean(given, weights, voting.link).exp()
             yield torch.cat([rows[index] for index in trunks], dim=-1), wanted, self._data.weight(batch)

@@ -5,6 +5,7 @@ Each step takes a team and gives one, whose `lines` say what it did.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
@@ -71,7 +72,7 @@ def match_channels(team: Team) -> Team:
     reference, networks, lines = team.reference, list(team.networks), []
     for index, (parent, network) in enumerate(zip(team.sources, team.networks, strict=True)):
         names = network.name, reference.name
-        changed = at_channels(network.module, reference.module, said(parent, network), names)
+        changed = at_channels(network.module, reference.module, partial(said, parent, network), names)
         if changed is not None:
             networks[index] = network.moved(*changed)
             lines.append(

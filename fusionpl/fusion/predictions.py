@@ -1,6 +1,6 @@
 """What puts out predictions, fitted to those of the parents."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor
 from fusionpl.families.family import attribute
 from fusionpl.fusion.fitting import Fit, Section, decoder_of, rows_of, shown
 from fusionpl.fusion.groups import LinearGroup
-from fusionpl.fusion.voting import Voting, Weights
+from fusionpl.fusion.teaching import mean_of
+from fusionpl.fusion.voting import Voting
 from fusionpl.models.labels import NUMBERS
 from fusionpl.transport.least_squares import fit_numbers
 from fusionpl.transport.softmax import LARGEST, fit_softmax, log_mean, spread
@@ -43,16 +44,17 @@ def _fitted(fit: Fit, section: Section, group: LinearGroup, voting: Voting, star
     def means(part: int) -> Iterator[tuple[Tensor, Tensor, float]]:
         """What goes in, and the logs of mean probabilities, or the means of numbers."""
         for batch in fit.data:
-            if (weights := voting.on(fit.data.owners[batch])) is None:
+            if not (voters := voting.voters(fit.data.owners[batch])):
                 continue
             x = fit.data.predicting[batch]
             at = rows_of(fit, group, x, batch)[part][::step]
             given = []
-            for index in range(len(section.parents)):
+            for index in voters:
                 own = shown(fit, section, group, index, batch).flatten(0, -2)[at].float()
                 given.append((_outputs(own, decoders[index]) if group.narrow else own)[:, voting.columns])
+            weights = list(voters.values())
             numbers = voting.kind == NUMBERS
-            mean = _mean(given, weights) if numbers else log_mean(given, weights, voting.link)
+            mean = mean_of(given, weights, NUMBERS) if numbers else log_mean(given, weights, voting.link)
             yield x.flatten(0, -2)[at], mean, fit.data.weight(batch)
 
     def rows(part: int) -> Iterator[tuple[Tensor, Tensor, float]]:
@@ -80,13 +82,6 @@ def beyond_a_fit(fit: Fit, section: Section, group: LinearGroup) -> bool:
 
 def _centred(rows: Iterable[tuple[Tensor, Tensor, float]]) -> Iterator[tuple[Tensor, Tensor, float]]:
     return ((x, y - y.mean(-1, keepdim=True), weight) for x, y, weight in rows)
-
-
-def _mean(given: Sequence[Tensor], weights: Weights) -> Tensor:
-    total = torch.zeros_like(given[0])
-    for own, weight in zip(given, weights, strict=True):
-        total += own * weight
-    return total
 
 
 def _outputs(x: Tensor, matrix: Tensor) -> Tensor:

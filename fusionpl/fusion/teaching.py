@@ -134,14 +134,13 @@ class Teaching:
         given: dict[int, Tensor] = {}
         means = []
         for voting in self._votings:
-            votes = voting.on(owner) or ()
-            asked = [index for index, vote in enumerate(votes) if isinstance(vote, Tensor) or vote > 0]
-            for index in asked:
+            voters = voting.voters(owner)
+            for index in voters:
                 if index not in given:
                     given[index] = logits(self._teachers[index], batch)
-            if asked:
-                outputs = [given[index][..., voting.columns] for index in asked]
-                means.append((voting, mean_of(outputs, [votes[index] for index in asked], voting.kind)))
+            if voters:
+                outputs = [given[index][..., voting.columns] for index in voters]
+                means.append((voting, mean_of(outputs, list(voters.values()), voting.kind)))
         return means
 
     @cached_property

@@ -60,6 +60,15 @@ class Voting:
             for vote, weight in zip(self._alone(owner), self.weights, strict=True)
         ]
 
+    def voters(self, owner: int | None) -> dict[int, float | Tensor]:
+        """Those whose word counts on samples of a data set -> how much; nobody where none is asked.
+
+        >>> Voting([0.3, 0.7]).voters(1)
+        {1: 1.0}
+        """
+        weights = enumerate(self.on(owner) or ())
+        return {parent: weight for parent, weight in weights if isinstance(weight, Tensor) or weight > 0}
+
     def _alone(self, parent: int) -> list[float]:
         return [float(index == parent) for index in range(len(self.weights))]
 

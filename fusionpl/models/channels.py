@@ -1,6 +1,7 @@
 """Parents of grey images beside parents of colour ones: their patch embedding is rewritten as it is read."""
 
 import copy
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -8,7 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 from fusionpl.errors import FusionError
-from fusionpl.models.images import Moved, patches_of
+from fusionpl.models.images import Moved, channels_of, patches_of
 from fusionpl.models.preprocessing import ImageProcessing
 from fusionpl.models.resized import refilled, remade, reshaped
 
@@ -16,7 +17,10 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, by which Pillow makes grey of colo
 
 
 def at_channels(
-    model: nn.Module, like: nn.Module, own: ImageProcessing | None, names: tuple[str, str] = ("it", "the anchor")
+    model: nn.Module,
+    like: nn.Module,
+    own: Callable[[], ImageProcessing | None],
+    names: tuple[str, str] = ("it", "the anchor"),
 ) -> tuple[nn.Module, Moved] | None:
     """A model for images of as many channels as another takes.
 
@@ -27,7 +31,7 @@ def at_channels(
     Args:
         model: of timm or transformers; it may be on the meta device, and stays as it is.
         like: the model whose number of channels is taken.
-        own: how the model takes its images; None where nothing says.
+        own: gives how the model takes its images, None where nothing says; asked where colours become grey.
         names: how messages call the two.
 
     Returns:
@@ -37,15 +41,15 @@ def at_channels(
         FusionError: not one is of grey and the other of colour images; colours are normalised by different numbers,
             which a grey image has not.
     """
-    patches, others = patches_of(model), patches_of(like)
-    if patches is None or others is None or patches[1].in_channels == others[1].in_channels:
+    patches, have, wanted = patches_of(model), channels_of(model), channels_of(like)
+    if patches is None or wanted is None or have == wanted:
         return None
-    have, wanted = (convolution.in_channels for _, convolution in (patches, others))
     if {have, wanted} != {1, 3}:
         raise FusionError(
             f"{names[0]} reads images of {have} channels, {names[1]} of {wanted}; use parents of one kind"
         )
-    if wanted == 1 and own is not None and any(len(set(values)) > 1 for values in (own.mean, own.std)):
+    processing = own() if wanted == 1 else None
+    if processing is not None and any(len(set(values)) > 1 for values in (processing.mean, processing.std)):
         raise FusionError(
             f"{names[0]} reads colour images that are normalised by a number for each channel, {names[1]} grey ones; "
             f"make {names[0]} the anchor"
@@ -62,7 +66,7 @@ def at_channels(
     return _empty(model, wanted), moved
 
 
-def with_channels_of(model: nn.Module, like: nn.Module, own: ImageProcessing | None) -> nn.Module:
+def with_channels_of(model: nn.Module, like: nn.Module, own: Callable[[], ImageProcessing | None]) -> nn.Module:
     """A whole model for images of as many channels as another takes, or the model itself; see `at_channels`."""
     replacement = at_channels(model, like, own)
     return model if replacement is None else refilled(model, *replacement)

@@ -107,6 +107,12 @@ def patches_of(model: nn.Module) -> tuple[str, nn.Conv2d] | None:
     return next(((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), None)
 
 
+def channels_of(model: nn.Module) -> int | None:
+    """Channels of the images that a model reads: those of its first convolution; None where it has none."""
+    patches = patches_of(model)
+    return None if patches is None else patches[1].in_channels
+
+
 def places_of(model: nn.Module, family: Family | None = None) -> tuple[str, int] | None:
     """The parameter with the embeddings of places, and how many rows stand before those of the patches; None where
     there is none."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from fusionpl.families.binding import bind
 from fusionpl.families.family import VOCABULARY, Family
 from fusionpl.models.channels import with_channels_of
 from fusionpl.models.classes import with_classes_of
-from fusionpl.models.images import patches_of, with_image_size
+from fusionpl.models.images import with_image_size
 from fusionpl.models.load import load_model
 from fusionpl.models.pixels import with_pixels
 from fusionpl.models.preprocessing import ImageProcessing
@@ -97,8 +98,8 @@ def load_parent(
     images of the size and channels that `like` takes, prepared by `processing`, and has the classes of `like`, where
     both have names for theirs."""
     model = load_model(source, allow_pickle=allow_pickle)
-    if like is not None and patches_of(model) is not None:
-        model = with_channels_of(model, like, image_processing(source))
+    if like is not None:
+        model = with_channels_of(model, like, partial(image_processing, source))
     model = with_pixels(model, source, processing, family)
     if vocabulary is not None:
         axis = bind(model, family).axes[VOCABULARY]

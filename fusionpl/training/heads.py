@@ -5,7 +5,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 from torchmetrics.aggregation import MeanMetric
 
 from fusionpl.datamodules.heads import HeadSplits
@@ -75,12 +74,7 @@ class HeadsModule(ClassificationModule):
         """The loss of a head's batch in its unit; logs it as it is."""
         labels, output = batch["labels"], self._logits(cast(nn.ModuleList, self.model)[number], batch)
         loss = loss_of(output, labels, label_smoothing)
-        metrics = {
-            key.removeprefix(f"{stage}_{number}_"): cast(Metric, metric)
-            for key, metric in self.metrics.items()
-            if key.startswith(f"{stage}_{number}_")
-        }
-        self.log_figures(f"{stage}/{self._names[number]}/", output, labels, loss, metrics)
+        self.log_figures(f"{stage}/{self._names[number]}/", output, labels, loss, f"{stage}_{number}_")
         loss = loss / self._units[number]
         if (mean := f"{stage}_{number}") in self._losses:
             cast(MeanMetric, self._losses[mean]).update(loss.detach(), len(labels))

@@ -172,18 +172,17 @@ class ClassificationModule(L.LightningModule):
         if stage == "test":
             self._scored.update(scored(output, labels))
         loss = loss_of(output, labels, label_smoothing)
-        metrics = {
-            key.removeprefix(f"{stage}_"): cast(Metric, metric)
-            for key, metric in self.metrics.items()
-            if key.startswith(f"{stage}_")
-        }
-        self.log_figures(f"{stage}/", output, labels, loss, metrics)
+        self.log_figures(f"{stage}/", output, labels, loss, f"{stage}_")
         return loss
 
-    def log_figures(
-        self, prefix: str, output: Tensor, labels: Tensor, loss: Tensor, metrics: Mapping[str, Metric]
-    ) -> None:
-        """Logs the loss and the metrics of a batch, once an epoch, under names that begin with `prefix`."""
+    def log_figures(self, prefix: str, output: Tensor, labels: Tensor, loss: Tensor, own: str) -> None:
+        """Logs the loss and the metrics of a batch, once an epoch.
+
+        Args:
+            prefix: what the names that are logged begin with.
+            output, labels, loss: of the batch.
+            own: what the keys of its metrics begin with.
+        """
         if labels.is_floating_point():
             output, count = output if are_tags(labels) else output.squeeze(-1), len(labels)
         else:
@@ -195,7 +194,10 @@ class ClassificationModule(L.LightningModule):
             "add_dataloader_idx": False,
         }
         self.log(f"{prefix}loss", loss, sync_dist=True, **settings)
-        for name, metric in metrics.items():
+        for key, module in self.metrics.items():
+            if not key.startswith(own):
+                continue
+            name, metric = key.removeprefix(own), cast(Metric, module)
             tokens = labels.ndim > 1 and name != "perplexity" and not are_tags(labels)
             metric(*((output.flatten(0, -2), labels.flatten()) if tokens else (output, labels)))
             self.log(f"{prefix}{name}", metric, **settings)

@@ -73,7 +73,6 @@ def log_mean(logits: Sequence[Tensor], weights: Sequence[float | Tensor], link: 
     each = [
         log_of(scores.float()) + torch.as_tensor(weight).to(scores.device, torch.float32).log()
         for scores, weight in zip(logits, weights, strict=True)
-        if isinstance(weight, Tensor) or weight > 0
     ]
     return torch.stack(each).logsumexp(0)
 

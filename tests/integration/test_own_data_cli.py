@@ -26,6 +26,7 @@ from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.kept import Kept
 from fusionpl.cli import evaluate, finetune, fuse, sweep
 from fusionpl.cli.running import main
+from fusionpl.datamodules.base import calibration_of
 from fusionpl.datamodules.config import DataConfig
 from fusionpl.datamodules.images import ImageDataModule
 from fusionpl.datamodules.joint import JointSplits
@@ -173,7 +174,7 @@ def test_each_parent_is_calibrated_and_taught_on_its_own(parents: list[str], mon
     asked = fuse.Asked.of(["--parents", *reversed(parents), "--output", "unused", *QUICK])
     job = Job.of(asked, torch.device("cpu"))
     assert job.data.class_names == SECOND + FIRST  # the anchor's first
-    calibration = job.calibration()
+    calibration = calibration_of(job.data, job.asked.config.calibration)
     assert {*calibration.owners} == {0, 1}
     names = job.data.class_names
     more: Any = job.data.unlabelled_dataloader()

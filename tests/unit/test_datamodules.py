@@ -13,10 +13,11 @@ from sklearn.datasets import load_digits
 from fusionpl.datamodules import config
 from fusionpl.datamodules.base import ShareSampler
 from fusionpl.datamodules.config import DataConfig
-from fusionpl.datamodules.images import ImageDataModule, augment, channels_of, size_of
+from fusionpl.datamodules.images import ImageDataModule, augment, size_of
 from fusionpl.errors import FusionError
 from fusionpl.models.build import build_model
 from fusionpl.models.config import ModelConfig
+from fusionpl.models.images import channels_of
 from fusionpl.models.preprocessing import NORMALIZATIONS
 from tests.models_for_tests import hf_vit, text_model, timm_vit
 

@@ -17,7 +17,7 @@ from torch import nn
 from fusionpl.calibration.forward import device_of
 from fusionpl.cli.alternatives import DISTILLED
 from fusionpl.cli.jobs.parents import Job
-from fusionpl.datamodules.base import FixedSplits
+from fusionpl.datamodules.base import FixedSplits, calibration_of
 from fusionpl.evaluation.bench import Cost, Made
 from fusionpl.evaluation.measuring import Alternative
 from fusionpl.fusion.methods.refinement import teach_parent
@@ -62,7 +62,7 @@ def distilled(job: Job, seconds: float, best: int, parents: Sequence[nn.Module])
     """
     started, config = monotonic(), job.asked.config
     taught = teach_parent(
-        best, parents, job.votings, job.calibration(),
+        best, parents, job.votings, calibration_of(job.data, config.calibration),
         replace(config.refine, method="gradient", steps=None, minutes=seconds / 60),
         family=job.team.binding.family, more=job.data.unlabelled_dataloader(), augment=job.data.augmented,
         seed=job.asked.args.seed,

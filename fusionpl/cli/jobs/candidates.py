@@ -8,12 +8,10 @@ import torch
 from torch import nn
 
 from fusionpl.calibration.config import CalibrationConfig
-from fusionpl.calibration.cursor import CalibrationSet
-from fusionpl.calibration.kept import Kept, budget
 from fusionpl.cli.finetune import Asked
 from fusionpl.cli.jobs.again import data_again
 from fusionpl.cli.jobs.data import data_module, follow
-from fusionpl.datamodules.base import FixedSplits
+from fusionpl.datamodules.base import FixedSplits, calibration_of
 from fusionpl.datamodules.config import AUTO
 from fusionpl.errors import FusionError
 from fusionpl.evaluation.report import Report
@@ -112,11 +110,9 @@ def _head_fitted(asked: Asked, parents: Sequence[nn.Module], place: int, fused: 
     models = [parent.to(device_of_run(asked)) for parent in parents]
     data, config = data_for(asked), CalibrationConfig(**origin.get("calibration", {}))
     follow(data, fused, options.model)
-    batches = CalibrationSet(
-        data.calibration_dataloader(config.batch_size), config, Kept(budget(config.memory)), whole=True
-    )
     votings = votings_of(models, mixing_weights(origin.get("weights"), len(models)))
-    fitted = fit_head(models[place], models, votings, batches, family=read_family(origin.get("family")))
+    calibration, family = calibration_of(data, config), read_family(origin.get("family"))
+    fitted = fit_head(models[place], models, votings, calibration, family=family)
     assert fitted is not None  # as the report has a row of it
     return fitted[0].cpu()
 

@@ -5,11 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.embeddings import embed
 from fusionpl.calibration.forward import device_of, logits
-from fusionpl.calibration.kept import Kept, budget
 from fusionpl.cli.jobs.parents import Job
+from fusionpl.datamodules.base import calibration_of
 from fusionpl.errors import FusionError
 from fusionpl.families.proof import PROOF_TOLERANCE, allowed, permutation_error
 from fusionpl.fusion.advice import ADVISED, Advice, advise
@@ -21,7 +20,7 @@ from fusionpl.models.classes import missing_classes
 
 def show_plan(job: Job, fusion: Fusion) -> None:
     """Says what would be done, and what it needs: `--dry-run`."""
-    fusion = fusion.matched(job.calibration()) if fusion.matchings else fusion
+    fusion = fusion.matched(calibration_of(job.data, job.asked.config.calibration)) if fusion.matchings else fusion
     print(fusion.describe(), job.check_room(fusion), *(f"warning: {line}" for line in job.team.lines), sep="\n")
 
 
@@ -29,7 +28,7 @@ def advised(job: Job) -> Advice:
     """What the parents are to each other, and what a minute is best spent on: `--advise`."""
     names, config = list(job.asked.parents), job.asked.config
     few = replace(config.calibration, samples=min(ADVISED, config.calibration.samples))
-    data = CalibrationSet(job.data.calibration_dataloader(few.batch_size), few, Kept(budget(few.memory)))
+    data = calibration_of(job.data, few)
     others = [network for index, network in enumerate(job.team.networks) if index != job.team.anchor]
     alike = max(weights_alike(job.team.reference, other) or 0.0 for other in others)
     return advise([job.load(name) for name in names], names, job.votings, data, base=alike >= ALIKE, family=job.family)

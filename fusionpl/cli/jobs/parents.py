@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusionpl.calibration.cursor import CalibrationSet
-from fusionpl.calibration.kept import Kept, budget
 from fusionpl.cli.fuse import Asked
 from fusionpl.cli.jobs.data import check_known, common_tokenizer, data_module, data_of_each, follow, sets_of_each
 from fusionpl.datamodules.base import FixedSplits
@@ -129,11 +127,6 @@ class Job:
         )  # fmt: skip
         self.data.follow(model)
         return model
-
-    def calibration(self) -> CalibrationSet:
-        """The calibration set, in this process."""
-        config = self.asked.config.calibration
-        return CalibrationSet(self.data.calibration_dataloader(config.batch_size), config, Kept(budget(config.memory)))
 
 
 def _open(

@@ -20,8 +20,18 @@ def no_progress(steps: Iterable[Any], label: str) -> Iterable[Any]:
 
 
 def unlabelled(item: Any) -> dict[str, Tensor]:
-    """The model inputs of an item of a data loader: a mapping, an image tensor, or an (inputs, labels) pair."""
-    return inputs_of(item[0] if isinstance(item, (tuple, list)) else item)
+    """The model inputs of an item of a data loader: a mapping, an image tensor, or an (inputs, labels) pair.
+
+    Raises:
+        FusionError: it is none of these.
+    """
+    inputs = item[0] if isinstance(item, (tuple, list)) and item else item
+    if not isinstance(inputs, Tensor | Mapping):
+        raise FusionError(
+            f"a batch is an image tensor [B, C, H, W] or a mapping of model inputs, not a {type(inputs).__name__}; "
+            "give an iterable of batches, or for data of each parent a list with one iterable for each, in their order"
+        )
+    return inputs_of(inputs)
 
 
 class Samples(NamedTuple):

@@ -549,6 +549,13 @@ def test_finetuning_on_the_data_of_all_in_two_processes(fused: Path, tmp_path: P
     assert found["fused"]["tasks"] == pytest.approx({"seed-1": own[0], "seed-2": own[1]})
 
 
+def test_a_sweep_takes_parents_of_colours_beside_grey(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grey, colour = make_run(tmp_path / "grey", 1), make_run(tmp_path / "colour", 2, in_chans=3)
+    words = ["--parents", str(grey), str(colour), "--sweep", "units=anchor,even", "--output", str(tmp_path / "swept")]
+    assert main(sweep.run, [*words, "--logger", "none"]) == 0
+    assert capsys.readouterr().out.count("units=") == 2
+
+
 def test_data_of_colour_follow_the_anchor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Colours become grey for an anchor of grey images, and the parent of colours is rewritten for that."""
     grey = of_classes(tmp_path / "grey", 1, FIRST)

@@ -95,6 +95,21 @@ def test_a_list_of_data_sets_is_told_from_a_list_of_batches() -> None:
         by_owner([loader, loader], 3)
 
 
+@pytest.mark.parametrize("wrong", ["one in a list", "a generator", "a mapping", "paths"])
+def test_what_holds_no_batches_is_one_line(wrong: str) -> None:
+    loader = DataLoader([{"pixel_values": picture} for picture in images(4)], batch_size=2)
+    calibration: Any = {
+        "one in a list": [loader],
+        "a generator": (each for each in (loader, loader)),
+        "a mapping": {"a": loader, "b": loader},
+        "paths": ["data/a", "data/b"],
+    }[wrong]
+    with pytest.raises(
+        FusionError, match=r"a batch is an image tensor \[B, C, H, W\] or a mapping of model inputs, not"
+    ):
+        fusionpl.fuse([vit(0, PETS), vit(1, CARS)], calibration, load_config("joint"))
+
+
 def test_the_parents_data_take_turns_and_are_limited_each() -> None:
     sets = OfEachParent(([images(5)], [images(2)], [images(9)]))
     cut = list(batches(sets, CalibrationConfig(samples=6, batch_size=2)))

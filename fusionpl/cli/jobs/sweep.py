@@ -3,6 +3,7 @@
 import csv
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from fusionpl.evaluation.rows import PARENT, Row
 from fusionpl.families.family import Family, read_family
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.fuse import fuse
+from fusionpl.models.channels import with_channels_of
 from fusionpl.models.hub import named
 from fusionpl.models.images import with_image_size
 from fusionpl.models.load import load_model
 from fusionpl.models.pixels import with_pixels
+from fusionpl.models.processors import image_processing
 from fusionpl.models.save import class_names
 from fusionpl.options import write_settings
 from fusionpl.training.dashboard import log_models, log_report
@@ -75,10 +78,11 @@ def _opened(args: Namespace, parents: Mapping[str, str], family: Family | None) 
             )
     data = data_of(args, parents)
     follow(data, models[0], args.parents[0])
-    models = [
-        with_pixels(with_image_size(model, models[0], family), path, data.processing, family)
-        for model, path in zip(models, args.parents, strict=True)
-    ]
+    brought = []
+    for model, path in zip(models, args.parents, strict=True):
+        model = with_channels_of(model, models[0], partial(image_processing, path))
+        brought.append(with_pixels(with_image_size(model, models[0], family), path, data.processing, family))
+    models = brought
     for model in models:
         data.follow(model)
     data.check_model(models[0])

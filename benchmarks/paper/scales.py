@@ -93,7 +93,7 @@ SCALES = {
         corpus="pydoc",
         families=("bert", "gpt2", "llama", "t5"),
         sentences=2000,
-        tasks=("5 and 5 classes", "four parents", "two domains"),
+        tasks=("5 and 5 classes", "four parents", "two domains", "films and questions"),
     ),
     # A small ViT on a sixth of CIFAR-10: a table takes up to an hour on 2 cores, the finetuning curve four.
     "small": Scale(

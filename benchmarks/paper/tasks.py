@@ -1,10 +1,14 @@
 """Parents that know different things: teams in which each has its own data and labels."""
 
+import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -12,11 +16,14 @@ from benchmarks.common import DEVICE, JOINT, TRANSPORT, Figures, Maker, Parents,
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.scales import Lab
 from fusionpl.calibration.cursor import CalibrationSet
+from fusionpl.cli import finetune
+from fusionpl.cli import fuse as fuse_command
 from fusionpl.datamodules.base import calibration_of
 from fusionpl.datamodules.joint import JointSplits
 from fusionpl.datamodules.labelled import LabelledSplits
 from fusionpl.evaluation.joint import Outputs, on_each
 from fusionpl.evaluation.metrics import evaluate, together
+from fusionpl.evaluation.rows import CEILINGS, HEAD_FITTED, PARENT
 from fusionpl.fusion.config import FuseConfig, RefineConfig, load_config
 from fusionpl.fusion.fuse import fuse
 from fusionpl.fusion.heads import HeadFit
@@ -25,16 +32,24 @@ from fusionpl.fusion.voting import Voting
 from fusionpl.models.classes import united, with_classes_of
 from fusionpl.models.resized import relabelled
 from fusionpl.models.save import class_names
+from fusionpl.presets import CONF
 
 # How many classes each parent of a team knows, in order.
 CLASSES: Mapping[str, Sequence[int]] = {"5 and 5 classes": (5, 5), "four parents": (3, 2, 3, 2)}
 DOMAINS = "two domains"
+SENTENCES = "films and questions"  # told by heads of their own
+COLUMNS = {"sst2": "SST-2", "trec": "TREC"}
 # Photographs that the model of digits takes, too, of as many calibration images; a third of the small scale's budget.
 DIGITS = ("--data.calibration", "788", "--data.validation", "100")
 GREY = (
     "--data.channels", "1", "--data.batch_size", "64", "--data.train_limit", "8000", "--data.validation", "2000",
     "--data.calibration", "788", "--data.flip", "true", "--trainer.max_epochs", "8",
 )  # fmt: skip
+
+
+ALONE, BEST_TRUNK = "each parent, on its own task", "best trunk, its head fitted by owner"
+ALL_TRUNKS, ONE_STREAM, WIDER = "all trunks, one head fitted by owner", "one stream", "one stream, {:g} times as wide"
+CSV = ("--logger", "csv")
 
 
 @dataclass(frozen=True)
@@ -150,28 +165,90 @@ class TaskTeam:
         return [Voting([1 / len(self.models)] * len(self.models))]
 
 
+@dataclass(frozen=True)
+class SentencesTeam:
+    """Language models that were finetuned for different tasks, fused by command, each with a head of its own.
+
+    Attributes:
+        parents: not yet finetuned.
+        seeds: of these, one a task of SENTENCES.
+        options: of finetune.py, for each task.
+    """
+
+    parents: Parents
+    seeds: Sequence[int]
+    options: Mapping[str, Sequence[str]]
+
+    @cached_property
+    def runs(self) -> dict[str, Path]:
+        """Task -> the run of its parent, which is finetuned if it is not there."""
+        runs = {}
+        for seed, (task, options) in zip(self.seeds, self.options.items(), strict=True):
+            runs[task] = self.parents.runs.with_name(f"{self.parents.runs.name}-{task}") / f"seed-{seed}"
+            if not (runs[task] / "model").is_dir():
+                words = ["--model", str(self.parents.folder(seed)), "--config", str(CONF / "finetune" / f"{task}.yaml")]
+                finetune.run([*words, "--seed", str(seed), "--output", str(runs[task]), "--overwrite", *CSV, *options])
+        return runs
+
+    @cached_property
+    def rows(self) -> dict[str, Mapping[str, float]]:
+        """Row -> task -> figure, of the reports of a fusion that is compared with a wider one, and of a third."""
+        reports = [self._report("--compare", "wide"), self._report("--width", "2")]
+        names = {f"{PARENT}{run.name}-{task}": ALONE for task, run in self.runs.items()}
+        names |= {"fused": ONE_STREAM, "fused (wide)": WIDER.format(1.5), CEILINGS: ALL_TRUNKS}
+        rows: dict[str, dict[str, float]] = {}
+        for row in reports[0]:
+            name = BEST_TRUNK if row["name"].startswith(HEAD_FITTED) else names.get(row["name"], row["name"])
+            rows.setdefault(name, {}).update(row["tasks"])
+        rows[WIDER.format(2)] = next(row["tasks"] for row in reports[1] if row["name"] == "fused")
+        return dict(rows)
+
+    def figures(self, row: str) -> Figures:
+        return {COLUMNS[task]: self.rows[row][f"{run.name}-{task}"] for task, run in self.runs.items()}
+
+    def _report(self, *options: str) -> list[dict[str, Any]]:
+        with tempfile.TemporaryDirectory() as folder:
+            parents = [f"{run.name}-{task}={run}" for task, run in self.runs.items()]
+            output = Path(folder) / "fused"
+            fuse_command.run(["--parents", *parents, "--labels", "separate", "--output", str(output), *CSV, *options])
+            rows: list[dict[str, Any]] = json.loads((output / "report" / "report.json").read_text())["rows"]
+        return rows
+
+
 def cells(lab: Lab) -> Iterator[Cell]:
     """All cells of the table."""
     for repeat, team in teams(lab):
         measures: dict[str, Callable[[], Figures]] = {
-            "each parent, on its own task": team.alone,
+            ALONE: team.alone,
             "all parents side by side": team.side_by_side,
         }
         makers: dict[str, Maker] = {
-            "best trunk, its head fitted by owner": team.best_trunk,
-            "all trunks, one head fitted by owner": team.all_trunks,
+            BEST_TRUNK: team.best_trunk,
+            ALL_TRUNKS: team.all_trunks,
             "vanilla": team.vanilla,
             "transport + refit": partial(team.fused, load_config(TRANSPORT)),
-            "one stream": partial(team.fused, load_config(JOINT)),
+            ONE_STREAM: partial(team.fused, load_config(JOINT)),
         }
         for width in (1.5, 2):
-            makers[f"one stream, {width:g} times as wide"] = partial(team.fused, load_config(JOINT, {"width": width}))
+            makers[WIDER.format(width)] = partial(team.fused, load_config(JOINT, {"width": width}))
         for seconds in lab.scale.teaching[-1:]:
             makers[f"one stream, taught for {seconds} s"] = partial(team.taught, seconds)
             makers[f"best trunk, distilled for {seconds} s more than fusing takes"] = partial(team.distilled, seconds)
         measures |= {name: partial(team.of, make) for name, make in makers.items()}
         for name, measure in measures.items():
             yield Cell(name, f"{repeat}, {team.column}", measure)
+    for repeat, sentences in of_sentences(lab):
+        for name in (ALONE, BEST_TRUNK, ALL_TRUNKS, ONE_STREAM, WIDER.format(1.5), WIDER.format(2)):
+            yield Cell(name, f"{repeat}, {SENTENCES}", partial(sentences.figures, name))
+
+
+def of_sentences(lab: Lab) -> Iterator[tuple[str, SentencesTeam]]:
+    """Number and parents of each team of language models, where there is data of both tasks."""
+    if SENTENCES in lab.scale.tasks and COLUMNS.keys() <= lab.paths.keys():
+        limit = [] if lab.scale.sentences is None else ["--data.train_limit", str(lab.scale.sentences)]
+        options = {task: ["--data.path", lab.paths[task], *limit] for task in COLUMNS}
+        for pair in lab.scale.pairs:
+            yield str(pair[0]), SentencesTeam(lab.language(), pair, options)
 
 
 def teams(lab: Lab) -> Iterator[tuple[str, TaskTeam]]:

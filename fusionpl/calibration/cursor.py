@@ -55,9 +55,9 @@ class CalibrationSet:
         self._batches = Store[int, dict[str, Tensor]](kept, "batches")
         self._masks: list[dict[str, Tensor]] = []
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not whole else (0, 1)
-        counts: Counter[int | None] = Counter()
+        self._sizes: list[tuple[int, int | None, int]] = []  # first sample, owner, samples of the batches of all ranks
         for first, batch, owner, turn in batches(calibration, config):
-            counts[owner] += len(next(iter(batch.values())))
+            self._sizes.append((first, owner, len(next(iter(batch.values())))))
             if turn % world != rank:
                 continue
             self.grid = "pixel_values" in batch and "input_ids" not in batch
@@ -66,14 +66,21 @@ class CalibrationSet:
             self._batches[len(self.firsts)] = {key: value.clone() for key, value in batch.items()}
             self.firsts.append(first)
             self.owners.append(owner)
-        self._weights = {owner: counts.total() / len(counts) / count for owner, count in counts.items()}
+        self._weights = _weights_of(self._sizes)
         self._alone = whole
 
     def head(self, samples: int) -> "CalibrationSet":
         """The batches that begin within the first samples of all ranks; what is kept of them is kept here."""
         subset = copy.copy(self)
         subset.firsts = [first for first in self.firsts if first < samples]
+        subset._sizes = [size for size in self._sizes if size[0] < samples]
+        subset._weights = _weights_of(subset._sizes)
         return subset
+
+    @property
+    def samples(self) -> int:
+        """How many there are, on all ranks together."""
+        return sum(size for *_, size in self._sizes)
 
     @property
     def owned(self) -> bool:
@@ -113,6 +120,13 @@ class CalibrationSet:
     def __iter__(self) -> Iterator[int]:
         """The numbers of this rank's batches."""
         return iter(range(len(self)))
+
+
+def _weights_of(sizes: Iterable[tuple[int, int | None, int]]) -> dict[int | None, float]:
+    counts: Counter[int | None] = Counter()
+    for _, owner, size in sizes:
+        counts[owner] += size
+    return {owner: counts.total() / len(counts) / count for owner, count in counts.items()}
 
 
 @dataclass(frozen=True)

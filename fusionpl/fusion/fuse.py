@@ -37,7 +37,7 @@ from fusionpl.fusion.refit import Penalties, advance, refit_section
 from fusionpl.fusion.result import FusionResult, InMemory, Writer, unconverged
 from fusionpl.fusion.saving import save, writer_of
 from fusionpl.fusion.sections import aligned_parents, anchored, average_section, completed, observed, wanted_in
-from fusionpl.fusion.survey import TRIAL, Survey, survey_streams
+from fusionpl.fusion.survey import LOOKED_AT, Survey, survey_streams
 from fusionpl.fusion.target import resolve
 from fusionpl.fusion.teaching import Augment
 from fusionpl.fusion.team import Parent, Team
@@ -245,11 +245,11 @@ def choose_units(walk: Walk, plan: Plan, survey: Survey, progress: Progress = no
     """
     if plan.config.strategy != "joint":
         return plan, []
-    configs, notes = units.candidates(plan.config, survey.share)
+    configs, notes = units.candidates(plan.config, survey.share, walk.data.samples)
     plans = [plan if config == plan.config else make_plan(walk.team, config) for config in configs]
     if len(plans) == 1:
         return plans[0], notes
-    few, distances = Walk(walk.team, walk.data.head(TRIAL)), []
+    few, distances = walk.head(LOOKED_AT), []
     for candidate in plans:
         kept = Kept(walk.data.kept.limit)
         _, fused = fuse_sections(few, candidate, survey, InMemory(candidate.target, kept), kept, progress, trial=True)

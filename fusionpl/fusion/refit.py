@@ -6,7 +6,8 @@ weighted mean over the parents of what theirs put out, in the fused network's un
 
     W = W0 + argmin over D of |X D - (Y - X W0)|^2 + penalty |D|^2,
 
-where W0 is the average of the aligned parents; every fifth sample chooses the penalty. The target of a map that writes
+where W0 is the average of the aligned parents; every fifth sample chooses the penalty, in the blocks behind two that
+chose the same for the same group that or none. The target of a map that writes
 into the residual stream is the mean of the parents' streams behind the addition minus what the fused stream already
 holds, so errors of earlier layers are corrected. Norms of post-LN networks get a gain and a shift a unit. What puts out
 predictions is fitted to the mean of the parents' probabilities: see `fit_softmax`. All tokens but padding count,
@@ -31,7 +32,7 @@ from fusionpl.fusion.predictions import beyond_a_fit, fit_predictions
 from fusionpl.models.classes import partial_heads
 from fusionpl.transport.least_squares import NormalEquations, fit_ridge
 
-Penalties = Mapping[tuple[str, ...], float]  # of the same group in the block before
+Penalties = Mapping[tuple[str, ...], Sequence[float]]  # of the same group in the blocks so far
 
 
 def refit_section(
@@ -47,8 +48,9 @@ def refit_section(
         if group.norm:
             state = fit_norm(fit, section, group)
         elif not (group.predicts and beyond_a_fit(fit, section, group)):
-            state, chosen = fit_group(fit, section, group, penalties.get(_kind_of(group)))
-            penalties = {**penalties, _kind_of(group): chosen}
+            before = penalties.get(_kind_of(group), ())
+            state, chosen = fit_group(fit, section, group, before)
+            penalties = {**penalties, _kind_of(group): (*before, chosen)}
         section = replace(section, state=state, done=(*section.done, group))
     return section.state, penalties
 
@@ -59,13 +61,13 @@ def advance(fit: Fit, section: Section) -> None:
         passage(fit, section, None, batch)
 
 
-def fit_group(fit: Fit, section: Section, group: LinearGroup, penalty: float | None) -> tuple[State, float]:
+def fit_group(fit: Fit, section: Section, group: LinearGroup, before: Sequence[float] = ()) -> tuple[State, float]:
     """Fits a group of linear maps; its new parameters, and the penalty.
 
     Args:
         fit, section: where.
         group: which.
-        penalty: that the same group had in the block before.
+        before: the penalties of the same group in the blocks so far.
     """
     maps = [LinearMap.of(fit.binding, section.state, module) for module in group.modules]
     prior = torch.cat([each.matrix for each in maps], dim=1)
@@ -74,7 +76,9 @@ def fit_group(fit: Fit, section: Section, group: LinearGroup, penalty: float | N
         solution, penalty = prior, float("inf")
     else:
         parts = normal_equations(fit, section, group, prior)
-        solution, penalty = fit_ridge(*parts, prior, penalty, both=not fit.trial)
+        settled = len(before) > 1 and before[-1] == before[-2]
+        guess = before[-1] if before else None
+        solution, penalty = fit_ridge(*parts, prior, guess, search=not settled, both=not fit.trial)
     if group.predicts:
         solution = fit_predictions(fit, section, group, solution)
         fit.data.predicting.clear()

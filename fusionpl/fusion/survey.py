@@ -26,8 +26,8 @@ from fusionpl.models.separate import Head
 
 # Classifiers that saw other classes had 99 % and more, those of 80 % of half the classes at most 68 %.
 APART = 0.9
-# Samples that a trial takes at most, and what parents know of tags is measured on.
-TRIAL = 512
+# What parents are is decided on so many samples at most: one stream's basis, what they know, whose units are taken.
+LOOKED_AT = 512
 # Parents whose numbers mean other classes agree on so many samples in the best order, and on so many more in it than as
 # they are, which is also more than chance gives few samples.
 AGREE, CLEARLY = 0.5, 0.05
@@ -95,7 +95,8 @@ class Survey:
 
 
 def survey_streams(walk: Walk, plan: Plan, kept: Kept, progress: Progress = no_progress) -> Survey:
-    """Walks through the parents as far as the plan asks for, and asks classifiers what they know.
+    """Walks through the parents as far as the plan asks for, and asks classifiers what they know; of one stream with
+    the first samples alone, of which all it takes are sums that hardly change with more.
 
     Args:
         walk: the parents before the stem.
@@ -115,11 +116,12 @@ def survey_streams(walk: Walk, plan: Plan, kept: Kept, progress: Progress = no_p
         for name in walk.team.binding.sections
     ]
     last = max((at for at, each in enumerate(wanted) if each.keys or each.together), default=-1)
+    joint = plan.config.strategy == "joint"
+    walk = walk.head(LOOKED_AT) if joint else walk
     with walk.at_work():
         for each in progress(wanted[: last + 1], "look"):
             # No name for what is shown: the next section's is not in memory beside it.
             _add(moments, streams, plan, walk.observe(each, walk.states(each.section), others=True))
-    joint = plan.config.strategy == "joint"
     looks = joint and walk.team.classifies
     share = specialisation(walk) if looks else None
     # Who knows other classes agrees on none, in whatever order.
@@ -211,10 +213,10 @@ def knowledge(walk: Walk) -> Tensor:
     they give it. Who never saw a tag gives it to none, or to all alike. No label is read.
 
     Args:
-        walk: the parents; they are run whole, on as many samples as a trial takes.
+        walk: the parents; they are run whole, on the first samples.
     """
     total: Tensor | None = None
-    data = walk.data.head(TRIAL)
+    data = walk.data.head(LOOKED_AT)
     with walk.at_work():
         for batch in data:
             given = [network.original.logits(data[batch]) for network in walk.team.networks]

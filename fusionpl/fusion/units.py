@@ -11,13 +11,15 @@ from fusionpl.families.family import TAIL
 from fusionpl.fusion.answers import log_probabilities
 from fusionpl.fusion.config import FuseConfig
 from fusionpl.fusion.fitting import held_out
-from fusionpl.fusion.survey import APART, predictions
+from fusionpl.fusion.survey import APART, LOOKED_AT, predictions
 from fusionpl.fusion.voting import Voting
 from fusionpl.fusion.walk import Walk
 
 # Classifiers of digits and CIFAR-10 of the same data, or of halves that were cut at random, had shares below 0.026;
 # those that saw 80 % of half the classes each, from 0.035 on.
 SPECIALISED = 0.03
+# Samples from which on both are tried, on a part of them.
+TRIED = 2 * LOOKED_AT
 # The standard errors by which the anchor's units have to lead. In 13 teams of digits and CIFAR-10 that decides as the
 # test data do: at 2.7 in one of better parents, at most 1.0 in all others.
 ERRORS = 2.0
@@ -25,17 +27,18 @@ ERRORS = 2.0
 _WHOSE = {"anchor": "the anchor's first", "even": "as many of each parent's"}
 
 
-def candidates(config: FuseConfig, share: float | None) -> tuple[list[FuseConfig], list[str]]:
+def candidates(config: FuseConfig, share: float | None, samples: int) -> tuple[list[FuseConfig], list[str]]:
     """The configurations that `units auto` may stand for, and why, in a line each.
 
     Parents of the same data take the anchor's units, those that know other classes each other's alike. In between both
-    are candidates: the better the parents, the more their heads need each other. Language models disagree about rare
-    tokens by chance, and those of other topics did better with the anchor's units: they take what parents of the same
-    data do.
+    are candidates: the better the parents, the more their heads need each other. On few samples a trial never could
+    tell them apart, and each other's do better more often. Language models disagree about rare tokens by chance, and
+    those of other topics did better with the anchor's units: they take what parents of the same data do.
 
     Args:
         config: what is asked for.
         share: what `specialisation` found of classifiers; None of other models.
+        samples: of the calibration set.
     """
     if config.units != "auto":
         return [config], []
@@ -47,6 +50,9 @@ def candidates(config: FuseConfig, share: float | None) -> tuple[list[FuseConfig
         return [even], [f"units: {_WHOSE['even']}, who know other classes ({why} {APART:.0%})"]
     if share < SPECIALISED:
         return [anchor], [f"units: {_WHOSE['anchor']}, for the parents know the same ({why} {SPECIALISED:.0%})"]
+    if samples < TRIED:
+        few = f"both ways are tried with {TRIED:,} samples or more, and here are {samples:,}"
+        return [even], [f"units: {_WHOSE['even']}, who saw other data ({why} {SPECIALISED:.0%}); {few}"]
     return [anchor, even], []
 
 

@@ -36,6 +36,10 @@ class Walk:
         assert self._data is not None  # the plan says whether anything is run
         return self._data
 
+    def head(self, samples: int) -> "Walk":
+        """The same parents over the first samples alone."""
+        return Walk(self.team, self.data.head(samples))
+
     def states(self, section: str) -> list[State]:
         """The parameters that a section uses, of every parent."""
         return [read(section) for read in self.readers]

@@ -85,7 +85,13 @@ class NormalEquations:
 
 
 def fit_ridge(
-    rows: NormalEquations, held_out: NormalEquations, prior: Tensor, guess: float | None = None, *, both: bool = True
+    rows: NormalEquations,
+    held_out: NormalEquations,
+    prior: Tensor,
+    guess: float | None = None,
+    *,
+    search: bool = True,
+    both: bool = True,
 ) -> tuple[Tensor, float]:
     """Ridge regression shrunk towards `prior`, with the penalty that predicts the held-out rows best.
 
@@ -96,6 +102,7 @@ def fit_ridge(
         rows, held_out: two parts of the data.
         prior: [n + 1, m], for the constant in the last row.
         guess: the penalty to begin with, for example that of a similar problem; it changes the time alone.
+        search: whether to look beside the guess, if it is one of the penalties.
         both: whether the solution uses the held-out rows too, once they have chosen the penalty.
 
     Returns:
@@ -115,7 +122,7 @@ def fit_ridge(
         return judge.error(trial.ridge(PENALTIES[index]))
 
     best = PENALTIES.index(guess) if guess in PENALTIES else len(PENALTIES) // 2
-    for step in (-1, 1):
+    for step in (-1, 1) if search or guess not in PENALTIES else ():
         while 0 <= best + step < len(PENALTIES) and error(best + step) < error(best):
             best += step
     if error(best) >= 0:

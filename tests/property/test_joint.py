@@ -243,23 +243,25 @@ def test_between_the_limits_a_trial_decides_whose_units(name: str, monkeypatch: 
     assert result.config.units == "even"
     assert "are not clearly nearer" in result.notes[0]
     assert largest_difference(result.model, fused([one, other], units="even").model) == 0
-    assert fused([one, other], 4).config.units == "even"  # nothing is held out
+    few = fused([one, other], 1023)  # on which no trial could tell
+    assert few.config.units == "even"
+    assert few.notes[0].endswith("both ways are tried with 1,024 samples or more, and here are 1,023")
 
 
 def test_a_trial_takes_a_part_of_the_samples_and_leaves_out_what_judges_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "specialisation", lambda walk: 0.5)
     calls: list[tuple[bool, float, float]] = []
 
-    def spy(rows: NormalEquations, held_out: NormalEquations, *args: Any, both: bool) -> tuple[Tensor, float]:
-        calls.append((both, float(rows.count), float(held_out.count)))
-        return fit_ridge(rows, held_out, *args, both=both)
+    def spy(rows: NormalEquations, held_out: NormalEquations, *args: Any, **options: bool) -> tuple[Tensor, float]:
+        calls.append((options["both"], float(rows.count), float(held_out.count)))
+        return fit_ridge(rows, held_out, *args, **options)
 
     monkeypatch.setattr(refit, "fit_ridge", spy)
-    fusionpl.fuse([timm_vit(seed) for seed in (1, 2)], [images(640)], load_config(JOINT))
+    fusionpl.fuse([timm_vit(seed) for seed in (1, 2)], [images(1024)], load_config(JOINT))
     third = len(calls) // 3
     assert [both for both, *_ in calls] == [False] * 2 * third + [True] * third
     classifiers = [calls[at * third - 1] for at in (1, 2, 3)]  # one row a sample
-    assert classifiers == [(False, 410, 102), (False, 410, 102), (True, 512, 128)]
+    assert classifiers == [(False, 410, 102), (False, 410, 102), (True, 820, 204)]
 
 
 def test_language_models_take_the_anchors_units_and_are_not_looked_at_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,13 @@ def test_all_parents_data_together_count_alike() -> None:
     assert (pooled.weight(0), pooled.owned, data.owned) == (1.0, False, True)
 
 
+def test_among_the_first_samples_all_parents_data_count_alike_too() -> None:
+    few = owned(images(200), images(10), batch_size=10).head(60)
+    assert few.samples == 60
+    shares = {owner: sum(10 * few.weight(at) for at in few if few.owners[at] == owner) for owner in (0, 1)}
+    assert shares == pytest.approx({0: 30, 1: 30})
+
+
 def test_a_weight_is_as_good_as_repeated_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(20, n, generator=generator) for n in (3, 4))

@@ -169,6 +169,17 @@ def test_a_guess_changes_the_way_not_the_end(guess: float | None) -> None:
     assert fit_ridge(rows, held_out, prior, guess)[1] == fit_ridge(rows, held_out, prior)[1]
 
 
+def test_without_a_search_the_guess_is_taken_unless_nothing_predicts_better() -> None:
+    rows, held_out, prior = parts(1, 8, 3, 1.0)
+    other = next(penalty for penalty in PENALTIES if penalty != fit_ridge(rows, held_out, prior)[1])
+    solution, penalty = fit_ridge(rows, held_out, prior, other, search=False)
+    assert penalty == other
+    torch.testing.assert_close(solution, shrunk(rows + held_out, prior, other))
+    assert fit_ridge(rows, held_out, prior, float("inf"), search=False)[1] == fit_ridge(rows, held_out, prior)[1]
+    rows, held_out, prior = parts(3, 6, 2, 1e4)
+    assert fit_ridge(rows, held_out, prior, min(PENALTIES), search=False) == (prior, float("inf"))
+
+
 # Procrustes
 
 

@@ -10,9 +10,12 @@ from fusionpl.alignment.config import AlignConfig
 from fusionpl.calibration.config import CalibrationConfig
 from fusionpl.families.binding import bind
 from fusionpl.families.proof import permuted
+from fusionpl.fusion import refit
 from fusionpl.fusion.config import FuseConfig, RefitConfig
 from fusionpl.fusion.fuse import fuse
 from fusionpl.fusion.result import FusionResult
+from fusionpl.transport import least_squares
+from fusionpl.transport.least_squares import fit_ridge
 from tests.models_for_tests import FAMILIES, images, largest_difference, outputs, timm_vit
 
 CALIBRATION = [images(128)]
@@ -80,6 +83,21 @@ def test_how_batches_are_cut_does_not_matter_nor_that_they_come_from_a_generator
     whole = refitted(parents, {}).model
     cut = refitted(parents, {}, calibration=(part for part in CALIBRATION[0].split(50)), batch_size=7).model
     assert largest_difference(whole, cut) < 3e-4
+
+
+def test_two_blocks_that_chose_one_penalty_settle_it_for_those_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[bool] = []
+
+    def spy(rows: Any, held_out: Any, prior: Tensor, guess: float | None, **options: bool) -> tuple[Tensor, float]:
+        searched.append(options["search"])
+        return fit_ridge(rows, held_out, prior, guess, **options)
+
+    monkeypatch.setattr(refit, "fit_ridge", spy)
+    monkeypatch.setattr(least_squares, "PENALTIES", (1e-3,))  # all that can be chosen
+    refitted([timm_vit(seed, depth=4) for seed in range(2)], {})
+    blocks = [searched[at : at + 4] for at in range(0, 16, 4)]
+    assert blocks == [[True] * 4, [True] * 4, [False] * 4, [False] * 4]
+    assert searched[16:] == [True]  # the head
 
 
 def test_dropout_is_off_whatever_mode_the_parents_are_in() -> None:

@@ -11,7 +11,7 @@ NOTEBOOK = ROOT / "docs/notebooks/fuse_two_vits.ipynb"
 
 
 @pytest.mark.slow  # `make docs` runs it too
-def test_the_notebook_trains_fuses_finetunes_and_shows_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_fuses_finetunes_and_shows_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     notebook = nbformat.read(NOTEBOOK, as_version=4)

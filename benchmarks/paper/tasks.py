@@ -194,7 +194,7 @@ class SentencesTeam:
     def rows(self) -> dict[str, Mapping[str, float]]:
         """Row -> task -> figure, of the reports of a fusion that is compared with a wider one, and of a third."""
         reports = [self._report("--compare", "wide"), self._report("--width", "2")]
-        names = {f"{PARENT}{run.name}-{task}": ALONE for task, run in self.runs.items()}
+        names = {f"{PARENT}{run.name}": ALONE for task, run in self.runs.items()}
         names |= {"fused": ONE_STREAM, "fused (wide)": WIDER.format(1.5), CEILINGS: ALL_TRUNKS}
         rows: dict[str, dict[str, float]] = {}
         for row in reports[0]:
@@ -204,12 +204,11 @@ class SentencesTeam:
         return dict(rows)
 
     def figures(self, row: str) -> Figures:
-        return {COLUMNS[task]: self.rows[row][f"{run.name}-{task}"] for task, run in self.runs.items()}
+        return {COLUMNS[task]: self.rows[row][run.name] for task, run in self.runs.items()}
 
     def _report(self, *options: str) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
-            parents = [f"{run.name}-{task}={run}" for task, run in self.runs.items()]
-            output = Path(folder) / "fused"
+            parents, output = map(str, self.runs.values()), Path(folder) / "fused"
             fuse_command.run(["--parents", *parents, "--labels", "separate", "--output", str(output), *CSV, *options])
             rows: list[dict[str, Any]] = json.loads((output / "report" / "report.json").read_text())["rows"]
         return rows

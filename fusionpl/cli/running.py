@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from safetensors import SafetensorError
@@ -38,8 +39,12 @@ def main(run: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C (one line that says how to go on, if
         the KeyboardInterrupt has a message), 143 and 129 likewise after SIGTERM, a scheduler's, and SIGHUP.
     """
+    before = _open_run()
     with _stopping() as signals:
-        return _exit_code(run, sys.argv[1:] if argv is None else argv, signals)
+        code = _exit_code(run, sys.argv[1:] if argv is None else argv, signals)
+        if (left := _open_run()) is not before:  # the next command in this process would log to it
+            left.finish(exit_code=code)
+    return code
 
 
 def is_main_process() -> bool:
@@ -56,6 +61,11 @@ def quiet() -> None:
     warnings.formatwarning = lambda message, *where, **more: f"warning: {message}\n"
     if not sys.stderr.isatty():
         disable_progress_bars()
+
+
+def _open_run() -> Any:
+    """The run of Weights & Biases that this process logs to, if it has one."""
+    return getattr(sys.modules.get("wandb"), "run", None)
 
 
 def _rank() -> str:

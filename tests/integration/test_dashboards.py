@@ -1,6 +1,7 @@
 """What dashboards are told: Weights & Biases by its own offline mode or by a stand-in for wandb.init, TensorBoard."""
 
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,17 +9,16 @@ from typing import Any
 import pytest
 import wandb
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from fusionpl.cli import evaluate, finetune, fuse, fusing
 from fusionpl.cli.outputs import in_sweep
 from fusionpl.cli.parsing import parse
 from fusionpl.cli.running import main
+from fusionpl.errors import FusionError
 from fusionpl.presets import CONF
 from fusionpl.training.dashboard import log_models
 from fusionpl.training.loggers import finish_loggers, make_loggers
-from fusionpl.training.weights_and_biases import KEPT, dashboard_name, group_of
+from fusionpl.training.weights_and_biases import KEPT, dashboard_name, group_of, open_run
 from tests.integration.runs import make_run
 
 VARIABLES = ("API_KEY", "MODE", "PROJECT", "RUN_GROUP", "RUN_ID", "SWEEP_ID", "DIR", "NAME", "JOB_TYPE")
@@ -96,6 +96,8 @@ def test_lineage_group_and_report_of_a_fusion(tmp_path: Path, runs: list[Run]) -
     assert {"report", "report/bars", "fused finetuned/accuracy"} <= report.logged.keys()
     for kind, logged in (("fuse", fusion.logged), ("finetune", first.logged)):
         assert yaml.safe_load((CONF / f"sweeps/{kind}.yaml").read_text())["metric"]["name"] in logged
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes a second to load
+
     board = EventAccumulator(str(tuned / "tensorboard")).Reload()
     assert {"train/loss", "val/accuracy", "fused finetuned/accuracy"} <= set(board.Tags()["scalars"])
     assert "report/bars" in board.Tags()["images"]
@@ -105,6 +107,8 @@ def test_lineage_group_and_report_of_a_fusion(tmp_path: Path, runs: list[Run]) -
 
 @pytest.mark.parametrize("kind", ["fuse", "finetune"])
 def test_a_sweep_names_options_and_values_that_there_are(kind: str) -> None:
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args  # takes a second to load
+
     file = CONF / "sweeps" / f"{kind}.yaml"
     sweep = yaml.safe_load(file.read_text())
     commands = {"fuse": (fuse.build_parser, fusing.PRESET), "finetune": (finetune.build_parser, finetune.PRESET)}
@@ -183,6 +187,17 @@ def test_what_weights_and_biases_refuses_is_one_line(
         "error: Weights & Biases: No API key configured; keep the run offline with WANDB_MODE=offline, or "
         "leave it out with --logger csv\n"
     )
+
+
+def test_a_command_that_fails_leaves_no_run_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(_: Sequence[str]) -> None:
+        open_run(make_loggers(["wandb"], tmp_path / "fused", name="fuse fused", job="fuse"), tmp_path)
+        assert wandb.run is not None
+        raise FusionError("there is no such parent")
+
+    assert main(fail, []) == 2
+    assert "there is no such parent" in capsys.readouterr().err
+    assert wandb.run is None
 
 
 def test_none_stands_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,8 @@ from fusionpl.errors import FusionError, nearest
 from fusionpl.families.grammar import Dim, GrammarError, parse
 
 STEM, TAIL = "stem", "tail"
+# Of libyaml, where PyYAML was built with it: ten times as fast, of what every command reads.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 VOCABULARY = "vocabulary"  # the axis of tokens
 ROTATED = "rotated"  # among sizes: units of a rotary head
 
@@ -259,7 +261,7 @@ def parse_family(text: str) -> Family:
         FusionError: a key that is missing, unknown or of the wrong kind.
         yaml.YAMLError: it is not YAML.
     """
-    raw = yaml.safe_load(text)
+    raw = yaml.load(text, _LOADER)
     needed = _NEEDED if isinstance(raw, Mapping) and "stacks" in raw else (*_NEEDED, *_STACK)
     _keys(
         raw,

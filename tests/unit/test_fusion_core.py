@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -43,6 +44,18 @@ def fused(
     return fuse(parents, [images()] if calibration is None else calibration, config)
 
 
+# Of two options each, half of all combinations have every pair of them; the other half is slow.
+HALVES = pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.slow)])
+
+
+def of_half(half: int, *options: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    """The combinations of options whose places among their kinds have an even sum, or an odd one."""
+    for combination in itertools.product(*map(enumerate, options)):
+        places, values = zip(*combination, strict=True)
+        if sum(places) % 2 == half:
+            yield values
+
+
 def permuted_copy(model: nn.Module, seed: int = 0) -> nn.Module:
     return permuted(model, torch.Generator().manual_seed(seed))
 
@@ -59,31 +72,30 @@ def refusal(parents: list[nn.Module], **options: Any) -> str:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("residual", [*RESIDUALS, "identity"])
-def test_a_parent_with_itself_is_itself(residual: str, layout: dict[str, Any]) -> None:
-    for (name, builder), evidence, solver in itertools.product(FAMILIES.items(), EVIDENCE, HARD):
+@HALVES
+def test_a_parent_with_itself_is_itself(residual: str, layout: dict[str, Any], half: int) -> None:
+    for (name, builder), evidence, solver in of_half(half, FAMILIES.items(), EVIDENCE, HARD):
         model = builder(3)
         result = fused([model, copy.deepcopy(model)], residual=residual, evidence=evidence, solver=solver, **layout)
         for key, tensor in result.model.named_parameters():
             assert torch.equal(tensor, model.get_parameter(key)), (name, evidence, solver, key)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("evidence", EVIDENCE)
 @pytest.mark.parametrize("residual", RESIDUALS)
-def test_a_permuted_copy_is_recovered_under_every_residual_policy(name: str, evidence: str, residual: str) -> None:
-    model = FAMILIES[name](5)
-    for solver, anchor in itertools.product(HARD, range(2)):
+@HALVES
+def test_a_permuted_copy_is_recovered_under_every_residual_policy(residual: str, half: int) -> None:
+    for name, evidence, solver, anchor in of_half(half, FAMILIES, EVIDENCE, HARD, range(2)):
+        model = FAMILIES[name](5)
         pair = [model, permuted_copy(model)]
         result = fused(pair, anchor=anchor, evidence=evidence, residual=residual, solver=solver)
         assert largest_difference(result.model, pair[anchor]) < 1e-5
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("evidence", EVIDENCE)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_permuted_copy_is_recovered_with_every_head_layout(name: str, evidence: str, layout: dict[str, Any]) -> None:
-    model = FAMILIES[name](6)
-    for solver in HARD:
+@HALVES
+def test_a_permuted_copy_is_recovered_with_every_head_layout(layout: dict[str, Any], half: int) -> None:
+    for name, evidence, solver in of_half(half, FAMILIES, EVIDENCE, HARD):
+        model = FAMILIES[name](6)
         result = fused([model, permuted_copy(model, 1)], evidence=evidence, solver=solver, **layout)
         assert largest_difference(result.model, model) < 1e-5
 

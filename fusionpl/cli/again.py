@@ -6,8 +6,8 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from fusionpl.cli.own_data import WHICH, Own, data_words, read_data
-from fusionpl.cli.parsing import configs_in
+from fusionpl.cli.own_data import Own, data_words, read_data
+from fusionpl.cli.parsing import WHICH, configs_in
 from fusionpl.errors import FusionError
 from fusionpl.models.folders import head_name
 from fusionpl.models.hub import named

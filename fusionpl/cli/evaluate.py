@@ -10,7 +10,7 @@ from fusionpl.cli.again import own_again
 from fusionpl.cli.options import add_logger_option, add_reading_options
 from fusionpl.cli.outputs import check_output
 from fusionpl.cli.own_data import Own
-from fusionpl.cli.parsing import new_parser, parse_options, said, settings_of
+from fusionpl.cli.parsing import changed_settings, new_parser, parse_options, said, settings_of
 from fusionpl.cli.running import main, quiet
 from fusionpl.cli.tasks import parser_like
 from fusionpl.errors import FusionError
@@ -58,7 +58,8 @@ def run(argv: Sequence[str]) -> None:
         check_output(Path(options.output), options.overwrite)
     from fusionpl.cli.jobs.evaluate import evaluate
 
-    evaluate(chosen, settings, joint if options.own_data else None)
+    changed = changed_settings(settings, argv, parser, None)
+    evaluate(chosen, settings, changed, joint if options.own_data else None)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from fusionpl.cli.again import own_again, own_of_heads
 from fusionpl.cli.options import add_logger_option, add_reading_options, add_trainer_options
 from fusionpl.cli.outputs import check_resumable, in_sweep, resumed, run_folder
 from fusionpl.cli.own_data import Own
-from fusionpl.cli.parsing import new_parser, parse, said, settings_of, with_presets
+from fusionpl.cli.parsing import changed_settings, new_parser, parse, said, settings_of, with_presets
 from fusionpl.cli.push import add_push_options, check_push_options
 from fusionpl.cli.running import is_main_process, quiet
 from fusionpl.cli.tasks import check_trains, parser_like, task_of
@@ -39,6 +39,7 @@ class Asked:
         argv: the command line.
         options: those of data and optimiser as their classes.
         settings: those that decide the result, as plain values.
+        changed: those of them that are not as in the preset.
         origin: those of the run that made the model; empty where none did.
         folder: of this run.
         heads: name -> folder of models that share a trunk; empty of one model.
@@ -47,6 +48,7 @@ class Asked:
     argv: Sequence[str]
     options: Namespace
     settings: dict[str, Any]
+    changed: dict[str, Any]
     origin: dict[str, Any]
     folder: Path
     heads: dict[str, Path]
@@ -72,7 +74,8 @@ class Asked:
         home = source.parent if source.is_dir() else Path("runs")
         folder = Path(options.output or in_sweep(home / f"{short_name(model)}-finetuned"))
         check_push_options(options.push_to, options.push_private)
-        return cls(argv, chosen, settings, origin, folder, heads)
+        changed = changed_settings(settings, words, parser, PRESET)
+        return cls(argv, chosen, settings, changed, origin, folder, heads)
 
     @property
     def elsewhere(self) -> bool:
@@ -129,13 +132,7 @@ def run(argv: Sequence[str]) -> None:
     if is_main_process():
         from fusionpl.cli.jobs.finetuned import finish
 
-        finish(asked, origins, rows)
-        made = [path.name for path in asked.heads.values()] or ["model", "baselines"]
-        print(f"{folder}: {'/, '.join(made)}/; {time.monotonic() - started:.0f} s")
-        if options.push_to is not None:
-            from fusionpl.cli.jobs.push import push_run
-
-            push_run(folder, options.push_to, private=options.push_private)
+        finish(asked, origins, rows, started)
 
 
 def _model_in(argv: Sequence[str]) -> str:

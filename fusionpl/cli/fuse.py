@@ -8,10 +8,10 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from fusionpl.cli.alternatives import DISTILLED, TRAINED_ON, compared
-from fusionpl.cli.fusing import arguments, check_configs, fuse_config, fusing_parser
+from fusionpl.cli.fusing import PRESET, arguments, check_configs, fuse_config, fusing_parser
 from fusionpl.cli.outputs import check_output, in_sweep
 from fusionpl.cli.own_data import of_all_classes, one_path, own_data
-from fusionpl.cli.parsing import settings_of, with_presets
+from fusionpl.cli.parsing import changed_settings, settings_of, with_presets
 from fusionpl.cli.push import add_push_options, check_push_options
 from fusionpl.cli.running import quiet
 from fusionpl.cli.tasks import check_trains
@@ -30,6 +30,7 @@ class Asked:
         argv: the command line.
         args: its options, those of data as their class.
         settings: those that decide the result, as plain values.
+        changed: those of them that are not as in the preset.
         config: how to fuse.
         parents: short name -> where the parent comes from.
         presets: row -> another configuration to compare with.
@@ -40,6 +41,7 @@ class Asked:
     argv: Sequence[str]
     args: Namespace
     settings: dict[str, Any]
+    changed: dict[str, Any]
     config: FuseConfig
     parents: Mapping[str, str]
     presets: Mapping[str, FuseConfig]
@@ -76,7 +78,9 @@ class Asked:
         if not (args.dry_run or args.check or args.advise):
             check_output(output, args.overwrite)
             check_push_options(args.push_to, args.push_private)
-        return cls(argv, chosen, settings_of(parser, args), config, parents, presets, alternatives, output)
+        settings = settings_of(parser, args)
+        changed = changed_settings(settings, words, parser, PRESET)
+        return cls(argv, chosen, settings, changed, config, parents, presets, alternatives, output)
 
 
 def run(argv: Sequence[str]) -> None:

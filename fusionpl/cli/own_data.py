@@ -6,14 +6,13 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from fusionpl.cli.parsing import configs_in, new_parser, parse_options
+from fusionpl.cli.parsing import WHICH, configs_in, new_parser, parse_options
 from fusionpl.cli.tasks import NOT_SAID
 from fusionpl.errors import FusionError
 from fusionpl.options import read_yaml, settings_in
 from fusionpl.training.tasks import TASKS, task_named
 
 PATH = "--data.path"
-WHICH = ("path", "name", "text_columns", "label_column", "classes")  # options that say which data they are
 PREPARED = ("image_size", "channels", "normalize", "max_length")  # the fused model takes samples as the anchor does
 Own = list[dict[str, Any]]
 

@@ -1,7 +1,7 @@
 """From a command line to options: files of `--config`, presets by their names, one line for a mistake."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from fusionpl.errors import FusionError
 from fusionpl.options import check_sections, explain, read_yaml
-from fusionpl.presets import preset, presets
+from fusionpl.presets import CONF, preset, presets
 
 # Options that don't change what comes out.
 NO_SETTINGS = (
     "config", "output", "overwrite", "resume", "push_to", "push_private", "advise", "check", "dry_run",
 )  # fmt: skip
+WHICH = ("path", "name", "text_columns", "label_column", "classes")  # options that say which data they are
 
 
 def new_parser(description: str, *, presets: bool = True) -> ArgumentParser:
@@ -115,3 +116,42 @@ def settings_of(parser: ArgumentParser, options: Namespace) -> dict[str, Any]:
         result_options.pop(key, None)
     settings: dict[str, Any] = yaml.safe_load(parser.dump(result_options, skip_validation=True))
     return settings
+
+
+def changed_settings(
+    settings: Mapping[str, Any], argv: Sequence[str], parser: ArgumentParser, default: Path | None
+) -> dict[str, Any]:
+    """What a command line changes: those of its settings that neither a preset nor, of data, the models' runs say.
+
+    Of data of each parent it is which they are.
+
+    Args:
+        settings: see `settings_of`.
+        argv: the command line; presets that its `--config` names are no change, files of the user's own are.
+        parser: that read it.
+        default: the preset that is used without `--config`.
+    """
+    files = [Path(file) for _, file in configs_in(argv)] or ([default] if default else [])
+    words = [word for file in files if file.is_relative_to(CONF) for word in ("--config", str(file))]
+    changed = _differing(settings, settings_of(parser, parse_options(parser, words)))
+    if own := settings.get("own_data"):
+        changed.pop("data", None)  # the anchor's of these
+        names = own if isinstance(own, Mapping) else dict(zip(settings.get("parents", own), own, strict=False))
+        changed["own_data"] = {
+            name: {key: value for key, value in names[name].items() if key in WHICH and value is not None}
+            for name in names
+        }
+    return changed
+
+
+def _differing(settings: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """What of nested settings is not in others, or another value there."""
+    changed = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            value = _differing(value, base.get(key) or {})
+            if value:
+                changed[key] = value
+        elif value != base.get(key):
+            changed[key] = value
+    return changed

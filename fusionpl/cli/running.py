@@ -58,6 +58,9 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning|torch|timm|transformers|datasets")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # before it is loaded: those of map, filter, splits
+    if loaded := sys.modules.get("transformers"):
+        loaded.utils.logging.disable_progress_bar()  # of the weights it loads, which takes no time
     warnings.formatwarning = lambda message, *where, **more: f"warning: {message}\n"
     if not sys.stderr.isatty():
         disable_progress_bars()

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from fusionpl.cli.fusing import arguments, check_configs, fuse_config, fusing_parser
+from fusionpl.cli.fusing import PRESET, arguments, check_configs, fuse_config, fusing_parser
 from fusionpl.cli.outputs import check_output
 from fusionpl.cli.own_data import one_path, own_data
-from fusionpl.cli.parsing import settings_of, with_presets
+from fusionpl.cli.parsing import changed_settings, settings_of, with_presets
 from fusionpl.cli.running import main, quiet
 from fusionpl.errors import FusionError, flattened
 from fusionpl.fusion.config import load_config
@@ -54,7 +54,12 @@ def run(argv: Sequence[str]) -> None:
     check_there(args.parents)
     from fusionpl.cli.jobs.sweep import sweep
 
-    sweep(chosen, settings, configs, output)
+    changed = changed_settings(settings, words, parser, PRESET)
+    best = {
+        name: ["fuse", *_without(argv, "--sweep", "--output", "--overwrite"), *_flags(cell, base["strategy"])]
+        for name, cell in zip(configs, cells, strict=True)
+    }
+    sweep(chosen, settings, changed, configs, best, output)
 
 
 def build_parser(task: TaskName = "image-classification") -> ArgumentParser:
@@ -79,6 +84,22 @@ def grid(sweeps: Sequence[str]) -> list[Cell]:
             raise FusionError(f"--sweep '{sweep}': write KEY=V1,V2, for example align.reg=0.02,0.08")
         axes.append([(key, yaml.safe_load(value)) for value in values.split(",")])
     return [dict(combination) for combination in itertools.product(*axes)]
+
+
+def _without(argv: Sequence[str], *options: str) -> list[str]:
+    """A command line without some options and their values."""
+    words, left_out = [], False
+    for word in argv:
+        if word.startswith("--"):
+            left_out = word.partition("=")[0] in options
+        words += [word] * (not left_out)
+    return words
+
+
+def _flags(cell: Cell, strategy: str) -> list[str]:
+    """The options of a cell as words, with the strategy under which they were swept."""
+    return [f"--{key}={yaml.safe_dump(value, default_flow_style=True).partition(chr(10))[0]}"
+            for key, value in ({"strategy": strategy} | cell).items()]  # fmt: skip
 
 
 def label(cell: Cell) -> str:

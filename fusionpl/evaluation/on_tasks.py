@@ -9,7 +9,7 @@ from fusionpl.evaluation.keeping import share_of_cost
 from fusionpl.evaluation.outcomes import Difference
 from fusionpl.evaluation.rows import ALL_PARENTS, HEAD_FITTED, PARENT, Row, Stage, known, readable
 from fusionpl.evaluation.scores import ACCURACY, Scores
-from fusionpl.evaluation.verdict import SIGNIFICANT, summary_of
+from fusionpl.evaluation.verdict import LEVEL, LOST, SIGNIFICANT, WON, Outcome, summary_of
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,14 @@ def on_tasks(rows: Sequence[Row], scores: Found) -> list[OnTask]:
         for task, ours in scores.get(("fused", stage), {}).items()
         if (theirs := scores.get((name, "one-shot"), {}).get(task)) is not None
     ]
+
+
+def outcome_of(found: Sequence[OnTask], stage: Stage) -> Outcome | None:
+    """What the fused network is beside the head-fitted trunk: better on a task, level, or worse; None without one."""
+    beside = {one.outcome for one in found if one.stage == stage and one.against.startswith(HEAD_FITTED)}
+    if not beside:
+        return None
+    return WON if "gained" in beside else LOST if "lost" in beside else LEVEL
 
 
 def named(row: str) -> str:

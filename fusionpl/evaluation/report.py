@@ -16,34 +16,43 @@ from fusionpl.evaluation.barrier import Curve
 from fusionpl.evaluation.html import axes_cells, page
 from fusionpl.evaluation.keeping import Kept, kept
 from fusionpl.evaluation.matched import MatchedAxis
-from fusionpl.evaluation.on_tasks import OnTask, in_sentences, on_tasks, samples_in_words, task_cells
+from fusionpl.evaluation.on_tasks import OnTask, in_sentences, on_tasks, outcome_of, samples_in_words, task_cells
 from fusionpl.evaluation.outcomes import Outcomes, load_outcomes, load_tensors, save_outcomes
 from fusionpl.evaluation.plots import BARS, BLOCKS, CAPTIONS, LINE, MAPS
 from fusionpl.evaluation.rows import (
+    HEAD_FITTED,
     MODEL,
+    PARENT,
     Row,
     Stage,
     as_table,
     as_text_cells,
+    baseline,
     best_parent,
-    equal_cost_cells,
     readable,
 )
 from fusionpl.evaluation.scores import Scores
+from fusionpl.evaluation.steps import Step
 from fusionpl.evaluation.text import (
     CONTINUED,
-    EQUAL_COST,
+    IN_EQUAL_TIME,
+    OF_COST,
     OF_HEADS,
+    OF_SECONDS,
     OF_TASKS,
     WORDS,
+    explained,
     markdown_table,
     quoted,
     text_table,
 )
-from fusionpl.evaluation.verdict import Verdict, compared_cells, verdict_cells, verdicts
+from fusionpl.evaluation.verdict import Outcome, Verdict, beside_best, verdicts
 from fusionpl.files import beside, put_in_place
 from fusionpl.paths import public_settings
 
+CHANGED = "What is not as in the preset:"
+UNCHANGED = "All is as in the preset."
+EVERY_OPTION = "all options"
 SAMPLES, PICTURES = "samples.safetensors", "pictures.safetensors"
 
 
@@ -53,7 +62,9 @@ class Report:
 
     Attributes:
         rows: one a model, in the order they were added.
-        config: the configuration that was run (shown as YAML).
+        config: the configuration that was run, which is folded away.
+        changed: what of it is not as in the preset, which is shown; None where nobody knows.
+        steps: what to do next, the best first.
         barrier: interpolation curves by name, "vanilla" and "aligned".
         notes: what a reader should know, a line each.
         axes: how the units of a parent were matched, axis by axis; some with a picture.
@@ -67,6 +78,8 @@ class Report:
 
     rows: list[Row] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+    changed: dict[str, Any] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
     barrier: dict[str, Curve] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     axes: dict[str, MatchedAxis] = field(default_factory=dict)
@@ -126,62 +139,65 @@ class Report:
         """The fused network beside others on the task of each parent, where heads are kept apart."""
         return on_tasks(self.rows, self.scores)
 
+    def outcome(self, stage: Stage) -> Outcome | None:
+        """Whether the fused model won, was level or lost beside the best that its user has for nothing; None where that
+        was not measured."""
+        if judged := [verdict.outcome for verdict in self.verdicts if verdict.stage == stage]:
+            return judged[0]
+        return outcome_of(self.on_tasks, stage)
+
     @property
-    def of_tasks(self) -> str:
-        """What the columns of tasks are, in words; empty where there are none."""
-        return OF_HEADS if self.scores else OF_TASKS if self.tasks else ""
+    def best(self) -> str | None:
+        """The best parent's name; None where none was measured."""
+        chosen = best_parent(self.rows)
+        return None if chosen is None else chosen[0].name.removeprefix(PARENT)
+
+    @property
+    def head_fitted(self) -> bool:
+        """Whether a parent with its head alone fitted is what the fused model is judged beside."""
+        held = baseline(self.rows)
+        fitted = any(row.name.startswith(HEAD_FITTED) for row in self.rows)
+        return fitted if self.scores else held is not None and held.name.startswith(HEAD_FITTED)
 
     def rows_as_table(self) -> tuple[list[str], list[list[Any]]]:
         """Column names and raw values (None where not measured), one-shot rows first; for `wandb.Table`."""
         return as_table(self.rows)
 
     def table(self) -> str:
-        """The rows as aligned plain text, the loss barriers, what could be had at equal cost, and last the verdict."""
-        parts = [text_table(as_text_cells(self.rows), left=2), *([self.of_tasks] if self.of_tasks else [])]
+        """The one table as aligned plain text with what its columns mean, the loss barriers, and last the verdict."""
+        cells = self._cells()
+        finetuned = "stage" in cells[0]
+        parts = [text_table(cells, left=1 + finetuned), "\n".join(self._legend())]
         if self.barrier:
             values = [f"{name} {readable('loss', curve.barrier)}" for name, curve in self.barrier.items()]
             parts.append(f"loss barrier: {', '.join(values)}")
-        verdicts = self.verdicts
-        if alternatives := self.alternatives(verdicts):
-            parts.append(text_table(alternatives, left=2))
-        if verdicts:
-            words = [*(verdict.words for verdict in verdicts), *(each.words for each in self.kept)]
-            parts += [text_table(verdict_cells(verdicts), left=1), "\n".join(words)]
         if judged := self.on_tasks:
-            words = [*in_sentences(self.rows, judged), *(each.words for each in self.kept)]
-            parts += [text_table(task_cells(judged), left=2), "\n".join(words)]
-        if compared := compared_cells(self.rows, self.outcomes):
-            parts.append(text_table(compared, left=1))
-        return "\n\n".join(parts)
+            parts.append(text_table(task_cells(judged), left=2))
+        parts.append("\n".join([*self._judgements(), *self._details()]))
+        return "\n\n".join(part for part in parts if part)
 
-    def markdown(self, figures: tuple[str, ...] = ()) -> str:
-        """The report as Markdown, with the configuration as YAML.
+    def markdown(self, figures: tuple[str, ...] = (), *, steps: bool = True) -> str:
+        """The report as Markdown: the verdict, what to do next, one table, and what explains it.
 
         Args:
             figures: which of the pictures lie next to the file and are embedded.
+            steps: whether to say what to do next, which names folders of this machine.
         """
-        title = "# Evaluation" if best_parent(self.rows, MODEL) else "# Fusion report"
-        parts = [title, markdown_table(as_text_cells(self.rows)), *([self.of_tasks] if self.of_tasks else [])]
-        parts += _embedded(BARS, figures)
-        verdicts = self.verdicts
-        if verdicts:
-            parts += [
-                "## Verdict",
-                *(f"**{verdict.words}**" for verdict in verdicts),
-                *(["\n".join(f"- {found.words}" for found in self.kept)] if self.kept else []),
-                markdown_table(verdict_cells(verdicts)),
-            ]
-            parts += [f"± is one standard error, from the same {verdicts[-1].difference.samples:,} test samples."]
+        parts = [f"# {self.title}"]
+        if judgements := self._judgements():
+            parts += ["## Verdict", *(f"**{sentence}**" for sentence in judgements)]
+            parts += ["\n".join(f"- {line}" for line in details)] if (details := self._details()) else []
+        if steps and self.steps:
+            commands = "\n".join(f"# {step.why}\n{step.command}" for step in self.steps)
+            parts += ["## Next", f"```bash\n{commands}\n```"]
+        if self.rows:
+            legend = "\n".join(f"- {line}" for line in self._legend())
+            parts += ["## Models", markdown_table(self._cells()), *([legend] if legend else [])]
         if judged := self.on_tasks:
-            sentences = [f"**{sentence}**" for sentence in in_sentences(self.rows, judged)]
-            parts += ["## Verdict", *sentences, "\n".join(f"- {found.words}" for found in self.kept)]
             parts += [markdown_table(task_cells(judged)), samples_in_words(judged)]
-        if compared := compared_cells(self.rows, self.outcomes):
-            parts += ["## Beside the best model", markdown_table(compared)]
-        if alternatives := self.alternatives(verdicts):
-            parts += ["## At equal cost", EQUAL_COST, markdown_table(alternatives)]
+        parts += _embedded(BARS, figures)
         if self.notes:
-            parts += ["\n".join(f"- {note}" for note in self.notes)]
+            parts += ["## Notes", "\n".join(f"- {note}" for note in self.notes)]
         if self.barrier:
             parts += ["## Loss barrier", markdown_table(self.barrier_cells())]
             parts += _embedded(LINE, figures)
@@ -192,32 +208,34 @@ class Report:
         if self.continuations:
             summary = [[name, quoted(text)] for name, text in {"prompt": self.prompt, **self.continuations}.items()]
             parts += ["## Continuations", CONTINUED, markdown_table([["", "text"], *summary])]
+        if words := self.words:
+            parts += ["## Words", "\n".join(f"- **{word}**: {meaning}" for word, meaning in words)]
         if self.config:
-            parts += ["## Configuration", f"```yaml\n{self.config_as_yaml()}```"]
+            parts += ["## Configuration", CHANGED if self.changed else UNCHANGED]
+            parts += [f"```yaml\n{as_yaml(self.changed)}```"] if self.changed else []
+            parts += [f"<details><summary>{EVERY_OPTION}</summary>\n\n```yaml\n{as_yaml(self.config)}```\n\n</details>"]
         return "\n\n".join(parts) + "\n"
 
     def html(self) -> str:
         """The report as one page, with all that it shows in it."""
         sections = {"cost": plots.cost(self.rows), "barrier": plots.curves(self.barrier),
                     "blocks": plots.blocks(self.blocks), "maps": plots.maps(self.axes)}  # fmt: skip
-        verdicts, on_tasks = self.verdicts, self.on_tasks
+        on_tasks = self.on_tasks
         return page(
             report=self,
-            best=best_parent(self.rows, MODEL),
-            verdicts=verdicts,
-            kept=self.kept,
-            sentences=in_sentences(self.rows, on_tasks),
+            judgements=self._judgements(),
+            details=self._details(),
             on_tasks=task_cells(on_tasks) if on_tasks else [],
             samples=samples_in_words(on_tasks),
-            of_tasks=self.of_tasks.replace("`", ""),
-            rows=as_text_cells(self.rows),
-            judged=verdict_cells(verdicts) if verdicts else [],
-            compared=compared_cells(self.rows, self.outcomes),
-            alternatives=self.alternatives(verdicts),
+            rows=self._cells(),
+            legend=[line.replace("`", "") for line in self._legend()],
             axes=axes_cells(self.axes),
             words=WORDS,
-            equal_cost=EQUAL_COST.replace("`", ""),
             continued=CONTINUED,
+            changed=as_yaml(self.changed) if self.changed else "",
+            every=as_yaml(self.config),
+            above=CHANGED if self.changed else UNCHANGED,
+            every_option=EVERY_OPTION,
             captions={"barrier": CAPTIONS[LINE], "blocks": CAPTIONS[BLOCKS], "maps": CAPTIONS[MAPS]},
             drawn={
                 section: [plots.svg(panel, f"{section}-{number}") for number, panel in enumerate(panels)]
@@ -225,24 +243,60 @@ class Report:
             },
         )
 
-    def alternatives(self, found: Sequence[Verdict]) -> list[list[str]]:
-        """What a user could have instead for the time of the fusion, as a table of text, header first; empty where that
-        was not measured.
+    @property
+    def title(self) -> str:
+        """What the report is of."""
+        return "Evaluation" if best_parent(self.rows, MODEL) else "Fusion report"
 
-        Args:
-            found: the verdicts.
-        """
-        if not (found and found[0].stage == "one-shot" and any(row.steps is not None for row in self.rows)):
-            return []
-        verdict = found[0]
-        parent = f"parent {verdict.parent}"
-        best = self.outcomes[parent, "one-shot"]
-        against = {
-            name: verdict.summary(outcome.better(best, verdict.metric))
-            for (name, stage), outcome in self.outcomes.items()
-            if stage == "one-shot" and name != parent
-        }
-        return equal_cost_cells(self.rows, parent, against)
+    @property
+    def words(self) -> list[tuple[str, str]]:
+        """The words of the glossary that the report uses, with what they mean."""
+        names = (row.name for row in self.rows)
+        shown = [*self._judgements(), *self._details(), *self._legend(), *names, *self.notes, as_yaml(self.changed)]
+        shown += ["verdict"] * bool(self._judgements()) + ["loss barrier"] * bool(self.barrier)
+        return explained("\n".join(shown))
+
+    def _cells(self) -> list[list[str]]:
+        """The one table: what is better than what, and what it costs."""
+        found = self.verdicts
+        of = "to the best parent" if found else "to the best model"
+        return as_text_cells(self.rows, beside_best(self.rows, self.outcomes, found), of)
+
+    def _judgements(self) -> list[str]:
+        """The verdict, a sentence for each stage, of heads that are kept apart for each row beside it."""
+        if best := best_parent(self.rows, MODEL):
+            return [f"{best[0].name} is the best, by {best[1]}"]
+        return [*(verdict.words for verdict in self.verdicts), *in_sentences(self.rows, self.on_tasks)]
+
+    def _details(self) -> list[str]:
+        """What stands behind the verdict: the share of the gain, what is kept of parents with data of their own."""
+        shares = [verdict.share_in_words for verdict in self.verdicts]
+        return [*filter(None, shares), *(each.words for each in self.kept)]
+
+    def _legend(self) -> list[str]:
+        """What the columns of the table mean, a line each."""
+        lines = []
+        if found := self.verdicts:
+            first, last = found[0], found[-1]
+            alike = ", after finetuning beside it finetuned alike" if last.stage == "finetuned" else ""
+            lines.append(
+                f"`to the best parent`: beside {first.row}, the best by {first.chosen}{alike}, on the same "
+                f"{last.difference.samples:,} test samples; ± is one standard error, and `level` may be chance."
+            )
+        elif best := best_parent(self.rows, MODEL):
+            lines.append(
+                f"`to the best model`: beside {best[0].name}; ± is one standard error, and `level` may be chance."
+            )
+        lines += [self._of_tasks] if self._of_tasks else []
+        if best_parent(self.rows) and any(row.flops for row in self.rows):
+            lines.append(OF_COST)
+        lines += [OF_SECONDS] if any(row.seconds is not None for row in self.rows) else []
+        lines += [IN_EQUAL_TIME] if any(row.steps is not None for row in self.rows) else []
+        return lines
+
+    @property
+    def _of_tasks(self) -> str:
+        return OF_HEADS if self.scores else OF_TASKS if self.tasks else ""
 
     def barrier_cells(self) -> list[list[str]]:
         """The loss barriers as a table of text, header first."""
@@ -253,11 +307,6 @@ class Report:
                 for name, curve in self.barrier.items()
             ),
         ]
-
-    def config_as_yaml(self) -> str:
-        """The configuration as it is shown."""
-        text: str = yaml.safe_dump(_plain(self.config), sort_keys=False, allow_unicode=True)
-        return text
 
     def save(self, folder: str | Path) -> None:
         """Writes report.html, report.md, the PNGs, and what `load` reads: report.json, samples.safetensors and
@@ -303,7 +352,10 @@ class Report:
                 for name, way in data.get("blocks", {}).items()
                 if (key := f"blocks/{name}") in pictures
             }
-            report = cls(rows, data["config"], barrier, axes=axes, blocks=blocks, **continued)
+            steps = [Step.read(step) for step in data.get("next", [])]
+            report = cls(
+                rows, data["config"], data.get("changed", {}), steps, barrier, axes=axes, blocks=blocks, **continued
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FusionError(f"'{path}' is not a fusion report ({reason(error)}); run fuse.py again") from error
         report._read_samples(load_outcomes(path.with_name(SAMPLES)))
@@ -353,6 +405,8 @@ class Report:
         return {
             "rows": [row.as_dict() for row in self.rows],
             "config": _plain(self.config),
+            **({"changed": _plain(self.changed)} if self.changed else {}),
+            **({"next": [step.as_dict() for step in self.steps]} if self.steps else {}),
             "barrier": {name: curve.as_dict() for name, curve in self.barrier.items()},
             **({"verdict": [verdict.as_dict() for verdict in judged]} if judged else {}),
             **({"kept": [each.as_dict() for each in self.kept]} if self.kept else {}),
@@ -361,6 +415,12 @@ class Report:
             **({"notes": self.notes} if self.notes else {}),
             **continued,
         }
+
+
+def as_yaml(config: Mapping[str, Any]) -> str:
+    """A configuration as it is shown."""
+    text: str = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ Needs = Literal["unlabelled data", "labels"]
 FIGURES = (
     "agreement", "probe", "accuracy", "f1", "matthews", "pearson", "spearman", "loss", "perplexity", "bits_per_byte",
 )  # fmt: skip
-ELSEWHERE = ("metrics", "steps", "needs", "validation")  # in names of columns, the verdict, the table of equal cost
+ELSEWHERE = ("metrics", "validation")  # in names of columns, and what chooses the best parent
 
 
 @dataclass(frozen=True)
@@ -181,37 +181,38 @@ def _of_task(row: Row, name: str) -> str:
     return f"{TASK}{name}" if metric == "accuracy" else f"{metric} {TASK}{name}"
 
 
-def as_text_cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The table as readable text, header first."""
-    columns, data = as_table(rows)
-    header = ["FLOPs" if column == "flops" else column for column in columns]
-    return [header, *([readable(*cell) for cell in zip(columns, row, strict=True)] for row in data)]
-
-
-def equal_cost_cells(rows: Sequence[Row], best: str, against: Mapping[str, str]) -> list[list[str]]:
-    """What can be had for the time of a fusion, as text, header first.
+def as_text_cells(
+    rows: Sequence[Row], against: Mapping[tuple[str, Stage], str] | None = None, best: str = ""
+) -> list[list[str]]:
+    """The table as readable text, header first; without `stage` where nothing was finetuned.
 
     Args:
-        rows: of a report; shown are the best parent, the ensemble, and what took time before finetuning.
-        best: name of the best parent's row.
-        against: name of a row -> its difference to the best parent in words.
+        rows: of a report.
+        against: (name, stage) of a row -> how it does beside the best parent, which stands first.
+        best: the header of that.
     """
-    shown = [
-        row for row in rows if row.stage == "one-shot" and (row.name in (best, "ensemble") or row.seconds is not None)
-    ]
-    figures = [name for name in FIGURES if any(getattr(row, name) is not None for row in shown)]
-    columns = ["seconds", "steps", "flops", *figures]
-    header = ["name", "needs", *("FLOPs" if column == "flops" else column for column in columns), "to the best parent"]
-    body = [
-        [
-            row.name,
-            row.needs or "nothing",
-            *(readable(column, getattr(row, column)) for column in columns),
-            against.get(row.name, "-"),
-        ]
-        for row in shown
-    ]
-    return [header, *body]
+    columns, data = as_table(rows)
+    finetuned = any(row.stage == "finetuned" for row in rows)
+    shown = [index for index, column in enumerate(columns) if finetuned or column != "stage"]
+    once = _parents_flops(rows)
+    body = []
+    for row, values in zip(ordered(rows), data, strict=True):
+        cells = [readable(columns[index], values[index]) for index in shown]
+        if once and known(row.flops):
+            cells[shown.index(columns.index("flops"))] += f" ({(row.flops or 0) / once:.2g}×)"
+        body.append((row, cells))
+    header = ["FLOPs" if columns[index] == "flops" else columns[index] for index in shown]
+    if not against:
+        return [header, *(cells for _, cells in body)]
+    place = 1 + finetuned
+    lines = [[*cells[:place], against.get((row.name, row.stage), "-"), *cells[place:]] for row, cells in body]
+    return [[*header[:place], best, *header[place:]], *lines]
+
+
+def _parents_flops(rows: Sequence[Row]) -> int | None:
+    """What running the best parent takes; None where there are no parents or it is not known."""
+    chosen = best_parent(rows)
+    return None if chosen is None else chosen[0].flops
 
 
 def readable(column: str, value: Any) -> str:

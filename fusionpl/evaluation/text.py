@@ -3,11 +3,10 @@
 import re
 from collections.abc import Sequence
 
-WORDS = ("", "name", "stage", "needs", "text")  # columns that hold words, not figures
-EQUAL_COST = (
-    "What its parents' owner could have instead. `distilled` and `trained-on` start from the best parent and had the "
-    "seconds of the fused model. Seconds are wall time behind the parents' training."
-)
+WORDS = ("", "name", "stage", "needs", "text", "word")  # columns that hold words, not figures
+IN_EQUAL_TIME = "`distilled` and `trained-on` start from the best parent and had the seconds of the fused model."
+OF_COST = "FLOPs: for one sample, in brackets how many times the best parent's."
+OF_SECONDS = "Seconds: wall time behind the parents' training."
 OF_TASKS = (
     "`on NAME`: accuracy on that parent's own test data when only the classes that it knows may be answered. The other "
     "figures are over the classes of all; each parent's test data count alike."
@@ -16,6 +15,26 @@ OF_HEADS = (
     "Each head is measured on its own parent's test data. `fused`, and a parent's trunk with all heads fitted, answer "
     "for all tasks in one pass."
 )
+# Words of reports and names of rows, in the order in which they are explained; those of README's glossary as there.
+GLOSSARY = {
+    "fused": "the model that the fusion made; in brackets another preset of it",
+    "ensemble": "all parents are run, and their predictions averaged",
+    "logits side by side": "all parents are run, each for its own classes, and the surest one wins",
+    "head-fitted": "a parent as it is, its last layer alone fitted to what all parents predict",
+    "all trunks": "all parents are run below one last layer that is fitted to all",
+    "vanilla": "the plain average of the parents' weights, unit by unit as they stand",
+    "aligned average": "the average of the parents' weights once their units are matched",
+    "refitted": "the fused model before it was taught further",
+    "distilled": "the best parent, taught to predict as the ensemble does, without labels",
+    "trained-on": "the best parent, trained on labels",
+    "anchor": "the parent whose architecture and order of units the fused model has, the first by default",
+    "one stream": "a residual stream for all parents",
+    "refit": "each layer fitted to what the parents put out there: least squares, no labels, no gradients",
+    "verdict": "the fused model beside the best that its user has for nothing, with a standard error",
+    "share of the gain": "how much of the way from the best parent to the ensemble a fused model goes",
+    "family": "a YAML file that says where an architecture's units are",
+    "loss barrier": "how far the loss rises on the straight way between the weights of two models",
+}
 CONTINUED = "The likeliest token each time, before finetuning. Line ends are drawn as ⏎."
 
 
@@ -44,3 +63,9 @@ def quoted(text: str) -> str:
     text = text.replace("\n", "⏎").replace("|", "\\|")
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}"
+
+
+def explained(text: str) -> list[tuple[str, str]]:
+    """The words of the glossary that a text uses, with what they mean."""
+    text = text.lower()
+    return [(word, meaning) for word, meaning in GLOSSARY.items() if re.search(rf"\b{re.escape(word)}\b", text)]

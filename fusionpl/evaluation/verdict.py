@@ -4,7 +4,7 @@ with its head alone fitted to the ensemble, which takes seconds."""
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fusionpl.evaluation.outcomes import SHARES, Difference, Metric, Outcomes
 from fusionpl.evaluation.rows import (
@@ -17,11 +17,14 @@ from fusionpl.evaluation.rows import (
     best_parent,
     judged_metric,
     known,
-    readable,
 )
 
 SIGNIFICANT = 0.05
 MINUS = "−"
+Outcome = Literal["won", "level", "lost"]
+WON: Outcome = "won"
+LEVEL: Outcome = "level"
+LOST: Outcome = "lost"
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,25 @@ class Verdict:
     beside_all: Difference | None = None
 
     @property
+    def row(self) -> str:
+        """The name of the row that it is judged beside."""
+        return f"{HEAD_FITTED * self.head_fitted}{PARENT}{self.parent}"
+
+    @property
     def share(self) -> float | None:
         """(fused - best parent) / (ensemble - best parent); None where no ensemble was measured or it gains nothing."""
         gain = self._gain(self.ensemble)
         mine = self._gain(self.fused)
         return mine / gain if gain is not None and mine is not None and gain > 0 else None
+
+    @property
+    def outcome(self) -> Outcome:
+        """How the fused model did beside its best parent; a difference that may be chance is none."""
+        if math.isnan(self.difference.value):
+            return LOST
+        if not self.difference.chance < SIGNIFICANT:
+            return LEVEL
+        return WON if self.difference.value > 0 else LOST
 
     @property
     def words(self) -> str:
@@ -69,6 +86,16 @@ class Verdict:
         more, less = ("above", "below") if self.metric in SHARES else ("better than", "worse than")
         which = more if self.beside_all.value > 0 else less
         return f"{name}: {self._size(self.beside_all)} {which} running all parents; {self._beside_best}"
+
+    @property
+    def share_in_words(self) -> str:
+        """The share of the ensemble's gain in a sentence; empty where there is none, and where parents know different
+        things, whose ensemble is no measure of what there is to gain."""
+        if self.share is None or self.beside_all is not None:
+            return ""
+        name = "fused, finetuned" if self.stage == "finetuned" else "fused"
+        share = f"{self.share:.2f}".replace("-", MINUS)
+        return f"{name}: share of the gain {share}, of the way from the best parent to the ensemble"
 
     @property
     def _beside_best(self) -> str:
@@ -136,21 +163,39 @@ def _unit(metric: Metric, row: Row) -> str:
     return "points" if metric in SHARES else "of squared error" if row.pearson is not None else "nats"
 
 
-def compared_cells(rows: Sequence[Row], outcomes: Mapping[tuple[str, Stage], Outcomes]) -> list[list[str]]:
-    """Models beside the best of them, on the same test samples, as a table of text, header first; empty where a report
-    has none, but parents of a fusion."""
-    chosen = best_parent(rows, MODEL)
-    if chosen is None:
-        return []
-    best, data = chosen
+def in_a_cell(difference: Difference, unit: str, metric: str) -> str:
+    """`better, +2.9 ± 0.5 points`; `level` where the difference may be chance."""
+    if not known(difference.value):
+        return "not a number"
+    level = not difference.chance < SIGNIFICANT
+    word = "level" if level else "better" if difference.value > 0 else "worse"
+    return f"{word}, {summary_of(difference, unit, metric)}"
+
+
+def beside_best(
+    rows: Sequence[Row], outcomes: Mapping[tuple[str, Stage], Outcomes], found: Sequence["Verdict"]
+) -> dict[tuple[str, Stage], str]:
+    """How each row does beside the best parent of its stage, or beside the best of models that are no parents, on the
+    same test samples: (name, stage) -> cell of a table.
+
+    Args:
+        rows: of a report.
+        outcomes: (name, stage) of a row -> what it did on each test sample.
+        found: the verdicts.
+    """
     metric = judged_metric(rows)
-    held = outcomes[best.name, best.stage]
-    body = []
-    for row in (row for row in rows if row is not best):
-        difference = outcomes[row.name, row.stage].better(held, metric)
-        alike = "" if math.isnan(difference.chance) or difference.chance < SIGNIFICANT else "not to be told apart"
-        body.append([row.name, summary_of(difference, _unit(metric, row), metric), alike])
-    return [["", f"to {best.name}, the best by {data}", ""], *body]
+    held = {verdict.stage: verdict.row for verdict in found}
+    chosen = best_parent(rows, MODEL)
+    if chosen is not None:
+        held[chosen[0].stage] = chosen[0].name
+    units = {(row.name, row.stage): _unit(metric, row) for row in rows}
+    cells = {}
+    for (name, stage), outcome in outcomes.items():
+        if stage in held and (name, stage) in units:
+            difference = outcome.better(outcomes[held[stage], stage], metric)
+            itself = name == held[stage]
+            cells[name, stage] = "itself" if itself else in_a_cell(difference, units[name, stage], metric)
+    return cells
 
 
 def verdicts(rows: Sequence[Row], outcomes: Mapping[tuple[str, Stage], Outcomes]) -> list[Verdict]:
@@ -185,37 +230,3 @@ def verdicts(rows: Sequence[Row], outcomes: Mapping[tuple[str, Stage], Outcomes]
                 )
             )  # fmt: skip
     return judgements
-
-
-def verdict_cells(found: Sequence[Verdict]) -> list[list[str]]:
-    """Verdicts as a table of text, header first, a column each."""
-    first = found[0]
-    header = ["before finetuning" if verdict.stage == "one-shot" else "after finetuning" for verdict in found]
-    figures = [
-        [label, *(readable(verdict.metric, getattr(verdict, key)) for verdict in found)]
-        for label, key in (
-            (f"best parent ({first.parent}, by {first.chosen}{', its head fitted' * first.head_fitted})", "best"),
-            ("ensemble", "ensemble"), ("fused", "fused"),
-        )
-    ]  # fmt: skip
-    return [
-        ["", *header],
-        *figures,
-        ["share of the ensemble's gain", *(_share(verdict) for verdict in found)],
-        ["fused against best parent", *(verdict.summary(verdict.difference) for verdict in found)],
-        *_beside_all(found),
-    ]
-
-
-def _beside_all(found: Sequence[Verdict]) -> list[list[str]]:
-    every = [(verdict, verdict.beside_all) for verdict in found]
-    if all(difference is None for _, difference in every):
-        return []
-    cells = ["" if difference is None else verdict.summary(difference) for verdict, difference in every]
-    return [["fused against all parents run", *cells]]
-
-
-def _share(verdict: Verdict) -> str:
-    if verdict.share is not None:
-        return f"{verdict.share:.2f}".replace("-", MINUS)
-    return "undefined: no gain" if known(verdict.ensemble) else "-"

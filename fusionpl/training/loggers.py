@@ -97,11 +97,18 @@ def make_loggers(
     return loggers
 
 
-@rank_zero_only
-def finish_loggers(loggers: Sequence[Logger]) -> None:
-    """Writes what is left to write; says how to upload a Weights & Biases run that was kept offline."""
+def finish_loggers(loggers: Sequence[Logger]) -> str:
+    """Writes what is left to write, and gives the line that says where a Weights & Biases run is; empty without one,
+    and in all processes but the first."""
+    line: str = rank_zero_only(_finish, "")(loggers)
+    return line
+
+
+def _finish(loggers: Sequence[Logger]) -> str:
+    line = ""
     for logger in loggers:
         if isinstance(logger, FolderRun):
-            finish_run(logger)
+            line = finish_run(logger)
         else:
             logger.finalize("success")
+    return line

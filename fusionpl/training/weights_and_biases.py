@@ -4,6 +4,7 @@ import hashlib
 import netrc
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,8 @@ class FolderRun(WandbLogger):
     def __init__(
         self, folder: Path, *, name: str, job: Job, group: str | None, config: dict[str, Any], resume: bool
     ) -> None:
+        # Weights & Biases reads this when it is first used; what of its lines a user needs, `finish_run` says.
+        os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
         self.folder = folder
@@ -53,7 +56,7 @@ class FolderRun(WandbLogger):
             save_dir=None,  # type: ignore[arg-type]  # the working directory by default, which would hide WANDB_DIR
             config=config,
             # What it gathers about a run names this machine and its folders.
-            settings=wandb.Settings(**_unless_set({"silent": True, "console": "off", "x_disable_meta": True})),
+            settings=wandb.Settings(**_unless_set({"console": "off", "x_disable_meta": True})),
             **_unless_set(ours),
         )
         self._wandb_init.pop("anonymous", None)  # Lightning always passes it on, and wandb warns about it
@@ -95,15 +98,17 @@ def open_run(loggers: Sequence[Logger], folder: Path) -> None:
             logger.keep(folder)
 
 
-@rank_zero_only
-def finish_run(logger: FolderRun) -> None:
-    """Closes a run, and says how to upload it if it was kept offline."""
+def finish_run(logger: FolderRun) -> str:
+    """Closes a run, and says in a line where it is: its page, or its files and how to upload them."""
     run = logger.experiment
     run.finish()
-    if run.settings._offline:
-        why = "" if has_wandb_key() else "no API key, so "
-        place = Path(run.settings.sync_dir).parent
-        print(f"Weights & Biases: {why}the run was kept offline; upload it with: wandb sync {place}")
+    if not run.settings._offline:
+        return f"Weights & Biases: {run.url}"
+    why = "" if has_wandb_key() else "no API key, so "
+    place = Path(run.settings.sync_dir).parent
+    place = place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place
+    sync = shlex.join(["wandb", "sync", str(place)])
+    return f"Weights & Biases: {why}kept offline in {place}; upload it with: {sync}"
 
 
 def group_of(models: Sequence[str | Path]) -> str | None:

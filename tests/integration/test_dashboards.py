@@ -30,7 +30,7 @@ class Run:
     def __init__(self, given: dict[str, Any]) -> None:
         self.given, self.id, self.group = given, given.get("id") or uuid.uuid4().hex, given.get("group")
         self.offline = given.get("mode") == "offline"
-        self.settings = SimpleNamespace(_offline=False)
+        self.settings, self.url = SimpleNamespace(_offline=False), f"https://wandb.ai/{self.id}"
         self.used: list[str] = []
         self.made: list[str] = []
         self.logged: dict[str, Any] = {}

@@ -74,13 +74,16 @@ def test_a_row_of_the_same_name_and_stage_is_replaced_where_it_stands() -> None:
 
 def test_table_is_aligned_and_puts_finetuned_rows_last() -> None:
     assert a_report().table().splitlines() == [
-        "name           stage      accuracy    loss  parameters  FLOPs  epochs  seconds",
-        "-------------  ---------  --------  ------  ----------  -----  ------  -------",
-        "parent seed-1  one-shot    97.50 %  0.0900       803 k  105 M      20        -",
-        "ensemble       one-shot    99.00 %  0.0500      1.61 M      -       -        -",
-        "vanilla        one-shot    16.25 %       -           -      -       -        -",
-        "fused          one-shot    71.20 %  0.9300           -      -       -        -",
-        "fused          finetuned   99.25 %  0.0300           -      -       4     18.0",
+        "name           stage      accuracy    loss  parameters       FLOPs  epochs  seconds",
+        "-------------  ---------  --------  ------  ----------  ----------  ------  -------",
+        "parent seed-1  one-shot    97.50 %  0.0900       803 k  105 M (1×)      20        -",
+        "ensemble       one-shot    99.00 %  0.0500      1.61 M           -       -        -",
+        "vanilla        one-shot    16.25 %       -           -           -       -        -",
+        "fused          one-shot    71.20 %  0.9300           -           -       -        -",
+        "fused          finetuned   99.25 %  0.0300           -           -       4     18.0",
+        "",
+        "FLOPs: for one sample, in brackets how many times the best parent's.",
+        "Seconds: wall time behind the parents' training.",
         "",
         "loss barrier: vanilla 3.8500, aligned 0.4500",
     ]
@@ -134,6 +137,7 @@ def test_markdown_embeds_the_pictures_next_to_it_and_the_configuration(tmp_path:
     assert pictures == ["bars.png", "interpolation.png", "transport-maps.png"]
     assert all(f"]({name})" in text for name in pictures)
     assert "| fused | finetuned | 99.25 % |" in text
+    assert "All is as in the preset." in text.partition("<details>")[0]
     assert yaml.safe_load(text.split("```yaml")[1].split("```")[0]) == CONFIG | {"output": "runs/fused"}
 
 

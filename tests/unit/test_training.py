@@ -259,11 +259,11 @@ def test_weights_and_biases_without_a_key_runs_offline(
     loggers = make_loggers(["wandb"], run, name="test", job="train", config={"seed": 1})
     for logger in loggers:
         logger.log_metrics({"epoch": 0, "val/loss": 0.5}, step=0)
-    finish_loggers(loggers)
+    said = finish_loggers(loggers)
     captured = capsys.readouterr()
-    assert captured.err == ""
-    said = captured.out.strip()
-    assert said.startswith("Weights & Biases: no API key, so the run was kept offline; upload it with: wandb sync ")
+    assert captured.out == captured.err == ""
+    where = f"Weights & Biases: no API key, so kept offline in {tmp_path / 'wandb'}; "
+    assert said.startswith(f"{where}upload it with: wandb sync ")
     kept = Path(said.rpartition(" ")[2])
     assert kept == tmp_path / "wandb"
     assert list(kept.glob("offline-run-*/run-*.wandb"))

@@ -37,7 +37,7 @@ def fused_card(report: Report, names: Sequence[str], strategy: str, *sections: s
         strategy: of the fusion.
         sections: what follows the report.
     """
-    body = report.markdown().partition("\n")[2].strip()
+    body = report.markdown(steps=False).partition("\n")[2].strip()
     return "\n\n".join([f"# Fused from {', '.join(names)}", HOW[strategy], body, *sections])
 
 

@@ -1,5 +1,6 @@
 """Figures of models, of their ensemble and plain average, without fusing."""
 
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,8 @@ from jsonargparse import Namespace
 from fusionpl.calibration.forward import device_named
 from fusionpl.cli.jobs.again import data_again
 from fusionpl.cli.jobs.data import common_tokenizer, data_of, follow
+from fusionpl.cli.jobs.next_steps import after_evaluation
+from fusionpl.cli.jobs.summary import print_summary
 from fusionpl.cli.outputs import staged
 from fusionpl.cli.running import quiet
 from fusionpl.datamodules.base import PIXELS, FixedSplits
@@ -31,18 +34,20 @@ from fusionpl.training.loggers import finish_loggers, make_loggers
 from fusionpl.training.weights_and_biases import group_of
 
 
-def evaluate(options: Namespace, settings: dict[str, Any], joint: str | None = None) -> None:
+def evaluate(options: Namespace, settings: dict[str, Any], changed: dict[str, Any], joint: str | None = None) -> None:
     """Measures models, and prints and writes the report.
 
     Args:
         options: of the command, those of data as their class.
         settings: the same as plain values.
+        changed: those that are not the built-in ones.
         joint: the fused model whose parents' data they are measured on, and whose classes they are brought to.
 
     Raises:
         FusionError: a user's mistake.
     """
     quiet()
+    started = time.monotonic()
     models = named(options.models)
     device = device_named(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     data = _joint(options, models, joint) if joint else data_of(options, models)
@@ -61,11 +66,15 @@ def evaluate(options: Namespace, settings: dict[str, Any], joint: str | None = N
         for line in describe_differences(said, next(iter(said))):
             print(f"warning: {line}")
 
-    report = Report(config=settings)
+    report = Report(config=settings, changed=changed)
     measure_models(bench_for(report, data, device), {name: partial(load, path) for name, path in models.items()})
+    report.steps = after_evaluation(report, options)
     print(report.table())
+    made, dashboard = "", ""
     if options.output is not None:
-        _write(report, options, Path(options.output))
+        made = f"{options.output}: report/report.html, report/report.md"
+        dashboard = _write(report, options, Path(options.output))
+    print_summary(made, time.monotonic() - started, dashboard, report.steps)
 
 
 def _joint(options: Namespace, models: Mapping[str, str], joint: str) -> FixedSplits:
@@ -77,8 +86,8 @@ def _joint(options: Namespace, models: Mapping[str, str], joint: str) -> FixedSp
     return data
 
 
-def _write(report: Report, options: Namespace, output: Path) -> None:
-    """Writes the report and its settings to the output folder, and logs it."""
+def _write(report: Report, options: Namespace, output: Path) -> str:
+    """Writes the report and its settings to the output folder, and logs it; returns where, see `finish_loggers`."""
     settings = report.config
     with staged(output, options.overwrite) as folder:
         write_settings(folder, settings)
@@ -93,5 +102,4 @@ def _write(report: Report, options: Namespace, output: Path) -> None:
     )
     log_report(loggers, report, output / "report")
     log_models(loggers, used=options.models)
-    finish_loggers(loggers)
-    print(f"\n{output}: report/report.html, report/report.md")
+    return finish_loggers(loggers)

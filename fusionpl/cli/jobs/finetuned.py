@@ -1,6 +1,7 @@
 """The report and the card of a finetuned model."""
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from lightning.pytorch.loggers import Logger
 
 from fusionpl.cli.finetune import PRESET, Asked
 from fusionpl.cli.jobs.cards import MadeOf, command_section
+from fusionpl.cli.jobs.next_steps import after_finetuning
+from fusionpl.cli.jobs.push import push_run
+from fusionpl.cli.jobs.summary import print_summary
 from fusionpl.evaluation.outcomes import Outcomes, load_outcomes, save_outcomes
 from fusionpl.evaluation.report import Report
 from fusionpl.evaluation.rows import Row
@@ -53,20 +57,22 @@ class Tested:
         write_json(metrics, self.row.as_dict())
 
 
-def finish(asked: Asked, origins: Mapping[str, MadeOf], rows: Sequence[Tested]) -> None:
-    """Adds the rows to the report of the fused model, prints it, and completes the model's card.
+def finish(asked: Asked, origins: Mapping[str, MadeOf], rows: Sequence[Tested], started: float) -> None:
+    """Adds the rows to the report of the fused model, prints it, completes the model's card, pushes it where that is
+    asked for, and ends with the summary.
 
     Args:
         asked: what was asked for.
         origins: name of a model's folder -> what its card says of where it comes from, and what the hub reads of it.
         rows: what was measured of every candidate, the model itself first.
+        started: when the command was, by `time.monotonic`.
     """
     first = rows[0].row
     report, home = _reported(asked, rows)
     loggers = loggers_of(asked, first.name, asked.folder, resume=True)  # the first candidate's run goes on
     log_report(loggers, report, home)
-    finish_loggers(loggers)
-    print(f"\n{report.table()}\n")
+    dashboard = finish_loggers(loggers)
+    print(f"\n{report.table()}")
     _print_share(asked, first)
     words = [word for word in asked.argv if word != "--resume"]
     for name, (parents, data) in origins.items():
@@ -75,6 +81,13 @@ def finish(asked: Asked, origins: Mapping[str, MadeOf], rows: Sequence[Tested]) 
             if verdict.stage == "finetuned":
                 add_to_card(card, f"**{verdict.words}**")
         add_to_card(card, f"{parents}\n\n{command_section('finetune', words, PRESET)}".lstrip(), data)
+    options = asked.options
+    if options.push_to is not None:
+        push_run(asked.folder, options.push_to, private=options.push_private)
+    baselines = ["baselines/"] if len(rows) > 1 else []
+    models = ", ".join([*(f"{path.name}/" for path in asked.heads.values())] or ["model/", *baselines])
+    made = f"{asked.folder}: {models}; {home / 'report.html'}"
+    print_summary(made, time.monotonic() - started, dashboard, report.steps)
 
 
 def loggers_of(asked: Asked, name: str, place: Path, *, resume: bool) -> list[Logger]:
@@ -95,7 +108,8 @@ def _reported(asked: Asked, rows: Sequence[Tested]) -> tuple[Report, Path]:
     report.outcomes = {key: outcome for key, outcome in report.outcomes.items() if key[1] != "finetuned"}
     for one in rows:
         report.add(one.row, one.outcomes, one.tasks)
-    report.config["finetune"] = asked.settings
+    report.config["finetune"], report.changed["finetune"] = asked.settings, asked.changed
+    report.steps = after_finetuning(report, asked)
     report.save(home)
     return report, home
 
@@ -106,4 +120,4 @@ def _print_share(asked: Asked, row: Row) -> None:
     parent = settings_in(Path(origin["parents"][0])) if origin.get("parents") else origin
     whole, epochs = parent.get("trainer", {}).get("max_epochs"), row.epochs
     if whole and epochs:
-        print(f"finetuning took {epochs:g} epochs, {100 * epochs / whole:.0f} % of a parent's {whole}")
+        print(f"\nfinetuning took {epochs:g} epochs, {100 * epochs / whole:.0f} % of a parent's {whole}")

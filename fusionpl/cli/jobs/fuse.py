@@ -18,6 +18,7 @@ from fusionpl.cli.jobs.fused import measured, write_fused
 from fusionpl.cli.jobs.looking import advised, check, show_plan
 from fusionpl.cli.jobs.parents import Job
 from fusionpl.cli.jobs.push import push_run
+from fusionpl.cli.jobs.summary import print_summary
 from fusionpl.cli.outputs import staged
 from fusionpl.cli.running import is_main_process, quiet
 from fusionpl.datamodules.joint import OwnSplits
@@ -29,7 +30,6 @@ from fusionpl.models.folders import heads_in
 from fusionpl.models.lineage import Ancestor, ancestor
 from fusionpl.training.dashboard import log_models, log_report
 from fusionpl.training.loggers import finish_loggers, make_loggers
-from fusionpl.training.tasks import TASKS
 from fusionpl.training.weights_and_biases import dashboard_name, open_run
 
 
@@ -81,17 +81,16 @@ def _fuse(job: Job, fusion: Fusion, others: Mapping[str, Fusion], fabric: L.Fabr
         report = measured(job, result, cost, made)
         write_fused(folder, job, result.config.strategy, ancestors, report)
     lines = [*(f"warning: {line}" for line in result.warnings), *result.notes, *job.remarks]
-    print(*lines, f"\n{report.table()}\n", sep="\n")
+    print(*lines, f"\n{report.table()}", sep="\n")
     log_report(loggers, report, output / "report")
     apart = heads_in(output)
     log_models(loggers, used=args.parents, made=None if apart else output)
-    finish_loggers(loggers)
-    models = ", ".join(f"{folder.name}/" for folder in apart.values()) or "model/"
-    print(f"{output}: {models}, report/report.html, maps.safetensors; {time.monotonic() - started:.0f} s")
+    dashboard = finish_loggers(loggers)
     if args.push_to is not None:
         push_run(output, args.push_to, private=args.push_private)
-    if TASKS[args.task].trains:
-        print(f"next: python finetune.py --model {output}")
+    models = ", ".join(f"{folder.name}/" for folder in apart.values()) or "model/"
+    written = f"{output}: {models}, report/report.html, maps.safetensors"
+    print_summary(written, time.monotonic() - started, dashboard, report.steps)
 
 
 def _check_alone(alternatives: Sequence[str], processes: int) -> None:

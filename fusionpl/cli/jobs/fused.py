@@ -8,6 +8,7 @@ from typing import Any
 from fusionpl.cli.fusing import PRESET
 from fusionpl.cli.jobs.alternative import alternatives
 from fusionpl.cli.jobs.cards import command_section, fused_card, heads_section, metadata
+from fusionpl.cli.jobs.next_steps import after_fusion
 from fusionpl.cli.jobs.parents import Job
 from fusionpl.datamodules.separate import SeparateSplits
 from fusionpl.evaluation.bench import Cost, Made
@@ -33,7 +34,7 @@ def measured(job: Job, result: FusionResult, cost: Cost, others: Mapping[str, Ma
         others: row -> another fused model to compare with, and its cost.
     """
     asked = job.asked
-    report = Report(config=asked.settings, notes=[*result.warnings, *result.notes, *job.remarks])
+    report = Report(config=asked.settings, changed=asked.changed, notes=[*result.warnings, *result.notes, *job.remarks])
     if asked.args.report != "none":
         parents = {name: partial(job.load, name) for name in asked.parents}
         beside, full = Beside(parents, others, alternatives(job, cost.seconds)), asked.args.report == "full"
@@ -41,6 +42,7 @@ def measured(job: Job, result: FusionResult, cost: Cost, others: Mapping[str, Ma
             measure_separate(SeparateBench(report, job.data, job.device), result, cost, beside, full=full)
         else:
             measure(bench_for(report, job.data, job.device), result, cost, beside, full=full)
+    report.steps = after_fusion(report, asked, result.config)
     return report
 
 

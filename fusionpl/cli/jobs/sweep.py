@@ -2,7 +2,7 @@
 
 import csv
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from torch import nn
 
 from fusionpl.cli.jobs.data import data_of, follow
 from fusionpl.cli.jobs.fuse import progress_bar
+from fusionpl.cli.jobs.next_steps import after_sweep
+from fusionpl.cli.jobs.summary import print_summary
 from fusionpl.cli.outputs import staged
 from fusionpl.cli.running import quiet
 from fusionpl.datamodules.base import FixedSplits
@@ -34,23 +36,33 @@ from fusionpl.training.dashboard import log_models, log_report
 from fusionpl.training.loggers import finish_loggers, make_loggers
 
 
-def sweep(args: Namespace, settings: dict[str, Any], configs: Mapping[str, FuseConfig], output: Path) -> None:
+def sweep(
+    args: Namespace,
+    settings: dict[str, Any],
+    changed: dict[str, Any],
+    configs: Mapping[str, FuseConfig],
+    commands: Mapping[str, Sequence[str]],
+    output: Path,
+) -> None:
     """Fuses once for every cell, and writes the table.
 
     Args:
         args: of the command, those of data as their class.
         settings: the same as plain values.
+        changed: those of them that are not as in the preset.
         configs: cell -> how to fuse.
+        commands: cell -> the command that makes its model, in words.
         output: where the table goes.
 
     Raises:
         FusionError: a user's mistake.
     """
     quiet()
+    begun = time.monotonic()
     parents, family = named(args.parents), read_family(args.family)
     models, data = _opened(args, parents, family)
     test = list(data.test_dataloader())
-    report = Report(config=settings)
+    report = Report(config=settings, changed=changed)
     for name, model in zip(parents, models, strict=True):
         report.add(Row(f"{PARENT}{name}", **_scores(evaluate(model, test))))
     # Drawn once: a loader with workers would start them again for each cell.
@@ -62,7 +74,10 @@ def sweep(args: Namespace, settings: dict[str, Any], configs: Mapping[str, FuseC
         )
         seconds = round(time.monotonic() - started, 2)
         report.add(Row(name, **_scores(evaluate(result.model, test)), seconds=seconds))
-    _write(report, args, output)
+    report.steps = after_sweep(report, commands)
+    dashboard = _write(report, args, output)
+    made = f"{output}: sweep.csv, report/report.html, report/report.md"
+    print_summary(made, time.monotonic() - begun, dashboard, report.steps)
 
 
 def _opened(args: Namespace, parents: Mapping[str, str], family: Family | None) -> tuple[list[nn.Module], FixedSplits]:
@@ -89,8 +104,9 @@ def _opened(args: Namespace, parents: Mapping[str, str], family: Family | None) 
     return models, data
 
 
-def _write(report: Report, args: Namespace, output: Path) -> None:
-    """Writes the report, the table and the settings to the output folder, prints and logs them."""
+def _write(report: Report, args: Namespace, output: Path) -> str:
+    """Writes the report, the table and the settings to the output folder, prints and logs them; returns where, see
+    `finish_loggers`."""
     settings = report.config
     with staged(output, args.overwrite) as folder:
         write_settings(folder, settings)
@@ -102,8 +118,7 @@ def _write(report: Report, args: Namespace, output: Path) -> None:
     loggers = make_loggers(args.logger, output, name=f"sweep {output.name}", job="sweep", config=settings)
     log_report(loggers, report, output / "report")
     log_models(loggers, used=args.parents)
-    finish_loggers(loggers)
-    print(f"\n{output}: sweep.csv, report/report.html, report/report.md")
+    return finish_loggers(loggers)
 
 
 def _scores(metrics: dict[str, Any]) -> dict[str, Any]:

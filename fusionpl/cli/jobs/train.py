@@ -1,6 +1,7 @@
 """Trains one parent."""
 
 import functools
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import yaml
 from jsonargparse import Namespace
 
 from fusionpl.cli.jobs.cards import metadata
+from fusionpl.cli.jobs.next_steps import after_training
+from fusionpl.cli.jobs.summary import print_summary
 from fusionpl.cli.running import is_main_process, quiet
 from fusionpl.datamodules.base import FixedSplits
 from fusionpl.evaluation.rows import readable
@@ -37,6 +40,7 @@ def train(options: Namespace, settings: dict[str, Any], folder: Path) -> None:
         FusionError: a user's mistake.
     """
     quiet()
+    started = time.monotonic()
     L.seed_everything(options.seed, workers=True, verbose=False)
     task = TASKS[options.task]
     data = DATA_MODULES[options.task](options.data, options.seed, None)
@@ -68,7 +72,9 @@ def train(options: Namespace, settings: dict[str, Any], folder: Path) -> None:
     if is_main_process():
         _export(result, data, settings, folder)
         log_models(loggers, made=folder)
-    finish_loggers(loggers)
+    dashboard = finish_loggers(loggers)
+    if is_main_process():
+        print_summary(f"{folder}: model/, metrics.json", time.monotonic() - started, dashboard, after_training(folder))
 
 
 def _export(result: FitResult, data: FixedSplits, settings: dict[str, Any], folder: Path) -> None:
@@ -91,9 +97,8 @@ def _export(result: FitResult, data: FixedSplits, settings: dict[str, Any], fold
     )
     print(
         f"test {', '.join(f'{name} {readable(name, value)}' for name, value in tested.items())}"
-        f" (epoch {result.best_epoch} of {result.epochs}, the best in validation); {result.seconds:.0f} s of training"
+        f" (epoch {result.best_epoch} of {result.epochs}, the best in validation)"
     )
-    print(f"model: {folder / 'model'}")
 
 
 def _card(result: FitResult, tested: dict[str, float], settings: dict[str, Any]) -> str:

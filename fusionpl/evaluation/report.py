@@ -188,7 +188,7 @@ class Report:
             parts += ["## Verdict", *(f"**{sentence}**" for sentence in judgements)]
             parts += ["\n".join(f"- {line}" for line in details)] if (details := self._details()) else []
         if steps and self.steps:
-            commands = "\n".join(f"# {step.why}\n{step.command}" for step in self.steps)
+            commands = "\n".join(f"# {step.why}\n{step.command}".strip() for step in self.steps)
             parts += ["## Next", f"```bash\n{commands}\n```"]
         if self.rows:
             legend = "\n".join(f"- {line}" for line in self._legend())
@@ -278,7 +278,7 @@ class Report:
         lines = []
         if found := self.verdicts:
             first, last = found[0], found[-1]
-            alike = ", after finetuning beside it finetuned alike" if last.stage == "finetuned" else ""
+            alike = f", after finetuning beside {last.row} finetuned alike" if last.stage == "finetuned" else ""
             lines.append(
                 f"`to the best parent`: beside {first.row}, the best by {first.chosen}{alike}, on the same "
                 f"{last.difference.samples:,} test samples; ± is one standard error, and `level` may be chance."

@@ -1,4 +1,4 @@
-"""What to do after a report: a command, and why."""
+"""What to do after a report: a command, and what it is good for."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -12,19 +12,22 @@ SCRIPTS = {command: f"{command}.py" for command in ("train", "fuse", "finetune")
 
 @dataclass(frozen=True)
 class Step:
-    """A command that may follow.
+    """What may follow.
 
     Attributes:
         why: what it is good for, a few words.
-        words: its name and arguments, `["finetune", "--model", "runs/fused"]`.
+        words: the command's name and arguments, `["finetune", "--model", "runs/fused"]`; empty where no one command
+            does it.
     """
 
     why: str
-    words: Sequence[str]
+    words: Sequence[str] = ()
 
     @property
     def command(self) -> str:
         """The command as a file shows it that others may read: see `public_command`."""
+        if not self.words:
+            return ""
         name, *arguments = self.words
         program = ["python", SCRIPTS[name]] if name in SCRIPTS else ["python", "-m", f"fusionpl.cli.{name}"]
         return public_command([*program, *arguments])

@@ -36,11 +36,13 @@ def test_models_their_ensemble_and_average(
         assert row["accuracy"] == pytest.approx(figures["accuracy"])
         assert row["loss"] == pytest.approx(figures["loss"], rel=1e-5)
     best = max(("model seed-0", "model seed-1", "model seed-2"), key=lambda name: rows[name]["validation"])
-    assert f"to {best}, the best by validation" in shown
+    assert f"{best} is the best, by validation" in shown
+    assert f"beside {best}; ±" in shown
     assert "loss barrier: vanilla" in shown
     written = (tmp_path / "out/report/report.md").read_text()
     assert written.startswith("# Evaluation\n")
-    assert "## Beside the best model" in written
+    assert f"**{best} is the best, by validation**" in written
+    assert f"| {best} | itself |" in written
     assert (tmp_path / "out/report/interpolation.png").is_file()
 
 

@@ -1,6 +1,7 @@
 """fuse.py --labels separate: one trunk, and a head for each parent, each with its own data."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def test_what_is_written_repeats_and_tells_of_itself(
     again = ["--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "again")]
     assert main(fuse.run, again) == 0
     said = capsys.readouterr().out
-    assert "next: python finetune.py --model " in said
+    assert re.search(r"^next: .*\b(finetune|fuse)(\.py)? --", said, re.MULTILINE)
     assert "model-films/, model-moods/, model-stars/, model-topics/, report/report.html" in said
     assert rows(tmp_path / "again")["fused"]["tasks"] == rows(fused)["fused"]["tasks"]
 

@@ -1,5 +1,6 @@
 """What a command advises to do next: commands that can be pasted as they stand."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fusionpl.models.hub import named
 from fusionpl.options import SETTINGS, settings_in
 from fusionpl.training.tasks import TASKS
 
+OTHER_DATA = "parents that each saw other data (train.py --data.classes, --data.path) have more to give each other"
 WIDER, FACTOR = 1.5, 8  # what is tried first, and the largest `width` that is a factor and no number of units
 
 
@@ -50,18 +52,21 @@ def after_fusion(report: Report, asked: AskedToFuse, config: FuseConfig) -> list
     finetuned = Step("a short finetuning of it, beside the best parent", ("finetune", "--model", str(output)))
     outcome = report.outcome("one-shot")
     if outcome in (WON, None):
-        alone = ("evaluate", "--models", str(output), *args.parents)
-        return [finetuned if trains else Step("its figures beside the parents'", alone)]
-    steps = [*_wider(output, asked.settings, config.strategy)]
-    best = _path_of_best(report, asked.parents)
-    head = Step("the best parent, its head alone fitted to all", _again(output, "head", "--strategy", "head"))
-    fitted = config.strategy != "head" and report.head_fitted
-    if outcome == LOST:
-        return [head, *steps] if fitted else [*steps, *_kept(best)]
-    if trains and DISTILLED not in asked.alternatives and args.trainer.devices in ("auto", 1, "1"):
-        steps.append(Step("all parents distilled into the best one, in the same time",
-                          _again(output, "distilled", "--compare", DISTILLED)))  # fmt: skip
-    return steps or [head if fitted else finetuned]
+        beside = ("evaluate", "--models", str(output), *args.parents)
+        return [finetuned if trains else Step("its figures beside the parents'", beside)]
+    steps = _wider(output, asked.settings, config.strategy)
+    if outcome == LOST and report.head_fitted and config.strategy != "head":
+        sizes = [word for key in ("width", "depth") if asked.settings.get(key) for word in (f"--{key}", "null")]
+        best = _again(output, "head", "--strategy", "head", *sizes)
+        steps = [Step("the best parent with its head fitted, as a model", best), *steps]
+    elif outcome == LOST and (path := asked.parents.get(report.best or "")):
+        steps = [Step("the parent to keep, and what it can", ("evaluate", "--models", path)), *steps]
+    if outcome == LEVEL and trains and DISTILLED not in asked.alternatives:
+        distilled = _again(output, DISTILLED, "--compare", DISTILLED)
+        steps.append(Step("all parents distilled into the best one, in the same time", distilled))
+    if not args.own_data:
+        steps.append(Step(OTHER_DATA))
+    return steps or [finetuned]
 
 
 def after_finetuning(report: Report, asked: AskedToFinetune) -> list[Step]:
@@ -70,7 +75,7 @@ def after_finetuning(report: Report, asked: AskedToFinetune) -> list[Step]:
     outcome = report.outcome("finetuned")
     parents: Mapping[str, str] = named(origin.get("parents", []))
     if outcome in (LEVEL, LOST) and (steps := _wider(model, origin, origin.get("strategy", "auto"))):
-        return [*steps]
+        return steps
     if asked.heads:
         return [
             Step(
@@ -78,7 +83,7 @@ def after_finetuning(report: Report, asked: AskedToFinetune) -> list[Step]:
                 ("evaluate", "--models", str(asked.folder / next(iter(asked.heads.values())).name)),
             )
         ]
-    beside = _path_of_best(report, parents) or next(iter(parents.values()), None) or str(model)
+    beside = parents.get(report.best or "", str(model))
     return [
         Step("its figures beside those of what it was made of", ("evaluate", "--models", str(asked.folder), beside))
     ]
@@ -109,7 +114,8 @@ def after_sweep(report: Report, commands: Mapping[str, Sequence[str]]) -> list[S
 
 def _again(output: Path, name: str, *changes: str) -> tuple[str, ...]:
     """The fusion of a folder again, with some options changed, into a folder beside it."""
-    beside = output.with_name(f"{output.name}-{name}")
+    first = re.sub(r"-(width-[\d.]+|distilled|head)$", "", output.name)
+    beside = output.with_name(f"{first}-{name}")
     return ("fuse", "--config", str(output / SETTINGS), *changes, "--output", str(beside))
 
 
@@ -137,12 +143,3 @@ def _wider(output: Path, settings: Mapping[str, Any], strategy: str) -> list[Ste
             _again(output, f"width-{wider}", *changes, "--width", wider),
         )
     ]
-
-
-def _path_of_best(report: Report, parents: Mapping[str, str]) -> str | None:
-    name = report.best
-    return None if name is None else parents.get(name)
-
-
-def _kept(best: str | None) -> list[Step]:
-    return [] if best is None else [Step("the parent that is kept", ("evaluate", "--models", best))]

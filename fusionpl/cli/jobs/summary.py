@@ -22,7 +22,7 @@ def print_summary(made: str, seconds: float, dashboard: str, steps: Iterable[Ste
     took = f"took: {seconds:.0f} s"
     print("", *([f"made: {made}"] if made else []), took, *([dashboard] if dashboard else []), sep="\n")
     for step in steps:
-        print(f"next: {spoken(step.words)}  # {step.why}")
+        print(f"next: {spoken(step.words)}  # {step.why}" if step.words else f"next: {step.why}")
 
 
 def spoken(words: Sequence[str]) -> str:
@@ -39,9 +39,10 @@ def spoken(words: Sequence[str]) -> str:
     if program.name == "fusionpl":
         return shlex.join(["fusionpl", *words])
     if command in SCRIPTS:
-        script = program.with_name(f"{command}.py") if program.name in SCRIPTS.values() else Path(SCRIPTS[command])
-        return shlex.join([_python(), str(script), *arguments])
-    return shlex.join([_python(), "-m", f"fusionpl.cli.{command}", *arguments])
+        script = program.with_name(SCRIPTS[command]) if program.name in SCRIPTS.values() else Path(SCRIPTS[command])
+        if script.is_file():
+            return shlex.join([_python(), str(script), *arguments])
+    return shlex.join([_python(), "-m", "fusionpl.cli.main", *words])
 
 
 def _python() -> str:

@@ -29,6 +29,7 @@ from fusionpl.evaluation.rows import (
     as_text_cells,
     baseline,
     best_parent,
+    needed,
     readable,
 )
 from fusionpl.evaluation.scores import Scores
@@ -290,7 +291,8 @@ class Report:
         lines += [self._of_tasks] if self._of_tasks else []
         if best_parent(self.rows) and any(row.flops for row in self.rows):
             lines.append(OF_COST)
-        lines += [OF_SECONDS] if any(row.seconds is not None for row in self.rows) else []
+        if needs := needed(self.rows):
+            lines.append(f"{OF_SECONDS}, on unlabelled data." if needs == {"unlabelled data"} else f"{OF_SECONDS}.")
         lines += [IN_EQUAL_TIME] if any(row.steps is not None for row in self.rows) else []
         return lines
 

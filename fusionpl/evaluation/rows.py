@@ -184,7 +184,7 @@ def _of_task(row: Row, name: str) -> str:
 def as_text_cells(
     rows: Sequence[Row], against: Mapping[tuple[str, Stage], str] | None = None, best: str = ""
 ) -> list[list[str]]:
-    """The table as readable text, header first; without `stage` where nothing was finetuned.
+    """The table as readable text, header first; without `stage` and `needs` where these are all the same.
 
     Args:
         rows: of a report.
@@ -193,7 +193,8 @@ def as_text_cells(
     """
     columns, data = as_table(rows)
     finetuned = any(row.stage == "finetuned" for row in rows)
-    shown = [index for index, column in enumerate(columns) if finetuned or column != "stage"]
+    same = {name for name, differs in (("stage", finetuned), ("needs", len(needed(rows)) > 1)) if not differs}
+    shown = [index for index, column in enumerate(columns) if column not in same]
     once = _parents_flops(rows)
     body = []
     for row, values in zip(ordered(rows), data, strict=True):
@@ -207,6 +208,11 @@ def as_text_cells(
     place = 1 + finetuned
     lines = [[*cells[:place], against.get((row.name, row.stage), "-"), *cells[place:]] for row, cells in body]
     return [[*header[:place], best, *header[place:]], *lines]
+
+
+def needed(rows: Sequence[Row]) -> set[Needs | None]:
+    """What the rows needed that took time behind the parents' training."""
+    return {row.needs for row in rows if row.seconds is not None}
 
 
 def _parents_flops(rows: Sequence[Row]) -> int | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 WORDS = ("", "name", "stage", "needs", "text", "word")  # columns that hold words, not figures
 IN_EQUAL_TIME = "`distilled` and `trained-on` start from the best parent and had the seconds of the fused model."
 OF_COST = "FLOPs: for one sample, in brackets how many times the best parent's."
-OF_SECONDS = "Seconds: wall time behind the parents' training."
+OF_SECONDS = "Seconds: wall time behind the parents' training"
 OF_TASKS = (
     "`on NAME`: accuracy on that parent's own test data when only the classes that it knows may be answered. The other "
     "figures are over the classes of all; each parent's test data count alike."

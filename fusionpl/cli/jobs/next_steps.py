@@ -63,7 +63,7 @@ def after_fusion(report: Report, asked: AskedToFuse, config: FuseConfig) -> list
         steps = [Step("the parent to keep, and what it can", ("evaluate", "--models", path)), *steps]
     if outcome == LEVEL and trains and DISTILLED not in asked.alternatives:
         distilled = _again(output, DISTILLED, "--compare", DISTILLED)
-        steps.append(Step("all parents distilled into the best one, in the same time", distilled))
+        steps.append(Step("whether distilling all into the best parent does better in the same time", distilled))
     if not args.own_data:
         steps.append(Step(OTHER_DATA))
     return steps or [finetuned]

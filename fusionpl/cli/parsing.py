@@ -136,7 +136,9 @@ def changed_settings(
     changed = _differing(settings, settings_of(parser, parse_options(parser, words)))
     if own := settings.get("own_data"):
         changed.pop("data", None)  # the anchor's of these
-        names = own if isinstance(own, Mapping) else dict(zip(settings.get("parents", own), own, strict=False))
+        names = (
+            own if isinstance(own, Mapping) else dict(zip(settings.get("parents", range(len(own))), own, strict=True))
+        )
         changed["own_data"] = {
             name: {key: value for key, value in names[name].items() if key in WHICH and value is not None}
             for name in names

@@ -27,7 +27,7 @@ def own_again(argv: Sequence[str], origin: Mapping[str, Any], args: Namespace) -
     own, data = args.own_data or origin.get("own_data"), origin.get("data", {})
     if not own or isinstance(own, Mapping) or args.task != task_named(origin.get("task", "image-classification")):
         return None
-    if any(args.data[key] != data.get(key) for key in ("path", "classes")):
+    if any(args.data.get(key) != data.get(key) for key in ("path", "classes")):
         return None
     return [read_data(args.task, each | _general(argv), data_words(argv)) for each in own]
 

@@ -13,7 +13,10 @@ from fusionpl.options import read_yaml, settings_in
 from fusionpl.training.tasks import TASKS, task_named
 
 PATH = "--data.path"
-PREPARED = ("image_size", "channels", "normalize", "max_length")  # the fused model takes samples as the anchor does
+# The fused model takes samples as the anchor does.
+PREPARED = (
+    "image_size", "channels", "normalize", "max_length", "block_size", "mask_probability", "noise", "span_length",
+)  # fmt: skip
 Own = list[dict[str, Any]]
 
 
@@ -44,7 +47,7 @@ def own_data(argv: Sequence[str], paths: Sequence[str], args: Namespace) -> Own 
         args: what the parser read of the command line.
 
     Raises:
-        FusionError: neither one set nor one for each parent, or the task knows no data of each.
+        FusionError: neither one set nor one for each parent.
     """
     files = [read_yaml(file) for _, file in configs_in(argv)]
     repeated = next((tree["own_data"] for tree in reversed(files) if tree.get("own_data")), None)
@@ -58,11 +61,6 @@ def own_data(argv: Sequence[str], paths: Sequence[str], args: Namespace) -> Own 
                 f"{what} names {len(given)} sets of data, and there are {count} parents; give one for each parent, in "
                 "their order, or one for all"
             )
-    if "classes" not in {field.name for field in fields(TASKS[args.task].data)}:
-        if len(paths) > 1:
-            raise FusionError(f"{PATH}: each parent has its own data where there are classes to tell apart, and "
-                              f"{args.task} has none; give one path of all")  # fmt: skip
-        return None
     runs = repeated or _of_runs(args)
     apart = args.labels == "separate"
     if len(paths) == 1:
@@ -87,7 +85,9 @@ def own_data(argv: Sequence[str], paths: Sequence[str], args: Namespace) -> Own 
 
 def of_all_classes(argv: Sequence[str], args: Namespace) -> bool:
     """Whether the runs of parents that share one set of data name other classes, and nothing else names any: it has
-    those of all then."""
+    those of all then. Tokens are no classes."""
+    if "classes" not in args.data:
+        return False
     said = any(word.partition("=")[0] == "--data.classes" for word in argv)
     said |= any("classes" in read_yaml(file).get("data", {}) for _, file in configs_in(argv))
     joint = any(settings_in(parent).get("own_data") for parent in args.parents)  # what it knows is in its model

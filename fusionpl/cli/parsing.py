@@ -16,7 +16,8 @@ from fusionpl.presets import CONF, preset, presets
 NO_SETTINGS = (
     "config", "output", "overwrite", "resume", "push_to", "push_private", "advise", "check", "dry_run",
 )  # fmt: skip
-WHICH = ("path", "name", "text_columns", "label_column", "classes")  # options that say which data they are
+# Options that say which data they are.
+WHICH = ("path", "name", "text_column", "text_columns", "label_column", "classes")
 
 
 def new_parser(description: str, *, presets: bool = True) -> ArgumentParser:

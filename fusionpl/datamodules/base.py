@@ -213,13 +213,17 @@ class FixedSplits(L.LightningDataModule):
             )
         return self._loader("calibration", batch_size, None, 0)
 
+    def sizes(self, part: str) -> list[int]:
+        """How many samples of `part` there are in each set of data; here there is one."""
+        return [len(self.dataset(part))]  # type: ignore[arg-type]  # all have a length
+
     def calibration_batch(self, batch_size: int) -> Any:
         """The first batch of the calibration data."""
         return next(iter(self.calibration_dataloader(batch_size)))
 
     def calibration_sizes(self) -> list[int]:
         """How many calibration samples there are in each set of data; here there is one."""
-        return [len(self.dataset("calibration"))]  # type: ignore[arg-type]  # all have a length
+        return self.sizes("calibration")
 
     def unlabelled_dataloader(self) -> DataLoader[Any] | None:
         """The training data as they are, for what is learned without their labels; None where they have no length."""

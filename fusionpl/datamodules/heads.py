@@ -5,9 +5,8 @@ from typing import Any
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 
-from fusionpl.datamodules.base import Run
+from fusionpl.datamodules.base import FixedSplits, Run
 from fusionpl.datamodules.joint import SeveralSplits
-from fusionpl.datamodules.labelled import LabelledSplits
 from fusionpl.errors import FusionError
 from fusionpl.models.labels import NUMBERS
 
@@ -63,7 +62,7 @@ class HeadSplits(SeveralSplits):
         return CombinedLoader(self.loaders("test_dataloader"), "sequential")
 
 
-def _variance(name: str, data: LabelledSplits) -> float:
+def _variance(name: str, data: FixedSplits) -> float:
     labels: Tensor = data.dataset("train").labels  # type: ignore[attr-defined]  # of sentences, which alone have numbers
     variance = float(labels.double().var(correction=0))
     if not variance > 0:

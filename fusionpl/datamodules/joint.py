@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 
 from fusionpl.calibration.batches import OfEachParent
+from fusionpl.calibration.embeddings import Pooling
 from fusionpl.datamodules.base import FixedSplits, Run
 from fusionpl.datamodules.labelled import LabelledSplits
 from fusionpl.errors import FusionError
@@ -16,6 +17,7 @@ from fusionpl.models.labels import Kind
 from fusionpl.models.preprocessing import ImageProcessing
 from fusionpl.models.save import class_names
 
+DRAWN = 0  # the seed of what is drawn to calibrate on
 LISTED = 10  # names of classes that a line has room for
 
 
@@ -53,23 +55,26 @@ class InTurn:
 
 class InputsOf:
     """What a parent is calibrated on: its calibration data, which it was not trained on, and then the inputs of its
-    training data, in order. Of some classes of a data set the former are few.
+    training data, in order; those that are drawn are the same each time. Of some classes of a data set the former are
+    few.
 
     Args:
         data: the parent's.
         batch_size: samples a batch.
     """
 
-    def __init__(self, data: LabelledSplits, batch_size: int) -> None:
+    def __init__(self, data: FixedSplits, batch_size: int) -> None:
         self._data, self._batch_size = data, batch_size
 
     def __iter__(self) -> Iterator[Any]:
         if self._data.calibration_sizes()[0]:
             yield from self._data.calibration_dataloader(self._batch_size)
-        yield from self._data.unlabelled_dataloader() or ()
+        yield from _drawn_alike(self._data.unlabelled_dataloader() or ())
 
     def __len__(self) -> int:
-        return self._data.calibration_sizes()[0] + len(self._data.dataset("train"))  # type: ignore[arg-type]
+        more = self._data.unlabelled_dataloader()
+        behind = 0 if more is None else len(more.dataset)  # type: ignore[arg-type]
+        return self._data.calibration_sizes()[0] + behind
 
 
 class SeveralSplits(FixedSplits):
@@ -79,7 +84,7 @@ class SeveralSplits(FixedSplits):
         own: name -> data.
     """
 
-    def __init__(self, own: Mapping[str, LabelledSplits]) -> None:
+    def __init__(self, own: Mapping[str, FixedSplits]) -> None:
         super().__init__()
         self.own = own
 
@@ -117,7 +122,7 @@ class OwnSplits(SeveralSplits):
     """
 
     def __init__(
-        self, own: Mapping[str, LabelledSplits], known: Mapping[str, tuple[str, ...] | None], leading: str
+        self, own: Mapping[str, FixedSplits], known: Mapping[str, tuple[str, ...] | None], leading: str
     ) -> None:
         super().__init__(own)
         self._known, self._leading = known, own[leading]
@@ -160,13 +165,16 @@ class OwnSplits(SeveralSplits):
         """How many calibration samples each parent has."""
         return [len(InputsOf(data, 1)) for data in self.own.values()]
 
-    def unlabelled_dataloader(self) -> OfEachParent:  # type: ignore[override]
-        """The training data of each parent, for what is learned without their labels."""
-        return OfEachParent(tuple(self.loaders("unlabelled_dataloader").values()))
+    def unlabelled_dataloader(self) -> OfEachParent | None:  # type: ignore[override]
+        """The training data of each parent, for what is learned without their labels; None unless each has some."""
+        loaders = [data.unlabelled_dataloader() for data in self.own.values()]
+        each = tuple(loader for loader in loaders if loader is not None)
+        return OfEachParent(each) if len(each) == len(loaders) else None
 
 
 class JointSplits(OwnSplits):
-    """The data of each parent with one numbering of the classes of all; parts of all take turns."""
+    """The data of each parent with one numbering of the classes of all, or with tokens, or for encoders without a head;
+    parts of all take turns."""
 
     @property
     def metrics(self) -> Sequence[str]:  # type: ignore[override]
@@ -175,18 +183,28 @@ class JointSplits(OwnSplits):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of all parents; 1 for a regression."""
+        """Number of classes of all parents, or of tokens; 1 for a regression."""
         return self._leading.num_classes
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes of all parents, in the order of the labels; None for a regression."""
+        """Names of the classes of all parents, in the order of the labels; None where labels are no classes."""
         return self._leading.class_names
 
     @property
     def kind(self) -> Kind:
         """What the labels are."""
         return self._leading.kind
+
+    @property
+    def prompt(self) -> Tensor | None:
+        """Tokens that a model can go on with, see `FixedSplits`."""
+        return self._leading.prompt
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """How tokens become one embedding, see `FixedSplits`."""
+        return self._leading.pooling
 
     @property
     def choices(self) -> dict[str, Tensor | None]:
@@ -235,16 +253,29 @@ class JointSplits(OwnSplits):
         return InTurn(list(self.loaders("test_dataloader").values()))
 
 
-def _check_classes(name: str, data: LabelledSplits, known: Mapping[str, tuple[str, ...] | None]) -> None:
+def _drawn_alike(batches: Iterable[Any]) -> Iterator[Any]:
+    """Batches for which torch's global RNG begins at the same place, and is left alone."""
+    stream, state = iter(batches), torch.Generator().manual_seed(DRAWN).get_state()
+    while True:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(state)
+            batch = next(stream, None)
+            state = torch.get_rng_state()
+        if batch is None:
+            return
+        yield batch
+
+
+def _check_classes(name: str, data: FixedSplits, known: Mapping[str, tuple[str, ...] | None]) -> None:
     """Gives data the names of their parent's classes; raises FusionError where it does not know one of theirs."""
     own = known[name]
-    if own is None or data.class_names is None:
+    if own is None or not isinstance(data, LabelledSplits) or data.class_names is None:
         return
     data.called(own)
+    served = set(data.class_names)
     unknown = [one for one in data.class_names if one not in own]
     if not unknown:
         return
-    served = set(data.class_names)
     others = [other for other, names in known.items() if served <= set(names or ())]
     if others:
         step = f"{others[0]} does: give the paths of --data.path in the order of --parents"

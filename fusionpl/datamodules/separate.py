@@ -7,9 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fusionpl.calibration.forward import logits
-from fusionpl.datamodules.base import Run
+from fusionpl.datamodules.base import FixedSplits, Run
 from fusionpl.datamodules.joint import OwnSplits
-from fusionpl.datamodules.labelled import LabelledSplits
 from fusionpl.errors import FusionError
 from fusionpl.families.binding import bind
 from fusionpl.families.family import Family
@@ -32,7 +31,7 @@ class SeparateSplits(OwnSplits):
     """
 
     def __init__(
-        self, own: Mapping[str, LabelledSplits], heads: Sequence[Head], leading: str, family: Family | None = None
+        self, own: Mapping[str, FixedSplits], heads: Sequence[Head], leading: str, family: Family | None = None
     ) -> None:
         self.heads = dict(zip(own, heads, strict=True))
         super().__init__(own, {name: class_names(head.of) for name, head in self.heads.items()}, leading)

@@ -17,6 +17,7 @@ from fusionpl.evaluation.metrics import evaluate, evaluate_samples
 from fusionpl.evaluation.outcomes import Outcomes
 from fusionpl.evaluation.report import Report
 from fusionpl.evaluation.rows import Needs, Row, judged
+from fusionpl.evaluation.scores import Scores, in_row
 from fusionpl.fusion.average import vanilla
 from fusionpl.fusion.config import mixing_weights
 from fusionpl.fusion.heads import SideBySide
@@ -60,7 +61,7 @@ class Bench:
     @property
     def empty(self) -> bool:
         """Whether there is nothing to test on."""
-        return not self._size("test")
+        return not all(self.data.sizes("test"))
 
     def add(self, name: str, models: Sequence[nn.Module], *, prompted: bool = False, **more: Any) -> None:
         """Adds a row for a model, or for the ensemble of several.
@@ -71,10 +72,7 @@ class Bench:
             prompted: whether a causal language model goes on with a prompt, too.
             more: of the row, besides what is measured.
         """
-        models = [model.to(self._device) for model in models]
-        measured, outcomes = evaluate_samples(models, self._batches)
-        figures: dict[str, Any] = {**measured, **self.data.derived(measured), **more}
-        self._put(name, models, outcomes, **figures)
+        self._measure(name, [model.to(self._device) for model in models], **more)
         prompt = self.data.prompt
         if prompted and prompt is not None:
             self.report.prompt = self.data.tokenizer.decode(prompt)
@@ -116,32 +114,34 @@ class Bench:
 
     def validated(self, model: nn.Module) -> float | None:
         """The figure by which the best model is chosen; None without validation data."""
-        return (
-            judged(evaluate(model.to(self._device), self.data.val_dataloader())) if self._size("validation") else None
-        )
+        if not all(self.data.sizes("validation")):
+            return None
+        return judged(evaluate(model.to(self._device), self.data.val_dataloader()))
+
+    def _measure(self, name: str, models: Sequence[nn.Module], **more: Any) -> None:
+        """Adds a row for models that are where they are run."""
+        measured, outcomes = evaluate_samples(models, self._batches)
+        figures: dict[str, Any] = {**measured, **self.data.derived(measured), **more}
+        self._put(name, models, outcomes, **figures)
 
     @cached_property
     def _batches(self) -> list[Any]:
         return list(self.data.test_dataloader())
-
-    def _size(self, part: str) -> int:
-        return len(self.data.dataset(part))  # type: ignore[arg-type]  # all have a length
 
     def _put(
         self,
         name: str,
         models: Sequence[nn.Module],
         outcomes: Outcomes,
-        tasks: Mapping[str, Outcomes] | None = None,
+        tasks: Mapping[str, Scores] | None = None,
         **figures: Any,
     ) -> None:
-        """Adds a row, with what the models cost, and for each task its accuracy."""
-        each = {task: found.figures["accuracy"] for task, found in (tasks or {}).items()} or None
+        """Adds a row, with what the models cost, and the figure of each task."""
         if missing_to(models) is not None and self.data.kind == CLASSES:
             del figures["loss"]  # which has no end where a class is impossible to a model
         row = Row(
             name,
-            tasks=each,
+            **in_row(tasks or {}),
             parameters=sum(parameters(model) for model in models),
             flops=sum(flops(model, self._batches[0]) for model in models),
             **figures,

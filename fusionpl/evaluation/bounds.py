@@ -22,13 +22,13 @@ class Bounds:
         best: index of the parent.
         fitted: that parent with its head fitted, and what fitting all parents' heads took.
         validation: its figure, by which it was chosen; None without validation data.
-        ceiling: all side by side, and what that took.
+        ceiling: all side by side, and what that took; None where that head is too large.
     """
 
     best: int
     fitted: Made
     validation: float | None
-    ceiling: Made
+    ceiling: Made | None
 
 
 def bounds_of(
@@ -37,6 +37,8 @@ def bounds_of(
     calibration: CalibrationSet,
     validated: Callable[[nn.Module], float | None],
     family: Family | None = None,
+    *,
+    more: bool = True,
 ) -> Bounds | None:
     """Fits the head of each parent, and one for all.
 
@@ -44,9 +46,10 @@ def bounds_of(
         models: the parents, with the outputs of all, where they are run.
         votings: who says what they are to predict.
         calibration: the data of each parent.
-        validated: the figure of a model on validation data, of which more is better; None without such data, where the
-            parent is the best that is nearest to what the parents say on samples that were left out of the fit.
+        validated: the figure of a model on validation data; None without such data, where the parent is the best that
+            is nearest to what the parents say on samples that were left out of the fit.
         family: the models', where the library does not say.
+        more: whether more of that figure is better; of a loss less is.
 
     Returns:
         None where they have no head to fit.
@@ -57,9 +60,13 @@ def bounds_of(
     heads = HeadFit(models, votings, calibration, family)
     fits = [heads.fitted(index) for index in range(len(models))]
     figures = [validated(model) for model, _ in fits]
-    worth = [-fit.after if figure is None else figure for figure, (_, fit) in zip(figures, fits, strict=True)]
-    best = max(range(len(models)), key=worth.__getitem__)
+    losses = [fit.after if figure is None else -figure if more else figure
+              for figure, (_, fit) in zip(figures, fits, strict=True)]  # fmt: skip
+    best = min(range(len(models)), key=losses.__getitem__)
     fitted = fits[best][0], Cost("unlabelled data", time.monotonic() - started)
     started = time.monotonic()
-    ceiling = heads.side_by_side()
-    return Bounds(best, fitted, figures[best], (ceiling, Cost("unlabelled data", time.monotonic() - started)))
+    ceiling = None
+    if heads.can_fit_one_for_all:
+        beside = heads.side_by_side()
+        ceiling = beside, Cost("unlabelled data", time.monotonic() - started)
+    return Bounds(best, fitted, figures[best], ceiling)

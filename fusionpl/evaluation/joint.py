@@ -1,4 +1,4 @@
-"""Where models of parents with data of their own are measured: over the classes of all, and on the task of each."""
+"""Where models of parents with data of their own are measured: on all, over the classes of all, and on each one's."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -12,9 +12,10 @@ from fusionpl.calibration.forward import device_of, eval_mode, logits
 from fusionpl.datamodules.joint import JointSplits
 from fusionpl.evaluation.bench import Bench, missing_to
 from fusionpl.evaluation.bounds import bounds_of
-from fusionpl.evaluation.metrics import evaluate_samples, together
-from fusionpl.evaluation.outcomes import Outcomes, are_tags, scored
+from fusionpl.evaluation.metrics import evaluate_samples, together, with_perplexity
+from fusionpl.evaluation.outcomes import Outcomes, are_tags, scored, side_by_side
 from fusionpl.evaluation.rows import CEILING, HEAD_FITTED, PARENT, SIDE_BY_SIDE, judged
+from fusionpl.evaluation.scores import Scores
 from fusionpl.fusion.config import mixing_weights
 from fusionpl.fusion.result import FusionResult
 from fusionpl.fusion.voting import votings_of
@@ -27,25 +28,16 @@ Outputs = Callable[[Sequence[nn.Module], Mapping[str, Any], Tensor], Tensor]
 
 class JointBench(Bench):
     """A bench whose figures are means over the parents' test sets, each of which counts alike, over the classes of all;
-    for each parent there is the accuracy on its own when only its own classes may be answered."""
+    for each parent there is the accuracy on its own when only its own classes may be answered, or the perplexity."""
 
     data: JointSplits
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to test on, of one parent at least."""
-        return not all(self.data.sizes("test"))
-
-    def add(self, name: str, models: Sequence[nn.Module], *, prompted: bool = False, **more: Any) -> None:
-        """Adds a row for a model, or for the ensemble of several."""
-        self._add(name, models, together, **more)
 
     def validated(self, model: nn.Module) -> float | None:
         """The figure by which the best model is chosen; None where a parent has no validation data."""
         if not all(self.data.sizes("validation")):
             return None
         sets = {name: list(data.val_dataloader()) for name, data in self.data.own.items()}
-        return judged(on_each([model.to(self._device)], sets, self.data.choices)[0].figures)
+        return judged(self._figures(on_each([model.to(self._device)], sets, self.data.choices)[0]))
 
     def add_bounds(
         self, parents: Mapping[str, nn.Module], best: int, calibration: CalibrationSet, result: FusionResult
@@ -64,20 +56,23 @@ class JointBench(Bench):
         """
         models = list(parents.values())
         if _disjoint([missing_classes(model) for model in models]):
-            self._add(SIDE_BY_SIDE, models, _largest)
+            self._measure(SIDE_BY_SIDE, models, _largest)
         votings = votings_of(models, mixing_weights(result.config.weights, len(models)))
-        bounds = bounds_of(models, votings, calibration, self.validated, result.binding.family)
+        more = not self._of_tokens
+        bounds = bounds_of(models, votings, calibration, self.validated, result.binding.family, more=more)
         if bounds is None:
             return best
         row = f"{HEAD_FITTED}{PARENT}{list(parents)[bounds.best]}"
         self.add_made(row, bounds.fitted, prompted=False, validation=bounds.validation)
-        self.add_made(CEILING, bounds.ceiling, prompted=False)
+        if bounds.ceiling is not None:
+            self.add_made(CEILING, bounds.ceiling, prompted=False)
         return bounds.best
 
-    def _add(self, name: str, models: Sequence[nn.Module], outputs: Outputs, **more: Any) -> None:
-        models = [model.to(self._device) for model in models]
-        outcomes, tasks = on_each(models, self._sets, self.data.choices, outputs)
-        figures: dict[str, Any] = {**outcomes.figures, **more}
+    def _measure(self, name: str, models: Sequence[nn.Module], outputs: Outputs = together, **more: Any) -> None:
+        outcomes, each = on_each(models, self._sets, self.data.choices, outputs)
+        figures: dict[str, Any] = {**self._figures(outcomes), **more}
+        score = Scores.perplexity if self._of_tokens else Scores.share
+        tasks = {} if self.data.kind == NUMBERS else {task: score(own) for task, own in each.items()}
         if self.data.kind == NUMBERS:
             figures = {**evaluate_samples(models, self._batches)[0], **figures}
         missing = missing_to(models)
@@ -86,8 +81,16 @@ class JointBench(Bench):
             answered = {
                 task: choice is None or known & {*choice.tolist()} for task, choice in self.data.choices.items()
             }
-            tasks = {task: found for task, found in tasks.items() if answered[task]}
-        self._put(name, models, outcomes, None if self.data.kind == NUMBERS else tasks, **figures)
+            tasks = {task: scores for task, scores in tasks.items() if answered[task]}
+        self._put(name, models, outcomes, tasks, **figures)
+
+    @property
+    def _of_tokens(self) -> bool:
+        return "perplexity" in self.data.metrics
+
+    def _figures(self, outcomes: Outcomes) -> dict[str, float]:
+        figures = outcomes.figures
+        return with_perplexity(figures) if self._of_tokens else figures
 
     @cached_property
     def _sets(self) -> Sets:
@@ -123,11 +126,10 @@ def on_each(
                 labels = batch["labels"].to(device_of(models[0]))
                 output, choice = outputs(models, batch, labels), choices[name]
                 own.append(scored(*_among(choice, output, labels)))
-                every.append(own[-1] if are_tags(labels) else scored(output, labels))
-            joint.append(torch.cat(every).cpu())
+                every.append(own[-1] if choice is None or are_tags(labels) else scored(output, labels))
+            joint.append(Outcomes(torch.cat(every).cpu()))
             tasks[name] = Outcomes(torch.cat(own).cpu())
-    samples = sum(map(len, joint))
-    return Outcomes(torch.cat([values * (samples / (len(joint) * len(values))) for values in joint])), tasks
+    return side_by_side(joint), tasks
 
 
 def _among(choice: Tensor | None, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,7 @@ def kept(rows: Sequence[Row], tasks: Mapping[tuple[str, Stage], Mapping[str, Sco
     for stage in stages:
         for task, ours in tasks.get(("fused", stage), {}).items():
             theirs = tasks.get((f"{PARENT}{task}", "one-shot"), {}).get(task)
-            if theirs is not None and theirs.figure > 0:
+            if theirs is not None and theirs.metric == ours.metric and theirs.figure > 0:
                 cost = share_of_cost(by_key["fused", stage], parents)
                 ratio = ours.ratio(theirs)
                 if ratio[1] >= 1:  # of a parent that knows next to nothing there is nothing to keep

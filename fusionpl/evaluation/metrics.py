@@ -66,9 +66,12 @@ def evaluate_samples(
     figures = outcomes.figures
     if predictions:
         figures = {**_of_floats(torch.cat(predictions).cpu(), torch.cat(targets).cpu().float()), **figures}
-    if of_tokens:
-        figures["perplexity"] = math.exp(figures["loss"]) if figures["loss"] < 700 else math.inf
-    return figures, outcomes
+    return with_perplexity(figures) if of_tokens else figures, outcomes
+
+
+def with_perplexity(figures: dict[str, float]) -> dict[str, float]:
+    """The figures of predicted tokens with exp(loss)."""
+    return figures | {"perplexity": math.exp(figures["loss"]) if figures["loss"] < 700 else math.inf}
 
 
 def _of_floats(predicted: Tensor, wanted: Tensor) -> dict[str, float]:

@@ -80,7 +80,7 @@ def on_tasks(rows: Sequence[Row], scores: Found) -> list[OnTask]:
         for stage in stages
         for name in (ALL_PARENTS, *fitted)
         for task, ours in scores.get(("fused", stage), {}).items()
-        if (theirs := scores.get((name, "one-shot"), {}).get(task)) is not None
+        if (theirs := scores.get((name, "one-shot"), {}).get(task)) is not None and theirs.metric == ours.metric
     ]
 
 

@@ -1,7 +1,7 @@
 """What a model did on each sample of a test set, so that two models can be compared on the same samples."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -94,6 +94,12 @@ class Outcomes:
             raise FusionError("two models can only be compared on the same test samples; measure both on one test set")
         gains = ours[:, 2] - theirs[:, 2] if metric in SHARES else theirs[:, 0] - ours[:, 0]
         return difference_of(gains, ours[:, 1], classes=metric in SHARES)
+
+
+def side_by_side(sets: Sequence[Outcomes]) -> Outcomes:
+    """What was done on several sets: the samples of each together count alike, and the mean sample as one."""
+    samples = sum(len(own.values) for own in sets)
+    return Outcomes(torch.cat([own.values * (samples / (len(sets) * len(own.values))) for own in sets]))
 
 
 @dataclass(frozen=True)

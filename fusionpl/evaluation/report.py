@@ -74,7 +74,7 @@ class Report:
         continuations: how they did, by the name of the row.
         outcomes: (name, stage) of a row -> what it did on each test sample; the verdict is made of them.
         tasks: (name, stage) of a row -> for each parent with data of its own, what it did on them, see `Row.tasks`.
-        scores: likewise where heads are kept apart; then there are no outcomes over all samples.
+            Where heads are kept apart there are no outcomes over all samples.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -88,10 +88,9 @@ class Report:
     prompt: str = ""
     continuations: dict[str, str] = field(default_factory=dict)
     outcomes: dict[tuple[str, Stage], Outcomes] = field(default_factory=dict)
-    tasks: dict[tuple[str, Stage], Mapping[str, Outcomes]] = field(default_factory=dict)
-    scores: dict[tuple[str, Stage], Mapping[str, Scores]] = field(default_factory=dict)
+    tasks: dict[tuple[str, Stage], Mapping[str, Scores]] = field(default_factory=dict)
 
-    def add(self, row: Row, outcomes: Outcomes | None = None, tasks: Mapping[str, Outcomes] | None = None) -> None:
+    def add(self, row: Row, outcomes: Outcomes | None = None, tasks: Mapping[str, Scores] | None = None) -> None:
         """Adds a row; one of the same name and stage is replaced where it stands.
 
         Args:
@@ -111,16 +110,6 @@ class Report:
                 return
         self.rows.append(row)
 
-    def add_scores(self, row: Row, scores: Mapping[str, Scores]) -> None:
-        """Adds a row of heads that are kept apart, or replaces it: see `add`.
-
-        Args:
-            row: what a network measured.
-            scores: what it did on the data of each parent.
-        """
-        self.add(row)
-        self.scores[row.name, row.stage] = scores
-
     @property
     def verdicts(self) -> list[Verdict]:
         """The verdict on the fused model, before finetuning and after it; see `fusionpl.evaluation.verdict`."""
@@ -129,16 +118,12 @@ class Report:
     @property
     def kept(self) -> list[Kept]:
         """What the fused model keeps of each parent that has data of its own."""
-        tasks = {
-            key: {task: Scores.accuracy(outcomes) for task, outcomes in found.items()}
-            for key, found in self.tasks.items()
-        }
-        return kept(self.rows, tasks | self.scores)
+        return kept(self.rows, self.tasks)
 
     @property
     def on_tasks(self) -> list[OnTask]:
         """The fused network beside others on the task of each parent, where heads are kept apart."""
-        return on_tasks(self.rows, self.scores)
+        return [] if self.outcomes else on_tasks(self.rows, self.tasks)
 
     def outcome(self, stage: Stage) -> Outcome | None:
         """Whether the fused model won, was level or lost beside the best that its user has for nothing; None where that
@@ -158,7 +143,7 @@ class Report:
         """Whether a parent with its head alone fitted is what the fused model is judged beside."""
         held = baseline(self.rows)
         fitted = any(row.name.startswith(HEAD_FITTED) for row in self.rows)
-        return fitted if self.scores else held is not None and held.name.startswith(HEAD_FITTED)
+        return fitted if self.tasks and not self.outcomes else held is not None and held.name.startswith(HEAD_FITTED)
 
     def rows_as_table(self) -> tuple[list[str], list[list[Any]]]:
         """Column names and raw values (None where not measured), one-shot rows first; for `wandb.Table`."""
@@ -298,7 +283,9 @@ class Report:
 
     @property
     def _of_tasks(self) -> str:
-        return OF_HEADS if self.scores else OF_TASKS if self.tasks else ""
+        """What the columns of tasks are, in words; empty where there are none."""
+        metrics = [scores.metric for tasks in self.tasks.values() for scores in tasks.values()]
+        return "" if not metrics else OF_TASKS[metrics[0]] if self.outcomes else OF_HEADS
 
     def barrier_cells(self) -> list[list[str]]:
         """The loss barriers as a table of text, header first."""
@@ -321,7 +308,7 @@ class Report:
                 plots.png(panels, new / name)
             (new / "report.md").write_text(self.markdown(tuple(pictures)), encoding="utf-8")
             (new / "report.html").write_text(self.html(), encoding="utf-8")
-            if self.outcomes or self.scores:
+            if self.outcomes or self.tasks:
                 save_outcomes(new / SAMPLES, self._samples())
             if drawn := self._drawn():
                 save_file(drawn, new / PICTURES)
@@ -366,28 +353,22 @@ class Report:
     def _read_samples(self, samples: Mapping[str, Outcomes]) -> None:
         """Takes what models did, by the names that `_samples` gives them."""
         for row in self.rows:
-            key, names = (row.name, row.stage), row.metrics or row.tasks or ()
+            key = row.name, row.stage
             if (whole := f"{row.stage}/{row.name}") in samples:
                 self.outcomes[key] = samples[whole]
-            of_tasks = {name: samples[of] for name in names if (of := _of_task(name, row)) in samples}
-            if row.metrics:
-                self.scores[key] = {name: Scores(row.metrics[name], one.values) for name, one in of_tasks.items()}
-            elif of_tasks:
-                self.tasks[key] = of_tasks
+            named = {task: (metric, _of_task(task, row)) for task, metric in (row.metrics or {}).items()}
+            tasks = {task: Scores(metric, samples[of].values) for task, (metric, of) in named.items() if of in samples}
+            if tasks:
+                self.tasks[key] = tasks
 
     def _samples(self) -> dict[str, Outcomes]:
         """What models did, by the names that `load` looks for."""
         tasks = {
-            _of_task(task, row): outcomes
+            _of_task(task, row): Outcomes(scores.values)
             for row in self.rows
-            for task, outcomes in self.tasks.get((row.name, row.stage), {}).items()
+            for task, scores in self.tasks.get((row.name, row.stage), {}).items()
         }
-        scores = {
-            _of_task(task, row): Outcomes(found.values)
-            for row in self.rows
-            for task, found in self.scores.get((row.name, row.stage), {}).items()
-        }
-        return tasks | scores | {f"{stage}/{name}": outcome for (name, stage), outcome in self.outcomes.items()}
+        return tasks | {f"{stage}/{name}": outcome for (name, stage), outcome in self.outcomes.items()}
 
     def _pictures(self) -> dict[str, list[plots.Panel]]:
         """The pictures that have something to show, by the names of their files."""

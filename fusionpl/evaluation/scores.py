@@ -1,14 +1,16 @@
 """The main figure of a task as the mean of what each test sample adds to it, so that two models can be compared."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusionpl.evaluation.outcomes import Difference, Outcomes, are_tags, difference_of
 
-ACCURACY, F1, PEARSON = "accuracy", "f1", "pearson"
+ACCURACY, F1, PEARSON, PERPLEXITY, AGREEMENT = "accuracy", "f1", "pearson", "perplexity", "agreement"
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Scores:
     and Its Role in Robust Estimation", 1974).
 
     Attributes:
-        metric: accuracy, f1 or pearson.
+        metric: accuracy, f1, pearson, perplexity (of which less is better) or agreement.
         values: what each sample adds, float64 [N].
     """
 
@@ -33,10 +35,18 @@ class Scores:
         return float(self.values.mean())
 
     @classmethod
-    def accuracy(cls, outcomes: Outcomes) -> "Scores":
-        """The accuracy over the labels of outcomes, of which each sample has as many."""
+    def share(cls, outcomes: Outcomes, metric: str = ACCURACY) -> "Scores":
+        """The share of what is right of all that outcomes count, of which each sample has as many."""
         counts, right = outcomes.values[:, 1].double(), outcomes.values[:, 2].double()
-        return cls(ACCURACY, right / counts.mean())
+        return cls(metric, right / counts.mean())
+
+    @classmethod
+    def perplexity(cls, outcomes: Outcomes) -> "Scores":
+        """P = exp(sum l_i / sum n_i) of the losses l_i over n_i tokens: a sample has the influence
+        P (l_i - n_i ln P) / mean n."""
+        losses, counts = outcomes.values[:, 0].double(), outcomes.values[:, 1].double()
+        mean = losses.sum() / counts.sum()
+        return cls(PERPLEXITY, mean.exp() * (1 + (losses - mean * counts) / counts.mean()))
 
     @classmethod
     def of(cls, output: Tensor, labels: Tensor) -> "Scores":
@@ -57,19 +67,30 @@ class Scores:
         return cls(ACCURACY, (output.argmax(-1) == labels).double())
 
     def better(self, other: "Scores") -> Difference:
-        """By how much this figure is higher than another one's, on the same samples; see `Outcomes.better`."""
-        gains = self.values - other.values
+        """By how much this figure is better than another one's, on the same samples; see `Outcomes.better`."""
+        gains = self.values - other.values if self.metric != PERPLEXITY else other.values - self.values
         return difference_of(gains, torch.ones_like(gains), classes=self.metric == ACCURACY)
 
     def ratio(self, other: "Scores") -> tuple[float, float]:
         """The ratio R of this figure to another one's on the same N samples, and its standard error: linearised and
-        paired, sqrt(N / (N - 1) sum (r_i - R s_i)^2) / sum s_i (Cochran, "Sampling Techniques", 6.4)."""
+        paired, sqrt(N / (N - 1) sum (r_i - R s_i)^2) / sum s_i (Cochran, "Sampling Techniques", 6.4). Of a perplexity
+        it is the other one's to this, by which the mean probability of a token is higher."""
         mine, theirs, samples = self.values, other.values, len(self.values)
+        if self.metric == PERPLEXITY:
+            mine, theirs = theirs, mine
         ratio = float(mine.sum() / theirs.sum())
         if samples < 2:
             return ratio, math.nan
         spread = (mine - ratio * theirs).square().sum() * samples / (samples - 1)
         return ratio, float(torch.sqrt(spread) / theirs.sum())
+
+
+def in_row(tasks: Mapping[str, Scores]) -> dict[str, Any]:
+    """The figures of tasks, by their names, as a row holds them; nothing where there are none."""
+    if not tasks:
+        return {}
+    figures = {task: scores.figure for task, scores in tasks.items()}
+    return {"tasks": figures, "metrics": {task: scores.metric for task, scores in tasks.items()}}
 
 
 def _f1(given: Tensor, wanted: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from fusionpl.evaluation.matched import matched_axes
 from fusionpl.evaluation.measuring import UNMEASURED, Beside
 from fusionpl.evaluation.report import Report
 from fusionpl.evaluation.rows import ALL_PARENTS, CEILINGS, HEAD_FITTED, PARENT, Row, known
-from fusionpl.evaluation.scores import Scores
+from fusionpl.evaluation.scores import Scores, in_row
 from fusionpl.families.binding import bind
 from fusionpl.fusion.config import mixing_weights
 from fusionpl.fusion.result import FusionResult
@@ -93,7 +93,8 @@ class SeparateBench:
             return None
         row = f"{HEAD_FITTED}{PARENT}{list(parents)[bounds.best]}"
         self.add_made(row, bounds.fitted, validation=bounds.validation)
-        self.add_made(CEILINGS, bounds.ceiling)
+        if bounds.ceiling is not None:
+            self.add_made(CEILINGS, bounds.ceiling)
         return bounds.best
 
     @cached_property
@@ -117,9 +118,7 @@ class SeparateBench:
         return flops(model, next(iter(self._test.values()))[0])
 
     def _put(self, name: str, tasks: Mapping[str, Scores], **more: Any) -> None:
-        figures = {task: found.figure for task, found in tasks.items()}
-        metrics = {task: found.metric for task, found in tasks.items()}
-        self.report.add_scores(Row(name, tasks=figures, metrics=metrics, **more), tasks)
+        self.report.add(Row(name, **in_row(tasks), **more), tasks=tasks)
 
 
 def measure_separate(

@@ -3,14 +3,20 @@
 import re
 from collections.abc import Sequence
 
+from fusionpl.evaluation.scores import ACCURACY, AGREEMENT, PERPLEXITY
+
 WORDS = ("", "name", "stage", "needs", "text", "word")  # columns that hold words, not figures
 IN_EQUAL_TIME = "`distilled` and `trained-on` start from the best parent and had the seconds of the fused model."
 OF_COST = "FLOPs: for one sample, in brackets how many times the best parent's."
 OF_SECONDS = "Seconds: wall time behind the parents' training"
-OF_TASKS = (
-    "`on NAME`: accuracy on that parent's own test data when only the classes that it knows may be answered. The other "
-    "figures are over the classes of all; each parent's test data count alike."
-)
+OF_TASKS = {
+    ACCURACY: "`on NAME`: accuracy on that parent's own test data when only the classes that it knows may be answered. "
+    "The other figures are over the classes of all; each parent's test data count alike.",
+    PERPLEXITY: "`perplexity on NAME`: on that parent's own test text. The other figures are over the text of all, of "
+    "which each parent's counts alike. What is kept of a parent is its perplexity over the fused model's.",
+    AGREEMENT: "`agreement on NAME`: on that parent's own test data, the share of the nearest neighbours that are "
+    "those by that parent. `agreement` is the mean of these.",
+}
 OF_HEADS = (
     "Each head is measured on its own parent's test data. `fused`, and a parent's trunk with all heads fitted, answer "
     "for all tasks in one pass."

@@ -145,6 +145,11 @@ class HeadFit:
                 head.bias = nn.Parameter(fit.matrix[-1].to(head.bias))
         return student, fit
 
+    @property
+    def can_fit_one_for_all(self) -> bool:
+        """Whether the head of all models side by side is small enough to be fitted."""
+        return sum(head.weight.numel() for head in self._heads) <= LARGEST
+
     def side_by_side(self) -> nn.Module:
         """All models side by side with one head that reads what each of theirs does: what a fused model of one's size
         is not expected to pass."""

@@ -59,9 +59,9 @@ def test_standard_errors_are_the_spread_over_draws(kind: str) -> None:
 def test_the_accuracy_of_outcomes_and_what_has_no_figure() -> None:
     output, other, labels = drawn("tags", 40, 2)
     one, two = (Outcomes(scored(given, labels)) for given in (output, other))
-    assert Scores.accuracy(one).figure == pytest.approx(one.figures["accuracy"])
+    assert Scores.share(one).figure == pytest.approx(one.figures["accuracy"])
     expected = two.better(one, "accuracy")
-    assert Scores.accuracy(two).better(Scores.accuracy(one)).error == pytest.approx(expected.error)
+    assert Scores.share(two).better(Scores.share(one)).error == pytest.approx(expected.error)
     assert Scores.of(torch.full((4, 2), -1.0), torch.zeros(4, 2)).figure == 0
     constant = Scores.of(torch.ones(4, 1), torch.arange(4.0))
     assert constant.figure != constant.figure  # not a number
@@ -76,7 +76,7 @@ def a_report(**figures: list[Scores]) -> Report:
         tasks = {one.metric: one for one in found}
         metrics, values = {task: task for task in tasks}, {task: one.figure for task, one in tasks.items()}
         row = Row(name.replace("_", " "), tasks=values, metrics=metrics, flops=10)
-        report.add_scores(row, tasks)
+        report.add(row, tasks=tasks)
     return report
 
 
@@ -98,6 +98,6 @@ def test_what_has_no_figure_is_said_and_read_again(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert found["verdict"][1]["difference"] is None
     loaded = Report.load(tmp_path)
-    assert loaded.scores.keys() == report.scores.keys()
+    assert loaded.tasks.keys() == report.tasks.keys()
     assert "not to be told apart: pearson (not a number)" in loaded.table()
     assert "at 50 % of their operations: gained: accuracy (" in loaded.table()

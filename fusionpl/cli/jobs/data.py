@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from jsonargparse import Namespace
 from torch import nn
@@ -10,7 +10,6 @@ from torch import nn
 from fusionpl.cli.tasks import NOT_SAID
 from fusionpl.datamodules.base import PIXELS, FixedSplits
 from fusionpl.datamodules.joint import LISTED, JointSplits
-from fusionpl.datamodules.labelled import LabelledSplits
 from fusionpl.errors import FusionError
 from fusionpl.models.classes import missing_classes
 from fusionpl.models.folders import model_folder
@@ -51,7 +50,7 @@ def data_module(task: TaskName, config: Any, seed: int, tokenizer: Any, models: 
 
 def sets_of_each(
     options: Namespace, parents: Mapping[str, str], tokenizer: Any, seed: int = 0
-) -> dict[str, LabelledSplits]:
+) -> dict[str, FixedSplits]:
     """Each parent's data, by its name.
 
     Args:
@@ -63,9 +62,9 @@ def sets_of_each(
     Raises:
         FusionError: see `data_module`.
     """
-    made = TASKS[options.task].data
+    made, every = TASKS[options.task].data, [*parents.values()]
     return {
-        name: cast(LabelledSplits, data_module(options.task, made(**given), seed, tokenizer, [path]))
+        name: data_module(options.task, made(**given), seed, tokenizer, [path, *every])
         for (name, path), given in zip(parents.items(), options.own_data, strict=True)
     }
 
@@ -73,7 +72,7 @@ def sets_of_each(
 def data_of_each(
     options: Namespace, parents: Mapping[str, str], tokenizer: Any, anchor: str, seed: int = 0
 ) -> JointSplits:
-    """The data of each parent, with one numbering of the classes of all.
+    """The data of each parent, side by side; see `JointSplits`.
 
     Args:
         options, parents, tokenizer, seed: see `sets_of_each`.

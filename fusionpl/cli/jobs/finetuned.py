@@ -16,6 +16,7 @@ from fusionpl.cli.jobs.summary import print_summary
 from fusionpl.evaluation.outcomes import Outcomes, load_outcomes, save_outcomes
 from fusionpl.evaluation.report import Report
 from fusionpl.evaluation.rows import Row
+from fusionpl.evaluation.scores import Scores
 from fusionpl.files import write_json
 from fusionpl.models.save import add_to_card
 from fusionpl.options import settings_in
@@ -39,18 +40,19 @@ class Tested:
 
     row: Row
     outcomes: Outcomes | None
-    tasks: Mapping[str, Outcomes]
+    tasks: Mapping[str, Scores]
 
     @classmethod
     def read(cls, metrics: Path, samples: Path) -> "Tested":
         """Reads what `write` wrote."""
         row, outcomes_of = Row(**json.loads(metrics.read_text())), load_outcomes(samples)
-        tasks = {name: outcomes_of[OF_TASK + name] for name in row.tasks or () if OF_TASK + name in outcomes_of}
+        named = {task: (metric, OF_TASK + task) for task, metric in (row.metrics or {}).items()}
+        tasks = {task: Scores(metric, outcomes_of[of].values) for task, (metric, of) in named.items()}
         return cls(row, outcomes_of.get(row.name), tasks)
 
     def write(self, metrics: Path, samples: Path) -> None:
         """Writes what `read` reads, the row last."""
-        outcomes_of = {OF_TASK + name: outcomes for name, outcomes in self.tasks.items()}
+        outcomes_of = {OF_TASK + name: Outcomes(scores.values) for name, scores in self.tasks.items()}
         outcomes_of |= {} if self.outcomes is None else {self.row.name: self.outcomes}
         if outcomes_of:
             save_outcomes(samples, outcomes_of)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from functools import partial
-from typing import cast
 
 import lightning as L
 from torch import nn
@@ -15,11 +14,11 @@ from fusionpl.cli.jobs.data import data_module, follow
 from fusionpl.cli.jobs.finetuned import DONE, SAMPLES, Tested, loggers_of
 from fusionpl.cli.running import is_main_process, quiet
 from fusionpl.datamodules.heads import HeadSplits
-from fusionpl.datamodules.labelled import LabelledSplits
 from fusionpl.errors import FusionError
 from fusionpl.evaluation.cost import flops, parameters
 from fusionpl.evaluation.metrics import evaluate_samples
 from fusionpl.evaluation.rows import Row, readable
+from fusionpl.evaluation.scores import Scores, in_row
 from fusionpl.families.family import read_family
 from fusionpl.files import write_json
 from fusionpl.models.lineage import inherited
@@ -100,7 +99,7 @@ def _data(asked: Asked, models: Mapping[str, nn.Module]) -> HeadSplits:
         config = TASKS[task].data(**given)
         data = data_module(task, config, asked.options.seed, load_tokenizer(folder), [folder])
         follow(data, model, folder)
-        own[name] = cast(LabelledSplits, data)
+        own[name] = data
     return HeadSplits(own)
 
 
@@ -108,10 +107,13 @@ def _write(asked: Asked, result: FitResult, data: HeadSplits) -> None:
     """Writes a folder for each head, whose trunks are one, and what was measured; metrics.json last."""
     data.alone()
     models = dict(zip(data.own, result.model.children(), strict=True))
-    figures, tasks = {}, {}
+    figures: dict[str, dict[str, float]] = {}
+    tasks: dict[str, Scores] = {}
     for name, model in models.items():
         found, outcomes = evaluate_samples([model.to(device_of_run(asked))], data.own[name].test_dataloader())
-        figures[name], tasks[name] = found, outcomes
+        figures[name] = found
+        if "accuracy" in found:
+            tasks[name] = Scores.share(outcomes)
     result.model.cpu()
     for name, model in models.items():
         shown = ", ".join(f"{key} {readable(key, value)}" for key, value in figures[name].items())
@@ -123,21 +125,16 @@ def _write(asked: Asked, result: FitResult, data: HeadSplits) -> None:
         place, own = asked.folder / asked.heads[name].name, data.own[name]
         save_model(model, place, card=card, tokenizer=own.tokenizer, processing=own.processing)
     write_json(asked.folder / FIGURES_OF, figures)
-    row = _row(result, models, data, figures)
-    Tested(row, None, {name: tasks[name] for name in row.tasks or ()}).write(
-        asked.folder / DONE, asked.folder / SAMPLES
-    )
+    row = _row(result, models, data, tasks)
+    Tested(row, None, tasks).write(asked.folder / DONE, asked.folder / SAMPLES)
 
 
-def _row(
-    result: FitResult, models: Mapping[str, nn.Module], data: HeadSplits, figures: Mapping[str, Mapping[str, float]]
-) -> Row:
+def _row(result: FitResult, models: Mapping[str, nn.Module], data: HeadSplits, tasks: Mapping[str, Scores]) -> Row:
     """The row of all heads: the accuracy of each that has one, the mean where all have, and that of their losses."""
-    accuracies = {name: found["accuracy"] for name, found in figures.items() if "accuracy" in found}
-    mean = sum(accuracies.values()) / len(figures) if len(accuracies) == len(figures) else None
+    mean = sum(scores.figure for scores in tasks.values()) / len(models) if len(tasks) == len(models) else None
     first = next(iter(models))
     cost = flops(models[first], next(iter(data.own[first].test_dataloader())))
     return Row(
-        NAME, "finetuned", accuracy=mean, loss=result.figures.get("loss"), tasks=accuracies or None,
+        NAME, "finetuned", accuracy=mean, loss=result.figures.get("loss"), **in_row(tasks),
         parameters=parameters(result.model), flops=cost, epochs=result.epochs, seconds=round(result.seconds, 1),
     )  # fmt: skip

@@ -10,8 +10,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT2LMHeadModel, T5Config
-from transformers import T5ForConditionalGeneration as T5
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from fusionpl import load_model
 from fusionpl.calibration.batches import unlabelled
@@ -39,7 +46,8 @@ KINDS: dict[str, Any] = {
         GPT2LMHeadModel, GPT2Config(**SMALL, n_positions=64, initializer_range=0.2), NextTokens, MaskedTextConfig,
     ),
     "span-corruption": (
-        T5, T5Config(vocab_size=300, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16, decoder_start_token_id=0),
+        T5ForConditionalGeneration,
+        T5Config(vocab_size=300, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16, decoder_start_token_id=0),
         Spans, SpanTextConfig,
     ),
     "feature-extraction": (BertModel, BertConfig(**BERT), MaskedTokens, MaskedTextConfig),

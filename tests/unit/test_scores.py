@@ -56,6 +56,27 @@ def test_standard_errors_are_the_spread_over_draws(kind: str) -> None:
         assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.15)
 
 
+def blocks(count: int, seed: int) -> tuple[Scores, Scores]:
+    """The perplexities of two models on blocks of some scored tokens, the second one better."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(5, 15, (count,), generator=generator).double()
+    losses = tokens * (2 + torch.rand(count, generator=generator).double())
+    less = losses - tokens * torch.rand(count, generator=generator).double()
+    one, two = (Scores.perplexity(Outcomes(torch.stack([own, tokens, tokens], 1))) for own in (losses, less))
+    assert one.figure == pytest.approx(float((losses.sum() / tokens.sum()).exp()))
+    return one, two
+
+
+def test_perplexities_and_the_spread_over_draws() -> None:
+    pairs = [blocks(150, seed) for seed in range(300)]
+    assert all(two.better(one).value > 0 for one, two in pairs)  # less is better
+    assert all(two.ratio(one)[0] == pytest.approx(one.figure / two.figure) for one, two in pairs)
+    differences = [(found.value, found.error) for found in (two.better(one) for one, two in pairs)]
+    for each in (differences, [two.ratio(one) for one, two in pairs]):
+        values, errors = torch.tensor(each).T
+        assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.15)
+
+
 def test_the_accuracy_of_outcomes_and_what_has_no_figure() -> None:
     output, other, labels = drawn("tags", 40, 2)
     one, two = (Outcomes(scored(given, labels)) for given in (output, other))

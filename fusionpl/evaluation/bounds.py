@@ -65,8 +65,6 @@ def bounds_of(
     best = min(range(len(models)), key=losses.__getitem__)
     fitted = fits[best][0], Cost("unlabelled data", time.monotonic() - started)
     started = time.monotonic()
-    ceiling = None
-    if heads.can_fit_one_for_all:
-        beside = heads.side_by_side()
-        ceiling = beside, Cost("unlabelled data", time.monotonic() - started)
+    every = heads.side_by_side() if heads.can_fit_one_for_all else None
+    ceiling = None if every is None else (every, Cost("unlabelled data", time.monotonic() - started))
     return Bounds(best, fitted, figures[best], ceiling)

@@ -29,9 +29,6 @@ class EmbeddingBench(Bench):
     def __init__(self, report: Report, data: FixedSplits, device: torch.device) -> None:
         super().__init__(report, data, device)
         self._own = isinstance(data, JointSplits)
-        sets = data.own if isinstance(data, JointSplits) else {"": data}
-        most = max(1, COMPARED // data.evaluation_batch)
-        self._sets = {name: list(islice(own.test_dataloader(), most)) for name, own in sets.items()}
         self._wanted: dict[str, Tensor] = {}
 
     def add_models(
@@ -56,6 +53,12 @@ class EmbeddingBench(Bench):
         tasks = {task: Scores.share(own, AGREEMENT) for task, own in each.items()} if self._own else {}
         probed = self._probed(models[0]) if len(models) == 1 and self._labelled else None
         self._put(name, models, outcomes, tasks, agreement=outcomes.figures["accuracy"], probe=probed, **more)
+
+    @cached_property
+    def _sets(self) -> dict[str, list[Any]]:
+        sets = self.data.own if isinstance(self.data, JointSplits) else {"": self.data}
+        most = max(1, COMPARED // self.data.evaluation_batch)
+        return {name: list(islice(own.test_dataloader(), most)) for name, own in sets.items()}
 
     @cached_property
     def _batches(self) -> list[Any]:

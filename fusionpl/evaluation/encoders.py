@@ -15,6 +15,7 @@ from fusionpl.evaluation.joint import JointBench
 from fusionpl.evaluation.neighbours import agreement, embeddings, probe, similarities
 from fusionpl.evaluation.outcomes import side_by_side
 from fusionpl.evaluation.report import Report
+from fusionpl.evaluation.rows import PARENT
 from fusionpl.evaluation.scores import AGREEMENT, Scores
 from fusionpl.models.labels import CLASSES
 
@@ -24,7 +25,7 @@ PROBED = 2000  # samples that a linear probe is fitted to
 
 class EmbeddingBench(Bench):
     """A bench where the ensemble is the mean of the encoders' similarities, and what all others are compared with; on
-    a parent's own data they are compared with that parent."""
+    the own data of a parent of a fusion they are compared with that parent."""
 
     def __init__(self, report: Report, data: FixedSplits, device: torch.device) -> None:
         super().__init__(report, data, device)
@@ -36,7 +37,7 @@ class EmbeddingBench(Bench):
     ) -> nn.Module | None:
         """Adds rows for encoders and for all of them together."""
         for name, batches in self._sets.items():
-            compared = [models[name]] if name in models else list(models.values())
+            compared = [models[name]] if self._own and kind == PARENT else list(models.values())
             self._wanted[name] = self._similarity(compared, batches)
         return super().add_models(kind, models, weights)
 

@@ -15,7 +15,7 @@ OF_TASKS = {
     PERPLEXITY: "`perplexity on NAME`: on that parent's own test text. The other figures are over the text of all, of "
     "which each parent's counts alike. What is kept of a parent is its perplexity over the fused model's.",
     AGREEMENT: "`agreement on NAME`: on that parent's own test data, the share of the nearest neighbours that are "
-    "those by that parent. `agreement` is the mean of these.",
+    "those by that parent, or without a fusion by all models together. `agreement` is the mean of these.",
 }
 OF_HEADS = (
     "Each head is measured on its own parent's test data. `fused`, and a parent's trunk with all heads fitted, answer "

@@ -158,6 +158,9 @@ def test_foreign_folders_with_a_path_for_each(task: str, corpora: list[str], tmp
         for name in names:  # its own neighbours are those that are looked for
             assert found[f"parent {name}"]["tasks"][name] == 1
         assert found["fused"]["agreement"] == pytest.approx(sum(found["fused"]["tasks"].values()) / 2)
+        words = ["--models", str(tmp_path / "fused"), *folders, "--output", str(tmp_path / "out"), "--device", "cpu"]
+        assert main(evaluate.run, words) == 0
+        assert rows(tmp_path / "out")["ensemble"]["tasks"].keys() == {*names}
     assert len(json.loads((tmp_path / "fused/report/report.json").read_text())["kept"]) == 2
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import DEVICE, JOINT, PAPER, TRANSPORT, Figures
+from benchmarks.common import DEFAULT, DEVICE, JOINT, PAPER, TRANSPORT, Figures
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.choices import ALIGNMENTS
 from benchmarks.speed.cell import Request, in_fresh_process, measured, prepare
@@ -19,6 +19,8 @@ SETTINGS: dict[str, tuple[Path, Mapping[str, Any]]] = {
     "rotation": (PAPER, {**ALIGNMENTS["rotation"], "refit.method": "ridge"}),
     "one stream": (JOINT, {}),
 }
+AS_CALLED = "default"
+
 PLAIN = "plain recipe"
 
 
@@ -38,6 +40,7 @@ class Sizes:
 
     Attributes:
         ratio: model -> shape and samples.
+        default: likewise, for the setting that a user gets who asks for none.
         depth: shapes of one width.
         depth_samples: samples for them.
         samples: model, and the numbers of samples that are tried.
@@ -49,6 +52,7 @@ class Sizes:
     """
 
     ratio: Mapping[str, tuple[Shape, int]]
+    default: Sequence[tuple[str, Shape, int]]
     depth: Sequence[Shape]
     depth_samples: int
     samples: tuple[str, Shape, Sequence[int]]
@@ -65,6 +69,12 @@ FULL = Sizes(
         **{f"ViT {width}x{depth}": (vit(width, depth), 128) for width, depth in ((384, 12), (768, 12), (1024, 24))},
         "BERT-base": (BERT_BASE, 128),
     },
+    default=(
+        ("ViT 128x6", DIGITS, 200),
+        ("ViT 128x6", DIGITS, 2_000),
+        ("ViT 384x12", vit(384, 12), 128),
+        ("ViT 768x12", vit(768, 12), 512),
+    ),
     depth=[vit(192, depth) for depth in (6, 12, 24)],
     depth_samples=128,
     samples=("ViT 128x6", DIGITS, (200, 2_000, 20_000)),
@@ -76,6 +86,7 @@ _TINY = Shape("vit", 32, 2, heads=2, mlp=48, channels=1)
 _TINY_BERT = Shape("bert", 32, 2, heads=2, mlp=48, vocabulary=90)
 QUICK = Sizes(
     ratio={"ViT 32x2": (_TINY, 8), "BERT 32x2": (_TINY_BERT, 8)},
+    default=(("ViT 32x2", _TINY, 8),),
     depth=[Shape("vit", 32, depth, heads=2, mlp=48) for depth in (1, 2)],
     depth_samples=8,
     samples=("ViT 32x2", _TINY, (8, 16)),
@@ -132,7 +143,7 @@ class Table:
 def _entry(
     sizes: Sizes, model: str, shape: Shape, setting: str, samples: int, threads: int, memory: float | None = None
 ) -> Entry:
-    preset, changes = SETTINGS.get(setting, (None, {}))
+    preset, changes = (DEFAULT, {}) if setting == AS_CALLED else SETTINGS.get(setting, (None, {}))
     if shape.kind == "bert" and setting == "paper":
         changes = {**changes, "calibration.tokens": "all"}  # there is no window over text
     if memory is not None:
@@ -154,6 +165,21 @@ def ratio(sizes: Sizes, runs: Path) -> Table:
     return Table(
         "The whole fusion in multiples of both parents' forward passes over the same samples, and the most memory that "
         "it needed beyond theirs, the fused model included.",
+        entries,
+        ("forward", "seconds", "ratio", "extra"),
+    )
+
+
+def default(sizes: Sizes, runs: Path) -> Table:
+    """What a user gets who asks for nothing, trials of whose units to take included."""
+    entries = [
+        _entry(sizes, model, shape, setting, samples, 1)
+        for model, shape, samples in sizes.default
+        for setting in (AS_CALLED, "paper")
+    ]
+    return Table(
+        "`conf/fuse/default.yaml`, as a user calls it, in multiples of both parents' forward passes. The parents "
+        "disagree so that both ways to take units are tried, where there are samples enough for that.",
         entries,
         ("forward", "seconds", "ratio", "extra"),
     )
@@ -216,6 +242,7 @@ def large(sizes: Sizes, runs: Path) -> Table:
 
 TABLES: dict[str, Callable[[Sizes, Path], Table]] = {
     "ratio": ratio,
+    "default": default,
     "depth": depth,
     "samples": samples,
     "plain": plain,

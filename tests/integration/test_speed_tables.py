@@ -29,15 +29,16 @@ ROWS = {
         *(("ViT 32x2", name) for name in SETTINGS),
         *(("BERT 32x2", name) for name in SETTINGS if name != "rotation"),
     },
+    "default": {("ViT 32x2", "default"), ("ViT 32x2", "paper")},
     "depth": {(f"ViT 32x{depth}", name) for depth in (1, 2) for name in SETTINGS},
     "samples": {("ViT 32x2", "paper"), ("ViT 32x2", REFIT)},
     "plain": {("ViT 32x2", "plain recipe"), ("ViT 32x2", "paper")},
     "large": {("ViT 32x2", REFIT), ("BERT 32x2, bfloat16 files", REFIT)},
 }
 COLUMNS = {
-    **{name: {"forward", "seconds", "ratio", "extra"} for name in ("ratio", "depth", "samples")},
+    **{name: {"forward", "seconds", "ratio", "extra"} for name in ("ratio", "default", "depth", "samples")},
     "plain": {"seconds", "extra", "faster", "share"},
-    "large": {"forward", "seconds", "ratio", "most", "predicted"},
+    "large": {"forward", "seconds", "ratio", "most"},
 }
 TINY_BERT = Shape("bert", 16, 2, heads=2, mlp=24, vocabulary=40)
 
@@ -71,7 +72,7 @@ def test_all_tables_are_measured_once_and_written(tmp_path: Path) -> None:
 def test_a_cell_in_a_process_of_its_own() -> None:
     preset, changes = SETTINGS[REFIT]
     found = in_fresh_process(Request(Shape("vit", 32, 1, 2, 32, channels=1), 4, 1, str(preset), changes))
-    assert found.keys() == {"forward", "seconds", "ratio", "extra", "most", "predicted"}
+    assert found.keys() == {"forward", "seconds", "ratio", "extra", "most"}
     assert found["most"] > found["extra"] > 0
 
 
@@ -80,7 +81,7 @@ def test_nothing_to_render_and_no_such_table(tmp_path: Path, capsys: pytest.Capt
         command.run(["depth", "--render", "--runs", str(tmp_path), "--output", str(tmp_path / "out")])
     with pytest.raises(SystemExit):
         command.run(["width"])
-    assert "there is no table width; choose from ratio, depth" in capsys.readouterr().err
+    assert "there is no table width; choose from ratio, default, depth" in capsys.readouterr().err
 
 
 def test_full_tables_have_what_was_promised() -> None:

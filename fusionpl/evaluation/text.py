@@ -36,6 +36,7 @@ GLOSSARY = {
     "anchor": "the parent whose architecture and order of units the fused model has, the first by default",
     "one stream": "a residual stream for all parents",
     "refit": "each layer fitted to what the parents put out there: least squares, no labels, no gradients",
+    "owner": "the parent whose data a sample is of, where each has data of its own",
     "verdict": "the fused model beside the best that its user has for nothing, with a standard error",
     "share of the gain": "how much of the way from the best parent to the ensemble a fused model goes",
     "family": "a YAML file that says where an architecture's units are",

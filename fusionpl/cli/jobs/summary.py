@@ -29,10 +29,7 @@ def spoken(words: Sequence[str]) -> str:
     """A command as the user's shell takes it, said as this process was started.
 
     Args:
-        words: the command's name and its arguments.
-
-    >>> spoken(["fuse", "--parents", "a", "b"])  # doctest: +SKIP
-    'python fuse.py --parents a b'
+        words: the command's name and its arguments: `fuse`, `--parents`, ... may become `python fuse.py --parents ...`.
     """
     command, *arguments = words
     program = Path(sys.argv[0])

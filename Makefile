@@ -9,17 +9,18 @@ INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/pyth
 .PHONY: demo demo-paper test coverage docs campaign lint types lock audit clean
 
 # Four parents that know different things, each with its own list of labels, become one network of all of them.
+SHORT := --trainer.max_epochs 10
 demo: .venv/runtime
 	@echo "== four parents: each learns two or three of the ten digits"
-	$(BIN)/python train.py --seed 1 --data.classes "[0,1,2]" --output $(RUNS)/zero-to-two --overwrite
-	$(BIN)/python train.py --seed 2 --data.classes "[3,4]" --output $(RUNS)/three-and-four --overwrite
-	$(BIN)/python train.py --seed 3 --data.classes "[5,6,7]" --output $(RUNS)/five-to-seven --overwrite
-	$(BIN)/python train.py --seed 4 --data.classes "[8,9]" --output $(RUNS)/eight-and-nine --overwrite
+	$(BIN)/python train.py $(SHORT) --seed 1 --data.classes "[0,1,2]" --output $(RUNS)/zero-to-two --overwrite
+	$(BIN)/python train.py $(SHORT) --seed 2 --data.classes "[3,4]" --output $(RUNS)/three-and-four --overwrite
+	$(BIN)/python train.py $(SHORT) --seed 3 --data.classes "[5,6,7]" --output $(RUNS)/five-to-seven --overwrite
+	$(BIN)/python train.py $(SHORT) --seed 4 --data.classes "[8,9]" --output $(RUNS)/eight-and-nine --overwrite
 	@echo "== one network of them: no training, no labels"
 	$(BIN)/python fuse.py --overwrite --output $(RUNS)/fused --compare wide --parents \
 		$(RUNS)/zero-to-two $(RUNS)/three-and-four $(RUNS)/five-to-seven $(RUNS)/eight-and-nine
 	@echo "== a short finetuning of it on all ten digits"
-	$(BIN)/python finetune.py --model $(RUNS)/fused --output $(RUNS)/finetuned --overwrite
+	$(BIN)/python finetune.py --model $(RUNS)/fused --output $(RUNS)/finetuned --overwrite --optim.lr 5e-4 --trainer.max_epochs 8
 
 # The paper's setting: parents of the same data and other seeds, aligned by optimal transport, averaged, finetuned.
 demo-paper: .venv/runtime

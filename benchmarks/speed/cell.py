@@ -19,6 +19,7 @@ from benchmarks.common import DEVICE
 from benchmarks.speed.memory import watched
 from benchmarks.speed.pairs import Shape, write_folder
 from benchmarks.speed.plain import plain_fusion
+from fusionpl.calibration.batches import unlabelled
 from fusionpl.calibration.forward import Batch, logits
 from fusionpl.errors import FusionError
 from fusionpl.fusion.config import FuseConfig, load_config
@@ -105,7 +106,7 @@ def _make_sure(parent: nn.Module, batches: Iterator[Batch]) -> None:
     """Gives a parent a head that is sure of one class or another, each about as often. Such parents disagree on samples
     more than about how often classes occur, so that `units: auto` tries both ways where it has the samples."""
     head = cast(nn.Linear, parent.get_submodule("head"))
-    mean = torch.cat([read(parent, head, batch) for batch in batches]).mean(0)
+    mean = torch.cat([read(parent, head, unlabelled(batch)) for batch in batches]).mean(0)
     head.weight.mul_(SURE)
     head.bias.copy_(-head.weight @ mean)
 

@@ -1,22 +1,24 @@
 """Data of several parents side by side, also with one numbering of the classes of all."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.nn import functional
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
 
 from fusionpl.calibration.batches import OfEachParent
 from fusionpl.calibration.embeddings import Pooling
-from fusionpl.datamodules.base import FixedSplits, Run
+from fusionpl.datamodules.base import IGNORED, FixedSplits, Run
 from fusionpl.datamodules.labelled import LabelledSplits
 from fusionpl.errors import FusionError
 from fusionpl.models.labels import Kind
 from fusionpl.models.preprocessing import ImageProcessing
 from fusionpl.models.save import class_names
 
+MET = 8  # batches whose samples meet
 DRAWN = 0  # the seed of what is drawn to calibrate on
 LISTED = 10  # names of classes that a line has room for
 
@@ -51,6 +53,51 @@ class InTurn:
         for loader in self._loaders:
             if hasattr(loader.sampler, "set_epoch"):
                 loader.sampler.set_epoch(epoch)
+
+
+class Mixed(InTurn):
+    """Batches in which samples of several loaders meet: a step on one parent's samples alone would forget the classes
+    of the others. A few batches at a time, spread evenly over the epoch, are shuffled among each other.
+
+    Args:
+        loaders: of batches with the same keys.
+        tokenizer: pads shorter texts; None where samples are alike in size.
+    """
+
+    def __init__(self, loaders: Sequence[DataLoader[Any]], tokenizer: Any = None) -> None:
+        super().__init__(loaders)
+        self._paddings = {"labels": IGNORED, "input_ids": getattr(tokenizer, "pad_token_id", None) or 0}
+        self._left = getattr(tokenizer, "padding_side", "right") == "left"
+        self._epoch = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        streams, generator = [iter(loader) for loader in self._loaders], torch.Generator().manual_seed(self._epoch)
+        order = self._order()
+        while together := list(islice(order, max(MET, len(streams)))):
+            given = [next(streams[number]) for number in together]
+            whole = {key: self._joined(key, [batch[key] for batch in given]) for key in given[0]}
+            samples = torch.randperm(len(next(iter(whole.values()))), generator=generator)
+            for rows in samples.tensor_split(len(given)):
+                yield {key: value[rows.to(value.device)] for key, value in whole.items()}
+
+    def _order(self) -> Iterator[int]:
+        """Which loader each batch is of."""
+        places = ((at + 0.5) / len(one) for one in self._loaders for at in range(len(one)))
+        numbers = (number for number, one in enumerate(self._loaders) for _ in range(len(one)))
+        return iter([number for _, number in sorted(zip(places, numbers, strict=True))])
+
+    def _joined(self, key: str, parts: Sequence[Tensor]) -> Tensor:
+        if parts[0].ndim == 2:  # of tokens
+            lacking = [max(part.shape[1] for part in parts) - part.shape[1] for part in parts]
+            sides = [(count, 0) if self._left else (0, count) for count in lacking]
+            value = self._paddings.get(key, 0)
+            parts = [functional.pad(part, side, value=value) for part, side in zip(parts, sides, strict=True)]
+        return torch.cat(list(parts))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Hands the epoch on, and shuffles another way."""
+        super().set_epoch(epoch)
+        self._epoch = epoch
 
 
 class InputsOf:
@@ -241,8 +288,11 @@ class JointSplits(OwnSplits):
             data.check_model(model, run)
 
     def train_dataloader(self) -> InTurn:  # type: ignore[override]
-        """The training data of all, batches of which take turns."""
-        return InTurn(list(self.loaders("train_dataloader").values()))
+        """The training data of all, mixed; of streams, which have no length, batches take turns."""
+        loaders = list(self.loaders("train_dataloader").values())
+        if any(isinstance(loader.dataset, IterableDataset) for loader in loaders):
+            return InTurn(loaders)
+        return Mixed(loaders, self.tokenizer)
 
     def val_dataloader(self) -> InTurn:  # type: ignore[override]
         """The validation data of all, batches of which take turns."""

@@ -1,6 +1,7 @@
 """Parents with data and labels of their own: who says what a fused model predicts, and how much whose data count."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -8,7 +9,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
 import fusionpl
@@ -18,6 +19,7 @@ from fusionpl.calibration.cursor import CalibrationSet
 from fusionpl.calibration.forward import logits
 from fusionpl.calibration.kept import Kept
 from fusionpl.calibration.moments import Moments
+from fusionpl.datamodules.joint import Mixed
 from fusionpl.errors import FusionError
 from fusionpl.fusion.average import vanilla
 from fusionpl.fusion.config import FuseConfig, RefineConfig, load_config
@@ -438,3 +440,45 @@ def test_a_parent_of_colours_sees_grey_in_all_channels(library: str) -> None:
     with torch.no_grad():
         found, wanted = logits(team.networks[1].whole(), picture), logits(colour, picture.expand(-1, 3, -1, -1))
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+# training
+
+
+class Numbered(Dataset[dict[str, Tensor]]):
+    """Samples whose label is what all of a parent have, and whose tokens are of a length of their own."""
+
+    def __init__(self, label: int, count: int, length: int) -> None:
+        self.label, self.count, self.length = label, count, length
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = torch.full((self.length,), 10 * self.label + index % 7 + 1)
+        return {"input_ids": ids, "labels": torch.tensor(self.label), "index": torch.tensor(index)}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_in_batches_of_training_samples_of_all_parents_meet(side: str) -> None:
+    counts, lengths = (64, 30, 9), (4, 6, 5)
+    loaders = [
+        DataLoader(Numbered(label, count, length), batch_size=8)
+        for label, (count, length) in enumerate(zip(counts, lengths, strict=True))
+    ]
+    mixed = Mixed(loaders, SimpleNamespace(pad_token_id=99, padding_side=side))
+    batches = list(mixed)
+    assert len(batches) == len(mixed) == sum(map(len, loaders))
+    assert max(len(batch["labels"]) for batch in batches) <= 8
+    seen = [pair for batch in batches for pair in zip(batch["labels"].tolist(), batch["index"].tolist(), strict=True)]
+    assert sorted(seen) == [(label, at) for label, count in enumerate(counts) for at in range(count)]
+    assert sum(len(batch["labels"].unique()) > 1 for batch in batches) > len(batches) / 2
+    for batch in batches:
+        for ids, label in zip(batch["input_ids"], batch["labels"], strict=True):
+            own = ids[ids != 99]
+            assert len(own) == lengths[label]
+            assert torch.equal(own, ids[-len(own) :] if side == "left" else ids[: len(own)])
+    again = [batch["index"].tolist() for batch in mixed]
+    assert again == [batch["index"].tolist() for batch in batches]
+    mixed.set_epoch(1)
+    assert [batch["index"].tolist() for batch in mixed] != again

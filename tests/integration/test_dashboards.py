@@ -105,7 +105,7 @@ def test_lineage_group_and_report_of_a_fusion(tmp_path: Path, runs: list[Run]) -
     assert (tuned / "metrics.csv").read_text().count("\n") == 2 + 1  # the report keeps the epoch and the test
 
 
-@pytest.mark.parametrize("kind", ["fuse", "finetune"])
+@pytest.mark.parametrize("kind", [pytest.param("fuse", marks=pytest.mark.slow), "finetune"])
 def test_a_sweep_names_options_and_values_that_there_are(kind: str) -> None:
     from wandb.sdk.launch.sweeps.utils import create_sweep_command_args  # takes a second to load
 

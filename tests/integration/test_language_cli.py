@@ -47,7 +47,7 @@ def test_figures_of_the_test_part(home: Path) -> None:
     assert "bits_per_byte" in (home / "gpt2" / "model" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(one, marks=pytest.mark.slow) if one == "t5" else one for one in MODELS])
 def test_a_model_is_finetuned_with_its_own_data_and_tokenizer(name: str, home: Path) -> None:
     config = preset(home, "again")
     words = ["--config", config, "--model", str(home / name), "--output", str(home / f"{name}-more")]

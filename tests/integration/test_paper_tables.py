@@ -145,6 +145,7 @@ COLUMNS = {
 
 # These measure in other combinations what the others measure, for minutes.
 LONG = (
+    "tasks",
     "bert",
     "worth-text",
     "families",

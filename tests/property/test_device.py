@@ -209,8 +209,9 @@ def test_a_device_out_of_memory_is_not_taken_for_one_without_float64(monkeypatch
 
 @pytest.mark.parametrize(
     ("preset", "changes"),
-    [pytest.param("default", {}, marks=pytest.mark.slow), ("transport", {"align.solver": "emd"})],
+    [("default", {}), ("transport", {"align.solver": "emd"})],
 )
+@pytest.mark.slow
 def test_a_device_that_is_full_is_one_line(
     preset: str, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,10 +70,13 @@ class CalibrationSet:
         self._alone = whole
 
     def head(self, samples: int) -> "CalibrationSet":
-        """The batches that begin within the first samples of all ranks; what is kept of them is kept here."""
+        """The batches that begin within the first samples of all ranks, and of each parent's data at least the first;
+        what is kept of them is kept here."""
+        begins = {owner: first for first, owner, _ in reversed(self._sizes)}
+        until = max(samples, 1 + max(begins.values()))
         subset = copy.copy(self)
-        subset.firsts = [first for first in self.firsts if first < samples]
-        subset._sizes = [size for size in self._sizes if size[0] < samples]
+        subset.firsts = [first for first in self.firsts if first < until]
+        subset._sizes = [size for size in self._sizes if size[0] < until]
         subset._weights = _weights_of(subset._sizes)
         return subset
 

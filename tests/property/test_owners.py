@@ -148,6 +148,12 @@ def test_among_the_first_samples_all_parents_data_count_alike_too() -> None:
     assert shares == pytest.approx({0: 30, 1: 30})
 
 
+@pytest.mark.parametrize(("parents", "size"), [(3, 256), (10, 64)])
+def test_among_the_first_samples_are_some_of_each_parent(parents: int, size: int) -> None:
+    few = owned(*(torch.full((size, 1, 1, 1), float(at)) for at in range(parents)), batch_size=size).head(512)
+    assert {*few.owners[: len(few)]} == {*range(parents)}
+
+
 def test_a_weight_is_as_good_as_repeated_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(20, n, generator=generator) for n in (3, 4))

@@ -46,7 +46,6 @@ GREY = (
     "--data.calibration", "788", "--data.flip", "true", "--trainer.max_epochs", "8",
 )  # fmt: skip
 
-
 ALONE, BEST_TRUNK = "each parent, on its own task", "best trunk, its head fitted by owner"
 ALL_TRUNKS, ONE_STREAM, WIDER = "all trunks, one head fitted by owner", "one stream", "one stream, {:g} times as wide"
 CSV = ("--logger", "csv")
@@ -191,7 +190,7 @@ class SentencesTeam:
         return runs
 
     @cached_property
-    def rows(self) -> dict[str, Mapping[str, float]]:
+    def rows(self) -> Mapping[str, Mapping[str, float]]:
         """Row -> task -> figure, of the reports of a fusion that is compared with a wider one, and of a third."""
         reports = [self._report("--compare", "wide"), self._report("--width", "2")]
         names = {f"{PARENT}{run.name}": ALONE for task, run in self.runs.items()}
@@ -201,7 +200,7 @@ class SentencesTeam:
             name = BEST_TRUNK if row["name"].startswith(HEAD_FITTED) else names.get(row["name"], row["name"])
             rows.setdefault(name, {}).update(row["tasks"])
         rows[WIDER.format(2)] = next(row["tasks"] for row in reports[1] if row["name"] == "fused")
-        return dict(rows)
+        return rows
 
     def figures(self, row: str) -> Figures:
         return {COLUMNS[task]: self.rows[row][run.name] for task, run in self.runs.items()}

@@ -27,8 +27,8 @@ from fusionpl.fusion.heads import read
 
 _ROOT = Path(__file__).resolve().parents[2]
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_SURE = 100.0  # times a new head's logits
 # Whatever libraries load and allocate once is no part of a fusion's cost.
-SURE = 100.0  # times a new head's logits
 _WARM_UP = Shape("vit", 16, 1, 2, 16, channels=1)
 
 
@@ -107,7 +107,7 @@ def _make_sure(parent: nn.Module, batches: Iterator[Batch]) -> None:
     more than about how often classes occur, so that `units: auto` tries both ways where it has the samples."""
     head = cast(nn.Linear, parent.get_submodule("head"))
     mean = torch.cat([read(parent, head, unlabelled(batch)) for batch in batches]).mean(0)
-    head.weight.mul_(SURE)
+    head.weight.mul_(_SURE)
     head.bias.copy_(-head.weight @ mean)
 
 

@@ -20,7 +20,6 @@ SETTINGS: dict[str, tuple[Path, Mapping[str, Any]]] = {
     "one stream": (JOINT, {}),
 }
 AS_CALLED = "default"
-
 PLAIN = "plain recipe"
 
 

@@ -1,7 +1,7 @@
 """Data of several parents side by side, also with one numbering of the classes of all."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import torch
@@ -72,19 +72,18 @@ class Mixed(InTurn):
 
     def __iter__(self) -> Iterator[Any]:
         streams, generator = [iter(loader) for loader in self._loaders], torch.Generator().manual_seed(self._epoch)
-        order = self._order()
-        while together := list(islice(order, max(MET, len(streams)))):
-            given = [next(streams[number]) for number in together]
+        order, count = self._order(), max(MET, len(streams))
+        for start in range(0, len(order), count):
+            given = [next(streams[number]) for number in order[start : start + count]]
             whole = {key: self._joined(key, [batch[key] for batch in given]) for key in given[0]}
             samples = torch.randperm(len(next(iter(whole.values()))), generator=generator)
             for rows in samples.tensor_split(len(given)):
                 yield {key: value[rows.to(value.device)] for key, value in whole.items()}
 
-    def _order(self) -> Iterator[int]:
+    def _order(self) -> list[int]:
         """Which loader each batch is of."""
-        places = ((at + 0.5) / len(one) for one in self._loaders for at in range(len(one)))
-        numbers = (number for number, one in enumerate(self._loaders) for _ in range(len(one)))
-        return iter([number for _, number in sorted(zip(places, numbers, strict=True))])
+        places = [((at + 0.5) / len(one), number) for number, one in enumerate(self._loaders) for at in range(len(one))]
+        return [number for _, number in sorted(places)]
 
     def _joined(self, key: str, parts: Sequence[Tensor]) -> Tensor:
         if parts[0].ndim == 2:  # of tokens

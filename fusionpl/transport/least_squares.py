@@ -101,8 +101,8 @@ def fit_ridge(
     Args:
         rows, held_out: two parts of the data.
         prior: [n + 1, m], for the constant in the last row.
-        guess: the penalty to begin with, for example that of a similar problem; it changes the time alone.
-        search: whether to look beside the guess, if it is one of the penalties.
+        guess: the penalty to begin with, that of a similar problem; with a search it changes the time alone.
+        search: whether to look beside the guess; where it is none of the penalties that is done in any case.
         both: whether the solution uses the held-out rows too, once they have chosen the penalty.
 
     Returns:

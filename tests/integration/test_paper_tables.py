@@ -58,7 +58,7 @@ TINY = dataclasses.replace(
     text_family="bert",
     minutes=0.005,
     teaching=(1,),
-    tasks=("5 and 5 classes",),
+    tasks=("5 and 5 classes", "films and questions"),
     widths=(1, 2),
     samples=(25,),
     text=(*options("model.args", BERT), *options("trainer", {"max_epochs": 1}), *options("data", BERT_DATA)),
@@ -133,7 +133,7 @@ COLUMNS = {
     "worth": ("one stream", {"same data", "80:20, 3 parents"}),
     "worth-text": ("one stream", {"same data", "80:20, 3 parents"}),
     "teach": ("one stream", {"same data", "80:20, 3 parents"}),
-    "tasks": ("one stream", {"5 and 5 classes", "5 and 5 classes, own"}),
+    "tasks": ("one stream", {"5 and 5 classes", "5 and 5 classes, own", "SST-2", "TREC"}),
     "parents": ("transport + refit", {"2 parents", "3 parents"}),
     "widths": ("wide parent", {"one-shot", "finetuned"}),
     "depths": ("deep into shallow, one stream", {"one-shot", "finetuned", "anchor alone, trained on as long"}),
@@ -164,9 +164,9 @@ LONG = (
 @pytest.mark.parametrize("name", [pytest.param(one, marks=pytest.mark.slow) if one in LONG else one for one in TABLES])
 def test_a_table_is_measured_and_written(runs: Path, tmp_path: Path, name: str) -> None:
     words = [name, "--scale", "digits", "--output", str(tmp_path), "--runs", str(runs)]
-    if name in ("bert", "families", "depths", "worth-text"):
+    if name in ("bert", "families", "depths", "worth-text", "tasks"):
         words += ["--corpus", str(make_corpus(tmp_path / "corpus"))]
-    if name == "bert":
+    if name in ("bert", "tasks"):
         words += ["--sst2", str(make_sentences(tmp_path / "sst2", train=900))]
         words += ["--trec", str(make_sentences(tmp_path / "trec", text="text", train=900))]
     command.run(words)
